@@ -22,7 +22,7 @@ from resnet56 import resnet56
 import kirsch
 from kirsch import figures
 from kirsch.data.sources.cifar10 import cifar10
-from kirsch.deploy.measure import race
+from kirsch.deploy.measure import compare_latencies
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
 from kirsch.graph import coupling, group
@@ -72,7 +72,7 @@ def main() -> int:
             name: kirsch.export(model, Path(folder) / f"{name}.onnx", example_inputs=image).path
             for name, model in models.items()
         }
-        times = race(paths, image.numpy(), reference="original", rounds=10 if quick else 40)
+        times = compare_latencies(paths, image.numpy(), reference="original", rounds=10 if quick else 40)
         logits = {name: OnnxSession(path, threads=2).predict(data.test.inputs) for name, path in paths.items()}
         print(f"\n{'':<10} {'parameters':>10} {'MACs':>8} {'file':>9} {'accuracy':>15} {'latency':>9}  faster")
         for name in models:

@@ -526,7 +526,7 @@ def unclear_errors(name, function, arguments, argument):
             yield f"{argument} is {kind}: accepted"
 
 
-def test_a_class_of_several_alternatives_is_answered_with_the_instance():
+def test_a_class_in_place_of_an_instance_is_refused_with_the_fix():
     with pytest.raises(kirsch.KirschError, match=r"is the class Linear; .* Make an instance: Linear\(\.\.\.\)"):
         kirsch.measure(nn.Linear, example_inputs=torch.zeros(2, 3))
 
@@ -540,7 +540,7 @@ def test_a_class_of_several_alternatives_is_answered_with_the_instance():
         ("unknown", "kirsch.Objective.kd()"),
     ],
 )
-def test_a_text_for_an_objective_is_answered_with_the_call_that_makes_it(name, call):
+def test_a_string_in_place_of_an_objective_is_refused_with_the_fix(name, call):
     model, x = nn.Linear(3, 2), torch.zeros(2, 3)
     with pytest.raises(kirsch.KirschError, match=re.escape(f"Give {call}.")):
         kirsch.distill(model, model, [(x, torch.zeros(2).long())], objective=name)

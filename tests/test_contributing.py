@@ -140,7 +140,7 @@ def test_the_paths_and_make_targets_on_the_page_exist():
     assert all((ROOT / path).is_file() for path in paths)
 
 
-def test_the_step_runs_in_a_job_and_is_kept(defined, tmp_path):
+def test_the_step_of_the_page_runs_in_a_job_and_is_not_repeated_on_resume(defined, tmp_path):
     model = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))

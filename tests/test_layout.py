@@ -49,7 +49,7 @@ def test_importing_kirsch_loads_no_framework_and_no_numpy():
     assert packages_loaded_by("import kirsch") == []
 
 
-def test_the_check_above_finds_a_loaded_package():
+def test_a_loaded_framework_is_detected():
     assert "numpy" in packages_loaded_by("import kirsch; kirsch.Plan; kirsch.Graph")
 
 

@@ -128,7 +128,7 @@ def test_the_verdict_has_words_and_color(met, words, tone):
     assert (line[0].text.strip(), line[0].tone) == (words, tone)
 
 
-def test_the_verdict_without_a_goal():
+def test_the_verdict_without_a_goal_is_done():
     assert plain(verdict_lines(END | {"text": ""})[0]) == "goal         none was set"
 
 

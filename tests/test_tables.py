@@ -57,7 +57,7 @@ def test_control_characters_are_escaped():
     assert text([Piece("\x1b[31m")], Table([["a\nb", "c"]], first=0)) == ["\\x1b[31m", "a\\nb c"]
 
 
-def test_an_object_prints_its_parts():
+def test_a_printable_object_prints_its_lines_and_tables():
     class Shown(Printable):
         def parts(self):
             return [[Piece("title", "strong")], Table([["a", "b"]]), []]

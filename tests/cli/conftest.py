@@ -153,7 +153,7 @@ def kirsch(capsys):
 
 
 @pytest.fixture
-def answer(kirsch):
+def run_json(kirsch):
     """Return a function that runs a subcommand with --json, checks the exit code, and returns the content."""
 
     def run(*arguments: str, code: int = 0) -> dict:

@@ -42,7 +42,7 @@ def test_the_help_is_shown_without_a_subcommand(kirsch):
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
-def test_each_subcommand_has_the_options_of_the_modes(kirsch, subcommand):
+def test_each_subcommand_has_json_quiet_and_debug(kirsch, subcommand):
     code, out, _ = kirsch(subcommand, "--help")
     assert code == 0
     assert all(f"--{mode} " in out for mode in MODES)

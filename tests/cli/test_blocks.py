@@ -48,15 +48,15 @@ def deep(folder):
     return "deep.py:teacher"
 
 
-def test_blocks_are_ranked_on_the_example_inputs_with_a_note(answer, deep):
-    found = answer("plan", deep, *GOAL)
+def test_blocks_are_ranked_on_the_example_inputs_with_a_note(run_json, deep):
+    found = run_json("plan", deep, *GOAL)
     assert len(found["plan"]["blocks"]) == 1
     assert found["plan"]["method"]["kinds"] == ["block"]
     assert any("ranked on the example inputs; --data SOURCE" in note for note in found["notes"])
 
 
-def test_blocks_are_ranked_on_a_data_source(answer, deep):
-    found = answer("prune", deep, *GOAL, "--data", "nets.py:stripes", "-o", "small")
+def test_blocks_are_ranked_on_a_data_source(run_json, deep):
+    found = run_json("prune", deep, *GOAL, "--data", "nets.py:stripes", "-o", "small")
     assert len(found["plan"]["blocks"]) == 1
     assert found["verification"]["passed"]
     assert not any("example inputs" in note for note in found["notes"])
@@ -68,5 +68,5 @@ def test_data_without_blocks_is_refused(kirsch, deep):
     assert "`data` of kirsch.plan has no effect" in err
 
 
-def test_a_recipe_plans_blocks(answer, deep):
-    assert len(answer("compress", "deep.yaml", "--dry-run")["plans"]["prune"]["blocks"]) == 1
+def test_a_recipe_plans_blocks(run_json, deep):
+    assert len(run_json("compress", "deep.yaml", "--dry-run")["plans"]["prune"]["blocks"]) == 1

@@ -85,15 +85,15 @@ def test_another_version_is_shown_with_the_versions_that_are_needed(kirsch, inst
     assert re.search(r"^  timm +0\.9 +>=1\.0 is needed$", kirsch("doctor")[1], re.MULTILINE)
 
 
-def test_an_incomplete_core_exits_with_five(answer, installed_versions):
+def test_an_incomplete_core_exits_with_five(run_json, installed_versions):
     installed_versions(scipy=None)
-    found = answer("doctor", code=5)
+    found = run_json("doctor", code=5)
     assert found["complete"] is False
     assert found["install"] == {CORE: 'pip install "kirsch"'}
 
 
-def test_json_lists_each_package_once(answer):
-    names = [package["name"] for package in answer("doctor")["packages"]]
+def test_json_lists_each_package_once(run_json):
+    names = [package["name"] for package in run_json("doctor")["packages"]]
     assert {"numpy", "torch", "lightning"} <= set(names)
     assert len(set(names)) == len(names)
 
@@ -109,7 +109,7 @@ def test_help_version_and_doctor_load_no_framework(process, arguments):
     assert out.splitlines()[-1] == "loaded", err
 
 
-def test_the_check_above_finds_a_loaded_package(process):
+def test_a_loaded_framework_is_detected(process):
     program = "import sys, numpy; print('loaded', *sorted({'torch', 'numpy'} & set(sys.modules)))"
     with process("-c", program) as started:
         assert started.communicate(timeout=60)[0] == "loaded numpy\n"

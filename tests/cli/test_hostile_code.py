@@ -196,13 +196,13 @@ def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch,
 )
 @pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first step"), (30, "in the step 'train'")])
 def test_an_exception_in_a_forward_names_line_step_and_batch_size(
-    answer, monkeypatch, error, code, what, why, at, when
+    run_json, monkeypatch, error, code, what, why, at, when
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
     changes = ("teacher.model=models.py:counted", "student=null", "distill=null")
     arguments = ("compress", "recipe.yaml", *(word for change in changes for word in ("--set", change)))
-    content = answer(*arguments, "--run", "run", code=code)["error"]
+    content = run_json(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"
     assert content["what"].startswith(what) or first in content["what"]
     assert why in content["why"]
@@ -210,8 +210,8 @@ def test_an_exception_in_a_forward_names_line_step_and_batch_size(
     assert code != 5 or "MemoryError" not in error or "batch size" in content["fix"]
 
 
-def test_a_model_that_changes_folder_and_warnings_does_not_affect_the_output_file(answer, folder):
-    answer("plan", "models.py:moves", "--macs", "0.7", "-o", "plan.json")
+def test_a_model_that_changes_folder_and_warnings_does_not_affect_the_output_file(run_json, folder):
+    run_json("plan", "models.py:moves", "--macs", "0.7", "-o", "plan.json")
     assert (folder / "plan.json").is_file()
 
 

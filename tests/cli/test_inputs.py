@@ -152,26 +152,26 @@ def tokens(folder):
         (["tokens.py:images"], [[1, 2, 9, 8]]),
     ],
 )
-def test_a_model_gets_the_given_inputs_or_its_own(answer, arguments, shapes):
-    found = answer("trace", *arguments)
+def test_a_model_gets_the_given_inputs_or_its_own(run_json, arguments, shapes):
+    found = run_json("trace", *arguments)
     assert found["inputs"] == shapes
     assert found["groups"]
 
 
 @pytest.mark.usefixtures("tokens")
 @pytest.mark.parametrize("subcommand", ["plan", "prune", "export", "measure"])
-def test_each_subcommand_takes_typed_inputs(answer, folder, subcommand):
+def test_each_subcommand_takes_typed_inputs(run_json, folder, subcommand):
     more = {
         "plan": ["--macs", "0.7"],
         "prune": ["--macs", "0.7", "-o", "small"],
         "export": ["-o", "net.onnx"],
         "measure": ["--rounds", "6"],
     }[subcommand]
-    found = answer(subcommand, "tokens.py:Tagger", "--input", "1,7:int64", *more)
+    found = run_json(subcommand, "tokens.py:Tagger", "--input", "1,7:int64", *more)
     assert found["weights"] == "the weights are those of the callable"
     if subcommand == "prune":  # the plan in the folder has the inputs
-        assert answer("trace", "tokens.py:Tagger", "--input", "1,7:int64")["inputs"] == [[1, 7]]
-        assert answer("measure", "tokens.py:Tagger", "--pruned", "small", "--rounds", "6")["input"] == [1, 7]
+        assert run_json("trace", "tokens.py:Tagger", "--input", "1,7:int64")["inputs"] == [[1, 7]]
+        assert run_json("measure", "tokens.py:Tagger", "--pruned", "small", "--rounds", "6")["input"] == [1, 7]
 
 
 @pytest.mark.usefixtures("tokens")
@@ -201,6 +201,6 @@ def test_floating_inputs_of_an_embedding_are_refused_with_the_option(kirsch, arg
 
 
 @pytest.mark.usefixtures("tokens")
-def test_an_exported_file_has_the_input_names_of_the_forward(answer):
-    found = answer("export", "tokens.py:two_tensors", "-o", "net.onnx")
+def test_an_exported_file_has_the_input_names_of_the_forward(run_json):
+    found = run_json("export", "tokens.py:two_tensors", "-o", "net.onnx")
     assert [value["name"] for value in found["inputs"]] == ["ids", "mask"]

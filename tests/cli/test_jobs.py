@@ -85,10 +85,10 @@ def test_resuming_a_finished_run_keeps_all_steps(run, kirsch):
 
 def test_json_contains_the_metrics_and_progress_goes_to_the_standard_error(run, kirsch):
     code, out, err = kirsch("resume", "run", "--json")
-    answer = json.loads(out)
-    assert answer["exit_code"] == code == 0
-    assert answer["metrics"] == json.loads((run / "metrics.json").read_text())
-    assert [step["key"] for step in answer["metrics"]["steps"]] == STEPS
+    content = json.loads(out)
+    assert content["exit_code"] == code == 0
+    assert content["metrics"] == json.loads((run / "metrics.json").read_text())
+    assert [step["key"] for step in content["metrics"]["steps"]] == STEPS
     assert " 1 train" in err
 
 
@@ -115,16 +115,16 @@ def test_a_missed_goal_has_exit_code_3(run, kirsch):
     assert "\ngoal missed  " in out
 
 
-def test_verify_accepts_an_undamaged_run(finished, run, answer):
-    found = answer("verify", "run")
+def test_verify_accepts_an_undamaged_run(finished, run, run_json):
+    found = run_json("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STEPS)
     assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
 
 
-def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, answer):
+def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, run_json):
     manifest.remove(run)
-    found = answer("verify", "run", code=3)
+    found = run_json("verify", "run", code=3)
     assert (found["sound"], found["finished"], found["done"]) == (False, False, found["steps"])
     (run / "checkpoints" / "recover").rename(run.parent / "recover")
     (run / "checkpoints" / "export").rename(run.parent / "export")
@@ -272,8 +272,8 @@ def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
     assert "untrained" not in out
 
 
-def test_a_dry_run_shows_the_steps_and_writes_nothing(folder, kirsch, answer):
-    found = answer("compress", "recipe.yaml", "--dry-run")
+def test_a_dry_run_shows_the_steps_and_writes_nothing(folder, kirsch, run_json):
+    found = run_json("compress", "recipe.yaml", "--dry-run")
     code, out, _ = kirsch("compress", "recipe.yaml", "--dry-run")
     assert code == 0
     assert [step["key"] for step in found["steps"]] == STEPS

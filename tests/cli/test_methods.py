@@ -14,7 +14,7 @@ def test_all_methods_are_listed(kirsch):
     assert "  kd                  logits     KL divergence" in rest
 
 
-def test_a_name_is_shown_in_full(kirsch):
+def test_methods_with_a_name_shows_its_preset_and_loss(kirsch):
     _, out, _ = kirsch("methods", "dkd")
     assert "preset dkd   0 → 1 over 20 epochs · dkd (T 4; alpha 1; beta 8) + 1 labels" in out
     assert "loss dkd   takes logits" in out
@@ -28,12 +28,12 @@ def test_an_unknown_name_is_refused_with_the_nearest(kirsch):
     assert "Did you mean 'dkd'?" in err
 
 
-def test_methods_are_written_as_json(answer):
-    found = answer("methods")
+def test_methods_are_written_as_json(run_json):
+    found = run_json("methods")
     assert {one["name"] for one in found["presets"]} >= {"kd", "dkd", "minilm"}
     (kd,) = (one for one in found["presets"] if one["name"] == "kd")
     assert kd["objective"]["terms"][0]["temperature"] == 4.0
-    assert [len(answer("methods", "dkd")[kind]) for kind in ("presets", "losses")] == [1, 1]
+    assert [len(run_json("methods", "dkd")[kind]) for kind in ("presets", "losses")] == [1, 1]
 
 
 def test_the_markdown_page_is_printed_unchanged(kirsch):

@@ -22,9 +22,9 @@ def _in_folder(folder):
     return folder
 
 
-def test_trace_shows_the_cost_of_a_group(answer):
+def test_trace_shows_the_cost_of_a_group(run_json):
     """The 8 channels have the weights of conv 1 → 8 (72) and conv 8 → 4 (288)."""
-    found = answer("trace", CHAIN)
+    found = run_json("trace", CHAIN)
     (group,) = found["groups"]
     assert found["cost"]["parameters"] == 72 + 288 + 51
     assert group["name"] == "0"
@@ -47,7 +47,7 @@ def test_trace_prints_groups_and_blockers(kirsch):
     assert "a softmax spans it  aten.softmax" in lines[5]
 
 
-def test_trace_explains_a_layer(kirsch, answer):
+def test_trace_explains_a_layer(kirsch, run_json):
     explanation = [
         "2.weight[:, i]: the 8 units (channel) of '0'.",
         "Each unit is removed together with:",
@@ -55,12 +55,12 @@ def test_trace_explains_a_layer(kirsch, answer):
     ]
     code, out, err = kirsch("trace", CHAIN, "--explain", "2")
     assert (code, out.splitlines()[:3], err) == (0, explanation, "")
-    found = answer("trace", CHAIN, "--explain", "2")
+    found = run_json("trace", CHAIN, "--explain", "2")
     assert (found["layer"], found["explanation"][:3]) == ("2", explanation)
 
 
-def test_kind_and_uniform_are_options(answer, kirsch, folder):
-    answer("plan", CHAIN, "--macs", "0.8", "--kinds", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
+def test_kind_and_uniform_are_options(run_json, kirsch, folder):
+    run_json("plan", CHAIN, "--macs", "0.8", "--kinds", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["method"]["uniform"] is True
     assert {removal["kind"] for removal in plan["groups"]} == {"channel"}
@@ -76,9 +76,9 @@ def test_markup_in_layer_names_is_not_interpreted(kirsch):
     assert "with [/0]" in out
 
 
-def test_the_input_shape_is_an_option(answer):
+def test_the_input_shape_is_an_option(run_json):
     small, large = (
-        answer("trace", "nets.py:shapeless", "--input", shape)["cost"]["macs"] for shape in ("2,1,6,6", "4,1,6,6")
+        run_json("trace", "nets.py:shapeless", "--input", shape)["cost"]["macs"] for shape in ("2,1,6,6", "4,1,6,6")
     )
     assert large == 2 * small
 
@@ -169,13 +169,13 @@ def test_random_weights_of_a_timm_model_have_a_note(kirsch, folder, monkeypatch)
     assert "Did you mean 'tiny'?" in kirsch("trace", "timm:tinny")[2]
 
 
-def test_a_module_in_the_working_folder_can_be_named(answer, folder):
+def test_a_module_in_the_working_folder_can_be_named(run_json, folder):
     shutil.copy("nets.py", "nets_of_beside.py")
     (folder / "beside.py").write_text("from nets_of_beside import chain\n")
-    assert answer("trace", "beside:chain")["model"] == "Sequential"
+    assert run_json("trace", "beside:chain")["model"] == "Sequential"
 
 
-def test_weights_are_loaded_from_a_file(answer, folder):
+def test_weights_are_loaded_from_a_file(run_json, folder):
     """The plan removes the four channels with the smallest weights in the file."""
     random = np.random.default_rng(0)
     weights = {
@@ -187,7 +187,7 @@ def test_weights_are_loaded_from_a_file(answer, folder):
     weights |= {"5.weight": np.zeros((3, 16)), "5.bias": np.zeros(3)}
     arrays = {name: value.astype(np.float32) for name, value in weights.items()}
     safetensors.numpy.save_file(arrays, folder / "w.safetensors")
-    found = answer("plan", CHAIN, "--macs", "0.55", "--weights", "w.safetensors")
+    found = run_json("plan", CHAIN, "--macs", "0.55", "--weights", "w.safetensors")
     assert found["plan"]["groups"][0]["removed"] == [1, 2, 5, 7]
     assert found["weights"] == "the weights are from w.safetensors"
 
@@ -225,15 +225,15 @@ def test_an_excluded_group_is_kept(kirsch):
         (["--macs", "half"], "--macs"),
     ],
 )
-def test_a_wrong_goal_or_option_is_refused(answer, arguments, sentence):
-    error = answer("plan", CHAIN, *arguments, code=2)["error"]
+def test_a_wrong_goal_or_option_is_refused(run_json, arguments, sentence):
+    error = run_json("plan", CHAIN, *arguments, code=2)["error"]
     assert re.search(sentence, f"{error['what']} {error['why']} {error['fix']}")
 
 
-def test_plan_prune_export_and_measure_work_in_sequence(kirsch, answer, folder):
+def test_plan_prune_export_and_measure_work_in_sequence(kirsch, run_json, folder):
     """Each subcommand uses the files of the previous one."""
-    plan = answer("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")["plan"]
-    pruned = answer("prune", TEACHER, "--plan", "plan.json", "-o", "small")
+    plan = run_json("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")["plan"]
+    pruned = run_json("prune", TEACHER, "--plan", "plan.json", "-o", "small")
     assert pruned["plan"]["groups"] == plan["groups"]
     assert pruned["verification"]["error"] <= pruned["verification"]["tolerance"]
     assert sorted(path.name for path in (folder / "small").iterdir()) == [
@@ -242,12 +242,12 @@ def test_plan_prune_export_and_measure_work_in_sequence(kirsch, answer, folder):
         "plan.json",
     ]
 
-    exported = answer("export", TEACHER, "--pruned", "small", "-o", "small.onnx")
+    exported = run_json("export", TEACHER, "--pruned", "small", "-o", "small.onnx")
     assert exported["bytes"] == (folder / "small.onnx").stat().st_size
     assert exported["drift"] < 1e-4
 
-    model = answer("measure", TEACHER, "--pruned", "small", "--rounds", "6")
-    file = answer("measure", "small.onnx", "--rounds", "6")
+    model = run_json("measure", TEACHER, "--pruned", "small", "--rounds", "6")
+    file = run_json("measure", "small.onnx", "--rounds", "6")
     assert model["macs"] == plan["cost"]["after"]["macs"]
     assert model["bytes"] == file["bytes"] == exported["bytes"]
     assert file["parameters"] is None
@@ -262,9 +262,9 @@ def edit(path, **changes):
     path.write_text(json.dumps(content))
 
 
-def test_an_edited_plan_is_printed_and_stored_with_recomputed_costs(answer, kirsch, folder):
+def test_an_edited_plan_is_printed_and_stored_with_recomputed_costs(run_json, kirsch, folder):
     """With 1 of 8 channels, 9 + 4 × 9 weights of the convolutions and the linear layer of 51 are kept."""
-    answer("plan", CHAIN, "--macs", "0.8", "--round-to", "1", "-o", "plan.json")
+    run_json("plan", CHAIN, "--macs", "0.8", "--round-to", "1", "-o", "plan.json")
     edit(folder / "plan.json", removed=[0, 1, 2, 3, 4, 5, 6])
     code, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 0
@@ -278,16 +278,16 @@ def test_an_edited_plan_is_printed_and_stored_with_recomputed_costs(answer, kirs
     assert not any("points below the goal" in note for note in stored["notes"])
 
 
-def test_an_edited_plan_that_misses_its_goal_has_a_note(answer, kirsch, folder):
-    answer("plan", CHAIN, "--macs", "0.5", "--round-to", "1", "-o", "plan.json")
+def test_an_edited_plan_that_misses_its_goal_has_a_note(run_json, kirsch, folder):
+    run_json("plan", CHAIN, "--macs", "0.5", "--round-to", "1", "-o", "plan.json")
     edit(folder / "plan.json", removed=[0])
     _, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert "goal missed: ≤ 50 %" in out
     assert "The goal is missed: macs are" in out
 
 
-def test_an_invalid_plan_is_refused_before_any_work(kirsch, answer, folder):
-    answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
+def test_an_invalid_plan_is_refused_before_any_work(kirsch, run_json, folder):
+    run_json("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     text = (folder / "plan.json").read_text()
     (folder / "plan.json").write_text(text.replace('"macs": 0.55', '"macs": "half"'))
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
@@ -304,15 +304,17 @@ def test_a_plan_is_read_before_the_model_is_loaded(kirsch, folder):
     assert "The plan plan.json is not a plan." in err
 
 
-def test_a_plan_of_other_weights_has_a_note(kirsch, answer, folder):
+def test_a_plan_of_other_weights_has_a_note(kirsch, run_json, folder):
     random = np.random.default_rng(0)
     shapes = {"0.weight": (8, 1, 3, 3), "2.weight": (4, 8, 3, 3), "5.weight": (3, 16), "5.bias": (3,)}
     arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(arrays, folder / "w.safetensors")
-    answer("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
-    found = answer("prune", CHAIN, "--plan", "plan.json", "--weights", "w.safetensors", "-o", "small")
+    run_json("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
+    found = run_json("prune", CHAIN, "--plan", "plan.json", "--weights", "w.safetensors", "-o", "small")
     assert any("ranked by other weights: the weights are those of the callable" in n for n in found["notes"])
-    assert not any("other weights" in n for n in answer("prune", CHAIN, "--plan", "plan.json", "-o", "small")["notes"])
+    assert not any(
+        "other weights" in n for n in run_json("prune", CHAIN, "--plan", "plan.json", "-o", "small")["notes"]
+    )
 
 
 def test_min_keep_is_an_option(kirsch):
@@ -338,9 +340,9 @@ def test_prune_measure_and_export_print_their_results(kirsch):
     assert [line.split()[0] for line in out.splitlines()] == ["file", "inputs", "verified", "sha256", "weights"]
 
 
-def test_prune_replaces_the_folder_of_an_earlier_prune(answer, folder):
+def test_prune_replaces_the_folder_of_an_earlier_prune(run_json, folder):
     for goal in ("0.7", "0.5"):
-        answer("prune", TEACHER, "--macs", goal, "-o", "small")
+        run_json("prune", TEACHER, "--macs", goal, "-o", "small")
     assert json.loads((folder / "small" / "plan.json").read_text())["goal"] == {"macs": 0.5}
 
 
@@ -388,9 +390,9 @@ def test_a_file_that_is_not_a_model_is_refused(kirsch, folder):
     assert err.startswith("error   junk.onnx cannot be loaded by ONNX Runtime.")
 
 
-def test_measure_of_a_file_uses_the_given_input_shape(kirsch, answer):
+def test_measure_of_a_file_uses_the_given_input_shape(kirsch, run_json):
     kirsch("export", CHAIN, "-o", "chain.onnx")
     code, _, err = kirsch("measure", "chain.onnx", "--input", "1,2,6,6", "--rounds", "6")
     assert code != 0
     assert "error" in err
-    assert answer("measure", "chain.onnx", "--input", "1,1,6,6", "--rounds", "6")["input"] == [1, 1, 6, 6]
+    assert run_json("measure", "chain.onnx", "--input", "1,1,6,6", "--rounds", "6")["input"] == [1, 1, 6, 6]

@@ -81,7 +81,7 @@ def test_markup_in_a_name_is_not_interpreted(text):
     assert out.getvalue().rstrip() == verbatim(text).rstrip()
 
 
-def test_a_tone_colors_only_its_piece():
+def test_a_color_applies_to_its_part_of_the_line_only():
     screen, out, _ = terminal(tty=True)
     screen.progress([Piece("goal met", "good"), Piece(" by 3")])
     assert out.getvalue() == "\x1b[32mgoal met\x1b[0m by 3\n"

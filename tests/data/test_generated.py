@@ -34,7 +34,7 @@ def test_a_batch_follows_from_seed_epoch_and_its_number():
     assert len({*bits(data.epoch(3, 0)), *bits(data.epoch(3, 1)), *bits(data.epoch(4, 1))}) == 6
 
 
-def test_epochs_repeat_by_views_and_a_seed_of_its_own_comes_before_that_of_the_run():
+def test_epochs_repeat_after_the_number_of_views_and_the_seed_of_the_data_takes_precedence():
     data = GeneratedData(normal, 8, 4, views=2, seed=5)
     assert bits(data.epoch(0, 0)) == bits(data.epoch(1, 2)) == bits(GeneratedData(normal, 8, 4).epoch(5, 0))
     assert bits(data.epoch(0, 1)) != bits(data.epoch(0, 0))
@@ -56,15 +56,15 @@ def test_epochs_repeat_by_views_and_a_seed_of_its_own_comes_before_that_of_the_r
         (normal, {"seed": -1}, "`seed` .* is -1; expected a whole number"),
     ],
 )
-def test_what_cannot_be_made_again_is_refused(generate, options, sentence):
+def test_a_generator_that_is_not_reproducible_is_refused(generate, options, sentence):
     with pytest.raises(UsageError, match=sentence):
         GeneratedData(generate, **{"samples": 8, **options})
 
 
-def test_a_callable_that_gives_other_numbers_of_samples_is_refused():
+def test_a_generator_that_returns_a_wrong_number_of_samples_is_refused():
     with pytest.raises(DataError, match="returns 3 samples; expected 2"):
         GeneratedData(lambda count, generator: generator.standard_normal((count + 1, D)), 8)
 
 
-def test_it_is_public():
+def test_generated_data_is_a_public_name():
     assert kirsch.GeneratedData is GeneratedData

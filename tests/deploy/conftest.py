@@ -1,4 +1,4 @@
-"""ONNX files written by hand, in the text form that the onnx package reads, and one that Kirsch exported."""
+"""ONNX files for tests: some are written as text that the onnx package parses, and one is exported by Kirsch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import kirsch
 
 
 class Exported(NamedTuple):
-    """A classifier of three classes, for images of 2 × 4 × 4, as a model and as a file."""
+    """A classifier with three classes for images of shape (2, 4, 4), as a model and as a file."""
 
     model: nn.Module
     artifact: kirsch.Artifact
@@ -31,33 +31,33 @@ def exported(tmp_path_factory):
     return Exported(model, kirsch.export(model, path, example_inputs=images), images)
 
 
-def put(body, path, *, taken="float[batch,2] input", given="float[batch,2] y"):
-    """Write an ONNX file whose graph has this body."""
-    text = f'<ir_version: 8, opset_import: ["" : 17]> g ({taken}) => ({given}) {{ {body} }}'
+def write_text(body, path, *, inputs="float[batch,2] input", outputs="float[batch,2] y"):
+    """Write an ONNX file whose graph has this body; return its path."""
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g ({inputs}) => ({outputs}) {{ {body} }}'
     onnx.save(onnx.parser.parse_model(text), path)
     return path
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes an ONNX file, by default one that takes (batch, 2) and gives (batch, 2); gives its path."""
-    return lambda body, name="hand.onnx", **signature: put(body, tmp_path / name, **signature)
+    """Return a function that writes an ONNX file; by default, its input and output have shape (batch, 2)."""
+    return lambda body, name="hand.onnx", **signature: write_text(body, tmp_path / name, **signature)
 
 
 @pytest.fixture
 def doubling(write):
-    """A file that gives twice what it takes."""
+    """Return the path of a file that doubles its input."""
     return write("y = Add(input, input)")
 
 
 @pytest.fixture
 def planted(monkeypatch):
-    """Makes the exporter of PyTorch write a file with this body in the place of the model."""
+    """Return a function that makes the PyTorch exporter write a file with a given body instead of the model."""
     from kirsch.frameworks.pytorch.io.export import TorchExportable
 
     def plant(body, **signature):
         def write_onnx(_self, path, **_options):
-            put(body, path, **signature)
+            write_text(body, path, **signature)
             return {}
 
         monkeypatch.setattr(TorchExportable, "write_onnx", write_onnx)
@@ -67,5 +67,5 @@ def planted(monkeypatch):
 
 @pytest.fixture
 def numbers():
-    """Five samples of two features, float32."""
+    """Return five samples with two features, float32."""
     return np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Inputs to time a file with."""
+"""Tests of generated inputs for timing an ONNX file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import kirsch
-from kirsch.deploy.onnx_inputs import stand_ins
+from kirsch.deploy.onnx_inputs import generated_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import LoadError, MemoryShortageError, UsageError
 from kirsch.graph.inputs import InputSpec
@@ -18,7 +18,7 @@ from kirsch.graph.inputs import InputSpec
 
 @pytest.fixture
 def session(tmp_path):
-    """A session on a file that adds its inputs, or has none: (name, shape, type) each."""
+    """Return a function that writes a file which adds its inputs, each (name, shape), and opens a session on it."""
 
     def make(*inputs, kind=TensorProto.FLOAT):
         values = [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs]
@@ -38,8 +38,8 @@ def spec(*shape, name=""):
 
 
 def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
-    with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. It gives the same numbers at each run"):
-        stand_ins(session())
+    with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. Its output is constant"):
+        generated_inputs(session())
     with pytest.raises(LoadError, match="has no inputs"):
         kirsch.measure(tmp_path / "net.onnx", example_inputs=np.ones((1, 2), np.float32))
 
@@ -53,42 +53,44 @@ def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
         (["n", "length"], "1,224"),
     ],
 )
-def test_a_shape_that_the_file_does_not_state_is_asked_for(session, shape, example):
+def test_the_error_for_an_unknown_shape_names_the_option(session, shape, example):
     file = session(("x", shape))
-    with pytest.raises(UsageError, match=re.escape(f"Give it: --input x={example}.")):
-        stand_ins(file)
+    with pytest.raises(UsageError, match=re.escape(f"Give the shape: --input x={example}.")):
+        generated_inputs(file)
     if shape:
-        assert stand_ins(file, [spec(2, *[3] * (len(shape) - 1))])[0].shape == (2, *[3] * (len(shape) - 1))
+        assert generated_inputs(file, [spec(2, *[3] * (len(shape) - 1))])[0].shape == (2, *[3] * (len(shape) - 1))
 
 
-def test_an_input_without_numbers_is_not_given_a_shape(session):
-    with pytest.raises(LoadError, match=r"'x' .* holds no numbers\. It is stated as 0 × 3\. Export the model again"):
-        stand_ins(session(("x", [0, 3])))
+def test_an_input_with_an_axis_of_size_0_is_refused(session):
+    with pytest.raises(
+        LoadError, match=r"'x' .* has an axis of size 0\. The shape in the file is 0 × 3\. Export the model again"
+    ):
+        generated_inputs(session(("x", [0, 3])))
 
 
-def test_inputs_larger_than_the_memory_are_refused_before_they_are_made(session):
+def test_inputs_larger_than_the_memory_are_refused_before_they_are_generated(session):
     with pytest.raises(MemoryShortageError, match=r"They need 4,000 GB.*largest axis has the size 1000000\."):
-        stand_ins(session(("x", [10**6, 10**6])))
-    assert stand_ins(session(("x", [10**6, 10**6])), [spec(2, 2)])[0].shape == (2, 2)
+        generated_inputs(session(("x", [10**6, 10**6])))
+    assert generated_inputs(session(("x", [10**6, 10**6])), [spec(2, 2)])[0].shape == (2, 2)
 
 
-def test_all_inputs_are_made_in_their_types_with_a_batch_of_one(session):
-    made = stand_ins(session(("ids", ["n", 4]), ("mask", ["n", 4]), kind=TensorProto.INT64))
-    assert [(array.shape, array.dtype) for array in made] == [((1, 4), np.int64)] * 2
-    assert made[1].min() == 1  # nothing is hidden
-    assert stand_ins(session(("x", [2]), kind=TensorProto.FLOAT16))[0].dtype == np.float16
+def test_inputs_have_the_types_of_the_file_and_a_batch_of_one(session):
+    arrays = generated_inputs(session(("ids", ["n", 4]), ("mask", ["n", 4]), kind=TensorProto.INT64))
+    assert [(array.shape, array.dtype) for array in arrays] == [((1, 4), np.int64)] * 2
+    assert arrays[1].min() == 1  # a mask of ones hides no position
+    assert generated_inputs(session(("x", [2]), kind=TensorProto.FLOAT16))[0].dtype == np.float16
 
 
-def test_a_type_that_numbers_cannot_fill_is_named(session):
+def test_the_error_for_an_unsupported_type_names_it(session):
     with pytest.raises(LoadError, match=r"'x' .* is of type string"):
-        stand_ins(session(("x", ["n"]), kind=TensorProto.STRING))
+        generated_inputs(session(("x", ["n"]), kind=TensorProto.STRING))
 
 
-def test_shapes_go_by_name_or_in_the_order_of_the_file(session):
+def test_shapes_are_matched_by_name_or_by_order(session):
     two = session(("a", ["n", "w"]), ("b", ["n", "w"]))
-    assert [x.shape for x in stand_ins(two, [spec(1, 2), spec(3, 4)])] == [(1, 2), (3, 4)]
-    assert [x.shape for x in stand_ins(two, [spec(1, 2, name="b"), spec(3, 4, name="a")])] == [(3, 4), (1, 2)]
+    assert [x.shape for x in generated_inputs(two, [spec(1, 2), spec(3, 4)])] == [(1, 2), (3, 4)]
+    assert [x.shape for x in generated_inputs(two, [spec(1, 2, name="b"), spec(3, 4, name="a")])] == [(3, 4), (1, 2)]
     with pytest.raises(UsageError, match=r"has no input 'c'\. Known: a, b\."):
-        stand_ins(two, [spec(1, 2, name="a"), spec(1, 2, name="c")])
-    with pytest.raises(UsageError, match="has 2 inputs, and 1 shapes are given"):
-        stand_ins(two, [spec(1, 2)])
+        generated_inputs(two, [spec(1, 2, name="a"), spec(1, 2, name="c")])
+    with pytest.raises(UsageError, match="has 2 inputs; the number of given shapes is 1"):
+        generated_inputs(two, [spec(1, 2)])

@@ -1,4 +1,4 @@
-"""Running files, those that nobody should run included."""
+"""Tests of running ONNX files, including damaged and malicious files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError
 
 
-def test_a_file_is_run_and_says_what_it_takes(write, numbers):
-    session = OnnxSession(write("y = Add(input, input) z = Neg(input)", given="float[batch,2] y, float[batch,2] z"))
+def test_a_session_has_the_names_shapes_and_types_of_its_inputs(write, numbers):
+    session = OnnxSession(write("y = Add(input, input) z = Neg(input)", outputs="float[batch,2] y, float[batch,2] z"))
     twice, negative = session.run(numbers)
     assert np.array_equal(twice, 2 * numbers)
     assert np.array_equal(negative, -numbers)
@@ -21,7 +21,7 @@ def test_a_file_is_run_and_says_what_it_takes(write, numbers):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 256])
-def test_a_prediction_is_that_of_all_batches_in_order(doubling, numbers, batch_size, monkeypatch):
+def test_predictions_do_not_depend_on_the_batch_size(doubling, numbers, batch_size, monkeypatch):
     session, sizes = OnnxSession(doubling), []
     plain = session.run
     monkeypatch.setattr(session, "run", lambda part: (sizes.append(len(part)), plain(part))[1])
@@ -32,18 +32,18 @@ def test_a_prediction_is_that_of_all_batches_in_order(doubling, numbers, batch_s
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7])
 def test_a_file_with_a_fixed_batch_predicts_any_number_of_samples(write, numbers, size):
-    path = write("y = Add(input, input)", taken=f"float[{size},2] input", given=f"float[{size},2] y")
+    path = write("y = Add(input, input)", inputs=f"float[{size},2] input", outputs=f"float[{size},2] y")
     session = OnnxSession(path)
     assert session.batch == size
     assert np.array_equal(session.predict(numbers), 2 * numbers)
 
 
-def test_a_prediction_of_nothing_is_refused(doubling):
+def test_predict_without_samples_is_refused(doubling):
     with pytest.raises(DataError, match=r"There are no inputs to predict\."):
         OnnxSession(doubling).predict(np.zeros((0, 2), np.float32))
 
 
-def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
+def test_a_function_for_timing_runs_the_file_at_each_call(doubling, numbers):
     values = numbers.copy()
     call = OnnxSession(doubling).call(values)
     assert np.array_equal(call()[0], 2 * numbers)
@@ -57,11 +57,11 @@ def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
     [
         (
             [np.zeros((2, 3), np.float32)],
-            r"take inputs \(2, 3\) float32\. It expects input \['batch', 2\] tensor\(float\)",
+            r"accept inputs \(2, 3\) float32\. It expects input \['batch', 2\] tensor\(float\)",
         ),
         (
             [np.zeros((2, 2))],
-            r"take inputs \(2, 2\) float64\. .*Actual: \(tensor\(double\)\) , expected: \(",
+            r"accept inputs \(2, 2\) float64\. .*Actual: \(tensor\(double\)\) , expected: \(",
         ),
         (
             [np.zeros((2, 2), np.float32)] * 2,
@@ -70,27 +70,27 @@ def test_a_call_for_timing_runs_the_file_each_time(doubling, numbers):
         ([], r"It expects input \['batch', 2\] tensor\(float\)\. Give example inputs"),
     ],
 )
-def test_inputs_that_do_not_fit_are_named_with_what_is_expected(doubling, verb, inputs, sentence):
+def test_the_error_for_wrong_inputs_has_their_shapes_and_the_expected_shapes(doubling, verb, inputs, sentence):
     with pytest.raises(ShapeError, match=sentence):
         getattr(OnnxSession(doubling), verb)(*inputs)
 
 
-def test_a_fault_within_the_file_is_told_in_the_words_of_the_runtime(write):
+def test_an_error_in_a_file_contains_the_message_of_the_runtime(write):
     body = "t = Constant<value = float[2] {5.0, 6.0}>() y = Gather(t, input)"
-    session = OnnxSession(write(body, taken="int64[batch,2] input"))
+    session = OnnxSession(write(body, inputs="int64[batch,2] input"))
     assert session.run(np.array([[0, 1]]))[0].tolist() == [[5, 6]]
     with pytest.raises(ShapeError, match=r"idx=9 must be within the inclusive range \[-2,1\]"):
         session.run(np.array([[0, 9]]))
 
 
-def test_the_number_of_threads_is_that_of_the_session(doubling):
+def test_the_session_uses_the_given_number_of_threads(doubling):
     session = OnnxSession(doubling, threads=2)
     assert session.threads == 2
     assert session._session.get_session_options().intra_op_num_threads == 2
     assert session._session.get_session_options().inter_op_num_threads == 1
 
 
-def test_a_file_that_is_missing_is_named(tmp_path):
+def test_the_error_for_a_missing_file_has_its_name(tmp_path):
     with pytest.raises(LoadError, match=r"The file .*gone\.onnx does not exist\. Export the model first\."):
         OnnxSession(tmp_path / "gone.onnx")
     with pytest.raises(
@@ -103,28 +103,28 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     ("content", "sentence"),
     [
         (b"", r"is not an ONNX file: it is an empty file.*Write or download it again"),
-        (b"hi", r"cannot be loaded by ONNX Runtime\. .*[^.]\. The file is damaged, or not an ONNX file"),
+        (b"hi", r"cannot be loaded by ONNX Runtime\. .*[^.]\. The file is damaged or is not an ONNX file"),
         (b"\x80\x04}q\x00.", r"is not an ONNX file: it is a pickle.* Give an ONNX file"),
         (b"PK\x03\x04" + bytes(40), r"is not an ONNX file: it is a damaged zip archive"),
     ],
     ids=["empty", "text", "pickle", "archive"],
 )
-def test_a_file_that_is_no_onnx_is_refused_in_one_sentence_each(tmp_path, content, sentence):
+def test_a_file_in_another_format_is_refused_with_its_format(tmp_path, content, sentence):
     (tmp_path / "junk.onnx").write_bytes(content)
     with pytest.raises(LoadError, match=rf"junk\.onnx {sentence}") as caught:
         OnnxSession(tmp_path / "junk.onnx")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_with_operators_of_its_own_is_refused_with_the_reason(tmp_path):
+def test_a_file_with_custom_operators_is_refused(tmp_path):
     text = '<ir_version: 8, opset_import: ["" : 17, "own" : 1]> g (float[2] x) => (float[2] y) { y = own.Foo(x) }'
     (tmp_path / "own.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(LoadError, match=r"Foo.*Leave custom operators out"):
         OnnxSession(tmp_path / "own.onnx")
 
 
-def with_outer_weights(path, location):
-    """A file that adds weights which lie in another file."""
+def with_external_weights(path, location):
+    """Write a file that adds weights, which are stored in another file."""
     weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
     weights.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
@@ -139,19 +139,19 @@ def with_outer_weights(path, location):
 
 
 def test_weights_outside_the_folder_of_the_file_are_not_read(tmp_path, numbers):
-    """A file from a stranger must not make its reader's other files speak."""
+    """An untrusted file must not be able to read other files of the user."""
     inner = tmp_path / "inner"
     inner.mkdir()
     for folder in (tmp_path, inner):
         (folder / "weights.bin").write_bytes(np.array([1, 2], np.float32).tobytes())
-    session = OnnxSession(with_outer_weights(inner / "honest.onnx", "weights.bin"))
+    session = OnnxSession(with_external_weights(inner / "inside.onnx", "weights.bin"))
     assert session.run(numbers)[0] == pytest.approx(numbers + np.array([1, 2]))
     for location in ("../weights.bin", str(tmp_path / "weights.bin"), "../inner/../weights.bin"):
-        with pytest.raises(LoadError, match=r"sly\.onnx cannot be loaded by ONNX Runtime"):
-            OnnxSession(with_outer_weights(inner / "sly.onnx", location))
+        with pytest.raises(LoadError, match=r"outside\.onnx cannot be loaded by ONNX Runtime"):
+            OnnxSession(with_external_weights(inner / "outside.onnx", location))
 
 
-def test_without_onnxruntime_the_line_that_installs_it_is_given(doubling, monkeypatch):
+def test_a_missing_onnxruntime_is_named_with_its_pip_command(doubling, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     sentence = (
         r"^The package 'onnxruntime' is not installed\. It is needed to run ONNX files\. "

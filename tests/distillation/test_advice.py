@@ -139,10 +139,10 @@ TARGETS = {
         "columns": integers(C, N, 1),
         "one-hot": one_hot(N),
         "binary": integers(2, N, C),
-        "five answers": integers(2, N, 5),
+        "five labels": integers(2, N, 5),
         "numbers": X.new_ones(N) * 1.5,
     },
-    (1,): {"binary": integers(2, N), "five answers": integers(2, N, 5), "numbers": X.new_ones(N) * 1.5},
+    (1,): {"binary": integers(2, N), "five labels": integers(2, N, 5), "numbers": X.new_ones(N) * 1.5},
     (): {"binary": integers(2, N), "numbers": X.new_ones(N) * 1.5},
 }
 CASES = [(shape, name) for shape, targets in TARGETS.items() for name in targets]
@@ -152,7 +152,7 @@ MAX_STEPS = 6
 
 @pytest.mark.parametrize("start", STARTS, ids=" ".join)
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
-def test_following_the_fixes_leads_to_a_run(shape, name, start):
+def test_training_runs_after_the_fixes_in_the_errors_are_applied(shape, name, start):
     call, errors = Call(shape, TARGETS[shape][name], *start), []
     while (error := call.run()) is not None and len(errors) < MAX_STEPS and call.follow(error.fix):
         errors.append(str(error))

@@ -16,7 +16,7 @@ from kirsch.distillation.term import Term
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
-def test_the_page_is_up_to_date():
+def test_docs_methods_md_is_up_to_date():
     assert PAGE.read_text() == page(), "Regenerate it: kirsch methods --markdown > docs/methods.md"
 
 
@@ -26,7 +26,7 @@ def test_all_presets_and_losses_are_listed():
 
 
 @pytest.mark.parametrize("entry", [*presets(), *losses()], ids=lambda entry: entry["name"])
-def test_each_has_a_description_and_a_source(entry):
+def test_each_preset_and_loss_has_a_description_and_a_source(entry):
     assert entry["what"].endswith(".")
     assert entry["source"]
 

@@ -135,7 +135,7 @@ def test_logits_with_other_cells_than_the_maps_are_refused():
 # ------------------------------------------------------------------------------------------------ dense heads
 
 
-def test_response_in_closed_form(framework):
+def test_detection_response_in_closed_form(framework):
     """Probabilities of teacher and student: 3/4 and 1/2 in cell 0, 1/4 in cell 1, whose boxes do not count."""
     teacher = {
         "logits": framework(np.log([[[3.0], [1 / 3]]])),

@@ -14,7 +14,7 @@ from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.training import Training, TrainingHooks
-from kirsch.tasks.classification import Answers
+from kirsch.tasks.classification import PredictionSummary
 
 N, D = 100, 4
 RARE = np.arange(N) % 33 == 32  # 3 of 100
@@ -176,8 +176,8 @@ def test_a_teacher_with_negative_logits_that_depend_on_the_inputs_gives_a_warnin
 
 
 def test_the_event_of_a_multi_label_teacher_has_its_accuracy():
-    knows = FromFunction(lambda x: 4.0 * torch.from_numpy(RARELY.astype(float))[: len(x)] - 2.0, 3)
-    events = events_of(knows, ArrayData(X, np.where(RARE[:, None], -100.0, RARELY)), BINARY)
+    teacher = FromFunction(lambda x: 4.0 * torch.from_numpy(RARELY.astype(float))[: len(x)] - 2.0, 3)
+    events = events_of(teacher, ArrayData(X, np.where(RARE[:, None], -100.0, RARELY)), BINARY)
     assert events[0]["accuracy"] == 1.0
     assert not [s for s in warnings_of(events) if "teacher" in s]
 
@@ -248,7 +248,7 @@ def test_a_validation_with_invalid_targets_is_refused_before_training():
 
 def test_the_statistics_of_predictions_in_closed_form():
     """4 of 6 samples of class 0 and 1 of 2 of class 1 are correct; 5 predictions are 0 and 3 are 1."""
-    found = Answers.of(np.array([0, 0, 0, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
+    found = PredictionSummary.of(np.array([0, 0, 0, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
     assert (found.n, found.accuracy, found.classes, found.most_frequent) == (8, 5 / 8, 2, 6)
     assert found.balanced == pytest.approx((4 / 6 + 1 / 2) / 2)
     assert found.chance == pytest.approx(6 / 8 * 5 / 8 + 2 / 8 * 3 / 8)
@@ -259,11 +259,11 @@ def test_the_statistics_of_predictions_in_closed_form():
 
 def test_the_chance_level_of_constant_predictions_is_their_accuracy():
     labels = np.array([0, 0, 0, 1, 2])
-    constant = Answers.of(np.zeros(5, int), labels)
+    constant = PredictionSummary.of(np.zeros(5, int), labels)
     assert constant.constant
     assert constant.chance == pytest.approx(constant.accuracy)
     assert constant.balanced == pytest.approx(1 / 3)
-    even = Answers.of(np.array([1, 2, 0]), np.array([0, 1, 2]))
+    even = PredictionSummary.of(np.array([1, 2, 0]), np.array([0, 1, 2]))
     assert even.chance == pytest.approx(1 / 3)
     assert not even.uneven
-    assert Answers.of(np.zeros(0, int), np.zeros(0, int)).n == 0
+    assert PredictionSummary.of(np.zeros(0, int), np.zeros(0, int)).n == 0

@@ -66,7 +66,7 @@ def test_feature_losses_equal_the_golden_values(golden, framework):
     assert value == pytest.approx(VALUES[golden], rel=tolerance, abs=1e-9)
 
 
-def test_every_golden_value_of_these_methods_is_tested():
+def test_every_golden_value_of_feature_losses_is_tested():
     methods = {key.partition("/")[0] for key in GOLDEN}
     assert {key for key in VALUES if key.partition("/")[0] in methods} == set(GOLDEN)
     assert len(methods) == 16

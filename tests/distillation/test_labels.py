@@ -118,7 +118,7 @@ def test_unknown_targets_of_the_binary_loss_do_not_count(framework):
 
 
 @pytest.mark.parametrize("loss", [binary_label, squared_error])
-def test_one_output_a_sample_is_not_broadcast_over_the_batch(loss, framework):
+def test_one_output_per_sample_is_not_broadcast_over_the_batch(loss, framework):
     logits, targets = np.array([0.5, -1.0, 2.0]), np.array([1.0, 0.0, 1.0])
     expected = float(loss(framework(logits[:, None]), framework(targets[:, None])))
     assert float(loss(framework(logits[:, None]), framework(targets))) == expected

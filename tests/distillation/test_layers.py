@@ -255,7 +255,7 @@ def test_functions_of_an_encoder_return_their_values(bert, implementation):
         dry_run(net, ["attention[0]"], inputs)
 
 
-def test_a_student_with_fused_attention_learns_from_a_teacher_without(bert):
+def test_a_student_with_fused_attention_learns_from_a_teacher_without_fused_attention(bert):
     """Relations of queries need no attention scores; the loss equals that of a student with eager attention."""
     last = [f"**.attention.self.{name}[-1]" for name in ("query", "key", "value")]
     terms = (Term("minilm", 1.0, student_layer=last, options={"heads": 4}),)

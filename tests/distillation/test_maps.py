@@ -57,14 +57,14 @@ def test_activation_boundaries_in_closed_form(framework):
     assert loss_value("ab", student, teacher, framework, margin=0.5, convention="torchdistill") == pytest.approx(0.25)
 
 
-def test_overhaul_in_closed_form(framework):
+def test_ofd_in_closed_form(framework):
     """Margin -1. Teacher 2: every difference counts; -0.5: only a higher student; -3: only above the margin."""
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
 
 
-def test_channel_wise_in_closed_form(framework):
+def test_cwd_in_closed_form(framework):
     """Teacher (1/2, 1/2), student (1/4, 3/4) at temperature 2: log(4/3) / 2 times 4."""
     student, teacher = maps([0, 2 * math.log(3)], [5, 5]), maps([7, 7], [1, 1])
     value = loss_value("cwd", student, teacher, framework, temperature=2.0)
@@ -319,7 +319,7 @@ def test_no_gradient_reaches_the_teacher_of_vid():
 
 
 def test_numbers_of_scales_other_than_the_channels_are_refused():
-    with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one a channel, are needed"):
+    with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one per channel, are needed"):
         LOSSES["vid"]({"mean": fs, "scale": np.zeros(3)}, ft4)
     with pytest.raises(ShapeError, match="`margin` has 3 values"):
         LOSSES["ofd"](fs, ft4, margin=[-1, -1, -1])

@@ -56,7 +56,7 @@ def stages_found(model, inputs=None):
         ("vit_b_16", {f"encoder.layers.encoder_layer_{n}": None for n in range(12)}),
     ],
 )
-def test_stages_of_torchvision(torchvision, name, expected):
+def test_the_stages_of_torchvision_models_are_found(torchvision, name, expected):
     torch.manual_seed(0)
     options = {"image_size": 64} if name.startswith("vit") else {}
     found = stages_found(getattr(torchvision.models, name)(weights=None, **options))

@@ -152,7 +152,7 @@ def test_each_student_has_a_history_and_events_have_its_index():
     assert events[1]["loss"] == pytest.approx(sum(trained.history[0]["loss"] for trained in found))
 
 
-def test_with_a_weight_near_0_each_student_is_trained_as_alone():
+def test_with_a_weight_near_0_each_student_is_trained_as_without_the_others():
     objective = Objective((Term("kd", Ramp(0.0, 1e-9, 5.0), temperature=1.0),))
     training = Training(epochs=1, learning_rate=0.1)
     found = distill_mutually([linear(0), linear(1)], batches(), objective=objective, training=training,

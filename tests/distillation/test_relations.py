@@ -48,7 +48,7 @@ def test_relational_angles_in_closed_form(framework):
     assert loss_value("rkd-angle", LINE, CORNER, framework) == pytest.approx(2 * sum(losses) / 27, rel=1e-13)
 
 
-def test_similarities_in_closed_form(framework):
+def test_sp_in_closed_form(framework):
     """The products of orthogonal samples are the identity; those of equal samples are rows (1, 1) / √2 or / 2."""
     difference, same = np.eye(2), np.ones((2, 1))
     tilt = 1 / math.sqrt(2)
@@ -57,7 +57,7 @@ def test_similarities_in_closed_form(framework):
     assert loss_value("sp", difference, same, framework, convention="torchdistill") == pytest.approx(0.25, rel=1e-14)
 
 
-def test_probabilities_in_closed_form(framework):
+def test_pkt_in_closed_form(framework):
     """Cosines 1 and 0 give (2/3, 1/3), 1 and 1 give (1/2, 1/2): KL divergence over 2 · 2 pairs."""
     student, teacher = np.eye(2), np.ones((2, 1))
     divergence = (math.log(0.5 / (2 / 3)) + math.log(0.5 / (1 / 3))) / 2
@@ -72,7 +72,7 @@ def test_correlations_of_successive_samples_in_closed_form(framework):
     assert loss_value("cc", student[[0, 2, 1]], np.zeros((3, 2)), framework) == pytest.approx((2 + 0) / 2, rel=1e-14)
 
 
-def test_kernels_in_closed_form(framework):
+def test_cc_kernel_in_closed_form(framework):
     """Cosines 0 and 1: the series is 1 and 1 + 0.8 + 0.32, times exp(-0.8)."""
     student, teacher = 3 * np.eye(2), np.ones((2, 1))
     difference = math.exp(-0.8) * 1.12

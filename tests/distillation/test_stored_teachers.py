@@ -125,7 +125,7 @@ def bound(store, batch, objective=None):
     return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
 
 
-def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
+def test_batches_of_a_custom_loop_must_have_the_views_of_the_store(tmp_path):
     given = data(SHAKEN, views=2, seed=5)
     store = build_store(tmp_path / "store", net(), given, keep=Dense(), views=2)
     batch = next(given.epoch(0, 1))
@@ -137,11 +137,11 @@ def test_batches_of_a_custom_loop_need_the_views_that_the_teacher_saw(tmp_path):
         with pytest.raises(DataError, match=r"was augmented differently for the teacher\. .*with the seed 5"):
             distiller(next(other.epoch(0, 1)))
     plain = next(data().epoch(0, 0))
-    for unsaid in (plain, (plain.inputs, plain.targets, plain.ids)):
+    for without_views in (plain, (plain.inputs, plain.targets, plain.ids)):
         with pytest.raises(UsageError, match=r"have no augmentation seeds.*kirsch\.distill.*ArrayData\.epoch"):
-            distiller(unsaid)
+            distiller(without_views)
         with pytest.raises(UsageError, match=r"have no augmentation seeds"):
-            bound(store, unsaid)
+            bound(store, without_views)
 
 
 def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
@@ -231,7 +231,7 @@ def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
         learned(Writer(30), store, given, objective=Objective.preset("causal"))
 
 
-# ------------------------------------------------------------------------------------------------ what a teacher knows
+# --------------------------------------------------------------------------------- evaluation of a stored teacher
 
 
 class Fixed(nn.Module):
@@ -253,8 +253,8 @@ def sorted_rows(count=2000):
 @pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])
 def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
     """Of data in the order of its labels, 1,024 samples from the first on are of three classes of five."""
-    given, told = sorted_rows(), []
-    hooks = TrainingHooks(event=told.append)
+    given, events = sorted_rows(), []
+    hooks = TrainingHooks(event=events.append)
 
     def taught(table, name):
         teacher = Fixed(table)
@@ -264,7 +264,7 @@ def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a
     with pytest.raises(NumericError, match=r"The teacher is no better than chance: 0\.0% of 1024 samples are correct"):
         taught([1, 2, 3, 4, 0], "wrong")
     taught([1, 2, 0, 3, 4], "late")
-    assert told[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}
+    assert events[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}
 
 
 def test_a_store_of_data_without_labels_is_not_evaluated(tmp_path):

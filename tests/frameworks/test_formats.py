@@ -56,7 +56,7 @@ FILES = {
     "notes.txt": (lambda path: path.write_text("hello"), "a file of an unknown format"),
     "saved": (lambda path: (path.mkdir(), (path / "saved_model.pb").touch()), "a TensorFlow SavedModel"),
     "bert": (lambda path: (path.mkdir(), (path / "config.json").touch()), "a folder of a transformers model"),
-    "small": (lambda path: (path.mkdir(), (path / "plan.json").touch()), "a folder of kirsch prune"),
+    "small": (lambda path: (path.mkdir(), (path / "plan.json").touch()), "a folder written by kirsch prune"),
     "other": (lambda path: path.mkdir(), "a folder"),
 }
 
@@ -78,7 +78,7 @@ def test_format_is_named_in_errors_about_weights_and_models(tmp_path, name):
         assert caught.value.fix
 
 
-def test_folder_in_place_of_a_weights_file_is_refused_with_the_file_in_it(tmp_path):
+def test_the_error_for_a_folder_instead_of_a_weights_file_names_the_file_in_the_folder(tmp_path):
     model = nn.Linear(2, 2)
     with pytest.raises(LoadError, match=r"it is a folder\..* Give a safetensors file"):
         framework_of(model).inference.load_weights(model, tmp_path)

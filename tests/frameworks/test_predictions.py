@@ -42,7 +42,7 @@ def test_the_logits_are_found_by_the_names_of_the_outputs(names, expected):
         (["last_hidden_state", "pooler_output"], "returns last_hidden_state and no logits: it has no head"),
     ],
 )
-def test_names_that_do_not_tell_are_an_error(names, sentence):
+def test_output_names_that_do_not_identify_the_logits_are_an_error(names, sentence):
     with pytest.raises(UsageError, match=sentence):
         logits_output(names)
 

@@ -46,7 +46,7 @@ def test_a_term_that_has_become_small_during_training_is_not_warned_of():
     assert share_warnings({"label": 0.0007, "kd": 0.9993}, {"label": 0.05, "kd": 0.95}) == {}
 
 
-def test_a_term_that_never_had_a_share_is_doubted_for_its_weight():
+def test_a_term_with_a_tiny_share_from_the_start_gives_a_warning_about_its_weight():
     shares = {"label": 0.0007, "kd": 0.9993}
     for began in (shares, {"label": 0.0, "kd": 1.0}):
         found = share_warnings(shares, began)
@@ -55,7 +55,7 @@ def test_a_term_that_never_had_a_share_is_doubted_for_its_weight():
     assert share_warnings({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}
 
 
-def test_a_term_that_begins_without_a_gradient_is_doubted():
+def test_a_term_without_a_gradient_at_the_start_gives_a_warning():
     shares = {"label": 1.0, "kd": 0.0}
     assert list(share_warnings(shares, shares)) == ["kd"]
     assert share_warnings(shares, shares)["kd"] == (

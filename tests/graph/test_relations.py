@@ -19,7 +19,8 @@ def labeled(facts, *shape, bare=()):
     return Tensor.of(shape, axes)
 
 
-def lists(tensor):
+def label_lists(tensor):
+    """Return the labels of each axis as a list; None for an axis without labels."""
     return [axis if axis is None else axis.tolist() for axis in tensor.axes]
 
 
@@ -50,14 +51,14 @@ def test_a_matrix_product_ties_the_contracted_axes_and_keeps_the_others():
     assert facts.freezes == []
 
 
-def test_a_letter_on_three_tensors_ties_all_three_axes():
+def test_an_index_shared_by_three_tensors_ties_their_axes():
     facts = Facts()
     a, b, c = (labeled(facts, 3) for _ in range(3))
     relations.relate(facts, [(a, "i"), (b, "i"), (c, "i")], "i", (3,))
     assert_tied(facts, a.axes[0], b.axes[0], c.axes[0])
 
 
-def test_a_letter_twice_on_one_tensor_ties_its_axes():
+def test_an_index_that_occurs_twice_on_one_tensor_ties_its_axes():
     """As for the diagonal of a matrix."""
     facts = Facts()
     x = labeled(facts, 3, 3)
@@ -74,26 +75,26 @@ def test_an_axis_of_size_one_is_broadcast_and_freezes_nothing():
     assert facts.freezes == []
 
 
-def test_a_letter_missing_from_the_result_is_reduced_and_not_lost():
+def test_an_index_missing_from_the_result_is_reduced_and_not_lost():
     facts = Facts()
     x = labeled(facts, 2, 3)
     facts.begin(Operation("sum"))
     out = relations.relate(facts, [(x, "nc")], "c", (3,))
-    assert lists(out) == [[3, 4, 5]]
+    assert label_lists(out) == [[3, 4, 5]]
     assert len(facts.lost([x], [out])) == 0
 
 
-def test_a_new_letter_is_an_axis_without_labels():
+def test_a_new_index_is_an_axis_without_labels():
     facts = Facts()
     x = labeled(facts, 3)
-    assert lists(relations.relate(facts, [(x, "c")], "cz", (3, 7))) == [[1, 2, 3], None]
+    assert label_lists(relations.relate(facts, [(x, "c")], "cz", (3, 7))) == [[1, 2, 3], None]
 
 
 def test_elementwise_aligns_from_the_right():
     facts = Facts()
     x, bias = labeled(facts, 2, 3), labeled(facts, 3)
     out = relations.elementwise(facts, [bias, x], (2, 3))
-    assert lists(out) == [[1, 2], [6, 7, 8]]
+    assert label_lists(out) == [[1, 2], [6, 7, 8]]
     assert_tied(facts, x.axes[1], bias.axes[0])
     assert facts.freezes == []
 
@@ -111,13 +112,13 @@ def test_missing_axes_and_axes_of_size_one_tie_nothing_in_an_elementwise_operati
     x, other = labeled(facts, 3, 4), Tensor.of(shape)
     out = relations.elementwise(facts, [other, x], (3, 4))
     assert out.axes[1] is x.axes[1]
-    assert len(facts.freezes) == (shape == (3, 1))  # an axis of size 3 without labels freezes
+    assert len(facts.freezes) == (shape == (3, 1))  # the axis of size 3 without labels freezes the one of x
 
 
 def test_an_elementwise_operation_with_an_unlabeled_axis_freezes_the_labeled_one():
     facts = Facts()
     x = labeled(facts, 2, 3)
-    assert lists(relations.elementwise(facts, [x, Tensor.of((3,))], (2, 3))) == [[1, 2], None]
+    assert label_lists(relations.elementwise(facts, [x, Tensor.of((3,))], (2, 3))) == [[1, 2], None]
     assert [freeze.labels.tolist() for freeze in facts.freezes] == [[3, 4, 5]]
     assert facts.freezes[0].reason == "it meets an axis that cannot change"
 
@@ -129,21 +130,21 @@ def test_a_permutation_is_undone_by_its_inverse(order):
     assert permuted.shape == tuple(x.shape[axis] for axis in order)
     restored = relations.permute(permuted, np.argsort(order))
     assert restored.shape == x.shape
-    assert lists(restored) == lists(x)
+    assert label_lists(restored) == label_lists(x)
 
 
 def test_flattening_repeats_the_label_of_a_channel_for_each_position():
     """As for a convolution's (C, 2, 2) before a linear layer."""
     facts = Facts()
     x = labeled(facts, 7, 3, 2, 2, bare=[0, 2, 3])
-    assert lists(relations.reshape(facts, x, (7, 12))) == [None, [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]]
+    assert label_lists(relations.reshape(facts, x, (7, 12))) == [None, [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]]
     assert facts.grids == []
 
 
 def test_flattening_positions_before_channels_repeats_the_labels_of_all_channels():
     facts = Facts()
     x = labeled(facts, 2, 3, bare=[0])
-    assert lists(relations.reshape(facts, x, (6,))) == [[1, 2, 3, 1, 2, 3]]
+    assert label_lists(relations.reshape(facts, x, (6,))) == [[1, 2, 3, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (2, 1, 3), (2, 3, 1), (1, 2, 1, 1, 3, 1)])
@@ -151,17 +152,17 @@ def test_a_reshape_can_add_and_remove_axes_of_size_one(shape):
     facts = Facts()
     x = labeled(facts, 2, 3)
     reshaped = relations.reshape(facts, x, shape)
-    assert [axis for axis in lists(reshaped) if axis is not None] == lists(x)
-    assert lists(relations.reshape(facts, reshaped, (2, 3))) == lists(x)
+    assert [axis for axis in label_lists(reshaped) if axis is not None] == label_lists(x)
+    assert label_lists(relations.reshape(facts, reshaped, (2, 3))) == label_lists(x)
     assert facts.grids == []
 
 
 @pytest.mark.parametrize(("before", "after"), [((1, 2), (2,)), ((2,), (1, 2)), ((2, 1), (1, 2))])
 def test_an_axis_filled_by_one_label_passes_through_a_reshape(before, after):
-    """As for one flattened channel with two positions; only a split would freeze it."""
+    """For example one channel, flattened with two positions; only splitting this axis would freeze the label."""
     facts = Facts()
     x = Tensor.of(before, [None if size == 1 else facts.fresh(1).repeat(2) for size in before])
-    assert [axis for axis in lists(relations.reshape(facts, x, after)) if axis is not None] == [[1, 1]]
+    assert [axis for axis in label_lists(relations.reshape(facts, x, after)) if axis is not None] == [[1, 1]]
     assert facts.freezes == []
 
 
@@ -192,13 +193,13 @@ def test_a_reshape_is_undone_by_the_inverse_reshape(before, after, data):
     reshaped = relations.reshape(facts, x, after)
     assert reshaped.shape == after
     assert len(facts.lost([x], [reshaped])) == 0
-    assert lists(relations.reshape(facts, reshaped, before)) == lists(x)
+    assert label_lists(relations.reshape(facts, reshaped, before)) == label_lists(x)
     assert facts.freezes == []
 
 
 @given(shapes(), shapes(), st.data())
 def test_each_element_keeps_its_label_through_a_reshape(before, after, data):
-    """One labeled axis, broadcast to all elements of the tensor, before and after."""
+    """Compare the label of each element before and after the reshape, with labels on one axis only."""
     facts = Facts()
     axis = data.draw(st.integers(0, len(before) - 1))
     assume(before[axis] > 1)
@@ -215,7 +216,7 @@ def test_concatenated_parts_keep_their_labels_and_tie_the_other_axes():
     a, b = labeled(facts, 2, 3), labeled(facts, 2, 2)
     facts.begin(Operation("cat"))
     out = relations.concat(facts, [a, b], 1, (2, 5))
-    assert lists(out) == [[1, 2], [3, 4, 5, 8, 9]]
+    assert label_lists(out) == [[1, 2], [3, 4, 5, 8, 9]]
     assert_tied(facts, a.axes[0], b.axes[0])
     assert_apart(facts, a.axes[1], b.axes[1])
     assert len(facts.lost([a, b], [out])) == 0
@@ -225,7 +226,7 @@ def test_a_concatenated_part_without_labels_is_frozen_and_the_other_parts_are_no
     facts = Facts()
     a = labeled(facts, 2)
     out = relations.concat(facts, [Tensor.of((1,)), a, Tensor.of((2,))], 0, (5,))
-    assert lists(out) == [[0, 1, 2, 0, 0]]
+    assert label_lists(out) == [[0, 1, 2, 0, 0]]
     assert facts.freezes == []
     assert relations.concat(facts, [Tensor.of((2,)), Tensor.of((3,))], 0, (5,)) == Tensor.of((5,))
 
@@ -240,7 +241,7 @@ def test_a_gather_selects_labels_as_it_selects_elements(index, expected):
     facts.begin(Operation("slice"))
     out = relations.gather(facts, x, 0, np.array(index))
     assert out.shape == (len(index), 3)
-    assert lists(out) == [expected, [5, 6, 7]]
+    assert label_lists(out) == [expected, [5, 6, 7]]
     assert len(facts.lost([x], [out])) == 0
     assert facts.freezes == []
 
@@ -250,7 +251,7 @@ def test_a_single_selected_index_is_frozen():
     facts = Facts()
     x = labeled(facts, 2, 4)
     out = relations.gather(facts, x, 1, np.array([2]))
-    assert (out.shape, lists(out)) == ((2, 1), [[1, 2], None])
+    assert (out.shape, label_lists(out)) == ((2, 1), [[1, 2], None])
     assert [freeze.labels.tolist() for freeze in facts.freezes] == [[5]]
     assert facts.freezes[0].reason == "a single index of the axis is selected by number"
 
@@ -258,7 +259,7 @@ def test_a_single_selected_index_is_frozen():
 def test_an_axis_without_labels_has_none_after_a_gather():
     facts = Facts()
     out = relations.gather(facts, labeled(facts, 4, 3, bare=[0]), 0, np.array([2]))
-    assert (out.shape, lists(out)) == ((1, 3), [None, [1, 2, 3]])
+    assert (out.shape, label_lists(out)) == ((1, 3), [None, [1, 2, 3]])
     assert facts.freezes == []
 
 
@@ -268,7 +269,7 @@ def test_concatenated_slices_have_the_labels_of_the_tensor(size, cut):
     facts = Facts()
     x = labeled(facts, 2, size)
     parts = [relations.gather(facts, x, 1, part) for part in np.split(np.arange(size), [cut])]
-    assert lists(relations.concat(facts, parts, 1, x.shape)) == lists(x)
+    assert label_lists(relations.concat(facts, parts, 1, x.shape)) == label_lists(x)
 
 
 @pytest.mark.parametrize(("keepdim", "shape"), [(False, (3,)), (True, (1, 3, 1))])
@@ -278,7 +279,7 @@ def test_a_reduction_drops_axes_and_loses_no_label(keepdim, shape):
     facts.begin(Operation("mean"))
     out = relations.drop(facts, x, [0, 2], keepdim=keepdim)
     assert out.shape == shape
-    assert [axis for axis in lists(out) if axis is not None] == [[3, 4, 5]]
+    assert [axis for axis in label_lists(out) if axis is not None] == [[3, 4, 5]]
     assert len(facts.lost([x], [out])) == 0
 
 

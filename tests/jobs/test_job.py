@@ -22,18 +22,18 @@ def part(n=9):
 
 
 @pytest.fixture
-def heard():
+def events():
     return []
 
 
 @pytest.fixture
-def job(tmp_path, heard):
+def job(tmp_path, events):
     data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
     task = TASKS["classification"]()
-    return Job(data, task, tmp_path, None, None, JobGoal(), listen=heard.append, key="distill", inputs="these")
+    return Job(data, task, tmp_path, None, None, JobGoal(), listen=events.append, key="distill", inputs="these")
 
 
-def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard):
+def test_event_is_written_with_its_time_before_the_listener_is_called(job, events):
     seen = []
     job.listen = lambda event: seen.append((event, len((job.folder / "events.jsonl").read_text().splitlines())))
     job.emit({"event": "epoch", "loss": np.float32(0.5), "step": "Kürbis\n\x1b"})
@@ -46,19 +46,19 @@ def test_event_is_written_with_its_time_before_the_listener_is_called(job, heard
     ]
 
 
-def test_training_events_have_the_key_of_their_step(job, heard):
+def test_training_events_have_the_key_of_their_step(job, events):
     job.hooks().event({"event": "epoch", "epoch": 1})
-    assert heard == [{"step": "distill", "event": "epoch", "epoch": 1}]
+    assert events == [{"step": "distill", "event": "epoch", "epoch": 1}]
 
 
-def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, heard):
+def test_training_resumes_only_from_checkpoints_of_the_same_inputs(job, events):
     job.hooks().save(TrainingState({"x": np.ones(2)}, {"epoch": 3, "batch": 1}))
     assert job.hooks().resume.values == {"epoch": 3, "batch": 1}
     job.key = "train"
     assert job.hooks().resume is None
     job.key, job.inputs = "distill", "others"
     assert job.hooks().resume is None
-    assert [event["event"] for event in heard] == ["note"]
+    assert [event["event"] for event in events] == ["note"]
 
 
 def test_damaged_checkpoints_raise_an_error(job):

@@ -68,7 +68,7 @@ def test_a_reference_that_is_constant_over_the_samples_raises(constant):
 
 
 @pytest.mark.parametrize(("variation", "raises"), [(0.9e-6, True), (1.1e-6, False)])
-def test_a_millionth_of_the_squared_norm_must_vary_over_the_samples(variation, raises):
+def test_outputs_whose_variance_is_below_a_millionth_of_their_square_are_refused(variation, raises):
     """The outputs 1 ± s have the mean square 1 + s², of which s² varies."""
     step = np.sqrt(variation / (1 - variation))
     reference = np.array([[1 - step], [1 + step]])

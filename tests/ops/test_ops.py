@@ -132,7 +132,7 @@ def test_importing_the_operations_imports_no_framework():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_another_library_joins_by_the_package_of_its_arrays(monkeypatch):
+def test_an_implementation_is_found_by_the_package_of_the_array_type(monkeypatch):
     monkeypatch.setattr(ops.IMPLEMENTATIONS, "_objects", {})
     array_type = type("Array", (), {"__module__": "my_library.arrays"})
     with pytest.raises(UsageError, match="an object of type Array"):
@@ -151,7 +151,7 @@ def test_an_error_is_raised_if_a_condition_is_true_for_an_element(framework):
         ops.raise_if(framework([True]), lambda: DataError("A value is wrong."))
 
 
-def test_values_are_not_checked_where_there_are_none():
+def test_arrays_on_the_meta_device_are_not_checked():
     ops.raise_if(torch.ones(2, dtype=torch.bool, device="meta"), lambda: DataError("A value is wrong."))
 
 
@@ -168,7 +168,7 @@ def test_indices_become_one_hot_and_multi_hot_rows(framework):
     np.testing.assert_array_equal(ops.multi_hot(framework([[2, 0]]), 4, "bool"), [[True, False, True, False]])
 
 
-def test_classes_of_pixels_move_to_the_end(framework):
+def test_classes_last_moves_the_axis_of_classes(framework):
     pixels = framework(np.zeros((2, 3, 4, 5)))
     assert tuple(ops.classes_last(pixels).shape) == (2, 4, 5, 3)
     assert tuple(ops.classes_last(pixels, axis=-1).shape) == (2, 3, 4, 5)

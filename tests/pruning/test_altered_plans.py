@@ -19,9 +19,9 @@ from kirsch.errors import KirschError, PlanError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.graph.plan import Plan
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
-MODEL = shaken(
+MODEL = with_noise(
     nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
 )
 IMAGE = torch.randn(2, 3, 6, 6)

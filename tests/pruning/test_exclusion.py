@@ -120,6 +120,6 @@ def test_a_plan_without_exclusions_has_no_note_on_them(model):
     assert not any(re.match("(exclude|keep_outputs)=", note) for note in plan.notes)
 
 
-def test_an_unknown_layer_to_keep_the_outputs_of_names_the_nearest(model):
+def test_the_error_for_an_unknown_layer_in_keep_outputs_names_the_nearest(model):
     with pytest.raises(UnknownNameError, match=r"no layer for `keep_outputs` named 'clasifier'.*'classifier'"):
         pruned(model, keep_outputs=["clasifier"])

@@ -23,7 +23,7 @@ from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
 
 NOT_OPTIONS = {"graph", "goal", "data"}
-"""Arguments of `kirsch.plan` that are no options."""
+"""Arguments of `kirsch.plan` that are not options."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def flags(name: str) -> dict[str, str]:
     return {parameter.name: parameter.opts[0] for parameter in parameters}
 
 
-def test_python_and_the_class_have_the_same_options_and_defaults():
+def test_kirsch_plan_and_plan_options_have_the_same_options_and_defaults():
     assert python_options() == class_options()
 
 
@@ -84,7 +84,7 @@ def test_help_of_python_describes_each_option():
     assert all(f"\n    {name}: " in arguments for name in class_options())
 
 
-def test_an_option_that_only_the_class_has_is_found():
+def test_an_option_missing_in_kirsch_plan_is_detected():
     class More(PlanOptions):
         more: int = Field(0, description="one more")
 
@@ -122,7 +122,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", PlanOptions.model_fields)
-def test_a_value_that_is_not_the_default_reaches_the_plan_from_everywhere(name, monkeypatch, tmp_path):
+def test_an_option_set_in_python_recipe_or_command_reaches_the_plan(name, monkeypatch, tmp_path):
     texts, value = VALUES[name]
     assert getattr(PlanOptions(**{name: value}), name) == value != PlanOptions.model_fields[name].default
     text = "teacher: {model: 'a:b'}\ngoal: {macs: 0.5}\nsteps: [prune]"

@@ -16,7 +16,7 @@ from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, Ver
 from kirsch.frameworks.pytorch.surgery import cut as surgery
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
-from proving import shaken
+from trace_and_cut import with_noise
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -36,7 +36,7 @@ def build(width=16):
 
 @pytest.fixture
 def case():
-    model = shaken(build())
+    model = with_noise(build())
     return model, kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
 
 
@@ -80,7 +80,7 @@ def test_modules_without_effect_on_the_outputs_have_a_note():
             return self.head((weights * self.values(x)).sum(1))
 
     for tokens, expected in ((1, True), (5, False)):  # the attention weight of a single token is always 1
-        model = shaken(Pooled())
+        model = with_noise(Pooled())
         found = prune_with_verification(
             model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
         )
@@ -142,7 +142,7 @@ def test_no_model_is_returned_if_the_verification_fails(case, monkeypatch):
 
 def model_of_five_groups():
     """Return a chain of convolutions with five groups, one per layer, and its inputs."""
-    return shaken(nn.Sequential(*(nn.Conv2d(8 if index else 3, 8, 1) for index in range(6)))), IMAGE
+    return with_noise(nn.Sequential(*(nn.Conv2d(8 if index else 3, 8, 1) for index in range(6)))), IMAGE
 
 
 def plant_wrong_cut(monkeypatch, wrong_layers):
@@ -219,7 +219,7 @@ class Filling(nn.Module):
 
 
 def test_a_model_that_fills_its_buffers_in_its_first_run_is_loaded(tmp_path):
-    model, inputs = shaken(Filling()), torch.randn(3, 4)
+    model, inputs = with_noise(Filling()), torch.randn(3, 4)
     model(inputs)
     pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(parameters=0.6)))
     kirsch.save(pruned, tmp_path / "small")
@@ -310,7 +310,7 @@ def test_a_loaded_model_has_the_types_of_the_saved_model(case, tmp_path, change)
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_a_model_pruned_in_other_types_than_build_returns_is_loaded(tmp_path, kind):
-    model, inputs = shaken(build()).to(kind), IMAGE.to(kind)
+    model, inputs = with_noise(build()).to(kind), IMAGE.to(kind)
     small = kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.5)))
     kirsch.save(small, tmp_path / "small")
     loaded = kirsch.load(tmp_path / "small", build)
@@ -324,7 +324,7 @@ def test_loading_another_architecture_is_refused(case, tmp_path):
         kirsch.load(tmp_path / "small", lambda: build(width=8))
 
 
-def test_another_class_on_which_the_inputs_fail_is_named_first(case, tmp_path):
+def test_the_error_for_a_build_of_another_class_names_the_class_before_the_inputs(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     sentence = r"is for Sequential, and the model given is Linear\. It cannot be applied: .* Give the Sequential"
     with pytest.raises(PlanError, match=sentence):

@@ -14,7 +14,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import CheckpointError, LoadError, ModelError, PlanError, UsageError
 from kirsch.graph.plan import Plan
-from proving import shaken
+from trace_and_cut import with_noise
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -53,7 +53,7 @@ def run(model, inputs):
 
 
 def pruned(build, inputs, **tracing):
-    model = shaken(build()).eval()
+    model = with_noise(build()).eval()
     return kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs, **tracing), kirsch.Goal(parameters=0.6)))
 
 
@@ -173,7 +173,7 @@ def test_a_traced_program_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.train])
 def test_build_may_return_another_type_or_mode(convert, tmp_path):
-    model = shaken(convert(Net()))
+    model = with_noise(convert(Net()))
     inputs = X.to(model.first.weight.dtype)
     kirsch.save(
         kirsch.prune(model, kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(parameters=0.6))), tmp_path / "small"
@@ -221,7 +221,7 @@ def test_a_loaded_model_is_in_inference_mode_for_any_mode_of_build(mode, tmp_pat
 def test_distill_trains_the_loaded_model_like_the_saved_model(tmp_path):
     small = pruned(normalized, X)
     again = kirsch.load(kirsch.save(small, tmp_path / "small"), normalized)
-    teacher = shaken(normalized())
+    teacher = with_noise(normalized())
     data = [(torch.randn(32, 4), torch.arange(32) % 3)]
     training = kirsch.Training(epochs=1, learning_rate=0.1)
     first, second = (
@@ -301,14 +301,14 @@ def test_extra_state_that_is_not_a_tensor_is_refused_and_the_older_folder_is_kep
     ],
 )  # fmt: skip
 def test_invalid_inputs_in_a_plan_are_named(entry, sentence):
-    model = shaken(Net())
+    model = with_noise(Net())
     content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(parameters=0.6)).to_json())
     with pytest.raises(PlanError, match=sentence):
         Plan.from_json(json.dumps(content | {"inputs": [entry]}))
 
 
 def test_an_input_of_an_unknown_type_in_a_plan_is_named():
-    model = shaken(Net())
+    model = with_noise(Net())
     content = json.loads(kirsch.plan(kirsch.trace(model, X), kirsch.Goal(parameters=0.6)).to_json())
     content["inputs"][0]["dtype"] = "float31"
     with pytest.raises(PlanError, match=r"inputs\[0\]\.dtype: one of .* and 'float31' was found"):

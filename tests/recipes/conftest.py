@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Job:
-    """Folder with nets.py and recipe.yaml, whose run is in `run`.
+class JobFolder:
+    """Folder with nets.py and recipe.yaml; its subfolder `run` is the run folder.
 
     Args:
-        base: the folder.
-        heard: events of the last run of this object, in order.
+        base: path of the folder.
+        events: events of the last run of this object, in order.
     """
 
     base: Path
-    heard: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -38,18 +38,18 @@ class Job:
     def recipe(self, *changes: str):
         return read_recipe(self.base / "recipe.yaml", changes)
 
-    def do(self, *changes: str, **options: Any) -> Outcome:
+    def run_recipe(self, *changes: str, **options: Any) -> Outcome:
         """Run the recipe with changed keys."""
-        self.heard.clear()
+        self.events.clear()
         folder = options.pop("folder", self.folder)
-        return run(self.recipe(*changes), folder, base=self.base, listen=self.heard.append, **options)
+        return run(self.recipe(*changes), folder, base=self.base, listen=self.events.append, **options)
 
     def steps(self, name: str) -> list[str]:
         """Return the steps of the events with this name, in order."""
-        return [event["key"] for event in self.heard if event["event"] == name]
+        return [event["key"] for event in self.events if event["event"] == name]
 
     def notes(self) -> list[str]:
-        return [event["text"] for event in self.heard if event["event"] == "note"]
+        return [event["text"] for event in self.events if event["event"] == "note"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +65,7 @@ def _one_thread():
 def job(tmp_path):
     """Recipe and models, not run yet."""
     write_job(tmp_path)
-    return Job(tmp_path)
+    return JobFolder(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def new_job(tmp_path_factory):
     def make():
         base = tmp_path_factory.mktemp("job")
         write_job(base)
-        return Job(base)
+        return JobFolder(base)
 
     return make
 
@@ -84,11 +84,11 @@ def new_job(tmp_path_factory):
 def finished(new_job):
     """Finished run and its outcome, which tests must not change."""
     done = new_job()
-    return done, done.do()
+    return done, done.run_recipe()
 
 
 @pytest.fixture
 def done(finished, tmp_path):
     """Copy of the finished run that a test may change."""
     shutil.copytree(finished[0].base, tmp_path, dirs_exist_ok=True)
-    return Job(tmp_path)
+    return JobFolder(tmp_path)

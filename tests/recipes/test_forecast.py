@@ -36,7 +36,7 @@ def test_forecast_costs_equal_those_of_the_run(job, finished):
 def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
     monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # its weights are random
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
-    metrics = job.do(*TRAINED_TEACHER).metrics
+    metrics = job.run_recipe(*TRAINED_TEACHER).metrics
     assert list(found["plans"].values()) == metrics["provenance"]["plans"]
     assert found["goal"] == metrics["goal"]["text"]
     assert costs(found["steps"]) == {
@@ -48,7 +48,7 @@ def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
 def test_cost_of_a_local_plan_equals_that_after_training(job):
     changes = ("prune.ranking=local", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
     found = forecast(job.recipe(*changes), base=job.base)
-    (plan,) = job.do(*changes).metrics["provenance"]["plans"]
+    (plan,) = job.run_recipe(*changes).metrics["provenance"]["plans"]
     assert found["plans"]["prune"]["cost"] == plan["cost"]
 
 

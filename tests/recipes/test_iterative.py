@@ -39,7 +39,7 @@ def iterative(new_job):
     """Finished run, which tests must not change."""
     job = new_job()
     (job.base / "recipe.yaml").write_text(RECIPE)
-    return job, job.do()
+    return job, job.run_recipe()
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def in_second_recovery(job, epochs=1):
     """Ask the run to stop after some epochs of the second step `recover`."""
 
     def stop():
-        events = [event for event in job.heard if event["event"] == "epoch" and event["step"] == "recover-2"]
+        events = [event for event in job.events if event["event"] == "epoch" and event["step"] == "recover-2"]
         return Interrupted("asked") if len(events) >= epochs else None
 
     return stop
@@ -134,22 +134,22 @@ def test_forecast_plans_both_steps_as_the_run_does(iterative, fresh):
 def test_run_may_use_the_folder_of_its_dry_run(fresh):
     forecast(fresh.recipe(), base=fresh.base, folder=fresh.folder)
     with pytest.raises(Interrupted):
-        fresh.do(stop=lambda: Interrupted("asked"))
+        fresh.run_recipe(stop=lambda: Interrupted("asked"))
     assert (fresh.folder / "run.json").is_file()
 
 
 def test_run_interrupted_in_the_second_recovery_ends_with_the_same_bits(iterative, fresh):
     with pytest.raises(Interrupted):
-        fresh.do(stop=in_second_recovery(fresh))
+        fresh.run_recipe(stop=in_second_recovery(fresh))
     assert fresh.steps("step_end") == STEPS[:4]
     found = integrity.check(fresh.folder)
     assert (found.problems, found.done) == ([], STEPS[:4])
     assert "plan-2.json" in found.uncovered
-    fresh.heard.clear()
-    outcome = resume(fresh.folder, listen=fresh.heard.append)
+    fresh.events.clear()
+    outcome = resume(fresh.folder, listen=fresh.events.append)
     assert fresh.steps("step_kept") == STEPS[:4]
     assert fresh.steps("step_end") == STEPS[4:]
-    assert [event["epoch"] for event in fresh.heard if event["event"] == "epoch"] == [2]
+    assert [event["epoch"] for event in fresh.events if event["event"] == "epoch"] == [2]
     job, uninterrupted = iterative
     assert same_weights(outcome.model, uninterrupted.model)
     for name in (WEIGHTS, "artifacts/model/plan.2.json", "plan.json", "plan-2.json"):
@@ -158,7 +158,7 @@ def test_run_interrupted_in_the_second_recovery_ends_with_the_same_bits(iterativ
 
 
 def test_finished_steps_are_kept(done, iterative):
-    outcome = done.do()
+    outcome = done.run_recipe()
     assert done.steps("step_kept") == STEPS
     assert same_weights(outcome.model, iterative[1].model)
 
@@ -166,7 +166,7 @@ def test_finished_steps_are_kept(done, iterative):
 def test_changed_step_is_run_again_with_the_steps_after_it(done):
     recipe = done.recipe("recover-2.epochs=1")
     (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS[:4]
     assert done.steps("step_end") == STEPS[4:]
 
@@ -181,7 +181,7 @@ def test_changed_second_plan_is_found_and_restored(done, damage, finished):
     damage(path)
     (problem,) = integrity.check(done.folder).problems
     assert str(path) in problem
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert path.read_bytes() == before
     assert integrity.check(done.folder).problems == []
 
@@ -189,6 +189,6 @@ def test_changed_second_plan_is_found_and_restored(done, damage, finished):
 def test_damaged_second_removal_is_run_again(done):
     flip_bit(done.folder / "checkpoints" / "prune-2" / "done" / "model" / "model.safetensors")
     before = (done.folder / WEIGHTS).read_bytes()
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == ["prune-2"]
     assert (done.folder / WEIGHTS).read_bytes() == before

@@ -121,7 +121,7 @@ def test_curves_have_one_point_per_epoch(run):
         "distill": [1, 2, 3, 4],
         "recover": [1, 2, 3],
     }
-    events = [event for event in run.job.heard if event["event"] == "epoch" and event["step"] == "distill"]
+    events = [event for event in run.job.events if event["event"] == "epoch" and event["step"] == "distill"]
     for key in ("loss", "accuracy", "learning_rate", "seconds"):
         assert curves["distill"][key] == [event[key] for event in events]
     parts = curves["distill"]["terms"]
@@ -217,7 +217,7 @@ def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
     limits = goal.format(drop=drop, less=drop - 1e-6)
     recipe = read_recipe(done.folder / "recipe.yaml", [f"goal={limits}"])
     (done.folder / "recipe.yaml").write_text(recipe.to_yaml())
-    found = done.do(f"goal={limits}")
+    found = done.run_recipe(f"goal={limits}")
     assert done.steps("step_start") == []
     assert found.exit_code == code
     assert [item["name"] for item in found.metrics["goal"]["items"] if not item["met"]] == missed
@@ -233,7 +233,7 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
     files.write_manifest(folder)
     manifest.remove(done.folder)
     manifest.write(done.folder)
-    found = done.do()
+    found = done.run_recipe()
     assert found.exit_code == 3
     assert [(item["name"], item["met"]) for item in found.metrics["goal"]["items"]] == [
         ("macs", False),
@@ -243,7 +243,7 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
 
 def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
     removed = ("student", "distill", "prune", "recover", "export", "measure")
-    found = job.do(*(f"{name}=null" for name in removed), "goal={}")
+    found = job.run_recipe(*(f"{name}=null" for name in removed), "goal={}")
     assert found.exit_code == 0
     metrics = found.metrics
     assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
@@ -254,7 +254,7 @@ def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
     assert (job.folder / "report.html").is_file()
 
 
-def test_not_measured_names_runtime_and_seed(run):
+def test_the_list_of_what_was_not_measured_names_runtime_and_seed(run):
     assert run.metrics["not_measured"][:2] == [
         "Other runtimes and machines: the times hold only for the runtime and machine of this report.",
         "Other seeds: there is one training run, with seed 0; results differ between seeds.",
@@ -263,7 +263,7 @@ def test_not_measured_names_runtime_and_seed(run):
 
 def test_accuracy_gain_is_reported_as_gain(job):
     """The teacher is trained for one epoch, and then again on labels."""
-    found = job.do(
+    found = job.run_recipe(
         "student=null",
         "distill=null",
         "prune=null",

@@ -189,7 +189,7 @@ MAPS = "{terms: [{weight: 0.5, temperature: 4}, {loss: fitnet, weight: 0.1, stud
 def test_run_trains_on_the_objectives_of_its_recipe(job):
     """The student learns from logits and feature maps, the pruned model from correlations of logits."""
     changes = (f"distill.objective={MAPS}", "recover.objective=dist", "export=null", "measure=null")
-    outcome = job.do(*changes)
+    outcome = job.run_recipe(*changes)
     records = {
         key: json.loads((job.folder / "checkpoints" / key / "done" / "record.json").read_text())
         for key in ("distill", "recover")
@@ -197,7 +197,7 @@ def test_run_trains_on_the_objectives_of_its_recipe(job):
     assert set(records["distill"]["first_batch"]["gradient_shares"]) == {"label", "kd", "fitnet"}
     assert set(records["recover"]["first_batch"]["gradient_shares"]) == {"label", "dist"}
     assert records["distill"]["cells"][-1].endswith("% of gradient")
-    assert any(event["event"] == "attached" and event["step"] == "distill" for event in job.heard)
+    assert any(event["event"] == "attached" and event["step"] == "distill" for event in job.events)
     assert outcome.exit_code == 0
 
 
@@ -227,7 +227,7 @@ def test_gradient_share_is_that_of_the_last_epoch_after_a_warm_up():
     ],
 )
 def test_invalid_objective_is_refused_before_training(job, change, error, sentence):
-    for act in (lambda: job.do(change), lambda: forecast(job.recipe(change), base=job.base)):
+    for act in (lambda: job.run_recipe(change), lambda: forecast(job.recipe(change), base=job.base)):
         with pytest.raises(error, match=sentence):
             act()
     assert not (job.folder / "checkpoints" / "train" / "done").exists()
@@ -283,13 +283,13 @@ def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
     models = ("teacher.model=nets.py:soft_teacher", "student.model=nets.py:soft_student")
     for change, whose in (models[0], "teacher"), (models[1], "student"):
         with pytest.raises(UsageError, match=f"The {whose}, a Soft, returns probabilities"):
-            job.do(*SHORT, change, folder=job.base / whose)
+            job.run_recipe(*SHORT, change, folder=job.base / whose)
         with pytest.raises(UsageError, match=f"The {whose}, a Soft, returns probabilities"):
             forecast(job.recipe(*SHORT, change), base=job.base)
     assert not (job.folder / "checkpoints" / "train" / "done").exists()
-    plain = job.do(*SHORT, "train.weight_decay=0")
+    plain = job.run_recipe(*SHORT, "train.weight_decay=0")
     stated = ("teacher.outputs=probabilities", "student.outputs=probabilities")
-    found = job.do(*SHORT, *models, *stated, "train.weight_decay=0", folder=job.base / "soft")
+    found = job.run_recipe(*SHORT, *models, *stated, "train.weight_decay=0", folder=job.base / "soft")
     for key in ("teacher", "student"):  # rounding differs, since logits are logarithms of probabilities
         expected, actual = (
             next(model for model in outcome.metrics["models"] if model["key"] == key) for outcome in (plain, found)
@@ -304,7 +304,7 @@ def test_imbalanced_classes_have_a_balanced_accuracy(job):
         (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
     )
     changes = ("data.source=nets.py:uneven", "teacher.model=nets.py:two", "student=null", "distill=null", "prune=null")
-    found = job.do(*changes, "recover=null", "train.epochs=8", "measure=null")
+    found = job.run_recipe(*changes, "recover=null", "train.epochs=8", "measure=null")
     for model in found.metrics["models"]:
         assert 0.5 < model["balanced_accuracy"] <= 1
     assert "balanced" in (job.folder / "report.html").read_text()

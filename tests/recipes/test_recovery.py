@@ -26,7 +26,7 @@ from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.plan import Removal
 from kirsch.pruning.kept import Kept, kept
 from kirsch.recipes.recovery import recovery
-from proving import shaken
+from trace_and_cut import with_noise
 
 K = 3
 
@@ -96,7 +96,7 @@ LAYERS = {"residual": ("stem", "layer1", "layer2"), "transformer": ("embed", "la
 def seeded(build, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return shaken(build()).double()
+        return with_noise(build()).double()
 
 
 def inputs_of(name, count=4, seed=1):

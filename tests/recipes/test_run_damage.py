@@ -70,7 +70,7 @@ CHANGES += [add_another, edit_with_its_manifest]
 def finished_run(new_job):
     """Finished run with few steps, which tests must not change."""
     job = new_job()
-    job.do("student=null", "distill=null", "measure=null", "train.epochs=4", "recover.epochs=1")
+    job.run_recipe("student=null", "distill=null", "measure=null", "train.epochs=4", "recover.epochs=1")
     return job
 
 
@@ -122,14 +122,14 @@ def test_resume_repairs_any_changed_file_or_names_what_to_delete(done, name, cha
     change(done.folder / name)
     refused = []
     try:
-        resume(done.folder, listen=done.heard.append)
+        resume(done.folder, listen=done.events.append)
     except KirschError as error:
         refused = [error]
     result = integrity.check(done.folder)
     if refused:
         assert str(done.folder) in refused[0].what
         assert "elete" in refused[0].fix
-        assert done.heard == []
+        assert done.events == []
     else:
         assert (result.finished, result.problems) == (True, [])
         assert any("again" in note or "is left as it is" in note or "are kept" in note for note in done.notes())
@@ -142,7 +142,7 @@ def test_altered_metrics_are_reported_and_written_again(done):
     metrics["models"][-1]["accuracy"]["value"] = 1.0 - accuracy
     files.write_json(path, metrics)
     assert integrity.check(done.folder).problems == [f"{path} does not have the sha256 of its manifest"]
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert json.loads(path.read_text())["models"][-1]["accuracy"]["value"] == accuracy
     assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
 
@@ -159,10 +159,10 @@ def test_missing_or_replaced_folder_is_reported(done, name, put):
         with pytest.raises(
             CheckpointError, match=rf"{name} is a (file|symbolic link|named pipe).*\n*.*Delete or move these files"
         ):
-            resume(done.folder, listen=done.heard.append)
+            resume(done.folder, listen=done.events.append)
         path.unlink()
     if name == "artifacts":
-        resume(done.folder, listen=done.heard.append)
+        resume(done.folder, listen=done.events.append)
         assert done.steps("step_start") == ["export"]
         assert integrity.check(done.folder).problems == []
 
@@ -174,13 +174,13 @@ def test_checkpoint_that_is_not_a_folder_is_refused(done, name, put):
     (step / "done").rename(step / "done.old")
     put(step / name)
     with pytest.raises(CheckpointError, match=rf"checkpoints/train/{name} is a .*\n*.*Delete or move these files"):
-        resume(done.folder, listen=done.heard.append)
+        resume(done.folder, listen=done.events.append)
 
 
 def test_file_of_the_user_is_kept_and_added_to_the_manifest(done):
     (done.folder / "notes.txt").write_text("notes of the user")
     assert integrity.check(done.folder).problems == [f"{done.folder / 'notes.txt'} is not in its manifest"]
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     (note,) = done.notes()
     assert note.endswith("notes.txt is not in its manifest. It is left as it is, and the new manifest lists it.")
     assert (done.folder / "notes.txt").read_text() == "notes of the user"
@@ -191,7 +191,7 @@ def test_edited_run_json_does_not_change_the_base_folder(done):
     path = done.folder / "run.json"
     run = json.loads(path.read_text())
     files.write_json(path, run | {"base": "../elsewhere"})
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
     assert json.loads(path.read_text())["base"] == run["base"]
 
@@ -200,7 +200,7 @@ def test_failed_resume_does_not_change_a_finished_run(done):
     (done.base / "nets.py").unlink()
     before = {name: (done.folder / name).read_bytes() for name in names(done.folder)}
     with pytest.raises(LoadError, match=r"nets\.py does not exist"):
-        resume(done.folder, listen=done.heard.append)
+        resume(done.folder, listen=done.events.append)
     assert before == {name: (done.folder / name).read_bytes() for name in names(done.folder)}
 
 
@@ -208,7 +208,7 @@ def test_unreadable_events_are_dropped(done):
     events = done.folder / "events.jsonl"
     lines = events.read_bytes().splitlines(keepends=True)
     events.write_bytes(b"".join([*lines[:2], b"\xff\n", b"3\n", *lines[3:]]))
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert events.read_bytes().startswith(b"".join([*lines[:2], *lines[3:]]))
 
 
@@ -232,7 +232,7 @@ def test_metrics_without_manifest_are_compared_with_the_records(done, part, chan
     assert integrity.check(done.folder).problems == [
         f"{path} does not have the {part} that the records of the steps give"
     ]
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert integrity.check(done.folder).problems == []
 
 
@@ -282,5 +282,5 @@ def test_unfinished_run_is_checked_by_its_parts(done):
         f"{done.folder / 'plan.json'} is missing, or is not the plan of the pruned model",
         f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 of its step",
     ]
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert integrity.check(done.folder).problems == []

@@ -44,7 +44,7 @@ def contents(folder):
 
 
 def assert_no_step_started(job):
-    assert [event["event"] for event in job.heard if event["event"] != "start"] == []
+    assert [event["event"] for event in job.events if event["event"] != "start"] == []
     assert not list(job.folder.glob("checkpoints/*/*"))
 
 
@@ -53,25 +53,25 @@ def assert_no_step_started(job):
 
 def test_run_emits_events_of_its_steps_in_order(finished):
     job, outcome = finished
-    assert job.heard[0]["event"] == "start"
+    assert job.events[0]["event"] == "start"
     assert job.steps("step_start") == job.steps("step_end") == STEPS
-    assert [event["number"] for event in job.heard if event["event"] == "step_end"] == [1, 2, 3, 4, 5, 6]
-    epochs = collections.Counter(event["step"] for event in job.heard if event["event"] == "epoch")
+    assert [event["number"] for event in job.events if event["event"] == "step_end"] == [1, 2, 3, 4, 5, 6]
+    epochs = collections.Counter(event["step"] for event in job.events if event["event"] == "epoch")
     assert epochs == {"train": 6, "distill": 4, "recover": 3}
-    assert job.heard[-1]["event"] == "end"
-    assert (outcome.exit_code, job.heard[-1]["met"]) == (0, True)
+    assert job.events[-1]["event"] == "end"
+    assert (outcome.exit_code, job.events[-1]["met"]) == (0, True)
 
 
 def test_events_file_contains_all_events(finished):
     job, _ = finished
     lines = [json.loads(line) for line in (job.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [{name: value for name, value in line.items() if name != "time"} for line in lines] == job.heard
+    assert [{name: value for name, value in line.items() if name != "time"} for line in lines] == job.events
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
 def test_resuming_a_finished_run_returns_the_same_result(finished, done):
     before = contents(done.folder)
-    outcome = resume(done.folder, listen=done.heard.append)
+    outcome = resume(done.folder, listen=done.events.append)
     after = contents(done.folder)
     assert done.steps("step_kept") == STEPS
     assert done.steps("step_start") == done.notes() == []
@@ -91,7 +91,7 @@ def test_changed_section_runs_its_step_and_later_steps_again(done, key, value, f
     """The recipe is changed in the run folder. The measurement is left out to save time."""
     changed = read_recipe(done.folder / "recipe.yaml", [f"{key}={value}", "measure=null"])
     (done.folder / "recipe.yaml").write_text(changed.to_yaml())
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS[:first]
     assert done.steps("step_start") == STEPS[first:5]
     again = [f"The step {step!r} is run again: its inputs have changed." for step in STEPS[first:5]]
@@ -111,7 +111,7 @@ def test_change_of_seed_batches_models_or_data_runs_all_steps_again(done, change
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(Interrupted):
-        resume(done.folder, listen=done.heard.append, stop=after(done, "first_batch"))
+        resume(done.folder, listen=done.events.append, stop=after(done, "first_batch"))
     changed = [note for note in done.notes() if note.endswith("The steps that depend on the change are run again.")]
     assert len(changed) == (change in ("seed", "batches"))
     again = ["The step 'train' is run again: its inputs have changed."]
@@ -121,20 +121,20 @@ def test_change_of_seed_batches_models_or_data_runs_all_steps_again(done, change
 
 def after(job, name, times=1):
     """Return a stop callback that stops a run after this number of events with this name."""
-    return lambda: Interrupted("asked") if [e["event"] for e in job.heard].count(name) >= times else None
+    return lambda: Interrupted("asked") if [e["event"] for e in job.events].count(name) >= times else None
 
 
 def test_training_does_not_resume_from_a_checkpoint_of_other_settings(job):
     """The result would mix two recipes."""
     alone = ("student=null", "distill=null", "prune=null", "recover=null", *NO_EXPORT)
     with pytest.raises(Interrupted):
-        job.do(*alone, stop=after(job, "epoch", 3))
+        job.run_recipe(*alone, stop=after(job, "epoch", 3))
     assert len(list(job.folder.glob("checkpoints/train/step-*"))) == 2
     changed = [*alone, "train.learning_rate=0.01"]
     (job.folder / "recipe.yaml").write_text(job.recipe(*changed).to_yaml())
-    found = job.do(*changed)
+    found = job.run_recipe(*changed)
     assert sum("the inputs of its step have changed" in note for note in job.notes()) == 2
-    assert same_weights(found.model, job.do(*changed, folder=job.base / "fresh").model)
+    assert same_weights(found.model, job.run_recipe(*changed, folder=job.base / "fresh").model)
 
 
 def test_checkpoints_of_a_finished_step_are_removed(done):
@@ -142,7 +142,7 @@ def test_checkpoints_of_a_finished_step_are_removed(done):
     checkpoint = shutil.copytree(
         done.folder / "checkpoints" / "train" / "done", done.folder / "checkpoints" / "train" / "step-00006-000000"
     )
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
     assert not checkpoint.exists()
 
@@ -154,7 +154,7 @@ def test_recovery_does_not_change_earlier_models(job, monkeypatch):
     monkeypatch.setattr(runner, "metrics_of", lambda job, *rest: jobs.append(job) or metrics_of(job, *rest))
     alone = ("student=null", "distill=null", "prune=null", *NO_EXPORT)
     for _ in range(2):
-        job.do(*alone)
+        job.run_recipe(*alone)
     assert job.steps("step_kept") == ["train", "recover"]
     stored = safetensors.torch.load_file(job.folder / "checkpoints" / "train" / "done" / "weights.safetensors")
     for finished_job in jobs:
@@ -166,7 +166,7 @@ def test_trained_teacher_is_returned_in_inference_mode(job, monkeypatch):
     """The result of a run and of a resumed run have the same mode."""
     monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)
     shortest = ("train=null", "student=null", "distill=null", "recover=null", *NO_EXPORT)
-    assert [job.do(*shortest).model.training for _ in range(2)] == [False, False]
+    assert [job.run_recipe(*shortest).model.training for _ in range(2)] == [False, False]
     assert job.steps("step_kept") == ["evaluate", "prune"]
 
 
@@ -180,7 +180,7 @@ def test_damaged_files_are_restored_bit_for_bit(done):
     original = {name: (done.folder / name).read_bytes() for name in damaged}
     for name in damaged:
         flip_bit(done.folder / name)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == STEPS
     now = contents(done.folder)
     assert now.keys() == before.keys()
@@ -202,7 +202,7 @@ def test_damaged_files_are_restored_bit_for_bit(done):
 def test_only_the_damaged_step_is_run_again(done, step):
     path = done.folder / "checkpoints" / step / "done" / "logits.npy"
     flip_bit(path)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == [step]
     assert done.notes()[0] == f"The step {step!r} is run again: {path} does not have the sha256 of its manifest."
 
@@ -211,7 +211,7 @@ def test_damaged_artifact_is_exported_again(done):
     path = done.folder / "artifacts" / "model.onnx"
     before = path.read_bytes()
     flip_bit(path)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == ["export"]
     assert re.match(r"The step 'export' is run again: .*model.onnx ", done.notes()[0])
     assert path.read_bytes() == before
@@ -222,7 +222,7 @@ def test_damaged_pruned_model_is_saved_again(done, name):
     path = done.folder / "artifacts" / "model" / name
     before = path.read_bytes()
     flip_bit(path)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == []
     assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
     assert path.read_bytes() == before
@@ -232,7 +232,7 @@ def test_damaged_pruned_model_is_saved_again(done, name):
 def test_damaged_or_missing_plan_is_restored(done, damage):
     before = (done.folder / "plan.json").read_bytes()
     damage(done.folder / "plan.json")
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert (done.folder / "plan.json").read_bytes() == before
 
 
@@ -240,7 +240,7 @@ def test_truncated_last_event_is_dropped(done):
     events = done.folder / "events.jsonl"
     before = events.read_text()
     events.write_text(before + '{"time": 1.0, "eve')
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert events.read_text().startswith(before)
     assert [json.loads(line)["event"] for line in events.read_text().splitlines()][-1] == "end"
 
@@ -251,7 +251,7 @@ def test_damaged_or_missing_run_json_is_written_again(done, content):
     path = done.folder / "run.json"
     before = path.read_bytes()
     path.unlink() if content is None else path.write_text(content)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
     assert re.match(
         r".*run\.json (is missing|does not have the sha256 of its manifest)\. It is written", done.notes()[0]
@@ -268,8 +268,8 @@ def test_run_without_base_folder_can_be_continued_with_its_recipe(done):
         r"run cannot be resumed\. run\.json is missing or damaged, and .*kirsch compress RECIPE --run .*run keeps the"
     )
     with pytest.raises(LoadError, match=sentence):
-        resume(done.folder, listen=done.heard.append)
-    done.do()
+        resume(done.folder, listen=done.events.append)
+    done.run_recipe()
     assert done.steps("step_kept") == STEPS
     assert integrity.check(done.folder).problems == []
 
@@ -277,7 +277,7 @@ def test_run_without_base_folder_can_be_continued_with_its_recipe(done):
 def test_missing_recipe_is_written_again(done):
     before = (done.folder / "recipe.yaml").read_bytes()
     (done.folder / "recipe.yaml").unlink()
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
     assert (done.folder / "recipe.yaml").read_bytes() == before
 
@@ -290,14 +290,14 @@ def test_folder_without_run_is_not_resumed(job, content):
     with pytest.raises(
         LoadError, match=r"run is not a run folder\. run\.json is missing or damaged\. Start a run: kirsch compress"
     ):
-        resume(job.folder, listen=job.heard.append)
-    assert job.heard == []
+        resume(job.folder, listen=job.events.append)
+    assert job.events == []
 
 
 def test_damaged_recipe_is_refused(done):
     (done.folder / "recipe.yaml").write_text("teacher: [\n")
     with pytest.raises(RecipeError, match=r"run/recipe\.yaml is not valid YAML\. Line 2: .* delete it: kirsch resume"):
-        resume(done.folder, listen=done.heard.append)
+        resume(done.folder, listen=done.events.append)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -312,7 +312,7 @@ def test_run_of_another_recipe_is_refused_with_the_differences(done):
         r"Choose another folder, or continue that run: kirsch resume\."
     )
     with pytest.raises(RecipeError, match=sentence):
-        done.do("seed=1", "prune.goal.macs=0.5", "recover=null")
+        done.run_recipe("seed=1", "prune.goal.macs=0.5", "recover=null")
     assert contents(done.folder) == before
 
 
@@ -326,9 +326,9 @@ def test_folder_with_other_files_is_refused_and_not_changed(job, name):
     before = contents(job.folder)
     sentence = r"The folder .*run is not empty\. It contains '.*' and is not a run folder\. Choose another folder\."
     with pytest.raises(OutputError, match=sentence):
-        job.do()
+        job.run_recipe()
     assert contents(job.folder) == before
-    assert job.heard == []
+    assert job.events == []
 
 
 def test_run_killed_at_its_start_is_started_again(job):
@@ -338,7 +338,7 @@ def test_run_killed_at_its_start_is_started_again(job):
     (job.folder / ".tmp-half").write_text("")
     (job.folder / "recipe.yaml").write_text(job.recipe(*NO_EXPORT).to_yaml())
     with pytest.raises(Interrupted):
-        job.do(*NO_EXPORT, stop=lambda: Interrupted("asked"))
+        job.run_recipe(*NO_EXPORT, stop=lambda: Interrupted("asked"))
     assert not (job.folder / ".tmp-half").exists()
     assert json.loads((job.folder / "run.json").read_text())["base"] == ".."
 
@@ -349,7 +349,7 @@ def test_run_may_use_the_folder_of_its_dry_run(job):
     (job.folder / "recipe.yaml").write_text(recipe.to_yaml())
     (job.folder / "plan.json").write_text("{}")
     with pytest.raises(Interrupted):
-        job.do(*NO_EXPORT, stop=lambda: Interrupted("asked"))
+        job.run_recipe(*NO_EXPORT, stop=lambda: Interrupted("asked"))
     assert (job.folder / "run.json").is_file()
 
 
@@ -361,11 +361,11 @@ def test_folder_in_use_is_refused_until_its_process_ends(done):
         before = contents(done.folder)
         try:
             with pytest.raises(OutputError, match=r"The run .*run is in use\. Another process runs in it\."):
-                resume(done.folder, listen=done.heard.append)
+                resume(done.folder, listen=done.events.append)
         finally:
             other.kill()
         assert contents(done.folder) == before
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
 
 
@@ -399,27 +399,27 @@ def test_folder_in_use_is_refused_until_its_process_ends(done):
 )
 def test_invalid_recipe_is_refused_before_training(job, changes, error, sentence):
     with pytest.raises(error, match=sentence):
-        job.do(*changes)
+        job.run_recipe(*changes)
     assert_no_step_started(job)
 
 
 def test_finished_measurement_does_not_need_its_threads(done, monkeypatch):
     monkeypatch.setattr(steps, "usable_cores", lambda: 0)
-    resume(done.folder, listen=done.heard.append)
+    resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
 
 
 def test_full_disk_is_reported_before_training(job, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2_000_000))
     with pytest.raises(OutputError, match=r"The folder .*run has 2 MB free; the work needs about 10 MB\."):
-        job.do()
+        job.run_recipe()
     assert_no_step_started(job)
 
 
 def test_unwritable_folder_is_reported_before_data_is_loaded(job):
     (job.base / "file").write_text("")
     with pytest.raises(OutputError, match=r"The folder .*file/run cannot be written\. Not a directory\."):
-        job.do("data.source=nets.py:nobody", folder=job.base / "file" / "run")
+        job.run_recipe("data.source=nets.py:nobody", folder=job.base / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_unwritable_folder_is_reported_before_data_is_loaded(job):
 def test_unusable_model_ends_the_run_after_its_step(job, changes, step, why):
     sentence = rf"The model is unusable after the step '{step}': \d+\.\d% of 60 correct, chance is 33\.3%\. {why}"
     with pytest.raises(NumericError, match=sentence) as caught:
-        job.do(*changes, *NO_EXPORT)
+        job.run_recipe(*changes, *NO_EXPORT)
     assert caught.value.exit_code == 6
     assert job.steps("step_end") == (["train"] if step == "distill" else [])
 
@@ -462,7 +462,7 @@ def test_folder_name_has_date_name_and_four_digits(job):
     assert new_folder_name(job.recipe()) != new_folder_name(job.recipe())
 
 
-def test_objects_replace_references(job):
+def test_a_run_accepts_models_and_data_as_objects(job):
     names = ("teacher.model=null", "student=null", "distill=null", "recover=null", "data.source=null")
     recipe = job.recipe(*names, *NO_EXPORT)
     part = Split(torch.randn(12, 1, 6, 6).numpy(), (torch.arange(12) % 3).numpy())
@@ -473,6 +473,6 @@ def test_objects_replace_references(job):
         origin="here",
     )
     with pytest.raises(Interrupted):
-        runner.run(recipe, job.folder, listen=job.heard.append, materials=materials, stop=after(job, "first_batch"))
+        runner.run(recipe, job.folder, listen=job.events.append, materials=materials, stop=after(job, "first_batch"))
     with pytest.raises(LoadError, match=r"is a run of kirsch\.compress\. .* Call kirsch\.compress again"):
-        resume(job.folder, listen=job.heard.append)
+        resume(job.folder, listen=job.events.append)

@@ -184,7 +184,7 @@ def test_alias_is_a_copy():
     assert data["a"] == {"b": [1]}
 
 
-def test_anchor_that_is_used_again_counts_from_there_on():
+def test_a_redefined_anchor_applies_to_later_aliases():
     assert read("a: &x 1\nb: &x 2\nc: *x\n").data["c"] == 2
 
 

@@ -22,7 +22,7 @@ QUICK = [f"{library}/{name}" for library, names in SAMPLE.items() for name in na
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_model_is_pruned_right(name):
+def test_a_model_is_pruned_correctly(name):
     row = {}
     model, inputs = MODELS[name].build()
     graph = kirsch.trace(model, inputs)
@@ -36,19 +36,19 @@ def test_a_model_is_pruned_right(name):
 @pytest.mark.sweep
 @pytest.mark.timeout(coverage.LIMIT)
 @pytest.mark.parametrize("name", MODELS)
-def test_no_model_is_pruned_wrong(name):
+def test_no_model_has_the_result_wrong(name):
     row = coverage.in_process(MODELS[name], "tuned", "one", coverage.LIMIT)
     assert row["result"] == "right", row.get("why")
 
 
-def test_boxes_that_overlap_a_better_one_go():
+def test_nms_removes_boxes_that_overlap_a_better_one():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30], [0, 0, 4, 4]])
     assert kernels.nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.7]), 0.5).tolist() == [1, 3, 2]
     assert kernels.nms(boxes[:0], torch.zeros(0), 0.5).tolist() == []
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_a_box_of_a_slope_is_averaged_to_the_middle_of_each_cell(aligned):
+def test_roi_align_of_a_linear_map_returns_the_values_at_cell_centers(aligned):
     """On values that grow by one from pixel to pixel, the mean of a cell is the place of its middle."""
     slope = torch.arange(16.0).expand(1, 1, 16, 16)
     box = torch.tensor([[0.0, 4, 2, 8, 6]])

@@ -15,7 +15,7 @@ from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.outputs import are_probabilities
 from kirsch.measurement.statistics import Paired, rate
 from kirsch.tasks import TASKS, Classification
-from kirsch.tasks.classification import Answers, accuracy, calibration, confusion, lost_classes, paired
+from kirsch.tasks.classification import PredictionSummary, accuracy, calibration, confusion, lost_classes, paired
 
 
 def logits_of(predicted, classes=3):
@@ -61,21 +61,21 @@ def test_lost_classes_are_sorted_by_loss_and_leave_out_classes_without_samples()
 
 
 def test_balanced_and_chance_accuracy_in_closed_form():
-    """Recall 2/3 of class 0 and 1 of class 1; predictions are half of each class."""
-    result = Answers.of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
+    """The recall is 2/3 for class 0 and 1 for class 1. Half of the predictions are each class."""
+    result = PredictionSummary.of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
     assert (result.n, result.classes, result.first, result.most_frequent) == (4, 2, 0, 3)
     assert (result.accuracy, result.balanced, result.chance) == pytest.approx((3 / 4, 5 / 6, 1 / 2))
     assert (result.majority, result.uneven, result.constant) == (0.75, True, False)
 
 
 def test_the_chance_accuracy_of_constant_predictions_is_their_accuracy():
-    result = Answers.of(np.array([1, 1, 1, 1, 1]), np.array([0, 1, 1, 2, 2]))
+    result = PredictionSummary.of(np.array([1, 1, 1, 1, 1]), np.array([0, 1, 1, 2, 2]))
     assert result.constant
     assert result.chance == result.accuracy == pytest.approx(0.4)
     assert not result.uneven  # the largest class has 1.2 times the mean number of samples
 
 
-def test_a_pair_is_compared_by_the_samples_that_one_of_them_predicts_correctly():
+def test_two_models_are_compared_by_the_samples_that_only_one_predicts_correctly():
     result = paired(logits_of([0, 1, 0, 2]), logits_of([0, 0, 1, 2]), np.array([0, 0, 0, 0]))
     assert result == Paired(1, 1, 4, 1.0)
     assert paired(logits_of([1, 1]), logits_of([0, 1]), np.array([0, 0])) == Paired(0, 1, 2, 1.0)
@@ -222,7 +222,7 @@ def test_outputs_must_be_one_logit_for_each_class():
             Classification().check_outputs(np.zeros(shape), data_set())
 
 
-def test_a_model_that_predicts_one_class_is_unusable_and_one_better_than_chance_is_not():
+def test_a_model_better_than_chance_has_no_weakness_and_one_that_predicts_one_class_has():
     task, data = Classification(), data_set(test=split((0, 0, 1, 1, 2, 2)))
     good = task.evaluate(logits_of([0, 0, 1, 1, 2, 0]), data)
     assert (good["accuracy"]["value"], good["chance"], good["one_class"]) == (5 / 6, pytest.approx(1 / 3), False)

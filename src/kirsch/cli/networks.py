@@ -11,7 +11,7 @@ from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
 from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import measure
-from kirsch.deploy.onnx_inputs import stand_ins
+from kirsch.deploy.onnx_inputs import generated_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
 from kirsch.files import MANIFEST, check_writable, write_text
@@ -92,8 +92,8 @@ class PlanRequest:
     seed: int
 
     @property
-    def given(self) -> list[str]:
-        """Names of what is given."""
+    def given_options(self) -> list[str]:
+        """Names of the options that the user gave."""
         values = {"macs": self.macs, "parameters": self.parameters, "data": self.data or None, **self.options}
         return [name for name, value in values.items() if value is not None]
 
@@ -215,8 +215,8 @@ def show_prune(
     load: Callable[[], LoadedModel], plan_file: str, request: PlanRequest, output: str, terminal: Terminal
 ) -> int:
     """Prune a model and save it to a folder. Plan and folder are checked before the model is loaded."""
-    if plan_file and request.given:
-        flag = f"--{request.given[0].replace('_', '-')}"
+    if plan_file and request.given_options:
+        flag = f"--{request.given_options[0].replace('_', '-')}"
         raise UsageError(
             f"Both a plan and {flag} are given.",
             "A plan contains its goal and its options.",
@@ -268,7 +268,7 @@ def show_measure(loaded: LoadedModel, threads: int, rounds: int, terminal: Termi
 
 def show_measure_file(path: str, inputs: Sequence[str], threads: int, rounds: int, terminal: Terminal) -> int:
     """Measure an ONNX file."""
-    arrays = stand_ins(OnnxSession(path, threads), specifications(inputs))
+    arrays = generated_inputs(OnnxSession(path, threads), specifications(inputs))
     measurement = measure(path, example_inputs=arrays, threads=threads, rounds=rounds)
     shapes = [list(array.shape) for array in arrays]
     content = measurement.to_dict() | {"input": _single_or_all(shapes), "file": path}

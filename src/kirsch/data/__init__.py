@@ -1,1 +1,1 @@
-"""Batches, data sets with their sources, and seeded augmentation; knows no framework."""
+"""Batches, data sets with their sources, and seeded augmentation, independent of a framework."""

@@ -1,1 +1,1 @@
-"""The file to ship: export, runtimes, and measuring there."""
+"""Export models to files, run the files, and measure them."""

@@ -1,4 +1,4 @@
-"""What a model or file costs where it runs."""
+"""Measure the size, latency and accuracy of models and exported files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
-from kirsch.measurement.statistics import Rate
 from kirsch.tables import Cell, Part, Piece, Printable, Table
 from kirsch.tasks.classification import accuracy
 
@@ -35,18 +34,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Race:
-    """Several files timed in turn on one runtime.
+class LatencyComparison:
+    """Latencies of several files, measured in interleaved rounds on one runtime.
 
     Args:
-        latencies: name → time of one call.
-        speedups: name → how much faster than the reference.
-        aa: the reference against itself: the noise floor.
-        reference: which one that is.
-        runtime: with version.
-        threads, batch: of every call.
-        machine: processor.
-        load_before, load_after: load average of the machine; None where it has none.
+        latencies: latency of one call by name.
+        speedups: latency of the reference divided by the latency of the file, by name.
+        aa: speedup of the reference over itself (A/A), which shows the noise of the measurement.
+        reference: name of the reference.
+        runtime: name and version of the runtime.
+        threads: number of threads of the runtime.
+        batch: number of samples per call.
+        machine: name of the processor.
+        load_before, load_after: load average of the machine; None if the operating system does not report it.
     """
 
     latencies: dict[str, Latency]
@@ -61,7 +61,7 @@ class Race:
     load_after: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the latencies, speedups and conditions as JSON."""
         return {
             "latencies": {name: latency.to_dict() for name, latency in self.latencies.items()},
             "speedups": {name: ratio.to_dict() for name, ratio in self.speedups.items()},
@@ -76,32 +76,39 @@ class Race:
         }
 
 
-def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads: int = 1, rounds: int = 30) -> Race:
-    """Time several ONNX files in turn on the same inputs.
+def compare_latencies(
+    paths: Mapping[str, Path], inputs: Any, *, reference: str, threads: int = 1, rounds: int = 30
+) -> LatencyComparison:
+    """Measure the latencies of several ONNX files in interleaved rounds on the same inputs.
 
     Args:
-        contenders: name → file.
-        inputs: one batch, as an array or a tuple of them.
-        reference: the name that the others are compared with.
-        threads: of ONNX Runtime, 1 to the number of usable cores.
-        rounds: of the interleaved run.
+        paths: paths of the files by name.
+        inputs: one batch, as an array or a tuple of arrays.
+        reference: name of the file with which the others are compared.
+        threads: number of threads of ONNX Runtime, 1 to the number of usable cores.
+        rounds: number of interleaved rounds.
+
+    Raises:
+        UsageError: the number of threads is out of range.
+        LoadError: a file cannot be loaded or has no inputs.
+        ShapeError: a file does not accept the inputs.
     """
     cores = usable_cores()
     if not 1 <= threads <= cores:
         raise UsageError(
             f"`threads` is {threads}; expected 1 to {cores}, the cores of this machine.",
-            "More threads than cores slow down.",
+            "More threads than cores increase the latency.",
             "Give threads=1.",
         )
     before = load()
     arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    sessions = {name: OnnxSession(path, threads) for name, path in contenders.items()}
+    sessions = {name: OnnxSession(path, threads) for name, path in paths.items()}
     for session in sessions.values():
         require_inputs(session)
     calls = {name: session.call(*arrays) for name, session in sessions.items()}
     timing = interleaved(calls, reference=reference, rounds=rounds)
     version = next(iter(sessions.values())).version
-    return Race(
+    return LatencyComparison(
         latencies=timing.latencies,
         speedups=timing.speedups,
         aa=timing.aa,
@@ -117,17 +124,17 @@ def race(contenders: Mapping[str, Path], inputs: Any, *, reference: str, threads
 
 @dataclass(frozen=True)
 class Measurement(Printable):
-    """What a model or file costs.
+    """Size, latency and accuracy of a model or an exported file.
 
     Args:
-        parameters: numbers that are trained; None for a file.
-        macs: multiply-accumulates for one sample, counted while it ran; None for a file.
-        bytes: of the ONNX file.
-        latency: of one call with one sample.
-        accuracy: on the data given; None without data.
-        aa: noise floor of the timing.
-        runtime, threads: where it was timed.
-        not_measured: what was left out, and why.
+        parameters: number of trainable parameters; None for a file.
+        macs: multiply-accumulates of one sample, counted during a run of the model; None for a file.
+        bytes: size of the ONNX file in bytes.
+        latency: latency of one call with one sample.
+        accuracy: accuracy on the given data; None without data.
+        aa: speedup of the file over itself (A/A), which shows the noise of the measurement.
+        runtime, threads: runtime with its version, and its number of threads.
+        not_measured: names of the quantities that were not measured, each with the reason.
     """
 
     parameters: int | None
@@ -151,7 +158,7 @@ class Measurement(Printable):
         return [self.table()]
 
     def table(self, inputs: str = "") -> Table:
-        """Return the table of the measurement, with the shapes of its inputs if they are given."""
+        """Return the table of the measurement, with a row for the shapes of the inputs if `inputs` is not empty."""
         latency, aa = self.latency, self.aa
         sizes = [f"{figures.bytes_(self.bytes)} as ONNX"]
         if self.parameters is not None and self.macs is not None:
@@ -175,7 +182,7 @@ class Measurement(Printable):
         return Table(rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the measurement as JSON."""
         return {
             "parameters": self.parameters,
             "macs": self.macs,
@@ -195,46 +202,53 @@ def measure(
     *,
     example_inputs: Inputs,
     data: Labeled | None = None,
-    runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only one there is
+    runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only runtime so far
     threads: Count = 1,
     rounds: Count = 30,
 ) -> Measurement:
-    """Parameters, MACs, bytes, latency and accuracy of a model or an exported file.
+    """Measure the parameters, MACs, bytes, latency and accuracy of a model or an exported file.
 
     Args:
-        model_or_artifact: a model (exported to a temporary file for timing), an `Artifact`, or a path of one.
-        example_inputs: one batch: an array, a tuple of positional or a dict of keyword ones; its first sample is used.
-        data: (inputs, labels) as arrays, a `Split`, `ArrayData`, or batches of such pairs, such as a DataLoader; the
-            accuracy of the file is measured on it. Inputs of several arrays are a tuple in the order of the file, or a
-            dict by the names of its inputs; labels are class numbers, shape (N,).
+        model_or_artifact: a model, which is exported to a temporary file, an `Artifact`, or the path of an ONNX file.
+        example_inputs: one batch as an array, a tuple of positional or a dict of keyword arguments; the first sample is
+            used.
+        data: labeled data on which the accuracy of the file is measured: (inputs, labels) as arrays, a `Split`,
+            `ArrayData`, or batches of such pairs, such as a DataLoader. Several inputs are a tuple in the order of the
+            file's inputs, or a dict by their names; labels are class numbers, shape (N,).
         runtime: "onnxruntime".
-        threads: of the runtime.
-        rounds: of the timing, at least 6.
+        threads: number of threads of the runtime.
+        rounds: number of rounds of the timing, at least 6.
+
+    Returns:
+        The `Measurement`. If the batch size of the file is fixed, latency and MACs are for one batch of this size.
 
     Raises:
-        UsageError: too few rounds, or inputs whose names are not those of the file.
+        UsageError: there are too few rounds, the number of threads is out of range, or the names of the inputs differ
+            from the file's.
+        LoadError: the file cannot be loaded or has no inputs.
+        ShapeError: the file does not accept the inputs.
         DataError: the labels are not class numbers.
+        NumericError: an output contains no finite number for the example inputs.
     """
     if rounds < FEWEST_ROUNDS:
         raise UsageError(
             f"`rounds` is {rounds}; a confidence interval needs more.", fix=f"Give at least {FEWEST_ROUNDS}."
         )
-    missing = [] if data is not None else ["Accuracy: no data was given."]
+    not_measured = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
-        given = model_or_artifact
-        path = given.path if isinstance(given, Artifact) else Path(given)
-        missing.append("Parameters and MACs: they are counted on a model, not on a file.")
-        return _measured(path, example_inputs, data, threads, rounds, (None, None), missing)
+        path = model_or_artifact.path if isinstance(model_or_artifact, Artifact) else Path(model_or_artifact)
+        not_measured.append("Parameters and MACs: they are counted on a model, not on a file.")
+        return _measure_file(path, example_inputs, data, threads, rounds, (None, None), not_measured)
     framework = framework_of(model_or_artifact)
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(model_or_artifact, Path(folder) / "model.onnx", example_inputs=example_inputs)
         size = OnnxSession(artifact.path).batch or 1
-        counted = framework.analysis.count(model_or_artifact, _first(example_inputs, size))
-        return _measured(artifact.path, example_inputs, data, threads, rounds, counted, missing)
+        counts = framework.analysis.count(model_or_artifact, _first(example_inputs, size))
+        return _measure_file(artifact.path, example_inputs, data, threads, rounds, counts, not_measured)
 
 
 def _first(inputs: Any, size: int) -> Any:
-    """The first samples of inputs that may be nested, with what is no array as it is."""
+    """Return the first samples of nested inputs; values that are not arrays are kept."""
     if isinstance(inputs, Mapping):
         return {name: _first(part, size) for name, part in inputs.items()}
     if isinstance(inputs, (tuple, list)):
@@ -244,10 +258,10 @@ def _first(inputs: Any, size: int) -> Any:
 
 
 def _labeled(data: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield inputs and labels of one pair of arrays, or of each batch.
+    """Yield the inputs and labels of one pair of arrays, or of each batch.
 
     Raises:
-        DataError: a batch has no labels, or there is none.
+        DataError: a batch has no labels, or there are no batches.
     """
     data = (data.inputs, data.labels) if isinstance(data, Split) else data
     batches = data.epoch(0, 0) if isinstance(data, SeededData) else [data] if isinstance(data, tuple) else data
@@ -258,44 +272,46 @@ def _labeled(data: Any) -> Iterator[tuple[Any, Any]]:
         yield batch.inputs, batch.targets
         empty = False
     if empty:
-        raise DataError("`data` has no batch.", fix="Give (inputs, labels), or batches of such pairs.")
+        raise DataError("`data` has no batches.", fix="Give (inputs, labels), or batches of such pairs.")
 
 
-def _measured(
+def _measure_file(
     path: Path,
     inputs: Any,
     data: Any,
     threads: int,
     rounds: int,
-    counted: tuple[int | None, int | None],
-    missing: list[str],
+    counts: tuple[int | None, int | None],
+    not_measured: list[str],
 ) -> Measurement:
     session = OnnxSession(path)
     require_inputs(session)
     size = session.batch or 1
-    some = session.arrays(_first(inputs, size))
+    first = session.arrays(_first(inputs, size))
     if size != 1:
-        missing.append(f"One sample: the file takes batches of {size} alone, so the latency and MACs are for {size}.")
-    for name, output in zip(session.outputs, session.run(*some), strict=True):
+        not_measured.append(
+            f"One sample: the batch size of the file is fixed; latency and MACs are for {size} samples."
+        )
+    for name, output in zip(session.outputs, session.run(*first), strict=True):
         if np.issubdtype(output.dtype, np.floating) and output.size and not np.isfinite(output).any():
             raise NumericError(
-                f"The output {name!r} of {path.name} holds no finite number for the example inputs.",
-                fix="Repair the model, or give example inputs as they occur.",
+                f"The output {name!r} of {path.name} contains no finite number for the example inputs.",
+                fix="Fix the model, or give example inputs with realistic values.",
             )
-    run = race({"model": path}, some, reference="model", threads=threads, rounds=rounds)
-    found = None
+    comparison = compare_latencies({"model": path}, first, reference="model", threads=threads, rounds=rounds)
+    measured_accuracy = None
     if data is not None:
         session = OnnxSession(path, threads)
         batches = [(session.predict(part), host(labels)) for part, labels in _labeled(data)]
-        found = accuracy(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+        measured_accuracy = accuracy(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
     return Measurement(
-        parameters=counted[0],
-        macs=counted[1],
+        parameters=counts[0],
+        macs=counts[1],
         bytes=path.stat().st_size,
-        latency=run.latencies["model"],
-        accuracy=found,
-        aa=run.aa,
-        runtime=run.runtime,
+        latency=comparison.latencies["model"],
+        accuracy=measured_accuracy,
+        aa=comparison.aa,
+        runtime=comparison.runtime,
         threads=threads,
-        not_measured=tuple(missing),
+        not_measured=tuple(not_measured),
     )

@@ -1,4 +1,4 @@
-"""Inputs to time an ONNX file with, from what the file states of them."""
+"""Generate inputs for timing an ONNX file from the shapes and types in the file."""
 
 from __future__ import annotations
 
@@ -17,98 +17,100 @@ if TYPE_CHECKING:
 
     from kirsch.deploy.onnxruntime import OnnxSession
 
-NUMPY = {"float": "float32", "double": "float64"}
-"""Types of numbers that ONNX Runtime and numpy call differently."""
+NUMPY_TYPES = {"float": "float32", "double": "float64"}
+"""Names in numpy of types that ONNX Runtime names differently."""
 
-KNOWN = (
+SUPPORTED_TYPES = (
     *("float32", "float64", "float16", "int64", "int32", "int16", "int8"),
     *("uint8", "uint16", "uint32", "uint64", "bool"),
 )
-"""Types that numpy can fill."""
+"""Types for which inputs can be generated."""
 
 
 def require_inputs(session: OnnxSession) -> None:
-    """Make sure that a file takes inputs.
+    """Check that a file has inputs.
 
     Raises:
-        LoadError: it takes none, so that it computes the same numbers at each run.
+        LoadError: the file has no inputs, so its output is constant.
     """
     if not session.inputs:
         raise LoadError(
             f"{session.path} has no inputs.",
-            "It gives the same numbers at each run, so that there is nothing to time.",
+            "Its output is constant, so its latency is meaningless.",
             "Export the model with its inputs as arguments of its forward, not as constants.",
         )
 
 
-def stand_ins(session: OnnxSession, stated: Sequence[InputSpec] = ()) -> tuple[NDArray[Any], ...]:
-    """One array for each input of a file: normal numbers, integers of 0 and 1.
+def generated_inputs(session: OnnxSession, specs: Sequence[InputSpec] = ()) -> tuple[NDArray[Any], ...]:
+    """Return one array per input: normally distributed floats, integers drawn from {0, 1}, and masks of ones.
 
     Args:
-        session: the file; its batch axis is taken as 1 where it is free.
-        stated: shapes that replace those of the file, by name or in its order.
+        session: the file; a free batch axis gets size 1.
+        specs: shapes to use instead of those in the file, by input name or in the order of the file's inputs.
 
     Raises:
-        LoadError: the file has no inputs, or one without numbers or of a type that numbers cannot fill.
-        UsageError: a shape is neither stated nor in the file, or the names or the number of those stated do not fit.
-        MemoryShortageError: the machine could not hold the inputs.
+        LoadError: the file has no inputs, an input has an axis of size 0, or the type of an input is not supported.
+        UsageError: an axis other than the batch is free and has no given size, an input name is unknown, or the number
+            of shapes is wrong.
+        MemoryShortageError: the inputs do not fit into the memory of the machine.
     """
     require_inputs(session)
-    shapes = _matched(session, stated)
-    specs = []
-    for name, own, kind in zip(session.inputs, session.shapes, session.types, strict=True):
-        dtype = NUMPY.get(kind, kind)
-        if dtype not in KNOWN:
+    given_shapes = _shapes_by_name(session, specs)
+    completed = []
+    for name, file_shape, onnx_type in zip(session.inputs, session.shapes, session.types, strict=True):
+        dtype = NUMPY_TYPES.get(onnx_type, onnx_type)
+        if dtype not in SUPPORTED_TYPES:
             raise LoadError(
-                f"The input {name!r} of {session.path} is of type {kind}.",
-                "Only tensors of numbers can be made up for a measurement.",
-                "Call kirsch.measure in Python with example_inputs of your own.",
+                f"The input {name!r} of {session.path} is of type {onnx_type}.",
+                "Inputs can only be generated for tensors of numbers.",
+                "Call kirsch.measure in Python and pass example_inputs.",
             )
-        specs.append(InputSpec(name, shapes.get(name) or _own_shape(session, name, own), dtype))
-    require_room(specs)
+        shape = given_shapes.get(name) or _shape_in_file(session, name, file_shape)
+        completed.append(InputSpec(name, shape, dtype))
+    require_room(completed)
     random = np.random.default_rng(0)
-    return tuple(_filled(random, spec) for spec in specs)
+    return tuple(_random_array(random, spec) for spec in completed)
 
 
-def _matched(session: OnnxSession, stated: Sequence[InputSpec]) -> dict[str, tuple[int, ...]]:
-    """Name of an input → the shape that is stated for it."""
-    if any(spec.name for spec in stated):
-        unknown = next((spec.name for spec in stated if spec.name not in session.inputs), None)
+def _shapes_by_name(session: OnnxSession, specs: Sequence[InputSpec]) -> dict[str, tuple[int, ...]]:
+    """Return the given shapes by input name."""
+    if any(spec.name for spec in specs):
+        unknown = next((spec.name for spec in specs if spec.name not in session.inputs), None)
         if unknown is not None:
             raise UsageError(f"{session.path} has no input {unknown!r}.", listing(session.inputs))
-        return {spec.name: spec.shape for spec in stated}
-    if stated and len(stated) != len(session.inputs):
+        return {spec.name: spec.shape for spec in specs}
+    if specs and len(specs) != len(session.inputs):
         raise UsageError(
-            f"{session.path} has {len(session.inputs)} inputs, and {len(stated)} shapes are given.",
+            f"{session.path} has {len(session.inputs)} inputs; the number of given shapes is {len(specs)}.",
             listing(session.inputs),
             f"Give --input once for each, in this order or by name: --input {session.inputs[0]}=1,3,224,224.",
         )
-    return {name: spec.shape for name, spec in zip(session.inputs, stated, strict=False)}
+    return {name: spec.shape for name, spec in zip(session.inputs, specs, strict=False)}
 
 
-def _own_shape(session: OnnxSession, name: str, own: tuple[Any, ...]) -> tuple[int, ...]:
-    """The shape that a file states for an input, with 1 for a free batch."""
-    sizes = tuple(1 if place == 0 and not isinstance(size, int) else size for place, size in enumerate(own))
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        found = " × ".join(str(size) if size is not None else "?" for size in own)
-        why = f"It is stated as {found}." if own else "Its number of axes is unknown, or it is a single number."
-        if 0 in own:
-            raise LoadError(
-                f"The input {name!r} of {session.path} holds no numbers.",
-                why,
-                "Export the model again, with example inputs that hold samples.",
-            )
-        known = [str(size) if isinstance(size, int) and size > 0 else "224" for size in sizes]
-        example = ",".join(known) or "1,3,224,224"
-        raise UsageError(
-            f"The shape of the input {name!r} of {session.path} is not known.",
+def _shape_in_file(session: OnnxSession, name: str, file_shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the shape of an input in the file, with size 1 for a free batch."""
+    sizes = tuple(1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(file_shape))
+    if sizes and all(isinstance(size, int) and size > 0 for size in sizes):
+        return sizes
+    text = " × ".join(str(size) if size is not None else "?" for size in file_shape)
+    why = f"The shape in the file is {text}." if file_shape else "The number of axes is unknown or 0."
+    if 0 in file_shape:
+        raise LoadError(
+            f"The input {name!r} of {session.path} has an axis of size 0.",
             why,
-            f"Give it: --input {name}={example}.",
+            "Export the model again, with example inputs that contain samples.",
         )
-    return sizes
+    known = [str(size) if isinstance(size, int) and size > 0 else "224" for size in sizes]
+    example = ",".join(known) or "1,3,224,224"
+    raise UsageError(
+        f"The shape of the input {name!r} of {session.path} is not known.",
+        why,
+        f"Give the shape: --input {name}={example}.",
+    )
 
 
-def _filled(random: np.random.Generator, spec: InputSpec) -> NDArray[Any]:
+def _random_array(random: np.random.Generator, spec: InputSpec) -> NDArray[Any]:
     if spec.dtype.startswith("float"):
         return random.standard_normal(spec.shape).astype(spec.dtype)
     if "mask" in spec.name:

@@ -1,4 +1,4 @@
-"""Running an ONNX file on ONNX Runtime."""
+"""Run ONNX files on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ INPUTS_FIX = "Give example inputs of that number, shape and type."
 
 
 class OnnxSession:
-    """An ONNX file, loaded and ready.
+    """An ONNX file that is loaded on ONNX Runtime.
 
     Args:
-        path: of the file.
-        threads: within an operation, >= 1; operations run one after the other.
+        path: path of the file.
+        threads: number of threads of one operation, >= 1; operations run one after the other.
 
     Raises:
-        LoadError: the file is missing, is no ONNX model, or names data outside its folder.
+        LoadError: the file is missing, is not an ONNX model, or refers to data outside its folder.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -42,21 +42,21 @@ class OnnxSession:
         except ModuleNotFoundError as error:
             raise MissingExtraError("onnxruntime", "torch", "to run ONNX files") from error
         file = Path(path)
-        found = describe(file)
-        if found is None:
+        description = describe(file)
+        if description is None:
             raise LoadError(f"The file {file} does not exist.", fix="Export the model first.")
-        if found.what != "an ONNX file":
-            of_the_command = any(word in found.as_model for word in ("MODEL", "callable"))
-            fix = FILE_FIX if of_the_command else found.as_model
-            raise LoadError(f"{file} is not an ONNX file: it is {found.what}.", found.why, fix)
+        if description.what != "an ONNX file":
+            is_fix_of_command = any(word in description.as_model for word in ("MODEL", "callable"))
+            fix = FILE_FIX if is_fix_of_command else description.as_model
+            raise LoadError(f"{file} is not an ONNX file: it is {description.what}.", description.why, fix)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # an error is raised too, and its warnings speak of its own optimizer
+        options.log_severity_level = 4  # errors are raised, too; warnings are about its optimizer
         try:
-            # ONNX Runtime refuses external data outside the folder of the file by itself.
+            # ONNX Runtime itself refuses external data outside the folder of the file.
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no common base of their own
+        except Exception as error:  # the errors of ONNX Runtime have no common base class
             why = _first_line(error)
             raise LoadError(f"{file} cannot be loaded by ONNX Runtime.", why, _fix_of_file(why)) from error
         self.path = file
@@ -69,18 +69,21 @@ class OnnxSession:
 
     @property
     def batch(self) -> int | None:
-        """The size of the batch where the file fixes it, None where it is free."""
+        """The batch size of the file, or None if it is free."""
         first = self.shapes[0][0] if self.shapes and self.shapes[0] else None
         return first if isinstance(first, int) else None
 
     def run(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """All outputs for one batch.
+        """Return all outputs for one batch.
+
+        Args:
+            inputs: arrays in the order of the file's inputs.
 
         Raises:
-            ShapeError: the inputs do not fit; says what is expected.
+            ShapeError: the number, shape or type of the inputs differs from the file's.
         """
         expected = ", ".join(f"{v.name} {v.shape} {v.type}" for v in self._session.get_inputs())
-        what = f"The file cannot take inputs {', '.join(f'{value.shape} {value.dtype}' for value in inputs)}."
+        what = f"The file does not accept inputs {', '.join(f'{value.shape} {value.dtype}' for value in inputs)}."
         if len(inputs) != len(self.inputs):
             raise ShapeError(what, f"It expects {expected}.", INPUTS_FIX)
         try:
@@ -105,7 +108,7 @@ class OnnxSession:
 
         Args:
             inputs: an array, a tuple of arrays in the order of the file, or a dict of arrays by the names of the file.
-                Nested inputs are taken in their order; what is not an array is left out.
+                Nested inputs are flattened in their order; values that are not arrays are left out.
 
         Raises:
             UsageError: a name is not an input of the file, or an input is missing.
@@ -120,17 +123,18 @@ class OnnxSession:
         return tuple(host(inputs[name]) for name in self.inputs)
 
     def predict(self, inputs: Any, batch_size: int = 256) -> NDArray[Any]:
-        """Return the logits for N samples, shape (N, K); see `logits_output` for which output these are.
+        """Return the logits for N samples, shape (N, K); `logits_output` selects the output.
 
-        A file whose batch is fixed gets batches of its size; the last is filled up, and what was filled is dropped.
+        If the batch size of the file is fixed, the last batch is filled with repeated samples, which are not returned.
 
         Args:
             inputs: see `arrays`.
-            batch_size: samples at a time, where the batch is free.
+            batch_size: number of samples per batch if the batch size of the file is free.
 
         Raises:
             DataError: there are no inputs.
-            UsageError: the inputs do not have the names of the file, or its outputs do not tell which are the logits.
+            UsageError: the names of the inputs differ from the file's, or the output with the logits cannot be
+                identified by name.
         """
         arrays = self.arrays(inputs)
         samples = len(arrays[0]) if arrays else 0
@@ -152,7 +156,10 @@ class OnnxSession:
         return np.concatenate(parts)
 
     def call(self, *inputs: NDArray[Any]) -> Callable[[], Any]:
-        """A callable without arguments that runs these inputs, for timing; they are run once to see that they fit."""
+        """Return a function without arguments that runs the file on these inputs, for timing.
+
+        The file is run once, so that unsuitable inputs raise an error here.
+        """
         self.run(*inputs)
         feed = dict(zip(self.inputs, inputs, strict=True))
         session = self._session
@@ -160,7 +167,7 @@ class OnnxSession:
 
 
 def _arrays(inputs: Any) -> list[NDArray[Any]]:
-    """The arrays in inputs that may be nested, in the order in which a file takes them."""
+    """Return the arrays in nested inputs, in the order of the file's inputs."""
     if isinstance(inputs, (Mapping, tuple, list)):
         parts = inputs.values() if isinstance(inputs, Mapping) else inputs
         return [array for part in parts for array in _arrays(part)]
@@ -168,17 +175,17 @@ def _arrays(inputs: Any) -> list[NDArray[Any]]:
 
 
 def _type(text: str) -> str:
-    """The type of the numbers in a type of ONNX Runtime: that of "tensor(float)" is "float"; any other as it is."""
+    """Return "float" for "tensor(float)"; types other than tensors are returned unchanged."""
     return text.removeprefix("tensor(").removesuffix(")") if text.startswith("tensor(") else text
 
 
 def _fix_of_file(why: str) -> str:
-    """What to do about a file that ONNX Runtime does not load, by what it says."""
+    """Return the fix for a file that ONNX Runtime cannot load, by the error message of ONNX Runtime."""
     if "INVALID_PROTOBUF" in why or "No graph was found" in why:
-        return "The file is damaged, or not an ONNX file: write or copy it again."
+        return "The file is damaged or is not an ONNX file: write or copy it again."
     if "opset import" in why or "is not a registered function/op" in why:
-        return "Leave custom operators out of the model: the file must run with the operators of ONNX Runtime alone."
-    return "Give a model that kirsch.export wrote."
+        return "Leave custom operators out of the model: the file may contain only operators of ONNX Runtime."
+    return "Give a file written by kirsch.export."
 
 
 def _first_line(error: Exception) -> str:

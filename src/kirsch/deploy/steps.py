@@ -10,7 +10,7 @@ from pydantic import Field
 from kirsch import figures
 from kirsch.annotations import Between, Count
 from kirsch.deploy.export import export, usage
-from kirsch.deploy.measure import race
+from kirsch.deploy.measure import compare_latencies
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
@@ -106,18 +106,18 @@ class Measure(Step):
 
     def run(self, job: Job, folder: Path) -> Record:
         """Measure the exported file, the teacher and the student in interleaved rounds."""
-        contenders: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         for name, model in job.trained.items():
             inputs = framework_of(model).inference.from_numpy(job.example)
-            contenders[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
-        contenders["exported"] = job.folder / MODEL
-        result = race(contenders, job.example, reference="teacher", threads=self.threads, rounds=self.rounds)
+            paths[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
+        paths["exported"] = job.folder / MODEL
+        result = compare_latencies(paths, job.example, reference="teacher", threads=self.threads, rounds=self.rounds)
         speedup = result.speedups["exported"]
         before, after = (figures.micros(result.latencies[name].median_us) for name in ("teacher", "exported"))
         return {
             "did": self.runtime,
             "race": result.to_dict(),
-            "onnx_bytes": {name: path.stat().st_size for name, path in contenders.items()},
+            "onnx_bytes": {name: path.stat().st_size for name, path in paths.items()},
             "cells": [
                 f"teacher {before} → {after}",
                 figures.ratio(speedup.value, speedup.low, speedup.high),

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what its model computes, on inputs of several kinds and batch sizes."""
+"""Compare an exported file with its model on inputs of several kinds and batch sizes."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from kirsch.deploy.onnxruntime import OnnxSession
     from kirsch.frameworks.protocols import Exportable
 
-DRIFT = 1e-4
-"""Largest difference between model and file, as a share of the largest output; 1e-6 is usual in float32."""
+TOLERANCE = 1e-4
+"""Largest allowed difference between model and file, relative to the largest output; 1e-6 is usual in float32."""
 
-ROUNDING, RUNS = 4, 3
-"""A file may differ by this many times what rounding alone moves the outputs, at most, of this many runs."""
+ROUNDING_FACTOR, ROUNDING_RUNS = 4, 3
+"""A file may differ by this factor times the largest effect of rounding errors in this number of runs."""
 
-TELLING = 0.25
-"""Where rounding moves outputs by so much of the largest, a comparison says nothing."""
+LARGEST_TOLERANCE = 0.25
+"""An output whose tolerance is larger, because rounding errors change it strongly, is not compared."""
 
-SIZES = (1, 3)
-"""Batch sizes that are tried where the batch is free."""
+BATCH_SIZES = (1, 3)
+"""Batch sizes of the comparison if the batch is free."""
 
-SCALES = {"normal": 1.0, "zero": 0.0, "large": 100.0}
-"""Kinds of random values for floating inputs, with their standard deviation."""
+STANDARD_DEVIATIONS = {"normal": 1.0, "zero": 0.0, "large": 100.0}
+"""Standard deviations of random values for floating inputs, by the kind of inputs."""
 
-ORDINARY = ("example", "normal")
-"""Kinds of inputs of which one at least must tell; zeros may agree where nothing else does."""
+TYPICAL_KINDS = ("example", "normal")
+"""Each output must be compared on inputs of one of these kinds; zeros alone would not show other weights."""
 
 Arrays = tuple["NDArray[Any]", ...]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One batch of inputs.
+    """One batch of inputs, and the outputs of the model for them.
 
     Args:
-        values: "example", "normal", "zero" or "large".
-        inputs: one array for each input.
-        expected: what the model returns, by name.
+        values: kind of the inputs: "example", "normal", "zero" or "large".
+        inputs: one array per input.
+        expected: outputs of the model by name.
     """
 
     values: str
@@ -55,67 +55,65 @@ class Trial:
     expected: dict[str, NDArray[Any]]
 
     @property
-    def text(self) -> str:
-        """In words, for errors."""
-        size = len(self.inputs[0])
+    def description(self) -> str:
+        """Kind and batch size of the inputs, for errors."""
         kind = "the example inputs" if self.values == "example" else f"{self.values} values"
-        return f"{kind} in a batch of {size}"
+        return f"{kind} in a batch of {len(self.inputs[0])}"
 
 
 def trials(model: Exportable) -> tuple[list[Trial], str]:
-    """Return what a file is compared on, and why its batch cannot be free, "" if it can.
+    """Return the inputs and expected outputs of a comparison, and why the batch cannot be free ("" if it can).
 
-    The example inputs come first, as they are. Then they are cut or repeated to the batch sizes of `SIZES`; where the
-    model refuses one, all trials have the batch size of the example. Random values follow, where there are floating
-    inputs and the model takes such values: normal ones, zeros, and large ones.
+    The first trial has the unchanged example inputs. The next ones have the example inputs, cut or repeated to the
+    sizes of `BATCH_SIZES`; if the model does not run with one of these, all trials have the batch size of the example.
+    The last ones have normally distributed values, zeros and large values for floating inputs. They are left out if
+    the model does not run with them.
 
     Raises:
         ModelError: the model does not run with the example inputs.
-        NumericError: it gives NaN or no finite number for them, or other outputs at each run.
+        NumericError: the outputs for the example inputs contain NaN, contain no finite number, or differ between runs.
     """
     example = tuple(model.inputs.values())
-    found = [Trial("example", example, _run(model, example))]
-    if not found[0].expected:
-        raise ModelError(f"A {model.name} returns no tensor.", fix="Let its forward return what the file shall give.")
-    _check_finite(model, found[0])
-    _check_steady(model, example)
-    count, fixed = len(example[0]), ""
-    lengths = {len(array) for array in example}
-    if len(lengths) > 1:
-        fixed = f"The first axes of its inputs differ: {', '.join(str(len(array)) for array in example)}."
-    others = [] if fixed else [size for size in SIZES if size != count]
-    for size in others:
+    first = Trial("example", example, _run(model, example))
+    if not first.expected:
+        raise ModelError(f"A {model.name} returns no tensor.", fix="Let its forward return the outputs of the file.")
+    _check_finite(model, first)
+    _check_deterministic(model, example)
+    lengths = [len(array) for array in example]
+    if len(set(lengths)) > 1:
+        return fixed_trials(model, first), f"The first axes of its inputs differ: {', '.join(map(str, lengths))}."
+    resized = []
+    for size in BATCH_SIZES:
+        if size == lengths[0]:
+            continue
         inputs = tuple(np.resize(array, (size, *array.shape[1:])) for array in example)
         try:
-            found.append(Trial("example", inputs, _run(model, inputs)))
+            resized.append(Trial("example", inputs, _run(model, inputs)))
         except ModelError as error:
-            fixed = f"The model does not run with a batch of {size}: {error.why}"
-            break
-    if fixed:
-        return fixed_trials(model, found[0]), fixed
-    return found + _random_trials(model, SIZES[-1]), ""
+            return fixed_trials(model, first), f"The model does not run with a batch of {size}: {error.why}"
+    return [first, *resized, *_random_trials(model, BATCH_SIZES[-1])], ""
 
 
 def fixed_trials(model: Exportable, example: Trial) -> list[Trial]:
-    """Return trials of the batch size of the example alone."""
+    """Return trials with the batch size of the example inputs only."""
     return [example, *_random_trials(model, None)]
 
 
 def _random_trials(model: Exportable, size: int | None) -> list[Trial]:
-    """Trials with random values for floating inputs, of this batch size, by default that of each input."""
-    random, found = np.random.default_rng(0), []
+    """Return trials with random values for floating inputs; without a size, each input keeps its first axis."""
+    random, made = np.random.default_rng(0), list[Trial]()
     example = tuple(model.inputs.values())
-    for values, scale in SCALES.items() if any(np.issubdtype(a.dtype, np.floating) for a in example) else ():
+    if not any(np.issubdtype(array.dtype, np.floating) for array in example):
+        return made
+    for kind, deviation in STANDARD_DEVIATIONS.items():
         inputs = []
         for array in example:
             shape = (size or len(array), *array.shape[1:])
-            drawn = (scale * random.standard_normal(shape)).astype(array.dtype)
-            inputs.append(drawn if np.issubdtype(array.dtype, np.floating) else np.resize(array, shape))
-        try:
-            found.append(Trial(values, tuple(inputs), _run(model, tuple(inputs))))
-        except ModelError:  # such as positions given as floating numbers
-            continue
-    return found
+            values = (deviation * random.standard_normal(shape)).astype(array.dtype)
+            inputs.append(values if np.issubdtype(array.dtype, np.floating) else np.resize(array, shape))
+        with contextlib.suppress(ModelError):  # the model may reject values, such as floating numbers used as indices
+            made.append(Trial(kind, tuple(inputs), _run(model, tuple(inputs))))
+    return made
 
 
 def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
@@ -123,139 +121,160 @@ def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
         return model.outputs(inputs)
     except ModelError:
         raise
-    except Exception as error:  # a foreign model is run, which may raise anything
+    except Exception as error:  # code of the user's model may raise any error
         shapes = ", ".join(str(array.shape) for array in inputs)
         raise ModelError(
             f"A {model.name} does not run with inputs of shape {shapes}.",
             error_with_location(error),
-            "Give example inputs that the model takes.",
+            "Give example inputs that the model accepts.",
         ) from error
 
 
 def _check_finite(model: Exportable, trial: Trial) -> None:
-    """Refuse NaN in any output for the example inputs, and an output without a finite number.
+    """Refuse outputs that contain NaN or no finite number.
 
-    Infinite numbers beside finite ones are taken: the logits of a token that must not come are -inf.
+    Infinite values beside finite ones are accepted, because some models set the logits of forbidden tokens to -inf.
     """
     for name, array in trial.expected.items():
-        if _broken(array):
-            cause = next((key for key, value in model.inputs.items() if not _finite(value)), "")
-            broken = model.not_finite()
-            raise NumericError(
-                f"A {model.name} gives {'NaN' if np.isnan(array).any() else 'no finite number'} for the example inputs,"
-                f" in its output {name!r}.",
-                f"The input {cause!r} is not finite." if cause else f"Its {broken} is not finite." if broken else "",
-                "Repair the model, or give example inputs as they occur.",
-            )
+        if not _is_invalid(array):
+            continue
+        problem = "NaN" if np.isnan(array).any() else "no finite number"
+        infinite_input = next((key for key, value in model.inputs.items() if not _is_finite(value)), "")
+        why = f"The input {infinite_input!r} is not finite."
+        if not infinite_input:
+            tensor = model.not_finite()
+            why = f"Its {tensor} is not finite." if tensor else ""
+        raise NumericError(
+            f"A {model.name} returns {problem} for the example inputs, in its output {name!r}.",
+            why,
+            "Fix the model, or give example inputs with realistic values.",
+        )
 
 
-def infinite(trial: Trial) -> list[str]:
-    """Return a sentence for each output that holds infinite numbers beside finite ones."""
+def notes_on_infinity(trial: Trial) -> list[str]:
+    """Return a sentence for each output that contains infinite values beside finite ones."""
     counts = {
         name: (int(np.isinf(array).sum()), array.size)
         for name, array in trial.expected.items()
         if np.issubdtype(array.dtype, np.inexact)
     }
     return [
-        f"The output {name!r} holds infinite numbers for {trial.text}: {count} of {size}. The file returns the same."
+        f"{count} of the {size} values of the output {name!r} are infinite for {trial.description}. "
+        "The file returns the same values."
         for name, (count, size) in counts.items()
         if count
     ]
 
 
-def _check_steady(model: Exportable, inputs: Arrays) -> None:
+def _check_deterministic(model: Exportable, inputs: Arrays) -> None:
     why, fix = model.nondeterminism(inputs)
     if why:
-        raise NumericError(f"A {model.name} gives other outputs at each run, so no file can equal it.", why, fix)
+        message = f"A {model.name} returns different outputs at each run, so a file cannot compute the same outputs."
+        raise NumericError(message, why, fix)
 
 
-def _broken(array: NDArray[Any]) -> bool:
-    """Whether an output holds NaN, or not one finite number."""
-    floating = np.issubdtype(array.dtype, np.inexact) and array.size > 0
-    return floating and bool(np.isnan(array).any() or not np.isfinite(array).any())
+def _is_invalid(array: NDArray[Any]) -> bool:
+    """Return whether an output contains NaN, or has values and none of them is finite."""
+    has_floats = np.issubdtype(array.dtype, np.inexact) and array.size > 0
+    return has_floats and bool(np.isnan(array).any() or not np.isfinite(array).any())
 
 
-def _finite(array: NDArray[Any]) -> bool:
+def _is_finite(array: NDArray[Any]) -> bool:
     return not np.issubdtype(array.dtype, np.inexact) or bool(np.isfinite(array).all())
 
 
-def compare(model: Exportable, session: OnnxSession, made: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return how far a file lies from its model in each trial, as JSON.
+def compare(model: Exportable, session: OnnxSession, compared: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Compare a file with its model; return one JSON record per trial.
 
-    "drift" is the largest difference as a share of the largest output, or for whole numbers and truth values the share
-    that differs; "allowed" is its limit. Outputs that rounding alone moves by more than `TELLING` say nothing in a
-    trial and are named under "unstable"; where these are all, "drift" is None. So are those that differ
-    where the model itself gives NaN or no finite number for zeros or large values, as in a division by a norm of 0.
+    The record has the kind of the inputs, the batch size, and these keys of the output with the largest difference:
+
+    - "drift": the difference, see `distance`; None if no output is compared;
+    - "allowed": the tolerance of this output;
+    - "unstable": names of the outputs that are not compared in this trial. Rounding errors change them by more than
+      `LARGEST_TOLERANCE`, or the model itself returns NaN or no finite number for zeros or large values, for example
+      after a division by a norm of 0.
 
     Raises:
-        NumericError: the file computes something else in a trial, or an output says nothing for ordinary inputs.
+        NumericError: the outputs of the file differ from those of the model, or an output cannot be compared on any of
+            `TYPICAL_KINDS`.
     """
-    records, seen = [], set[str]()
-    for trial in made:
+    records, verified = [], set[str]()
+    for trial in compared:
         drifts, allowed = _drifts(model, session, trial)
-        telling = [name for name in drifts if allowed[name] <= TELLING]
-        seen.update(telling if trial.values in ORDINARY else ())
-        worst = max(telling, key=lambda name: drifts[name] / allowed[name], default="")
+        comparable = [name for name in drifts if allowed[name] <= LARGEST_TOLERANCE]
+        verified.update(comparable if trial.values in TYPICAL_KINDS else ())
+        worst = max(comparable, key=lambda name: drifts[name] / allowed[name], default="")
         if worst and not drifts[worst] <= allowed[worst]:
-            _check_steady(model, trial.inputs)  # a choice among few may have been the same at first
-            apart = f"differ by {drifts[worst]:.1e} of the largest, {allowed[worst]:.0e} is allowed,"
-            if np.isinf(drifts[worst]):
-                apart = "differ in their shape, or in which numbers are finite,"
-            raise NumericError(
-                "The exported file does not compute what the model computes.",
-                f"The outputs {apart} in {worst!r} for {trial.text}.",
-                "Report the model: its export is wrong.",
-            )
+            _check_deterministic(model, trial.inputs)  # two runs of a random choice may have agreed on the example
+            raise _difference(worst, drifts[worst], allowed[worst], trial)
         records.append(
             {
                 "inputs": trial.values,
                 "batch": len(trial.inputs[0]),
                 "drift": drifts[worst] if worst else None,
                 "allowed": allowed[worst] if worst else None,
-                "unstable": [name for name in drifts if name not in telling],
+                "unstable": [name for name in drifts if name not in comparable],
             }
         )
-    hidden = [name for name in made[0].expected if name not in seen]
-    if hidden:
+    unverified = [name for name in compared[0].expected if name not in verified]
+    if unverified:
+        share = LARGEST_TOLERANCE / ROUNDING_FACTOR
         raise NumericError(
-            f"Whether the exported file computes the output {hidden[0]!r} of a {model.name} cannot be seen.",
-            f"Rounding alone moves it by more than {TELLING / ROUNDING:.0%} of its largest value for ordinary inputs.",
-            "Export trained weights with example inputs as they occur, in float32.",
+            f"The output {unverified[0]!r} of a {model.name} cannot be compared with that of the exported file.",
+            f"Rounding errors change it by more than {share:.0%} of its largest value for typical inputs.",
+            "Export trained weights in float32, with realistic example inputs.",
         )
     return records
 
 
+def _difference(name: str, drift: float, allowed: float, trial: Trial) -> NumericError:
+    why = f"The outputs differ by {drift:.1e} of the largest, {allowed:.0e} is allowed,"
+    if np.isinf(drift):
+        why = "The outputs differ in their shape, or in which values are finite,"
+    return NumericError(
+        "The exported file does not compute what the model computes.",
+        f"{why} in {name!r} for {trial.description}.",
+        "Report the model: its export is wrong.",
+    )
+
+
 def _drifts(model: Exportable, session: OnnxSession, trial: Trial) -> tuple[dict[str, float], dict[str, float]]:
-    """How far each output differs, and what is allowed."""
+    """Return the difference and the tolerance of each output by name."""
     outputs = session.run(*trial.inputs)
     if len(outputs) != len(trial.expected):
         raise NumericError(f"The exported file has {len(outputs)} outputs, the model has {len(trial.expected)}.")
     drifts = {
-        name: distance(expected, found) for (name, expected), found in zip(trial.expected.items(), outputs, strict=True)
+        name: distance(expected, actual)
+        for (name, expected), actual in zip(trial.expected.items(), outputs, strict=True)
     }
-    allowed = dict.fromkeys(drifts, DRIFT)
-    if trial.values not in ORDINARY:  # the model fails there itself
-        allowed |= {name: drift for name, drift in drifts.items() if np.isinf(drift) and _broken(trial.expected[name])}
-    if max(drifts.values(), default=0.0) > DRIFT:
-        with contextlib.suppress(Exception):  # some operations, such as torch.cond, cannot be run so: no allowance
-            for seed in range(RUNS):
-                for name, value in model.rounded(trial.inputs, seed).items():
-                    allowed[name] = max(allowed[name], ROUNDING * distance(trial.expected[name], value))
+    allowed = dict.fromkeys(drifts, TOLERANCE)
+    if trial.values not in TYPICAL_KINDS:  # an output that is invalid in the model itself is not compared
+        allowed |= {
+            name: drift for name, drift in drifts.items() if np.isinf(drift) and _is_invalid(trial.expected[name])
+        }
+    if max(drifts.values(), default=0.0) > TOLERANCE:
+        # Some operations, such as torch.cond, cannot run with rounding errors; the tolerance then stays.
+        with contextlib.suppress(Exception):
+            for seed in range(ROUNDING_RUNS):
+                for name, rounded in model.rounded(trial.inputs, seed).items():
+                    rounding = distance(trial.expected[name], rounded)
+                    allowed[name] = max(allowed[name], ROUNDING_FACTOR * rounding)
     return drifts, allowed
 
 
-def distance(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the largest difference as a share of the largest value; of whole numbers, the share that differs.
+def distance(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """Return the largest absolute difference, divided by the largest absolute value of `expected`.
 
-    What is not finite must be the same in both.
+    For integers and booleans, return the fraction of elements that differ. Return infinity if the shapes differ, or if
+    NaN and infinities are not the same in both arrays.
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         return float("inf")
     if not expected.size:
         return 0.0
     if not np.issubdtype(expected.dtype, np.inexact):
-        return float(np.mean(expected != found))
-    a, b = (value.astype(np.result_type(value, np.float64)) for value in (expected, found))
+        return float(np.mean(expected != actual))
+    a, b = (value.astype(np.result_type(value, np.float64)) for value in (expected, actual))
     finite = np.isfinite(a)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
         return float("inf")

@@ -176,7 +176,7 @@ class Distiller:
         """
         model = self.module if module is None else module
         converted = Batch.of(batch)
-        # The returned warnings are for loaders; the author of a loop knows which batches have targets.
+        # The returned warnings are for loaders; a custom loop selects the batches with targets itself.
         self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
         counts = self.step.counts([converted])  # before the batch is moved to the device of the student
         placed = self._framework.inference.to_device(converted, self.student)

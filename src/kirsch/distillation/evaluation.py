@@ -17,7 +17,7 @@ from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
-from kirsch.tasks.classification import Answers
+from kirsch.tasks.classification import PredictionSummary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,41 +113,41 @@ class EvaluatedBatch:
 
 
 def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
-    answers = Answers.of(
+    summary = PredictionSummary.of(
         np.concatenate([batch.outputs for batch in found]), np.concatenate([batch.targets for batch in found])
     )
-    if not answers.n:
+    if not summary.n:
         return {}
     classes = max(found[0].classes, 1)
-    others = answers.n - answers.most_frequent
-    text = f"{answers.accuracy:.1%} of {answers.n} samples are correct, chance is {answers.chance:.1%}"
-    if answers.uneven:
-        text += f" (the most frequent class has {answers.majority:.1%}); balanced accuracy {answers.balanced:.1%}"
-    constant = answers.constant and answers.n > 1
+    others = summary.n - summary.most_frequent
+    text = f"{summary.accuracy:.1%} of {summary.n} samples are correct, chance is {summary.chance:.1%}"
+    if summary.uneven:
+        text += f" (the most frequent class has {summary.majority:.1%}); balanced accuracy {summary.balanced:.1%}"
+    constant = summary.constant and summary.n > 1
     if constant:
-        text += f". It predicts class {answers.first} for every sample"
-    guessing = answers.accuracy <= 1 / classes or (others >= FEW_OTHERS and answers.accuracy <= answers.chance)
-    if answers.n >= ENOUGH and guessing and not (others == 0 and answers.accuracy == 1):
+        text += f". It predicts class {summary.first} for every sample"
+    guessing = summary.accuracy <= 1 / classes or (others >= FEW_OTHERS and summary.accuracy <= summary.chance)
+    if summary.n >= ENOUGH and guessing and not (others == 0 and summary.accuracy == 1):
         raise NumericError(
             f"The teacher is no better than chance: {text}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects; "
             "check_teacher=False skips this check.",
         )
-    margin = 2 * math.sqrt(answers.chance * (1 - answers.chance) / answers.n)
-    if answers.accuracy <= answers.chance + margin or constant:
+    margin = 2 * math.sqrt(summary.chance * (1 - summary.chance) / summary.n)
+    if summary.accuracy <= summary.chance + margin or constant:
         warn(
             f"The teacher is not measurably better than chance: {text}. Give more labeled samples, of all classes, as "
             "validation=(inputs, labels)."
         )
-    known = {"accuracy": answers.accuracy, "classes": classes}
-    return known | ({"balanced_accuracy": answers.balanced, "majority": answers.majority} if answers.uneven else {})
+    known = {"accuracy": summary.accuracy, "classes": classes}
+    return known | ({"balanced_accuracy": summary.balanced, "majority": summary.majority} if summary.uneven else {})
 
 
 def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate binary labels, compared with the same prediction for every sample."""
     outputs, _ = _rows_of(found)
-    labels = _answers_by_label(found)
+    labels = _summaries_by_label(found)
     if not labels:
         return {}
     count = sum(label.n for label in labels)
@@ -182,17 +182,17 @@ def _rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any
     return outputs, np.concatenate([batch.targets.reshape(-1, outputs.shape[-1]) for batch in found])
 
 
-def _answers_by_label(found: Sequence[EvaluatedBatch]) -> list[Answers]:
-    """Return the predictions of each binary label that is known for any sample."""
+def _summaries_by_label(found: Sequence[EvaluatedBatch]) -> list[PredictionSummary]:
+    """Return the summary of each binary label that is known for any sample."""
     outputs, targets = _rows_of(found)
     return [
-        Answers.of((outputs[known, label] > 0).astype(int), (targets[known, label] > 1 / 2).astype(int))
+        PredictionSummary.of((outputs[known, label] > 0).astype(int), (targets[known, label] > 1 / 2).astype(int))
         for label in range(outputs.shape[-1])
         if (known := targets[:, label] != IGNORED).any()
     ]
 
 
-def _mean(labels: Sequence[Answers], name: str) -> float:
+def _mean(labels: Sequence[PredictionSummary], name: str) -> float:
     """Return a property of several labels, averaged over all predictions."""
     return float(sum(getattr(label, name) * label.n for label in labels) / sum(label.n for label in labels))
 
@@ -221,7 +221,7 @@ def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
     return {"r2": fit}
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------------------------ predictions
 
 
 def _spread(samples: int) -> NDArray[np.int64]:
@@ -349,7 +349,7 @@ class Validation:
 
     def __init__(self, framework: Framework, batches: Any, objective: Objective) -> None:
         self._framework, self._batches, self._objective = framework, batches, objective
-        self._last: Answers | None = None
+        self._last: PredictionSummary | None = None
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of a model by name.
@@ -362,7 +362,7 @@ class Validation:
             lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0
         )
         kind = self._objective.label_loss
-        labels = _answers_by_label(found) if found and kind == "binary" else []
+        labels = _summaries_by_label(found) if found and kind == "binary" else []
         if not sum(len(batch.targets) for batch in found) or (kind == "binary" and not labels):
             raise DataError(
                 "No sample of the validation has a label.",
@@ -374,8 +374,8 @@ class Validation:
         if kind == "squared-error":
             fit = _r_squared(found)
             return {} if fit is None else {"r2": fit}
-        answers, targets = ([getattr(batch, name) for batch in found] for name in ("outputs", "targets"))
-        self._last = Answers.of(np.concatenate(answers), np.concatenate(targets))
+        outputs, targets = ([getattr(batch, name) for batch in found] for name in ("outputs", "targets"))
+        self._last = PredictionSummary.of(np.concatenate(outputs), np.concatenate(targets))
         metrics = {"accuracy": self._last.accuracy}
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 

@@ -167,7 +167,7 @@ def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
     if are_probabilities(rows):  # rows that are equal for all samples may be a bias with sum 1
         constant = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if constant else "softmax"
-    few_values = len(np.unique(values)) <= len((0, 1, 2))  # constants and codes of 0 and 1 are no evidence
+    few_values = len(np.unique(values)) <= len((0, 1, 2))  # constants and codes of 0 and 1 do not show a softmax
     if are_scaled_probabilities(rows) and not few_values and not (values == values[:1]).all():
         return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):

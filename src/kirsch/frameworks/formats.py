@@ -158,7 +158,7 @@ def _archive(path: Path) -> Format:
 def _folder(path: Path) -> Format:
     if (path / "plan.json").is_file():
         fix = "Give the original as MODEL and the folder as --pruned."
-        return Format("a folder of kirsch prune", "It contains weights and a plan, and no code.", fix, fix)
+        return Format("a folder written by kirsch prune", "It contains weights and a plan, and no code.", fix, fix)
     if (path / "saved_model.pb").is_file():
         return _other("a TensorFlow SavedModel", NO_CODE_WHY, IN_CALLABLE)
     if (path / "config.json").is_file():

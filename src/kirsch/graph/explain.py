@@ -50,7 +50,9 @@ def explain(graph: CoupledGraph, layer: str) -> str:
     """Describe the groups of a layer; see `Graph.explain`."""
     parameters = [name for name in graph.tensors if name == layer or name.startswith(f"{layer}.")]
     if not parameters:
-        layers = {name.rpartition(".")[0] or name for name in graph.tensors}  # a parameter of the model has no layer
+        layers = {
+            name.rpartition(".")[0] or name for name in graph.tensors
+        }  # parameters of the top-level module have no layer name
         raise UnknownNameError("layer with parameters named", layer, layers)
     layer_axes = [key for key in graph.axes if key[0] in parameters]
     lines: list[str] = []
@@ -76,7 +78,8 @@ def _describe_group(graph: CoupledGraph, group: Group, layer_axes: list[Paramete
         if key not in layer_axes:
             layer, _, parameter = _axis_text(key).rpartition(".")
             chain = f"by {_chain_text(paths[key])}" if key in paths else "by a number in the code that sets both sizes"
-            chains[layer] = min(chains.get(layer, chain), chain, key=len)  # a bias is reached through the weight
+            # The path to a bias goes through the weight of its layer; the shorter text, that of the weight, is shown.
+            chains[layer] = min(chains.get(layer, chain), chain, key=len)
             indices.setdefault(layer, []).append(parameter)
     lines = [
         f"  {f'{layer}: ' if layer else ''}{', '.join(indices[layer])}  {chain}" for layer, chain in chains.items()

@@ -32,4 +32,4 @@ UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "
 """Kinds whose units are parts with a width of their own, such as heads. Runtimes do not compute them in blocks."""
 
 BLOCK = "block"
-"""Kind of a residual block, a module that can be replaced by the identity. A block is no unit of a group."""
+"""Kind of a residual block, a module that can be replaced by the identity. A block is not a unit of a group."""

@@ -25,7 +25,7 @@ UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
-class Answers:
+class PredictionSummary:
     """Comparison of the predicted classes of a classifier with the labels.
 
     Args:
@@ -60,7 +60,7 @@ class Answers:
         return self.classes > 1 and self.majority * self.classes >= UNEVEN
 
     @classmethod
-    def of(cls, answers: NDArray[Any], labels: NDArray[Any]) -> Answers:
+    def of(cls, predictions: NDArray[Any], labels: NDArray[Any]) -> PredictionSummary:
         """Compare predicted classes with labels, both of shape (n,).
 
         Source: Cohen 1960, Educ. Psychol. Meas. 20, 37-46; Brodersen et al. 2010, ICPR, 3121-3124.
@@ -68,7 +68,7 @@ class Answers:
         n = len(labels)
         if not n:
             return cls(0, 0.0, 0.0, 0.0, 0, 0, 0, constant=False)
-        values, indices = np.unique(np.concatenate([labels, answers]), return_inverse=True)
+        values, indices = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
         true, predicted = indices[:n], indices[n:]
         n_true, n_predicted, n_correct = (
             np.bincount(classes, minlength=len(values)) for classes in (true, predicted, true[true == predicted])
@@ -81,7 +81,7 @@ class Answers:
             chance=float((n_true / n) @ (n_predicted / n)),
             most_frequent=int(n_true.max()),
             classes=int(occurs.sum()),
-            first=int(answers[0]),
+            first=int(predictions[0]),
             constant=bool((n_predicted == n).any()),
         )
 
@@ -248,14 +248,14 @@ class Classification:
         The balanced accuracy is included if the classes are imbalanced.
         """
         labels = data.test.labels
-        answers = Answers.of(self.decode(outputs), labels)
-        others = answers.n - answers.most_frequent
+        summary = PredictionSummary.of(self.decode(outputs), labels)
+        others = summary.n - summary.most_frequent
         quality = {
             "accuracy": accuracy(outputs, labels).to_dict(),
-            "chance": max(1 / len(data.classes), answers.chance if others >= FEW_OTHERS else 0.0),
-            "one_class": answers.constant and others > 0,
+            "chance": max(1 / len(data.classes), summary.chance if others >= FEW_OTHERS else 0.0),
+            "one_class": summary.constant and others > 0,
         }
-        return quality | ({"balanced_accuracy": answers.balanced} if answers.uneven else {})
+        return quality | ({"balanced_accuracy": summary.balanced} if summary.uneven else {})
 
     def weakness(self, quality: dict[str, Any]) -> tuple[str, str]:
         """Return why a model is unusable: it predicts one class for all samples, or is not better than chance."""

@@ -132,7 +132,7 @@ def squared_logits(
     The temperature matters only if the convention omits T², because (z_s / T - z_t / T)² T² does not depend on T.
 
     Args:
-        student, teacher: logits, shape (N, K) or (N, L, K), floating, or (N,) for one output a sample;
+        student, teacher: logits, shape (N, K) or (N, L, K), floating, or (N,) for one output per sample;
             no gradient reaches the teacher.
         temperature: > 0.
         convention: "kirsch", or "textbrewer", whose `kd_mse_loss` averages over classes and omits T², so that it is

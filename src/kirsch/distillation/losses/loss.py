@@ -174,7 +174,7 @@ def _channels_first(side: Any, axis: int | None) -> Any:
 
 
 def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
-    """Return the values of student or teacher, with a class axis added to one number a sample.
+    """Return the values of student or teacher, with a class axis added to one number per sample.
 
     Raises:
         ShapeError: the class axis is missing, a softmax has only one class, or there are no arrays.

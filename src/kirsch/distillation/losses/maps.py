@@ -208,10 +208,10 @@ def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, conve
 
 
 def _per_channel(values: Any, channels: int, name: str) -> Any:
-    """Reshape one number, or one a channel, so that it broadcasts with maps (N, C, H, W)."""
+    """Reshape one number, or one per channel, so that it broadcasts with maps (N, C, H, W)."""
     count = math.prod(values.shape)
     if count not in (1, channels):
-        raise ShapeError(f"`{name}` has {count} values; 1 or {channels}, one a channel, are needed.")
+        raise ShapeError(f"`{name}` has {count} values; 1 or {channels}, one per channel, are needed.")
     return ops.reshape(values, (1, -1, 1, 1))
 
 
@@ -219,7 +219,8 @@ def margins(mean: Any, std: Any) -> Any:
     """Return E[x | x < 0] of normal distributions, the margins of "ofd".
 
     Args:
-        mean, std: one a channel, shape (C,): bias and weight of a batch norm. The sign of the weight has no effect.
+        mean, std: bias and weight of a batch norm, one value per channel, shape (C,). The sign of the weight has no
+            effect.
 
     Returns:
         Numbers <= 0, numpy float64, shape (C,). They are exact even if negative values are rare. The authors' code uses
@@ -378,7 +379,7 @@ def variational(student: Any, teacher: Any, *, variance: float = 5.0, eps: float
     """Return the negative log-likelihood of the teacher's maps under a normal distribution, without its constant.
 
     Args:
-        student: dict of "mean", (N, C, H, W), and "scale", one number a channel, from which the variance is
+        student: dict of "mean", (N, C, H, W), and "scale", one number per channel, from which the variance is
             log(1 + exp(scale)) + eps; or the mean alone.
         teacher: shape (N, C, H, W), floating; no gradient reaches the teacher.
         variance: > eps; variance of every channel if only the mean is passed, and the initial value in training.

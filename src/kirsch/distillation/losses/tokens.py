@@ -367,7 +367,7 @@ def _pair_positions(mask: Any) -> Any:
 
 
 def _check_mask(mask: Any, states: Any) -> None:
-    """Raise a ShapeError unless the mask is None or has one entry a position."""
+    """Raise a ShapeError unless the mask is None or has one entry per position."""
     if mask is not None and tuple(mask.shape) != tuple(states.shape[:2]):
         raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(states.shape[:2])} is needed.")
 

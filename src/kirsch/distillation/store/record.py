@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOWEST = float(np.finfo(np.float16).min)
-"""Stored in place of log 0, -65504: unlike minus infinity it gives 0, not NaN, when multiplied by exp of itself."""
+"""-65504, stored in place of log 0. Then p · log p is 0; with minus infinity, it would be NaN."""
 
 LOGITS, SEED = "logits", "seed"
 TOP_K, DENSE = ("indices", "log_p", "tail"), ("scores", "maximum")
@@ -38,8 +38,8 @@ class TopK:
     Args:
         k: number of classes to keep, at least 1 and at most the number of classes.
 
-    Source: the tail as one more class is from TRL's server distillation; the record is from TinyViT (Wu et al. 2022,
-        arXiv:2207.10666, section 3.1), which spreads the tail evenly instead.
+    Source: treating the tail as one more class follows TRL's server distillation. The format of the record follows
+        TinyViT (Wu et al. 2022, arXiv:2207.10666, section 3.1), which spreads the tail evenly over the other classes.
     """
 
     k: Count = 10
@@ -50,7 +50,8 @@ class Dense:
     """Keep all logits.
 
     Fields: `scores` (..., K), float16, the logits minus their maximum, so that float16 is most precise for the probable
-    classes (an error of at most 2⁻¹¹ of the distance to the maximum); `maximum` (...), float32. The logits are the sum.
+    classes (an error of at most 2⁻¹¹ of the distance to the maximum); `maximum` (...), float32. The logits are
+    `scores` + `maximum`.
     """
 
 
@@ -76,8 +77,12 @@ def fields_of(
     """
     logits: list[tuple[str, str, Shape]] = []
     if isinstance(keep, TopK) and classes is not None:
-        rows = (*positions, keep.k)
-        logits = [("indices", index_type(classes), rows), ("log_p", "<f2", rows), ("tail", "<f2", positions)]
+        top_k = (*positions, keep.k)
+        logits = [
+            ("indices", index_type(classes), top_k),
+            ("log_p", "<f2", top_k),
+            ("tail", "<f2", positions),
+        ]
     elif classes is not None:
         logits = [("scores", "<f2", (*positions, classes)), ("maximum", "<f4", positions)]
     return [(SEED, "<u4", ()), *logits, *((name, "<f2", shape) for name, shape in features.items())]
@@ -115,7 +120,7 @@ def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
 
 
 def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
-    """Return the log-probabilities of some classes, and of all others together, which is `LOWEST` for probability 0.
+    """Return the log-probabilities of the given classes and of all other classes together; `LOWEST` stands for log 0.
 
     The exponentials are computed in a single pass over the classes, because a vocabulary may have 100,000.
     """
@@ -142,7 +147,7 @@ def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature:
 def pack_records(
     record_type: np.dtype[Any], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
 ) -> NDArray[Any]:
-    """Return records, one a sample, shape (N,).
+    """Return one record per sample, shape (N,).
 
     Args:
         record_type: numpy type of a record.

@@ -55,7 +55,7 @@ class TeacherRunner:
 
         Raises:
             NumericError: an output is not finite, or a feature is too large for 16 bits.
-            UsageError: the outputs are not arrays with one row a sample.
+            UsageError: the outputs are not arrays with one row per sample.
         """
         batch = self._data.batch(indices, seed, view)
         if self.outputs is None:

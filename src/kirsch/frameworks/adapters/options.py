@@ -328,7 +328,7 @@ class MemoryBankOptions(AdapterOptions):
     Args:
         samples: number of samples in the data; ids must be from 0 to samples - 1. Optional with `size`, and then any
             ids are accepted.
-        size: number of rows of a queue, instead of one row a sample.
+        size: number of rows of a queue, instead of one row per sample.
         negatives: number of negatives for each sample and direction.
         temperature: > 0.
         momentum: weight of the old row, 0 <= momentum < 1; 0.5 by default. Not available with `size`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -35,6 +35,6 @@ def conv(i, o, **options):
 
 
 def assert_cut_between_convolutions(between, after, attributes, sizes):
-    """Assert that a network with a function after eight channels of an image is cut right; see `proving`."""
+    """Assert that a network with a function after eight channels is pruned correctly; see `trace_and_cut`."""
     model = Between(nn.Sequential(conv(3, 8), nn.ReLU()), between, after, **attributes)
-    return assert_cut_is_right(model, IMAGE, sizes=sizes)
+    return assert_pruned_correctly(model, IMAGE, sizes=sizes)

@@ -16,7 +16,7 @@ from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.frameworks.pytorch.surgery import dropping
 from kirsch.graph.plan import Goal, Plan, Skip
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 
 class ConvBlock(nn.Module):
@@ -72,7 +72,7 @@ class TokenNet(nn.Module):
 
 
 def convolutional():
-    return shaken(
+    return with_noise(
         nn.Sequential(
             nn.Conv2d(3, 8, 3),
             nn.ReLU(),
@@ -186,7 +186,7 @@ def plan_without(model, inputs, *names):
 
 
 def test_a_block_in_a_list_is_deleted_and_the_remaining_ones_are_renumbered():
-    model = shaken(TokenNet(4))
+    model = with_noise(TokenNet(4))
     plan = plan_without(model, WORDS, "layers.1", "layers.2")
     result = prune_with_verification(model, plan)
     assert result.verification.power > 0.01
@@ -220,14 +220,14 @@ class NamedBlocks(nn.Module):
 
 def test_the_names_in_a_sequential_are_kept():
     names = ["into", "one", "two", "out"]
-    model = shaken(nn.Sequential(OrderedDict(zip(names, NamedBlocks().children(), strict=True))))
+    model = with_noise(nn.Sequential(OrderedDict(zip(names, NamedBlocks().children(), strict=True))))
     result = prune_with_verification(model, plan_without(model, IMAGES, "one"))
     assert [name for name, _ in result.model.named_children()] == ["into", "two", "out"]
     assert result.verification.passed
 
 
 def test_a_block_called_by_name_becomes_an_identity():
-    model = shaken(NamedBlocks())
+    model = with_noise(NamedBlocks())
     result = prune_with_verification(model, plan_without(model, IMAGES, "one"))
     assert type(result.model.one) is nn.Identity
     assert result.verification.passed
@@ -250,7 +250,7 @@ class ManyBlocks(nn.Module):
 
 
 def test_many_blocks_become_identities():
-    model = shaken(ManyBlocks())
+    model = with_noise(ManyBlocks())
     plan = plan_without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
     result = prune_with_verification(model, plan)
     assert result.verification.passed
@@ -270,20 +270,20 @@ class NumberedBlocks(NamedBlocks):
 
 
 def test_a_block_called_by_number_becomes_an_identity():
-    model = shaken(NumberedBlocks())
+    model = with_noise(NumberedBlocks())
     result = prune_with_verification(model, plan_without(model, IMAGES, "blocks.0"))
     assert type(result.model.blocks[0]) is nn.Identity
     assert result.verification.passed
 
 
 def test_a_block_that_can_be_neither_deleted_nor_replaced_is_refused():
-    model = shaken(TokenNet(4, fixed=True))
+    model = with_noise(TokenNet(4, fixed=True))
     with pytest.raises(ModelError, match=r"block 'layers\.1' of TokenNet cannot be dropped"):
         kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
 def test_a_plan_can_remove_units_and_blocks():
-    model = shaken(TokenNet(3))
+    model = with_noise(TokenNet(3))
     graph = kirsch.trace(model, WORDS)
     widths = kirsch.plan(graph, Goal(parameters=0.6))
     both = Plan(
@@ -297,7 +297,7 @@ def test_a_plan_can_remove_units_and_blocks():
 
 
 def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
-    model = shaken(TokenNet(3))
+    model = with_noise(TokenNet(3))
     plan = plan_without(model, WORDS, "layers.1")
     assert Plan.from_json(plan.to_json()) == plan
     pruned = kirsch.prune(model, plan)
@@ -306,7 +306,7 @@ def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
 
 
 def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
-    model = shaken(nn.Sequential(convolutional(), nn.Linear(4, 2)))
+    model = with_noise(nn.Sequential(convolutional(), nn.Linear(4, 2)))
     graph = kirsch.trace(model, IMAGES, module="0")
     plan = kirsch.plan(graph, Goal(parameters=0.95), kinds="block", data=IMAGES)
     assert plan.blocks
@@ -315,7 +315,7 @@ def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
 
 @pytest.mark.parametrize("other", ["layers.0", "layers.2"])
 def test_the_verification_rejects_the_removal_of_another_block(monkeypatch, other):
-    model, drop = shaken(TokenNet(3)), dropping.drop
+    model, drop = with_noise(TokenNet(3)), dropping.drop
 
     def wrong(pruned, gone, args, options):
         moved = drop(pruned, [dataclasses.replace(gone[0], path=other)], args, options)
@@ -327,14 +327,14 @@ def test_the_verification_rejects_the_removal_of_another_block(monkeypatch, othe
 
 
 def test_the_verification_rejects_a_block_that_was_not_removed(monkeypatch):
-    model = shaken(TokenNet(3))
+    model = with_noise(TokenNet(3))
     monkeypatch.setattr(dropping, "drop", lambda pruned, *_: {path: path for path, _ in pruned.named_modules()})
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
 def test_a_plan_with_an_unknown_or_repeated_block_is_refused():
-    model = shaken(TokenNet(2))
+    model = with_noise(TokenNet(2))
     plan = plan_without(model, WORDS, "layers.1")
     text = plan.to_json().replace("layers.1", "layers.7")
     with pytest.raises(PlanError, match=r"removes the block 'layers\.7'.*no such residual block.*layers\.1"):

@@ -14,7 +14,7 @@ import kirsch
 from kirsch.errors import GoalError, PlanError, VerificationError
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 IMAGE = torch.randn(2, 3, 6, 6)
 
@@ -149,7 +149,7 @@ def widths(model):
 
 @pytest.mark.parametrize("kind", ADJUSTED)
 def test_an_attribute_compared_with_a_size_is_adjusted(kind):
-    model = shaken(Net(ADJUSTED[kind]))
+    model = with_noise(Net(ADJUSTED[kind]))
     result = prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
     assert result.verification.power > 1e-3
     assert all(width < 16 for width in widths(result.model))
@@ -157,7 +157,7 @@ def test_an_attribute_compared_with_a_size_is_adjusted(kind):
 
 @pytest.mark.parametrize("kind", FROZEN)
 def test_a_size_compared_with_a_constant_is_frozen_and_the_error_has_the_line_and_a_fix(kind):
-    model = shaken(Net(FROZEN[kind]))
+    model = with_noise(Net(FROZEN[kind]))
     graph = kirsch.trace(model, IMAGE)
     pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8)))
     assert pruned.first.out_channels == 16
@@ -178,7 +178,7 @@ def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths
         assert x.shape[1] % s.channels == 0
 
     for width, expected in widths_today.items():
-        model = shaken(Net(divides))
+        model = with_noise(Net(divides))
         model.checked.channels = today
         graph = kirsch.trace(model, IMAGE)
         plan = kirsch.plan(graph, Goal(macs=0.9), round_to=4)
@@ -190,7 +190,7 @@ def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_lin
     def divides(s, x):
         assert x.shape[1] % s.channels == 0
 
-    model = shaken(Net(divides))
+    model = with_noise(Net(divides))
     model.checked.channels = 4
     plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.9), round_to=4)
     line = divides.__code__.co_firstlineno + 1
@@ -205,7 +205,7 @@ def removing(plan, name, number):
 
 
 def test_a_size_compared_with_twice_an_attribute_can_be_pruned():
-    model = shaken(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
+    model = with_noise(Net(lambda s, x: torch._assert(x.shape[1] == 2 * s.half, "channels")))
     assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
 
 
@@ -214,7 +214,7 @@ def test_a_plan_must_meet_a_condition_that_only_some_choices_meet():
         if x.shape[1] % 2:
             raise ValueError(x.shape)
 
-    model = shaken(Net(asserts_even))
+    model = with_noise(Net(asserts_even))
     graph = kirsch.trace(model, IMAGE)
     assert kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.5), round_to=2)).first.out_channels < 16
     line = asserts_even.__code__.co_firstlineno + 1
@@ -225,7 +225,7 @@ def test_a_plan_must_meet_a_condition_that_only_some_choices_meet():
 
 
 def test_a_comparison_in_a_torch_fx_graph_is_kept():
-    traced = fx.symbolic_trace(shaken(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
+    traced = fx.symbolic_trace(with_noise(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
     result = prune_with_verification(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
     assert result.verification.power > 1e-3
 
@@ -236,7 +236,7 @@ def test_comparisons_that_only_choose_a_branch_do_not_freeze():
             return x
         return tuple(size == 16 for size in x.shape)
 
-    model = shaken(Net(choosing))
+    model = with_noise(Net(choosing))
     assert kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))).first.out_channels < 16
 
 
@@ -249,9 +249,9 @@ class Skipping(Checked):
         return x
 
 
-def test_a_choice_that_turns_out_otherwise_is_named_when_the_cut_fails():
-    model = shaken(Net(lambda _, x: None))
-    model.checked = shaken(Skipping(lambda _, x: None))
+def test_the_error_of_a_cut_that_changes_a_branch_names_the_comparison():
+    model = with_noise(Net(lambda _, x: None))
+    model.checked = with_noise(Skipping(lambda _, x: None))
     graph = kirsch.trace(model, IMAGE)
     plan = removing(kirsch.plan(graph, Goal(macs=0.9)), "first", 4)
     line = Skipping.forward.__code__.co_firstlineno + 1
@@ -274,7 +274,7 @@ def test_a_reshape_to_the_width_of_a_layer_ties_both_layers():
             x = torch.relu(x.reshape(len(x), self.second.out_channels, 6, 6))
             return self.last(torch.relu(self.second(x)))
 
-    model = shaken(Reshaping())
+    model = with_noise(Reshaping())
     pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
     assert pruned.first.out_channels == pruned.second.out_channels < 16
 
@@ -289,7 +289,7 @@ UNTRACED = {
 
 @pytest.mark.parametrize("kind", UNTRACED)
 def test_the_fixes_named_by_the_error_of_the_pruned_model_work(kind):
-    model = shaken(Net(UNTRACED[kind]))
+    model = with_noise(Net(UNTRACED[kind]))
     graph = kirsch.trace(model, IMAGE)
     with pytest.raises(VerificationError, match=r"Exclude 'first', or trace .* as_graph=True"):
         kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.5)))
@@ -300,13 +300,13 @@ def test_the_fixes_named_by_the_error_of_the_pruned_model_work(kind):
 
 def test_a_dictionary_lookup_is_not_a_comparison():
     lookup = {number: number for number in range(1, 17)}
-    model = shaken(Net(lambda _, x: lookup[x.shape[1]]))
+    model = with_noise(Net(lambda _, x: lookup[x.shape[1]]))
     pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5)))
     assert pruned.first.out_channels < 16
 
 
 def test_an_error_of_the_pruned_model_has_the_line_and_a_fix():
-    model = shaken(Net(lambda _, x: {16: None}[x.shape[1]]))
+    model = with_noise(Net(lambda _, x: {16: None}[x.shape[1]]))
     plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))
     sentence = r"does not run\. KeyError: \d+\. It is raised at test_comparisons\.py:\d+\..*as_graph=True"
     with pytest.raises(VerificationError, match=sentence) as caught:

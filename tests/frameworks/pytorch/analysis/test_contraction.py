@@ -9,7 +9,7 @@ from torch import nn
 
 from frameworks.pytorch.analysis.networks import IMAGE, Between, conv
 from kirsch.frameworks.pytorch.analysis.count import count
-from proving import assert_cut_is_right, half_of_everything
+from trace_and_cut import assert_pruned_correctly, randomly_removed
 
 TOKENS = torch.randn(2, 5, 12)
 
@@ -75,14 +75,14 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_grouped_convolution_is_cut_right(name, seed):
+def test_a_grouped_convolution_is_pruned_correctly(name, seed):
     model, inputs, sizes = CONVOLUTIONS[name]
-    graph, _ = assert_cut_is_right(model, inputs, sizes=sizes, seed=seed)
+    graph, _ = assert_pruned_correctly(model, inputs, sizes=sizes, seed=seed)
     assert graph.blockers == ()
 
 
 def test_groups_and_positions_in_them_have_different_kinds():
-    graph, _ = assert_cut_is_right(*CONVOLUTIONS["groups"][:2])
+    graph, _ = assert_pruned_correctly(*CONVOLUTIONS["groups"][:2])
     assert sorted((group.kind, group.size) for group in graph.groups) == [
         ("conv group", 4),
         ("position in conv group", 2),
@@ -133,10 +133,10 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_is_cut_right(name):
+def test_a_product_is_pruned_correctly(name):
     between, attributes, sizes = PRODUCTS[name]
     model = Between(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), between, nn.Linear(6, 4), **attributes)
-    graph, _ = assert_cut_is_right(model, TOKENS, sizes=sizes)
+    graph, _ = assert_pruned_correctly(model, TOKENS, sizes=sizes)
     assert graph.blockers == ()
 
 
@@ -270,9 +270,9 @@ ATTENTIONS = {
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_attention_is_cut_right(name, seed):
+def test_an_attention_is_pruned_correctly(name, seed):
     model, sizes = ATTENTIONS[name]
-    assert_cut_is_right(model, TOKENS, sizes=sizes, seed=seed)
+    assert_pruned_correctly(model, TOKENS, sizes=sizes, seed=seed)
 
 
 class FusedAttention(nn.Module):
@@ -291,13 +291,13 @@ class FusedAttention(nn.Module):
 
 
 def test_fused_attention_updates_the_attributes_for_heads_and_width():
-    _, pruned = assert_cut_is_right(FusedAttention(), TOKENS, sizes=[4, 6])
+    _, pruned = assert_pruned_correctly(FusedAttention(), TOKENS, sizes=[4, 6])
     assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
 
 
 def test_the_scale_is_kept_in_inference_mode():
     with torch.inference_mode():
-        assert_cut_is_right(ATTENTIONS["sdpa without a scale"][0], TOKENS.clone(), sizes=[4, 6])
+        assert_pruned_correctly(ATTENTIONS["sdpa without a scale"][0], TOKENS.clone(), sizes=[4, 6])
 
 
 class Experts(nn.Module):
@@ -316,8 +316,8 @@ class Experts(nn.Module):
 
 def test_experts_lose_the_same_hidden_units_and_no_expert_is_removed():
     model = Experts().bfloat16()
-    graph, pruned = assert_cut_is_right(model, torch.randn(6, 4).bfloat16(), sizes=[16, 16, 32])
+    graph, pruned = assert_pruned_correctly(model, torch.randn(6, 4).bfloat16(), sizes=[16, 16, 32])
     assert pruned.up.shape == (3, 8, 16)
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     assert graph.prices.price(keep).macs == 6 * (4 * 8 + 8 * 16 + 16 * 8 + 8 * 2)
     assert count(pruned, torch.randn(6, 4).bfloat16())[1] == graph.prices.price(keep).macs

@@ -12,7 +12,7 @@ from kirsch.errors import PlanError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 ROWS = torch.randn(7, 6)
 
@@ -73,7 +73,7 @@ RUNS = {"softmax before": softmax_over_all, "softmax after": softmax_over_chosen
 
 @pytest.mark.parametrize("run", RUNS)
 def test_experts_are_removed_with_their_rows_of_the_router(run):
-    model = shaken(Mixture(RUNS[run]))
+    model = with_noise(Mixture(RUNS[run]))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     experts = next(group for group in graph.groups if group.kind == "expert")
     assert experts.size == 5
@@ -87,12 +87,12 @@ def test_experts_are_removed_with_their_rows_of_the_router(run):
     assert count(result.model, ROWS) == (plan.after.parameters, plan.after.macs)
 
 
-def test_experts_of_sorted_rows_are_removed():
+def test_experts_are_removed_if_tokens_are_sorted_by_expert():
     model = Mixture(sorted_rows, experts=4)
     for name, shape in {"up": (4, 8, 16), "down": (4, 16, 8)}.items():
         setattr(model, name, nn.Parameter(torch.randn(shape)))
     model.router, model.out = nn.Linear(8, 4, bias=False), nn.Linear(8, 3)
-    model = shaken(model.bfloat16())
+    model = with_noise(model.bfloat16())
     inputs = torch.randn(6, 8).bfloat16()
     graph = kirsch.trace(model, inputs, softmax="kept")
     assert sorted((group.kind, group.size) for group in graph.groups) == [
@@ -107,14 +107,14 @@ def test_experts_of_sorted_rows_are_removed():
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_experts_are_frozen_without_the_option(run):
-    graph = kirsch.trace(shaken(Mixture(RUNS[run])), ROWS)
+def test_experts_are_frozen_without_softmax_kept(run):
+    graph = kirsch.trace(with_noise(Mixture(RUNS[run])), ROWS)
     assert not [group for group in graph.groups if group.kind == "expert" or group.size == 5]
     assert {"the order along it matters", "a softmax spans it"} & {blocker.reason for blocker in graph.blockers}
 
 
 def test_at_least_as_many_experts_are_kept_as_are_selected():
-    model = shaken(Mixture(softmax_over_chosen, chosen=3))
+    model = with_noise(Mixture(softmax_over_chosen, chosen=3))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     plan = kirsch.plan(graph, Goal(parameters=0.75), kinds=["expert"], round_to=1, min_keep=0.01)
     assert len(plan.groups[0].removed) == 2
@@ -141,7 +141,7 @@ COMPUTED = {
 
 @pytest.mark.parametrize("way", COMPUTED)
 def test_experts_are_frozen_if_the_code_computes_with_their_indices(way):
-    model = shaken(Mixture(COMPUTED[way]))
+    model = with_noise(Mixture(COMPUTED[way]))
     graph = kirsch.trace(model, ROWS, softmax="kept")
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
 
@@ -160,8 +160,8 @@ def reordered(self, x, logits):
 
 @pytest.mark.parametrize("run", [maximum, reordered])
 @pytest.mark.parametrize("softmax", ["freeze", "kept"])
-def test_experts_are_removed_only_with_the_option(run, softmax):
-    model = shaken(Mixture(run))
+def test_experts_are_removed_only_with_softmax_kept(run, softmax):
+    model = with_noise(Mixture(run))
     graph = kirsch.trace(model, ROWS, softmax=softmax)
     experts = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
     assert len(experts) == (softmax == "kept")
@@ -179,6 +179,6 @@ class ReturnsIndices(Mixture):
 
 
 def test_experts_are_frozen_if_their_indices_are_an_output():
-    graph = kirsch.trace(shaken(ReturnsIndices(softmax_over_chosen)), ROWS, softmax="kept")
+    graph = kirsch.trace(with_noise(ReturnsIndices(softmax_over_chosen)), ROWS, softmax="kept")
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
     assert "indices into it are an output of the model" in graph.explain("router")

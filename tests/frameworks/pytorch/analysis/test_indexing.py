@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frameworks.pytorch.analysis.networks import Between
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 TOKENS = torch.randn(2, 5, 6)
 ROWS = torch.tensor([3, 0, 2])
@@ -28,7 +28,7 @@ def indices(*shape, below):
     return torch.arange(math.prod(shape)).reshape(shape) % below
 
 
-BETWEEN = {
+CASES = {
     "index on one axis": (lambda _, x: x[:, ROWS], {}, [8]),
     "index on the first axis": (lambda _, x: x[torch.tensor([1, 0, 1])], {}, [8]),
     "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), ROWS], {}, [8]),
@@ -91,12 +91,12 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("name", BETWEEN)
-def test_an_indexed_axis_is_frozen_and_the_others_are_cut_right(name):
-    between, widths, sizes = BETWEEN[name]
+@pytest.mark.parametrize("name", CASES)
+def test_an_indexed_axis_is_frozen_and_the_others_are_pruned_correctly(name):
+    between, widths, sizes = CASES[name]
     parameters = {key: nn.Parameter(torch.randn(width)) for key, width in widths.items()}
     model = Between(nn.Sequential(nn.Linear(6, 8), nn.Tanh()), between, nn.Linear(8, 4), **parameters)
-    assert_cut_is_right(model, TOKENS, sizes=sizes)
+    assert_pruned_correctly(model, TOKENS, sizes=sizes)
 
 
 class Words(nn.Module):
@@ -141,6 +141,6 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_an_embedding_keeps_its_tokens_and_loses_channels(name):
     model, sizes = TABLES[name]
-    _, pruned = assert_cut_is_right(model, WORDS, sizes=sizes)
+    _, pruned = assert_pruned_correctly(model, WORDS, sizes=sizes)
     assert pruned.table.weight.shape == (11, 4)
     assert pruned.table.embedding_dim == 4

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from frameworks.pytorch.analysis.networks import IMAGE, Between, conv
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 
 class Unpooled(nn.Module):
@@ -54,7 +54,7 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_keep_the_labels_of_channels(activation):
-    assert_cut_is_right(Between(conv(3, 8), lambda _, x: activation(x), conv(8, 4)), IMAGE, sizes=[8])
+    assert_pruned_correctly(Between(conv(3, 8), lambda _, x: activation(x), conv(8, 4)), IMAGE, sizes=[8])
 
 
 LAYERS = {
@@ -223,6 +223,6 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_network_with_the_layer_is_cut_right(name):
+def test_a_network_with_the_layer_is_pruned_correctly(name):
     model, inputs, sizes = LAYERS[name]
-    assert_cut_is_right(model, inputs, sizes=sizes)
+    assert_pruned_correctly(model, inputs, sizes=sizes)

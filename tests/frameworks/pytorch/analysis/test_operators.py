@@ -10,9 +10,9 @@ from torch import nn
 from frameworks.pytorch.analysis.networks import IMAGE, Between, assert_cut_between_convolutions, conv
 from kirsch.frameworks.pytorch.analysis import operators
 from kirsch.graph.labels import Tensor
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
-BETWEEN = {
+CASES = {
     "reduce mean": (lambda _, x: x.mean((2, 3)), nn.Linear(8, 3), {}, [8]),
     "reduce mean, negative axes": (lambda _, x: x.mean((-1, -2)), nn.Linear(8, 3), {}, [8]),
     "reduce mean, axes kept": (lambda _, x: x * x.mean((2, 3), keepdim=True), conv(8, 4), {}, [8]),
@@ -127,14 +127,14 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("name", BETWEEN)
-def test_a_network_with_the_operator_is_cut_right(name):
-    assert_cut_between_convolutions(*BETWEEN[name])
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_with_the_operator_is_pruned_correctly(name):
+    assert_cut_between_convolutions(*CASES[name])
 
 
 def test_an_operator_without_a_rule_is_reported():
     model = Between(conv(3, 8), lambda _, x: torch.fft.fft(x, dim=1).abs(), conv(8, 4))
-    graph, _ = assert_cut_is_right(model, IMAGE, sizes=[])
+    graph, _ = assert_pruned_correctly(model, IMAGE, sizes=[])
     assert "there is no rule for aten.fft_fft" in graph.blockers[0].reason
     assert graph.blockers[0].share == pytest.approx(1.0, abs=0.1)
 
@@ -156,5 +156,5 @@ FAULTS = {
 def test_a_rule_that_fails_freezes_the_axes_of_its_operation_and_warns(fault, monkeypatch):
     monkeypatch.setitem(operators.RULES, "relu", FAULTS[fault])
     with pytest.warns(RuntimeWarning, match=f"The rule of relu {fault}.*Please report"):
-        graph, _ = assert_cut_is_right(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), IMAGE, sizes=[])
+        graph, _ = assert_pruned_correctly(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), IMAGE, sizes=[])
     assert "the rule for aten.relu failed" in {blocker.reason for blocker in graph.blockers}

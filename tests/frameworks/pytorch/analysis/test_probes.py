@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from frameworks.pytorch.analysis.networks import conv
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 IMAGE, TOKENS, WORDS = torch.randn(3, 3, 8, 8), torch.randn(3, 5, 3), torch.randint(0, 11, (3, 5))
 
@@ -233,9 +233,9 @@ def assert_trains(model, inputs):
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_a_probe_is_cut_right_or_frozen_with_a_reason(name):
+def test_each_small_network_is_pruned_correctly_or_frozen_with_a_reason(name):
     network, inputs, sizes, frozen = PROBES[name]
-    graph, pruned = assert_cut_is_right(network, inputs, sizes=sizes)
+    graph, pruned = assert_pruned_correctly(network, inputs, sizes=sizes)
     assert_trains(pruned, inputs)
     middle = [group for group in graph.groups if ("middle.weight", 0) in group.footprint]
     if frozen:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 TOKENS = torch.randn(2, 5, 6)
 
@@ -69,9 +69,9 @@ LAYERS = {
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_recurrent_layer_is_cut_right(name, seed):
+def test_a_recurrent_layer_is_pruned_correctly(name, seed):
     layer, read, width, sizes = LAYERS[name]
-    _, pruned = assert_cut_is_right(Recurrent(layer, read, width), TOKENS, sizes=sizes, seed=seed)
+    _, pruned = assert_pruned_correctly(Recurrent(layer, read, width), TOKENS, sizes=sizes, seed=seed)
     assert (pruned.layer.input_size, pruned.layer.hidden_size) == (4, 4)
 
 
@@ -84,7 +84,7 @@ def test_an_initial_state_loses_the_same_units():
         def forward(self, x):
             return self.last(self.layer(x, torch.tanh(self.start(x[:, 0]))[None])[0])
 
-    _, pruned = assert_cut_is_right(InitialState(), TOKENS, sizes=[8])
+    _, pruned = assert_pruned_correctly(InitialState(), TOKENS, sizes=[8])
     assert pruned.start.out_features == 4
 
 
@@ -112,6 +112,6 @@ class Loop(nn.Module):
         nn.RNNCell(6, 8, nonlinearity="relu"),
     ],
 )
-def test_a_recurrent_cell_is_cut_right(cell):
-    _, pruned = assert_cut_is_right(Loop(cell), TOKENS, sizes=[8])
+def test_a_recurrent_cell_is_pruned_correctly(cell):
+    _, pruned = assert_pruned_correctly(Loop(cell), TOKENS, sizes=[8])
     assert (pruned.cell.input_size, pruned.cell.hidden_size) == (6, 4)

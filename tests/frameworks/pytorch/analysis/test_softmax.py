@@ -10,7 +10,7 @@ import kirsch
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 
 class Gate(nn.Module):
@@ -34,14 +34,14 @@ GATES = {
 
 @pytest.mark.parametrize("gate", GATES)
 def test_units_under_a_softmax_are_frozen_by_default(gate):
-    graph = kirsch.trace(shaken(Gate(GATES[gate])), torch.randn(5, 4))
+    graph = kirsch.trace(with_noise(Gate(GATES[gate])), torch.randn(5, 4))
     assert not graph.groups
     assert graph.blockers[0].reason == "a softmax spans it"
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
-    model, inputs = shaken(Gate(GATES[gate])), torch.randn(5, 4)
+    model, inputs = with_noise(Gate(GATES[gate])), torch.randn(5, 4)
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6))
     result = prune_with_verification(model, plan)
     assert result.verification.power > 1e-3
@@ -50,12 +50,12 @@ def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
     torch.testing.assert_close(result.model(inputs), result.model.after(kept * GATES[gate](kept)))
 
 
-def test_the_option_is_stored_in_the_plan():
-    model, inputs = shaken(Gate(GATES["softmax"])), torch.randn(5, 4)
+def test_the_option_softmax_is_stored_in_the_plan():
+    model, inputs = with_noise(Gate(GATES["softmax"])), torch.randn(5, 4)
     plan = Plan.from_json(kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6)).to_json())
     assert kirsch.prune(model, plan).before.out_features < 8
 
 
-def test_an_unknown_value_of_the_option_is_refused():
+def test_an_unknown_value_of_softmax_is_refused():
     with pytest.raises(UsageError, match=r"`softmax` .* is 'keep'; .*Did you mean 'kept'"):
         kirsch.trace(Gate(GATES["softmax"]), torch.randn(5, 4), softmax="keep")

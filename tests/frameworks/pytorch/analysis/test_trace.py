@@ -16,12 +16,12 @@ from torch import nn
 import kirsch
 from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
-from kirsch.frameworks.pytorch.analysis.program import of_user
+from kirsch.frameworks.pytorch.analysis.program import is_user_code
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.graph.inputs import InputSpec, InputValue, NestedInput
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 TOKENS = torch.randn(2, 5, 6)
 
@@ -64,7 +64,7 @@ FROZEN = {
 @pytest.mark.parametrize("name", FROZEN)
 def test_an_operation_that_cannot_be_cut_is_a_blocker_with_its_line(name):
     reason, between, width = FROZEN[name]
-    graph, _ = assert_cut_is_right(Net(between, width), TOKENS, sizes=[])
+    graph, _ = assert_pruned_correctly(Net(between, width), TOKENS, sizes=[])
     assert (reason, "test_trace.py") in {(b.reason, b.source.partition(":")[0]) for b in graph.blockers}
     assert sum(b.share for b in graph.blockers) > 0.5
 
@@ -118,7 +118,7 @@ def test_units_added_to_an_input_are_not_blockers():
         def forward(self, x):
             return x + self.inner(x)
 
-    graph, _ = assert_cut_is_right(Residual(), TOKENS, sizes=[8])
+    graph, _ = assert_pruned_correctly(Residual(), TOKENS, sizes=[8])
     assert graph.blockers == ()
 
 
@@ -155,7 +155,7 @@ def test_the_cost_of_frozen_operations_equals_the_count_of_a_run(name):
         "computed but only read for its shape": {"unread": nn.Linear(8, 8)},
     }
     model = Net(COUNTED[name], **parts.get(name, {}))
-    graph, pruned = assert_cut_is_right(model, TOKENS, power=-1.0)
+    graph, pruned = assert_pruned_correctly(model, TOKENS, power=-1.0)
     assert (graph.cost.parameters, graph.cost.macs) == count(model, TOKENS)
     assert graph.cost.macs > 2 * 5 * (6 * 8 + 8 * 3)
     if not graph.groups:
@@ -180,7 +180,7 @@ def test_outputs_of_any_structure_are_traced(pack):
         def forward(self, x):
             return pack(super().forward(x))
 
-    assert_cut_is_right(Packed(lambda _, x: torch.relu(x)), TOKENS, sizes=[8])
+    assert_pruned_correctly(Packed(lambda _, x: torch.relu(x)), TOKENS, sizes=[8])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_nested_inputs_are_traced_and_stored_without_the_values_of_tensors():
         def forward(self, pair, scale):
             return super().forward(pair[0] + pair[1]["x"]) * scale
 
-    graph, _ = assert_cut_is_right(Nested(lambda _, x: torch.relu(x)), ((TOKENS, {"x": TOKENS}), 2.0), sizes=[8])
+    graph, _ = assert_pruned_correctly(Nested(lambda _, x: torch.relu(x)), ((TOKENS, {"x": TOKENS}), 2.0), sizes=[8])
     shape = InputSpec("", tuple(TOKENS.shape), "float32")
     inner = NestedInput("", "dict", (replace(shape, name="x"),))
     assert graph.inputs == (NestedInput("", "tuple", (shape, inner)), InputValue("", 2.0))
@@ -305,4 +305,4 @@ def test_an_input_without_entries_beside_one_with_samples_is_taken():
     ],
 )
 def test_installed_models_are_user_code_and_the_standard_library_is_not(path, users):
-    assert of_user(path) == users
+    assert is_user_code(path) == users

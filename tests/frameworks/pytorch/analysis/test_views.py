@@ -1,4 +1,4 @@
-"""Operators that change the axes of a tensor, and sizes and widths that the code of the forward uses."""
+"""Operators that change the axes of a tensor, and code in `forward` that uses sizes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from frameworks.pytorch.analysis.networks import IMAGE, assert_cut_between_convolutions, conv
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
-BETWEEN = {
+CASES = {
     "permute to channels last and back": (
         lambda s, x: s.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
         conv(6, 4),
@@ -64,7 +64,7 @@ BETWEEN = {
         {},
         [8],
     ),
-    "the size of a pruned axis on an axis that stays": (
+    "an axis of fixed size is reshaped with the size of a pruned axis": (
         lambda s, x: x + (x.flatten(2) @ s.mix).reshape(x.shape[0], x.shape[1], 8, 8),
         conv(8, 4),
         {"mix": nn.Parameter(torch.randn(64, 64))},
@@ -94,19 +94,24 @@ BETWEEN = {
         {"gate": nn.Conv2d(8, 8, 1)},
         [8],
     ),
-    "expand beside another freezes neither": (
+    "expanding one channel beside x freezes neither tensor": (
         lambda s, x: torch.cat([x, s.gate(x).expand_as(x)], 1),
         conv(16, 4),
         {"gate": conv(8, 1)},
         [8],
     ),
-    "expand of one channel follows": (lambda s, x: x * s.gate(x).expand_as(x), conv(8, 4), {"gate": conv(8, 1)}, [8]),
+    "expand of one channel is updated": (
+        lambda s, x: x * s.gate(x).expand_as(x),
+        conv(8, 4),
+        {"gate": conv(8, 1)},
+        [8],
+    ),
     "a width as a number freezes": (lambda _, x: x * x.shape[1], conv(8, 4), {}, []),
     "a width under a square root freezes": (lambda _, x: x * x.shape[1] ** -0.5, conv(8, 4), {}, []),
     "a width as a float freezes": (lambda _, x: x / math.sqrt(x.size(1)), conv(8, 4), {}, []),
     "numel freezes": (lambda _, x: x / x.numel(), conv(8, 4), {}, []),
     "len freezes": (lambda _, x: x / len(x[0]), conv(8, 4), {}, []),
-    "a width that is a kernel too freezes": (
+    "a width that is also a kernel size freezes": (
         lambda s, x: F.avg_pool2d(x.view(2, s.width, 8, 8), s.width // 4, 1),
         conv(8, 4),
         {"width": 8},
@@ -145,11 +150,13 @@ BETWEEN = {
     ),
     "zeros of a constant size stay": (lambda _, x: torch.cat([x, x.new_zeros(2, 6, 8, 8)], 1), conv(14, 4), {}, [8]),
 }
+"""Name → function of module and tensor between two convolutions, second convolution, attributes of the module, and
+expected sizes of the groups."""
 
 
-@pytest.mark.parametrize("name", BETWEEN)
-def test_a_network_with_the_operator_is_cut_right(name):
-    assert_cut_between_convolutions(*BETWEEN[name])
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_with_the_operator_is_pruned_correctly(name):
+    assert_cut_between_convolutions(*CASES[name])
 
 
 class ConstantSize(nn.Module):
@@ -162,6 +169,6 @@ class ConstantSize(nn.Module):
 
 
 def test_a_size_that_is_a_number_in_the_code_is_reported_with_its_line():
-    graph, _ = assert_cut_is_right(ConstantSize(), IMAGE)
+    graph, _ = assert_pruned_correctly(ConstantSize(), IMAGE)
     assert "number in the code" in graph.blockers[0].reason
     assert graph.blockers[0].source.startswith("test_views.py:")

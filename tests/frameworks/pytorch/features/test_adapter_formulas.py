@@ -192,7 +192,7 @@ def test_review_equals_a_fusion_computed_layer_by_layer():
     assert torch.allclose(fused[0], first.leave(mixed * shares[:, 0:1] + deep * shares[:, 1:2]), atol=1e-5)
 
 
-def test_at_most_512_channels_are_passed_on():
+def test_review_has_at_most_512_hidden_channels():
     adapter = build("review", [(2, 8, 2, 2), (2, 600, 1, 1)], [(2, 8, 2, 2), (2, 9, 1, 1)], options={})
     assert adapter.fusions[0].enter[0].out_channels == 512
     small = build("review", [(2, 8, 2, 2), (2, 600, 1, 1)], [(2, 8, 2, 2), (2, 9, 1, 1)], options={"hidden": 16})

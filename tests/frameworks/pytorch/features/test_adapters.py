@@ -138,7 +138,7 @@ def test_every_registered_adapter_is_declared_for_all_frameworks():
 
 
 @EVERY_CASE
-def test_the_number_of_parameters(case):
+def test_the_number_of_parameters_of_an_adapter_in_closed_form(case):
     assert sum(parameter.numel() for parameter in make_adapter(case).parameters()) == PARAMETERS[case]
 
 

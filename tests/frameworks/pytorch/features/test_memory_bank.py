@@ -123,7 +123,7 @@ def test_negatives_follow_from_the_seed():
     assert not torch.equal(rows[0], rows[2])
 
 
-def test_both_ways_to_compute_products_agree():
+def test_products_by_matrix_and_by_gathering_are_equal():
     """Few rows of a large bank, and many rows of a small bank, with gradients."""
     torch.manual_seed(0)
     for rows, drawn_rows in ((1000, 2), (5, 40)):

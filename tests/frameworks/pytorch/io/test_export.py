@@ -16,7 +16,7 @@ import kirsch
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.io import export
 from kirsch.frameworks.pytorch.io.export import TorchExportable
-from proving import shaken
+from trace_and_cut import with_noise
 
 
 class Normalized(nn.Module):
@@ -42,7 +42,7 @@ def run(path, *inputs):
 
 def test_a_model_in_training_mode_is_exported_in_inference_mode_and_not_changed(tmp_path):
     torch.manual_seed(0)
-    model = shaken(Normalized()).train()
+    model = with_noise(Normalized()).train()
     model.layer.eval()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     details = export_onnx(model, torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), tmp_path / "m.onnx")

@@ -15,7 +15,7 @@ import kirsch
 from kirsch.errors import ModelError, VerificationError
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 IMAGE = torch.randn(2, 3, 8, 8)
 TOKENS = torch.randn(2, 5, 16)
@@ -89,7 +89,7 @@ def groups(graph):
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_graph_module_has_groups_cost_and_blocks_of_its_original(maker):
-    model = shaken(Images())
+    model = with_noise(Images())
     plain = kirsch.trace(model, IMAGE)
     graph = kirsch.trace(MAKERS[maker](model, IMAGE), IMAGE)
     assert groups(graph) == groups(plain)
@@ -100,7 +100,7 @@ def test_a_graph_module_has_groups_cost_and_blocks_of_its_original(maker):
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_pruned_graph_module_equals_the_pruned_original(maker):
-    model = shaken(Images())
+    model = with_noise(Images())
     plain = kirsch.prune(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.6)))
     module = MAKERS[maker](model, IMAGE)
     found = prune_with_verification(module, kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.6)))
@@ -114,7 +114,7 @@ def test_a_pruned_graph_module_equals_the_pruned_original(maker):
     ("importance", "share", "number"), [("influence", 0.8, 1), ("change", 0.8, 1), ("random", 0.5, 2)]
 )
 def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share, number):
-    model = shaken(Images())
+    model = with_noise(Images())
     goal = Goal(macs=share)
     plain = kirsch.plan(kirsch.trace(model, IMAGE), goal, kinds="block", data=IMAGE, importance=importance)
     module = MAKERS[maker](model, IMAGE)
@@ -128,7 +128,7 @@ def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
-    model = Within(MAKERS[maker](shaken(Images()), IMAGE))
+    model = Within(MAKERS[maker](with_noise(Images()), IMAGE))
     graph = kirsch.trace(model, IMAGE)
     assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
     short = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8), kinds="block", data=IMAGE))
@@ -137,7 +137,7 @@ def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
 
 @pytest.mark.parametrize("maker", ["symbolic_trace", "export", "unflatten"])
 def test_literal_sizes_in_a_graph_are_updated_by_a_cut(maker):
-    model = shaken(Heads())
+    model = with_noise(Heads())
     assert not kirsch.trace(model, TOKENS).groups  # literals in Python code cannot be changed
     module = MAKERS[maker](model, TOKENS)
     graph = kirsch.trace(module, TOKENS)
@@ -148,7 +148,7 @@ def test_literal_sizes_in_a_graph_are_updated_by_a_cut(maker):
 
 
 def test_pruning_does_not_change_the_original_graph_module():
-    module = fx.symbolic_trace(shaken(Heads()))
+    module = fx.symbolic_trace(with_noise(Heads()))
     before, code = copy.deepcopy(module.state_dict()), module.code
     kirsch.prune(module, kirsch.plan(kirsch.trace(module, TOKENS), Goal(macs=0.7), round_to=1))
     assert module.code == code
@@ -156,7 +156,7 @@ def test_pruning_does_not_change_the_original_graph_module():
 
 
 def test_planning_blocks_restores_the_forward_of_a_graph_module():
-    module = fx.symbolic_trace(shaken(Images()))
+    module = fx.symbolic_trace(with_noise(Images()))
     kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.8), kinds="block", data=IMAGE, importance="change")
     assert "forward" not in vars(module)
 
@@ -170,7 +170,7 @@ def test_a_branch_without_identity_is_not_a_block():
         def forward(self, x):
             return self.last(torch.relu(self.a(x)) + self.b(x))
 
-    assert kirsch.trace(fx.symbolic_trace(shaken(Two())), TOKENS).blocks == ()
+    assert kirsch.trace(fx.symbolic_trace(with_noise(Two())), TOKENS).blocks == ()
 
 
 class Dual(fx.GraphModule):
@@ -202,7 +202,7 @@ def dual(model):
 
 
 def test_the_graphs_for_inference_and_for_training_are_both_cut():
-    model = dual(shaken(Heads())).eval()
+    model = dual(with_noise(Heads())).eval()
     pruned = kirsch.prune(model, kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.7), round_to=1))
     torch.testing.assert_close(pruned.train()(TOKENS), pruned.eval()(TOKENS))
 
@@ -214,7 +214,7 @@ def modes(model):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("maker", ["dual", "within", "symbolic"])
 def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, training):
-    plain = shaken(Images())
+    plain = with_noise(Images())
     made = fx.symbolic_trace(plain) if maker == "symbolic" else dual(plain)
     model = (nn.Sequential(made) if maker == "within" else made).train(training)
     graph = kirsch.trace(model, IMAGE)
@@ -228,7 +228,7 @@ def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, traini
 
 
 def test_a_graph_has_the_modes_of_the_original_module_by_module():
-    model = shaken(Images()).eval()
+    model = with_noise(Images()).eval()
     next(model.children()).train()
     graph = kirsch.trace(model, IMAGE, as_graph=True)
     pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
@@ -259,7 +259,7 @@ class Constant(nn.Module):
 
 
 def test_a_cut_without_effect_on_the_outputs_is_an_error_unless_verify_is_false():
-    model = shaken(Constant())
+    model = with_noise(Constant())
     plan = kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.9))
     with pytest.raises(VerificationError, match=r"Its outputs do not depend on the removed units.* verify=False"):
         kirsch.prune(model, plan)
@@ -287,7 +287,7 @@ DECOMPOSED = {
 
 @pytest.mark.parametrize("kind", DECOMPOSED)
 def test_a_decomposed_program_is_pruned_like_its_original(kind):
-    model = shaken(Norms().eval())
+    model = with_noise(Norms().eval())
     decomposed = DECOMPOSED[kind](model)
     original, other = (
         prune_with_verification(each, kirsch.plan(kirsch.trace(each, IMAGE), Goal(macs=0.4)))

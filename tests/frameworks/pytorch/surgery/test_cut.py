@@ -12,7 +12,7 @@ from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis.stand_ins import inputs_like
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.frameworks.pytorch.surgery.cut import cut
-from proving import assert_cut_is_right, half_of_everything, shaken
+from trace_and_cut import assert_pruned_correctly, randomly_removed, with_noise
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -32,11 +32,11 @@ class Residual(nn.Module):
 
 def halved(model, inputs=IMAGE):
     graph = trace(model, inputs)
-    return cut(model, graph, graph.keep(half_of_everything(graph)))
+    return cut(model, graph, graph.keep(randomly_removed(graph)))
 
 
 def test_the_original_is_not_changed():
-    model = shaken(Residual()).train()
+    model = with_noise(Residual()).train()
     before = copy.deepcopy(model.state_dict())
     identities = [id(p) for p in model.parameters()]
     modes = [m.training for m in model.modules()]
@@ -54,7 +54,7 @@ def test_the_random_state_of_the_caller_is_not_changed():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    assert_cut_is_right(model, IMAGE)
+    assert_pruned_correctly(model, IMAGE)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -69,9 +69,9 @@ def test_the_pruned_model_has_the_class_of_the_original_and_updated_width_attrib
 
 
 def test_kept_weights_equal_those_of_the_original():
-    model = shaken(Residual())
+    model = with_noise(Residual())
     graph = trace(model, IMAGE)
-    removed = half_of_everything(graph)
+    removed = randomly_removed(graph)
     pruned = cut(model, graph, graph.keep(removed))
     stem = next(group for group in graph.groups if group.name == "stem")
     kept = [unit for unit in range(8) if unit not in removed[stem.name]]
@@ -121,7 +121,7 @@ def test_tied_weights_stay_tied():
         nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
     )
     model[4].weight = model[2].weight
-    graph, pruned = assert_cut_is_right(model, torch.randn(3, 6), sizes=[8])
+    graph, pruned = assert_pruned_correctly(model, torch.randn(3, 6), sizes=[8])
     assert pruned[4].weight is pruned[2].weight
     assert graph.cost.parameters == sum(p.numel() for p in model.parameters())
 
@@ -140,11 +140,11 @@ def test_parameters_without_gradient_are_cut():
     model = Residual()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    assert_cut_is_right(model, IMAGE, sizes=[8])
+    assert_pruned_correctly(model, IMAGE, sizes=[8])
 
 
 def test_removing_nothing_changes_nothing():
-    model = shaken(Residual())
+    model = with_noise(Residual())
     graph = trace(model, IMAGE)
     same = cut(model, graph, graph.keep({}))
     assert torch.equal(same(IMAGE), model(IMAGE))
@@ -155,7 +155,7 @@ def test_a_model_on_the_meta_device_is_traced_and_cut():
     with torch.device("meta"):
         model = Residual()
     graph = trace(model, torch.randn(2, 3, 8, 8, device="meta"))
-    pruned = cut(model, graph, graph.keep(half_of_everything(graph)))
+    pruned = cut(model, graph, graph.keep(randomly_removed(graph)))
     assert pruned.stem.weight.shape == (4, 3, 3, 3)
     assert pruned.stem.weight.is_meta
 
@@ -173,7 +173,7 @@ class Auxiliary(nn.Module):
 
 
 def test_a_head_that_only_runs_in_training_mode_is_cut():
-    _, pruned = assert_cut_is_right(Auxiliary(), torch.randn(2, 6), sizes=[8])
+    _, pruned = assert_pruned_correctly(Auxiliary(), torch.randn(2, 6), sizes=[8])
     main, aux = pruned.train()(torch.randn(2, 6))
     assert main.shape == (2, 3)
     assert aux.shape == (2, 5)
@@ -182,7 +182,7 @@ def test_a_head_that_only_runs_in_training_mode_is_cut():
 def test_unused_parameters_are_kept_and_reported_as_a_blocker():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     model.register_parameter("spare", nn.Parameter(torch.ones(40)))
-    graph, pruned = assert_cut_is_right(model, torch.randn(2, 6), sizes=[8])
+    graph, pruned = assert_pruned_correctly(model, torch.randn(2, 6), sizes=[8])
     assert pruned.spare.shape == (40,)
     assert "no traced forward uses it" in graph.blockers[0].reason
 
@@ -204,7 +204,7 @@ class Several(nn.Module):
     ids=["positional", "keywords"],
 )
 def test_a_model_with_several_inputs_and_outputs_is_cut(inputs):
-    assert_cut_is_right(Several(), inputs, sizes=[8])
+    assert_pruned_correctly(Several(), inputs, sizes=[8])
 
 
 def test_an_attribute_with_two_uses_that_no_value_fits_freezes_its_units():
@@ -218,7 +218,7 @@ def test_an_attribute_with_two_uses_that_no_value_fits_freezes_its_units():
             return self.second(x).view(-1, self.width, 64).mean(-1)
 
     # The second view fixes `width` to the output size, and the first view uses the same attribute.
-    graph, _ = assert_cut_is_right(Twice(), IMAGE, sizes=[])
+    graph, _ = assert_pruned_correctly(Twice(), IMAGE, sizes=[])
     assert graph.blockers[0].reason == "`width` cannot follow it"
     assert graph.blockers[0].source.startswith("test_cut.py:")
 
@@ -232,7 +232,7 @@ def test_the_error_for_a_forward_that_branches_on_values_names_its_line():
         def forward(self, x):
             return self.layer(x) if x.sum() > 0 else x
 
-    with pytest.raises(ModelError, match=r"Deciding cannot be traced.*test_cut\.py:\d+.*decides by the values"):
+    with pytest.raises(ModelError, match=r"Deciding cannot be traced.*test_cut\.py:\d+.*depends on the values"):
         trace(Deciding(), torch.randn(2, 4))
 
 

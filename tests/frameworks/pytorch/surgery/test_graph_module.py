@@ -14,7 +14,7 @@ from kirsch.frameworks.pytorch.surgery.graph_module import graph_module
 from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.prune import prune_with_verification
-from proving import half_of_everything, shaken
+from trace_and_cut import randomly_removed, with_noise
 
 
 class Numbers(nn.Module):
@@ -66,11 +66,11 @@ SIZES = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_widths_that_the_code_writes_as_literals_are_pruned(run):
-    model = shaken(Numbers(RUNS[run]))
+    model = with_noise(Numbers(RUNS[run]))
     graph = kirsch.trace(model, TOKENS, as_graph=True)
     own_code = kirsch.trace(model, TOKENS)
     assert ([group.size for group in graph.groups], [group.size for group in own_code.groups]) == SIZES[run]
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     verification = verify(graph_module(model, graph, keep), model, graph, keep)
     assert verification.passed
     assert verification.power > 1e-3
@@ -78,7 +78,7 @@ def test_widths_that_the_code_writes_as_literals_are_pruned(run):
 
 
 def convolutional():
-    return shaken(
+    return with_noise(
         nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GroupNorm(3, 12),
             nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
@@ -160,7 +160,7 @@ ARRANGED = {
 @pytest.mark.parametrize("arranged", ARRANGED)
 def test_inputs_and_outputs_have_the_form_of_the_original(arranged):
     arrange, has_form = ARRANGED[arranged]
-    model, inputs = shaken(Several(arrange)), {"x": torch.randn(3, 4), "scale": torch.rand(3, 1)}
+    model, inputs = with_noise(Several(arrange)), {"x": torch.randn(3, 4), "scale": torch.rand(3, 1)}
     plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(parameters=0.6))
     assert has_form(kirsch.prune(model, plan)(**inputs))
 
@@ -174,7 +174,7 @@ def test_nested_inputs_are_refused():
         def forward(self, pair):
             return self.second(self.first(pair[0] + pair[1]))
 
-    model, inputs = shaken(Nested()), ([torch.randn(3, 4), torch.randn(3, 4)],)
+    model, inputs = with_noise(Nested()), ([torch.randn(3, 4), torch.randn(3, 4)],)
     plan = kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(parameters=0.6))
     with pytest.raises(ModelError, match=r"Nested cannot be returned as a graph.*Its inputs are nested"):
         kirsch.prune(model, plan)

@@ -15,8 +15,8 @@ from kirsch.errors import PlanError, UsageError
 from kirsch.frameworks.pytorch.transformers import blueprint
 from kirsch.frameworks.pytorch.transformers.blueprint import numbers, with_numbers
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
 from pruning_notes import assert_one_note, config_notes
+from trace_and_cut import with_noise
 
 
 class Config:
@@ -93,7 +93,7 @@ INPUT = torch.randn(4, 5)
 
 
 def configurable(kind=Configurable, **options):
-    return shaken(kind(Config(inner={"width": 20}, **options))).eval()
+    return with_noise(kind(Config(inner={"width": 20}, **options))).eval()
 
 
 def halved(model, kinds=("ffn unit",), **options):
@@ -264,7 +264,7 @@ def test_the_configuration_is_unchanged_after_pruning_with_a_scope():
 
 
 def test_a_model_without_a_configuration_has_no_note():
-    model = shaken(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)))
+    model = with_noise(nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 3)))
     found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.5)))
     assert config_notes(found) == []
     model.config = {"width": 32}  # a dict has no to_dict

@@ -11,8 +11,8 @@ import torch
 
 import kirsch
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
 from pruning_notes import assert_one_note, config_notes
+from trace_and_cut import with_noise
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 96}
 TEXT = {**SMALL, "vocab_size": 80, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -91,7 +91,7 @@ print(json.dumps(found))
 def build(transformers, name, **more):
     kind, config, options, *_ = CASES[name]
     torch.manual_seed(0)
-    model = shaken(getattr(transformers, kind)(getattr(transformers, config)(**{**options, **more}))).eval()
+    model = with_noise(getattr(transformers, kind)(getattr(transformers, config)(**{**options, **more}))).eval()
     tokens = torch.randint(3, 80, (2, 7))
     return model, {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]} if name == "t5" else {"input_ids": tokens}
 

@@ -16,7 +16,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
-from proving import shaken
+from trace_and_cut import with_noise
 
 pytest.importorskip("transformers", exc_type=ImportError)
 import_beside("torchvision")
@@ -56,18 +56,18 @@ def bert(kind="BertForSequenceClassification", layers=1):
         vocab_size=80, hidden_size=24, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=16,
     )  # fmt: skip
-    return shaken(getattr(transformers, kind)(config)).eval()
+    return with_noise(getattr(transformers, kind)(config)).eval()
 
 
 def t5():
     config = {"d_model": 24, "d_kv": 6, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 80}
-    return shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(**config, use_cache=False))).eval()
+    return with_noise(transformers.T5ForConditionalGeneration(transformers.T5Config(**config, use_cache=False))).eval()
 
 
 def vit():
     torch.manual_seed(0)
     config = {**SIZES, "image_size": 16, "patch_size": 8, "num_labels": 3}
-    model = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**config))).eval()
+    model = with_noise(transformers.ViTForImageClassification(transformers.ViTConfig(**config))).eval()
     return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
@@ -75,7 +75,7 @@ def language_model(kind, config, **settings):
     """Return a language model and its inputs."""
     torch.manual_seed(0)
     config = getattr(transformers, config)(vocab_size=80, bos_token_id=1, eos_token_id=2, **settings)
-    return shaken(getattr(transformers, kind)(config)).eval(), {"input_ids": TOKENS}
+    return with_noise(getattr(transformers, kind)(config)).eval(), {"input_ids": TOKENS}
 
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 96}
@@ -153,7 +153,7 @@ def test_a_model_planned_with_the_options_in_the_error_can_be_saved_and_loaded(k
 def test_the_error_proposes_no_plan_if_no_number_of_the_configuration_counts_units(tmp_path):
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_labels=3)
-    model = shaken(transformers.ResNetForImageClassification(config)).eval()
+    model = with_noise(transformers.ResNetForImageClassification(config)).eval()
     small, _ = pruned(model, torch.randn(2, 3, 32, 32), parameters=0.7)
     with pytest.raises(UsageError, match=r"Save it with kirsch\.save\.$"):
         small.save_pretrained(tmp_path)

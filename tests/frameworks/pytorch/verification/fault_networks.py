@@ -41,7 +41,7 @@ def attention(s, x, queries=lambda q: q):
 
 
 def normalized_queries(s, x):
-    return attention(s, x, lambda q: F.normalize(q, dim=-1))  # not linear, so the scale cannot be folded
+    return attention(s, x, lambda q: F.normalize(q, dim=-1))  # not linear, so no rows can keep the scale
 
 
 def fused_attention(s, x):

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from kirsch.frameworks.pytorch.analysis import trace as tracing
-from kirsch.frameworks.pytorch.analysis.attention import Fold
+from kirsch.frameworks.pytorch.analysis.attention import QueryScaling
 from kirsch.frameworks.pytorch.analysis.operators import RULES, recurrent
 from kirsch.frameworks.pytorch.surgery import cut as surgery
 from kirsch.frameworks.pytorch.verification import verify as verifying
@@ -199,9 +199,17 @@ def without_cells(plain):
     return collapse
 
 
-def folded(change):
-    """Fold the scale of attention into other rows than those of the queries."""
-    return replaced(tracing, "fold", lambda plain: lambda *args: Fold(plain(*args).width, change(plain(*args).rows)))
+def scaled_rows(change):
+    """Multiply other rows than those of the queries to keep the scale of attention."""
+
+    def make(plain):
+        def scaling(*args):
+            original = plain(*args)
+            return QueryScaling(original.width, change(original.rows))
+
+        return scaling
+
+    return replaced(tracing, "query_scaling", make)
 
 
 def cutting_first_axis_only(plain):

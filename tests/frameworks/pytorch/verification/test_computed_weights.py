@@ -1,4 +1,4 @@
-"""Computed weights that a cut changes are listed; the power of a verification is finite."""
+"""Tests of computed weights that change when units are removed, and of the power of a verification."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import kirsch
-from kirsch.frameworks.pytorch.verification.verify import effect
+from kirsch.frameworks.pytorch.verification.verify import power
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
-from proving import shaken
+from trace_and_cut import with_noise
 
 X = torch.randn(5, 8)
 
@@ -36,16 +36,16 @@ class Standardized(nn.Linear):
         return F.linear(x, weight / (weight.var(1, keepdim=True) + 1e-5).sqrt(), self.bias)
 
 
-class Whole(nn.Module):
-    """Removed entries are not 0 after it, neither those of a layer nor those of the next."""
+class StandardizedTensor(nn.Module):
+    """Subtracts the mean of all entries, so that entries of removed units are not 0, in rows and in columns."""
 
     def forward(self, weight):
         return (weight - weight.mean()) / weight.std()
 
 
-class StandardizedAsAWhole(nn.Linear):
+class StandardizedOverAllAxes(nn.Linear):
     def forward(self, x):
-        return F.linear(x, Whole()(self.weight), self.bias)
+        return F.linear(x, StandardizedTensor()(self.weight), self.bias)
 
 
 class Cosine(nn.Linear):
@@ -76,23 +76,23 @@ def parametrized(layer, by=Scaled):
     return parametrize.register_parametrization(layer, "weight", by())
 
 
-def like(kind):
-    return lambda layer: kind(layer.in_features, layer.out_features)
+def same_size(layer_class):
+    return lambda layer: layer_class(layer.in_features, layer.out_features)
 
 
-CHANGING = {
+WEIGHTS_THAT_CHANGE = {
     "spectral norm": parametrizations.spectral_norm,
     "spectral norm by a hook": nn.utils.spectral_norm,
     "weight norm": parametrizations.weight_norm,
     "weight norm over all axes": lambda layer: parametrizations.weight_norm(layer, dim=None),
     "weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
     "weight norm by a hook": nn.utils.weight_norm,
-    "standardized": like(Standardized),
-    "cosine": like(Cosine),
-    "divided later": like(Divided),
+    "standardized": same_size(Standardized),
+    "cosine": same_size(Cosine),
+    "divided later": same_size(Divided),
     "parametrized": parametrized,
-    "standardized as a whole": like(StandardizedAsAWhole),
-    "standardized as a whole, parametrized": lambda layer: parametrized(layer, Whole),
+    "standardized over all axes": same_size(StandardizedOverAllAxes),
+    "standardized over all axes, parametrized": lambda layer: parametrized(layer, StandardizedTensor),
 }
 
 
@@ -102,42 +102,46 @@ def pruned(wrap):
     return model, prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
 
 
-@pytest.mark.parametrize("kind", CHANGING)
+@pytest.mark.parametrize("kind", WEIGHTS_THAT_CHANGE)
 def test_modules_whose_computed_weight_changes_for_kept_units_are_listed(kind):
-    _, found = pruned(CHANGING[kind])
-    assert "b" in found.verification.reweighted
-    assert any("`b` (" in note and "times the original" in note for note in found.notes)
-    assert "the computed weights of" in found.verification.text
-    assert found.verification.to_dict()["reweighted"] == dict(found.verification.reweighted)
+    _, result = pruned(WEIGHTS_THAT_CHANGE[kind])
+    assert "b" in result.verification.reweighted
+    assert any("`b` (" in note and "times the original" in note for note in result.notes)
+    assert "the computed weights of" in result.verification.text
+    assert result.verification.to_dict()["reweighted"] == dict(result.verification.reweighted)
 
 
 def test_the_reported_size_is_the_rms_ratio_of_the_kept_entries():
-    model, found = pruned(parametrizations.weight_norm)
-    model.eval(), found.model.eval()
-    removal = next(removal for removal in found.plan.groups if removal.name == "b")
+    model, result = pruned(parametrizations.weight_norm)
+    model.eval(), result.model.eval()
+    removal = next(removal for removal in result.plan.groups if removal.name == "b")
     rows = [row for row in range(16) if row not in removal.removed]
-    first = next(removal for removal in found.plan.groups if removal.name == "a")
+    first = next(removal for removal in result.plan.groups if removal.name == "a")
     columns = [column for column in range(16) if column not in first.removed]
     before = model.b.weight[rows][:, columns]
-    size = (found.model.b.weight.square().mean() / before.square().mean()).sqrt().item()
-    assert found.verification.reweighted["b"] == pytest.approx(size, rel=1e-4)
+    size = (result.model.b.weight.square().mean() / before.square().mean()).sqrt().item()
+    assert result.verification.reweighted["b"] == pytest.approx(size, rel=1e-4)
 
 
-STAYING = {"plain": lambda layer: layer, "orthogonal": parametrizations.orthogonal, "factored": Factored}
+WEIGHTS_THAT_DO_NOT_CHANGE = {
+    "plain": lambda layer: layer,
+    "orthogonal": parametrizations.orthogonal,
+    "factored": Factored,
+}
 
 
-@pytest.mark.parametrize("kind", STAYING)
+@pytest.mark.parametrize("kind", WEIGHTS_THAT_DO_NOT_CHANGE)
 def test_modules_whose_computed_weight_is_unchanged_are_not_listed(kind):
-    _, found = pruned(STAYING[kind])
-    assert not found.verification.reweighted
-    assert found.verification.power > 1e-3
+    _, result = pruned(WEIGHTS_THAT_DO_NOT_CHANGE[kind])
+    assert not result.verification.reweighted
+    assert result.verification.power > 1e-3
 
 
 def test_a_model_with_spectral_norm_is_pruned_in_training_mode():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)).train()
-    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
-    assert found.verification.passed
-    assert all(module.training for module in found.model.modules())
+    result = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    assert result.verification.passed
+    assert all(module.training for module in result.model.modules())
 
 
 def test_power_compares_only_kept_units_of_an_output_that_loses_units():
@@ -152,9 +156,9 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
             hidden = torch.relu(self.a(x))
             return {"logits": self.b(hidden), "hidden_states": hidden}
 
-    model = shaken(Both())
-    found = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
-    assert 1e-3 < found.verification.power <= 2
+    model = with_noise(Both())
+    result = prune_with_verification(model, kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5)))
+    assert 1e-3 < result.verification.power <= 2
 
 
 @pytest.mark.parametrize(
@@ -170,11 +174,11 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
     ],
 )
 def test_power_is_the_largest_relative_difference(masked, dense, expected):
-    assert effect([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
+    assert power([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
 
 
 def test_prune_without_verification_warns_of_changed_computed_weights():
-    model = shaken(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
+    model = with_noise(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)))
     plan = kirsch.plan(kirsch.trace(model, torch.randn(2, 6)), Goal(parameters=0.6))
     with pytest.warns(UserWarning, match=r"The weights of `0` \(.* times the original\) are computed from all units"):
         kirsch.prune(model, plan, verify=False)

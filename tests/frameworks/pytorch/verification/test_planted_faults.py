@@ -17,7 +17,6 @@ from frameworks.pytorch.verification.fault_plants import (
     cutting_first_axis_only,
     cutting_the_other_axis,
     doing_nothing,
-    folded,
     forgotten_statistic,
     in_both,
     interleaved_gates,
@@ -28,6 +27,7 @@ from frameworks.pytorch.verification.fault_plants import (
     replaced,
     replaced_rule,
     rows_for_columns,
+    scaled_rows,
     sliced_by,
     split_by_columns,
     unfrozen,
@@ -44,7 +44,7 @@ from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.graph import coupling, group, relations
 from kirsch.graph.facts import Facts
 from kirsch.graph.graph import Graph
-from proving import half_of_everything, shaken
+from trace_and_cut import randomly_removed, with_noise
 
 SEED = 3  # removes different units from both axes of each grid, so that a confusion of the axes shows
 
@@ -187,14 +187,14 @@ FAULTS = {
         for name in names
     },
     # The scale of attention.
-    "the scale of attention is not kept": Fault("attention", folded(lambda rows: {})),
-    "the scale of attention is folded into weights but not into biases": Fault(
-        "attention", folded(lambda rows: {name: rows[name] for name in rows if name.endswith("weight")})
+    "the scale of attention is not kept": Fault("attention", scaled_rows(lambda rows: {})),
+    "the scale of attention multiplies weights but not biases": Fault(
+        "attention", scaled_rows(lambda rows: {name: rows[name] for name in rows if name.endswith("weight")})
     ),
-    "the scale of attention is folded into keys and values too": Fault(
-        "fused attention", folded(lambda rows: dict.fromkeys(rows, tuple(range(48))))
+    "the scale of attention multiplies keys and values, too": Fault(
+        "fused attention", scaled_rows(lambda rows: dict.fromkeys(rows, tuple(range(48))))
     ),
-    "the scale of attention is folded twice": Fault(
+    "the scale of attention is applied twice": Fault(
         "attention",
         replaced(surgery, "_scale", lambda plain: lambda part, *more: (plain(part, *more), plain(part, *more))),
     ),
@@ -242,13 +242,13 @@ def verified_cut(name):
     """Cut half of all units of a network, and return its verification."""
     model, inputs = NETS[name]
     graph = tracing.trace(model, inputs)
-    keep = graph.keep(half_of_everything(graph, SEED))
+    keep = graph.keep(randomly_removed(graph, SEED))
     return verify_cut(surgery.cut(model, graph, keep), model, graph, keep)
 
 
 @functools.cache
 def verified_without_fault(name):
-    shaken(NETS[name][0])
+    with_noise(NETS[name][0])
     return verified_cut(name)
 
 

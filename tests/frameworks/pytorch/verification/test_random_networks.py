@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as fn
 
-from proving import assert_cut_is_right
+from trace_and_cut import assert_pruned_correctly
 
 
 class Tokens(nn.Module):
@@ -120,7 +120,7 @@ NETWORKS = given(st.lists(step, min_size=2, max_size=9), st.sampled_from([0.3, 0
 
 def assert_random_network_is_verified(steps, share):
     torch.manual_seed(0)
-    assert_cut_is_right(RandomNet(steps), torch.randn(2, 3, 5, 5), share=share, power=-1.0)
+    assert_pruned_correctly(RandomNet(steps), torch.randn(2, 3, 5, 5), share=share, power=-1.0)
 
 
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))

@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.frameworks.pytorch.verification import masked
 from kirsch.frameworks.pytorch.verification.verify import distance, verify
 from kirsch.graph.labels import Tensor
-from proving import half_of_everything, shaken
+from trace_and_cut import randomly_removed, with_noise
 
 
 def network():
@@ -35,9 +35,9 @@ def network():
 
 @pytest.fixture
 def case():
-    model = shaken(network())
+    model = with_noise(network())
     graph = trace(model, torch.randn(2, 3, 9, 9))
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     return model, graph, keep, cut(model, graph, keep)
 
 
@@ -92,7 +92,7 @@ def test_a_fault_in_a_branch_that_is_scaled_by_zero_is_detected():
     nn.init.zeros_(model[1].weight)  # the output of the branch is zero
     nn.init.zeros_(model[4].weight)
     graph = trace(model, torch.randn(2, 3, 9, 9))
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     pruned = cut(model, graph, keep)
     pruned[3].weight.data = swap(pruned[3].weight, 1)
     with pytest.raises(VerificationError):
@@ -132,19 +132,19 @@ def constant(self, x):
 
 def verified(model, inputs, fault=lambda model: None):
     graph = trace(model, inputs)
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     pruned = cut(model, graph, keep)
     fault(pruned)
     return verify(pruned, model, graph, keep)
 
 
 def test_a_model_that_refuses_float64_is_verified_in_float32():
-    assert "float32" in verified(shaken(Between(refuse)), torch.randn(3, 4)).reason
+    assert "float32" in verified(with_noise(Between(refuse)), torch.randn(3, 4)).reason
 
 
 @pytest.mark.parametrize("between", [half_and_back, autocast, constant])
 def test_a_forward_that_converts_dtypes_is_verified_in_float64(between):
-    verification = verified(shaken(Between(between)), torch.randn(3, 4))
+    verification = verified(with_noise(Between(between)), torch.randn(3, 4))
     assert "float64" in verification.reason
     assert verification.error < 1e-12
 
@@ -169,7 +169,7 @@ def limited(scores, number):
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_faults_are_detected_in_outputs_of_each_kind(kind):
     torch.manual_seed(0)  # with few samples and unlucky weights, no predicted class might change
-    model, inputs = shaken(Between(OUTPUTS[kind])), torch.randn(300, 4)
+    model, inputs = with_noise(Between(OUTPUTS[kind])), torch.randn(300, 4)
     assert verified(model, inputs).passed
     with pytest.raises(VerificationError, match="not equal to the masked original"):
         verified(model, inputs, lambda m: setattr(m.second.weight, "data", swap(m.second.weight, 1)))
@@ -186,7 +186,7 @@ def test_a_model_with_complex_weights_is_verified():
             x = torch.fft.irfft(torch.fft.rfft(torch.relu(self.first(x))) * self.gain)
             return self.second(x.unflatten(-1, (2, 4)))
 
-    assert verified(shaken(Filter()), torch.randn(3, 4)).passed
+    assert verified(with_noise(Filter()), torch.randn(3, 4)).passed
 
 
 def test_the_noise_keeps_small_variances_and_arguments_of_logarithms_positive():
@@ -220,7 +220,7 @@ def test_a_model_that_draws_equally_many_numbers_after_the_cut_is_compared_with_
         order = torch.rand(x.shape[0], x.shape[1]).argsort(1)
         return self.second(x.gather(1, order.unsqueeze(-1).expand_as(x)))
 
-    assert verified(shaken(Between(shuffled)), torch.randn(3, 6, 4)).passed
+    assert verified(with_noise(Between(shuffled)), torch.randn(3, 6, 4)).passed
 
 
 @pytest.mark.parametrize("number", [0.0, 1.0])
@@ -255,11 +255,11 @@ TOKENS = {
 @pytest.mark.parametrize("kind", TOKENS)
 def test_modules_without_effect_on_the_outputs_are_listed_as_unseen(kind):
     inputs, unseen = TOKENS[kind]
-    assert verified(shaken(Attention()), inputs).unseen == unseen
+    assert verified(with_noise(Attention()), inputs).unseen == unseen
 
 
 def test_no_module_is_listed_as_unseen_if_no_output_is_differentiable():
-    assert verified(shaken(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
+    assert verified(with_noise(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
 
 
 def test_the_distance_from_a_reference_of_zeros_is_zero_only_for_zeros():
@@ -318,7 +318,7 @@ def test_a_model_whose_original_fails_in_training_mode_is_verified_in_inference(
             raise ValueError("needs targets")
         return self.second(x)
 
-    assert verified(shaken(Between(either)), torch.randn(3, 4)).passed
+    assert verified(with_noise(Between(either)), torch.randn(3, 4)).passed
 
 
 def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
@@ -327,9 +327,9 @@ def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
             {8: None}[x.shape[1]]
             return super().forward(x)
 
-    model = shaken(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Checked(8, 2)))
+    model = with_noise(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Checked(8, 2)))
     graph = trace(model, torch.randn(3, 4))
-    keep = graph.keep(half_of_everything(graph))
+    keep = graph.keep(randomly_removed(graph))
     with pytest.raises(VerificationError, match=r"does not run\. KeyError: 4\. It is raised at test_verify\.py:\d+\."):
         verify_cut(cut(model, graph, keep), model, graph, keep)
 
@@ -338,7 +338,7 @@ def test_inputs_that_the_model_changes_in_place_are_not_changed():
     inputs = torch.randn(3, 4, dtype=torch.float64)
     before = inputs.clone()
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
-    assert verified(shaken(model), inputs).passed
+    assert verified(with_noise(model), inputs).passed
     assert torch.equal(inputs, before)
 
 
@@ -359,7 +359,7 @@ class Auxiliary(nn.Module):
 
 
 def test_modules_that_only_run_in_training_mode_are_cut_and_verified():
-    model = shaken(Auxiliary())
+    model = with_noise(Auxiliary())
     graph = trace(model, torch.randn(5, 4))
     assert sorted(group.size for group in graph.groups) == [6, 8]
     assert verified(model, torch.randn(5, 4)).unseen == ()
@@ -382,12 +382,12 @@ def test_a_fault_in_modules_that_only_run_in_training_mode_is_detected(monkeypat
     else:
         monkeypatch.setitem(masked.STATISTICS, "layer_norm", plain)
     with pytest.raises(VerificationError, match=r"in training mode is not equal to the masked original|does not run"):
-        verified(shaken(Auxiliary()), torch.randn(5, 4))
+        verified(with_noise(Auxiliary()), torch.randn(5, 4))
 
 
 def test_a_model_that_chooses_a_training_branch_at_random_is_verified_in_inference():
     seen = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        seen.add(verified(shaken(Auxiliary(draws=True)), torch.randn(5, 4)).unseen)
+        seen.add(verified(with_noise(Auxiliary(draws=True)), torch.randn(5, 4)).unseen)
     assert ("left", "right", "head", "norm") in seen  # listed where the branch was not taken

@@ -33,11 +33,11 @@ PRODUCERS = {
     "layer_norm": (2, 3, -1),
     "rms_norm": (2, 3, -1),
 }
-"""Operator → positions of weight and bias among its arguments, and the axis of its result that their rows make."""
+"""Operator → positions of weight and bias in its arguments, and the axis of its output that belongs to their rows."""
 
 
 @dataclass(frozen=True)
-class Fold:
+class QueryScaling:
     """Rows that are multiplied by sqrt(new width / old width) when a part of the width is removed.
 
     Args:
@@ -49,13 +49,16 @@ class Fold:
     rows: dict[str, tuple[int, ...]]
 
 
-def fold(attention: Node, width: Labels, slots: Mapping[str, str]) -> Fold | None:
-    """Return the rows that keep the scale of an attention when its width changes; None if there are none.
+def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str]) -> QueryScaling | None:
+    """Return the rows that must be multiplied to preserve the scale when the width changes.
 
     Args:
         attention: node of `scaled_dot_product_attention`.
         width: labels of the last axis of the queries.
         slots: graph input → path of its parameter or buffer.
+
+    Returns:
+        The rows; None if multiplying rows cannot preserve the scale.
     """
     query: Any = attention.args[0]
     if len(query.users) > 1 or attention.args.count(query) > 1:
@@ -72,7 +75,7 @@ def fold(attention: Node, width: Labels, slots: Mapping[str, str]) -> Fold | Non
     for other in others:
         if _name(other) not in MOVES or rows & _rows_used(producer, [*path, other], other, axis):
             return None
-    folded: dict[str, tuple[int, ...]] = {}
+    rows_by_parameter: dict[str, tuple[int, ...]] = {}
     for position in (weight, bias):
         source: Any = producer.args[position] if len(producer.args) > position else None
         if not isinstance(source, Node) and position == bias:
@@ -80,8 +83,8 @@ def fold(attention: Node, width: Labels, slots: Mapping[str, str]) -> Fold | Non
         for part, part_rows in _graph_inputs(source, rows):
             if part.op != "placeholder" or part.name not in slots or len(part.users) > 1:
                 return None
-            folded[slots[part.name]] = tuple(sorted(part_rows))
-    return Fold(width, folded)
+            rows_by_parameter[slots[part.name]] = tuple(sorted(part_rows))
+    return QueryScaling(width, rows_by_parameter)
 
 
 def _name(node: Node) -> str:
@@ -137,7 +140,7 @@ def _rows_used(producer: Node, path: list[Node], end: Node, axis: int) -> set[in
         start = values[producer] = torch.ones(producer.meta["val"].shape, requires_grad=True)
         for node in path:
             args, options = map_arg((node.args, node.kwargs), value)
-            values[node] = node.target(*args, **options)  # type: ignore[operator]  # only nodes that call
+            values[node] = node.target(*args, **options)  # type: ignore[operator]  # only call_function nodes are on the path
         out = values[end]
         parts = out if isinstance(out, (list, tuple)) else [out]
         total = torch.stack([(part * torch.rand(part.shape)).sum() for part in parts]).sum()
@@ -149,7 +152,10 @@ def _rows_used(producer: Node, path: list[Node], end: Node, axis: int) -> set[in
 
 
 def _graph_inputs(source: Node, rows: set[int]) -> Iterator[tuple[Node, set[int]]]:
-    """Yield the graph inputs that hold rows of a weight or bias, which may be a concatenation, and their rows."""
+    """Yield each graph input that holds some rows of a weight or bias, with the indices of these rows in the input.
+
+    The weight or bias may be a concatenation of graph inputs.
+    """
     if source.op == "call_function" and _name(source) == "cat" and len(source.users) == 1:
         first = 0
         for part in source.args[0]:  # type: ignore[union-attr]

@@ -74,7 +74,7 @@ class OperationContext:
         return list(_tensors((self.args, self.options)))
 
     def traced_arg(self, position: int, name: str) -> Any:
-        """Return an argument of the user's call, whose integers know their origin; None if the call is unknown."""
+        """Return an argument of the user's call, whose integers carry their origin; None if the call is unknown."""
         if self.call is None:
             return None
         if len(self.call.arguments) > position:

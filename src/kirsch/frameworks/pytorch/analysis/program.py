@@ -50,16 +50,17 @@ def export(
     """Return the operations of a model, functional and not decomposed.
 
     Args:
-        model: to export.
+        model: the model to export.
         args, options: the example inputs.
         recorded: where the calls of the user's code are recorded.
-        decisions: "refuse", or "example" to follow decisions that depend on values, as these inputs make them.
+        decisions: "refuse" to raise an error for branches that depend on values, or "example" to take the branches
+            that the example inputs take.
         training: whether the model runs in training mode.
 
     Raises:
         ModelError: the model cannot be exported.
     """
-    shared = decisions == "refuse"  # with values, the forward may write into the buffers
+    shared = decisions == "refuse"  # if the exporter computes with values, forward may change the buffers
     copied = traceable_copy(model, shared=shared, training=training)
     if decisions == "example":
         _parameters_to_buffers(copied)
@@ -89,7 +90,7 @@ def _parameters_to_buffers(model: nn.Module) -> None:
         for name, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             delattr(module, name)
             module.register_buffer(name, plain.setdefault(id(value), value.detach()))
-            setattr(module, name, plain[id(value)])  # a recurrent layer updates its list of weights
+            setattr(module, name, plain[id(value)])  # on assignment, a recurrent layer updates its list of weights
 
 
 @contextlib.contextmanager
@@ -133,7 +134,7 @@ def _reason(
         error
     )
     fix = (
-        "The forward decides by the values of its input which operations to run. "
+        "Which operations `forward` runs depends on the values of the inputs. "
         'Trace a part without such decisions (module="backbone"), '
         'or follow the decisions for these inputs (decisions="example").'
         if dynamic
@@ -145,11 +146,11 @@ def _reason(
 
 def user_line(error: BaseException) -> str:
     """Return the last line of the user's code in the traceback of an error: "file.py:12"; "" if there is none."""
-    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if of_user(f.filename)]
+    frames = [f for f in python_traceback.extract_tb(error.__traceback__) if is_user_code(f.filename)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def of_user(path: str) -> bool:
+def is_user_code(path: str) -> bool:
     """Return whether a file belongs to neither PyTorch, Kirsch nor the standard library."""
     standard = path.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in path
     return not standard and not path.startswith((*PACKAGES, "<"))
@@ -163,7 +164,7 @@ class SizeInterpreter(Interpreter):
         self.shapes: dict[Node, list[tuple[int, ...]]] = {}
 
     @classmethod
-    def of(cls, program: ExportedProgram, args: Any, options: Any) -> dict[Node, list[tuple[int, ...]]]:
+    def find_shapes(cls, program: ExportedProgram, args: Any, options: Any) -> dict[Node, list[tuple[int, ...]]]:
         """Return the shapes of the results of each node; empty if no size depends on values."""
         if not any(isinstance(n, torch.SymInt) for node in program.graph.nodes for s in shapes_of(node) for n in s):
             return {}

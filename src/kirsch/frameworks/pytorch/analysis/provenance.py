@@ -275,7 +275,7 @@ _ATTENTION_LOCK = threading.Lock()
 
 LIKE_ANOTHER = frozenset(["view_as", "reshape_as", "expand_as"])
 _COUNTS = frozenset(["size", "numel", "nelement", "__len__"])
-_SHAPE = {getattr(torch.Tensor.shape, "__get__")}  # noqa: B009 - mypy knows no __get__ of this descriptor
+_SHAPE = {getattr(torch.Tensor.shape, "__get__")}  # noqa: B009 - mypy does not find __get__ of this descriptor
 
 
 def _without_tensors(value: Any) -> Any:

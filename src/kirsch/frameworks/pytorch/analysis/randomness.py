@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kirsch.frameworks.pytorch.analysis.program import of_user
+from kirsch.frameworks.pytorch.analysis.program import is_user_code
 from kirsch.frameworks.pytorch.inference.predict import arguments, inference, run, tensors
 
 if TYPE_CHECKING:
@@ -146,6 +146,6 @@ def line_of(frames: list[tuple[str, int | None, str | None]]) -> str:
         The line, "" if there is none.
     """
     for file, number, code in reversed(frames):
-        if of_user(file):
+        if is_user_code(file):
             return f"{Path(file).name}:{number}{f', `{code.strip()}`' if code and code.strip() else ''}"
     return ""

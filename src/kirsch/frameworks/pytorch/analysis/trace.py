@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
-from kirsch.frameworks.pytorch.analysis.attention import Fold, fold
+from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_scaling
 from kirsch.frameworks.pytorch.analysis.blocks import BlockRunner
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
@@ -38,7 +38,7 @@ from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
 from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
 from kirsch.frameworks.pytorch.inference.calling import without_values
-from kirsch.frameworks.pytorch.inference.outputs import counting
+from kirsch.frameworks.pytorch.inference.outputs import selected_outputs
 from kirsch.frameworks.pytorch.inference.predict import arguments
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
@@ -92,8 +92,10 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         traced.training = _training_walk(model, args, options, facts, tensors, tracing)
     if traced.training is not None:
         unused &= _unused(tensors, traced.training)
-        folded = {name for fold in traced.folds for name in fold.rows}
-        traced.folds += [fold for fold in traced.training.folds if folded.isdisjoint(fold.rows)]
+        scaled = {name for scaling in traced.query_scalings for name in scaling.rows}
+        traced.query_scalings += [
+            scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
+        ]
     freeze_unused(unused, facts, tensors)
     if tracing.module:
         freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)
@@ -146,22 +148,24 @@ def _walk(
     slots = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     user = [index for index, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
     outputs = dict(zip(user, recorded.outputs, strict=False))  # the remaining ones are computed and never read
-    counts = counting(recorded.outputs, () if training else tracing.outputs)
+    selected_names = selected_outputs(recorded.outputs, () if training else tracing.outputs)
     constants = frozenset(signature.inputs_to_lifted_tensor_constants)
     shaped = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor) and value.dim()]
     batch = shaped[0].shape[0] if shaped else 1
-    sizes = SizeInterpreter.of(program, args, options)
+    sizes = SizeInterpreter.find_shapes(program, args, options)
     walk = _Walk(facts, tensors, slots, constants, recorded, sizes, tracing, batch)
     for node in program.graph.nodes:
         walk.visit(node)
-    counted = frozenset(index for index, name in outputs.items() if name in counts)
-    walk.freeze_outputs(outputs, counted)
+    selected = frozenset(index for index, name in outputs.items() if name in selected_names)
+    walk.freeze_outputs(outputs, selected)
     if not tracing.as_graph:
         walk.pin_numbers()
     modules = not training and not tracing.as_graph
     blocks = find_blocks(model, walk.states, {*slots, *constants}, recorded) if modules else ()
     statistics = frozenset(facts.statistics)
-    return Traced(program, slots, walk.states, args, options, outputs, counted, walk.folds, blocks, statistics)
+    return Traced(
+        program, slots, walk.states, args, options, outputs, selected, walk.query_scalings, blocks, statistics
+    )
 
 
 def _training_walk(
@@ -223,7 +227,7 @@ class _Walk:
         batch: int,
     ) -> None:
         self.states: dict[Node, Any] = {}
-        self.folds: list[Fold] = []
+        self.query_scalings: list[QueryScaling] = []
         self._causes: dict[Node, Freeze] = {}  # why a result has no labels
         self._facts = facts
         self._tensors = tensors
@@ -324,20 +328,20 @@ class _Walk:
             self._origin.setdefault(number, facts.operation)
         return state
 
-    def freeze_outputs(self, indices: Iterable[int], counted: Collection[int]) -> None:
-        """Freeze the axes of the counted outputs, and axes that any output holds indices into."""
+    def freeze_outputs(self, indices: Iterable[int], selected: Collection[int]) -> None:
+        """Freeze the axes of the selected outputs, and axes that any output holds indices into."""
         self._facts.begin(Operation("output"))
         for index in indices:
             state = self._outputs[index]
             if isinstance(state, Tensor):
                 self._facts.freeze(state.points, "indices into it are an output of the model")
-                for axis in state.axes if index in counted else ():
+                for axis in state.axes if index in selected else ():
                     self._facts.freeze(axis, "it is an output of the model", boundary=True)
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
-        found = None if width is None else fold(node, width, self._slots)
+        found = None if width is None else query_scaling(node, width, self._slots)
         if found is not None:
-            self.folds.append(found)
+            self.query_scalings.append(found)
         return width is None or found is not None
 
     def _is_residual(self, node: Node) -> bool:

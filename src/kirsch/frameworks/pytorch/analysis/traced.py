@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-    from kirsch.frameworks.pytorch.analysis.attention import Fold
+    from kirsch.frameworks.pytorch.analysis.attention import QueryScaling
     from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock
 
 
@@ -23,8 +23,8 @@ class Traced:
         states: graph node → labels of its result, or a list of them.
         args, options: the example inputs.
         outputs: index among the outputs of the program → name, for the outputs of the model.
-        counted: indices of the outputs whose shapes must not change.
-        folds: rows that keep the scale of attention.
+        selected_outputs: indices of the outputs whose shapes must not change.
+        query_scalings: rows that are multiplied to keep the scale of attention.
         blocks: residual blocks that can be removed.
         statistics: names of the nodes whose result is a statistic over units.
         training: the record of a run in training mode; None unless only that run uses some parameters.
@@ -36,8 +36,8 @@ class Traced:
     args: tuple[Any, ...]
     options: dict[str, Any]
     outputs: dict[int, str]
-    counted: frozenset[int]
-    folds: list[Fold]
+    selected_outputs: frozenset[int]
+    query_scalings: list[QueryScaling]
     blocks: tuple[ResidualBlock, ...]
     statistics: frozenset[str]
     training: Traced | None = None

@@ -104,9 +104,9 @@ class FeatureCapture:
             return
         calls = self._values.setdefault(key, [])
         call = key, len(calls)
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 - has no public name; a copy is no call of the model's
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not public; a copy is not a call of the model
             self._versions[call] = [
-                (part, part._version)  # noqa: SLF001 - the only witness of a change in place
+                (part, part._version)  # noqa: SLF001 - nothing else shows a change in place
                 for part in tree_leaves(value)
                 if isinstance(part, torch.Tensor) and not part.is_inference()
             ]
@@ -261,7 +261,7 @@ def _output_keyword(model: nn.Module, layer: LayerName) -> str:
 
 def _version(tensor: torch.Tensor) -> int | None:
     """Return how often a tensor was written into; None if PyTorch does not count it."""
-    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the only witness of a change in place
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - nothing else shows a change in place
 
 
 def is_torchscript(module: nn.Module) -> bool:

@@ -57,11 +57,11 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
 
 
-def counting(names: Sequence[str], selected: Sequence[str]) -> set[str]:
+def selected_outputs(names: Sequence[str], selected: Sequence[str]) -> set[str]:
     """Return the outputs that must keep their shapes.
 
     Args:
-        names: of all outputs.
+        names: names of all outputs.
         selected: names or prefixes of outputs. If empty: all outputs, without hidden states, attention weights and
             caches if there are predictions.
 

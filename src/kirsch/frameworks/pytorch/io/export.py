@@ -167,8 +167,10 @@ class TorchExportable:
         if program is None:
             raise ModelError(f"A {self.name} cannot be exported to ONNX.", "The exporter returned None.")
         line = line_that_draws(program.exported_program) if program.exported_program is not None else None
-        if line is not None:  # the effect may be too rare to show in the runs of `unsteady`
-            raise NumericError(f"No file can equal a {self.name}.", reason_for(line), RANDOMNESS_FIX)
+        if line is not None:  # the effect may be too rare to be seen in the runs of `nondeterminism`
+            raise NumericError(
+                f"A file cannot compute the same outputs as a {self.name}.", reason_for(line), RANDOMNESS_FIX
+            )
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():
             program.save(str(path), external_data=size > SINGLE_FILE_BYTES)

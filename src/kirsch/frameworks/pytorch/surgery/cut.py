@@ -77,15 +77,15 @@ def sliced(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.
 
 
 def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
-    """Multiply, in place, the rows of a cut tensor that an attention scale is folded into."""
-    for fold in graph.traced.folds:
-        for name, rows in fold.rows.items():
-            width = graph.kept(fold.width, keep) if graph.tensors[name] is labeled else None
+    """Multiply, in place, the rows of a cut tensor that keep the scale of attention."""
+    for scaling in graph.traced.query_scalings:
+        for name, rows in scaling.rows.items():
+            width = graph.kept(scaling.width, keep) if graph.tensors[name] is labeled else None
             if width is not None:
-                folded = np.zeros(labeled.shape[0], bool)
-                folded[list(rows)] = True
+                is_scaled = np.zeros(labeled.shape[0], bool)
+                is_scaled[list(rows)] = True
                 mask = graph.kept(labeled.axes[0], keep)
-                kept_rows = (folded if mask is None else folded[mask]).nonzero()[0]
+                kept_rows = (is_scaled if mask is None else is_scaled[mask]).nonzero()[0]
                 index = torch.from_numpy(kept_rows).to(part.device)
                 part.index_copy_(0, index, part.index_select(0, index) * float(width.mean()) ** 0.5)
 

@@ -12,7 +12,7 @@ def length_of(batches: Any) -> int | None:
     """Return the number of batches of an epoch; None if the data has no length."""
     try:
         return len(batches)
-    except TypeError:  # no __len__, or that of a DataLoader over an IterableDataset
+    except TypeError:  # no __len__, or a DataLoader over an IterableDataset, whose __len__ raises
         return None
 
 

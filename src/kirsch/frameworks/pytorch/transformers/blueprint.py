@@ -1,7 +1,7 @@
 """Search for the numbers in a configuration that build a model of given sizes.
 
-The search knows no library and no names. It changes one number at a time, builds the model on the meta device and
-compares the sizes. The numbers then follow from the sizes that changed.
+The search does not depend on a library or on names. It changes one number at a time, builds the model on the meta
+device and compares the sizes. The numbers then follow from the sizes that changed.
 """
 
 from __future__ import annotations

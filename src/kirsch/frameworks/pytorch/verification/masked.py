@@ -92,23 +92,24 @@ class MaskedRun(Interpreter):
         super().__init__(self._traced.program.graph_module)
 
     def outputs(
-        self, inputs: list[Any], *, gradients: bool = False, shown: NDArray[np.bool_] | None = None
+        self, inputs: list[Any], *, gradients: bool = False, outputs_keep: NDArray[np.bool_] | None = None
     ) -> list[torch.Tensor]:
         """Return the outputs of the program.
 
         Args:
             inputs: the flat user inputs.
             gradients: record gradients.
-            shown: component → whether to keep it in outputs that may lose units; `keep` if None.
+            outputs_keep: component → whether it is returned in outputs that may lose units; by default the same as
+                `keep`.
         """
-        shown = self._keep if shown is None else shown
+        outputs_keep = self._keep if outputs_keep is None else outputs_keep
         with torch.set_grad_enabled(gradients):
             outputs = self.run(*self.feed(inputs))
         output_node = next(iter(reversed(self._traced.program.graph.nodes)))
         nodes: Any = output_node.args[0]
-        states, counted = self._traced.states, self._traced.counted  # outputs that count must keep all units
+        states, selected = self._traced.states, self._traced.selected_outputs  # selected outputs keep all units
         return [
-            outputs[i] if i in counted else self._kept(outputs[i], states.get(nodes[i]), shown)
+            outputs[i] if i in selected else self._kept(outputs[i], states.get(nodes[i]), outputs_keep)
             for i in self._traced.outputs
         ]
 
@@ -128,10 +129,10 @@ class MaskedRun(Interpreter):
                 feed.append(next(user_inputs))
         return feed
 
-    def _kept(self, value: torch.Tensor, labeled: Tensor | None, shown: NDArray[np.bool_]) -> torch.Tensor:
-        """Return the shown units of an output that may lose units."""
+    def _kept(self, value: torch.Tensor, labeled: Tensor | None, outputs_keep: NDArray[np.bool_]) -> torch.Tensor:
+        """Return the kept units of an output that may lose units."""
         for axis, labels in enumerate(labeled.axes if labeled is not None else ()):
-            mask = self._graph.kept(labels, shown)
+            mask = self._graph.kept(labels, outputs_keep)
             if mask is not None:
                 value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
         return value
@@ -144,7 +145,7 @@ class MaskedRun(Interpreter):
         return out
 
     def _operation(self, n: Node) -> Any:
-        """Run one operation, with statistics over kept entries if these span a labeled axis."""
+        """Run one operation. A statistic over a labeled axis is computed over the kept entries only."""
         if n.op == "placeholder" and n.name in self._traced.slots:
             next(self.args_iter)  # the None of `feed`
             return _Lazy(self._traced.slots[n.name])
@@ -152,7 +153,8 @@ class MaskedRun(Interpreter):
             return super().run_node(n)
         if n.target.__name__.partition(".")[0] in ASSERTIONS:  # type: ignore[union-attr]
             return None
-        if n.target is torch.ops.aten.view.default:  # strides of a masked statistic may differ
+        if n.target is torch.ops.aten.view.default:
+            # `view` fails if the strides of a masked statistic differ from the traced strides.
             args, _ = self.fetch_args_kwargs_from_env(n)
             return self._finite(args[0].reshape(args[1]), self._traced.states[n])
         out = self._statistic(n) if n.name in self._traced.statistics else super().run_node(n)
@@ -163,7 +165,10 @@ class MaskedRun(Interpreter):
         return zeroed(out, state)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
-        """Return the arguments of an operation. Parameters are masked here, so that few masked ones use memory."""
+        """Return the arguments of an operation.
+
+        Parameters are masked when an operation reads them, so that only a few masked copies exist at a time.
+        """
         return tree_map(
             lambda value: self._masked(value.name) if isinstance(value, _Lazy) else value,
             super().fetch_args_kwargs_from_env(n),
@@ -179,7 +184,7 @@ class MaskedRun(Interpreter):
     def _zeroed(self, value: Any, labeled: Any) -> Any:
         """Return the value with 0 in removed units, for a weight that is computed from others.
 
-        A centered weight is not 0 there by itself, so a removed unit would affect the next computed weight.
+        If a mean is subtracted from the weight, removed units are not 0 and would affect the next computed weight.
         """
         if not isinstance(value, torch.Tensor) or labeled is None:
             return value
@@ -275,7 +280,7 @@ def _native_group_norm(
 
 
 def _unused_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return NaN for mean and reciprocal deviation, which only the backward pass reads; any other use would show."""
+    """Return NaN for the mean and the reciprocal deviation, so that any use of them in the forward pass is detected."""
     return x.new_full((), torch.nan), x.new_full((), torch.nan)
 
 

@@ -38,7 +38,10 @@ TOLERANCES = {
     torch.float64: (1e-9, "rounding in float64; a wrong index changes outputs by 1e-3 or more"),
     torch.float32: (1e-4, "rounding in float32, because the model cannot run in float64"),
 }
-FOLDED = 1e-6, "rounding of weights that an attention scale is folded into; a wrong index changes outputs by 1e-3"
+QUERY_SCALING = (
+    1e-6,
+    "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
+)
 
 LIMIT = 1e37
 """Larger values are the limits of a dtype, such as `torch.finfo(dtype).min` in masked logits, or sums with them."""
@@ -189,11 +192,11 @@ def _compare(
     flat = tree_leaves((args, options))
     with OneType(dtype):
         masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
-        dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, shown=keep))
+        dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, outputs_keep=keep))
         with limits_of_the_trace(traced, dtype):
             found = seeded(functools.partial(run, candidate, args, options))
-    folded = any(graph.kept(fold.width, keep) is not None for fold in traced.folds)
-    tolerance, reason = max(TOLERANCES[dtype], FOLDED) if folded else TOLERANCES[dtype]
+    scaled = any(graph.kept(scaling.width, keep) is not None for scaling in traced.query_scalings)
+    tolerance, reason = max(TOLERANCES[dtype], QUERY_SCALING) if scaled else TOLERANCES[dtype]
     error = distance(masked, found)
     del candidate, noise
     with OneType(dtype):
@@ -203,7 +206,7 @@ def _compare(
         error=error,
         tolerance=tolerance,
         reason=reason,
-        power=effect(masked, dense),
+        power=power(masked, dense),
         statistics=tuple(sorted(graph.facts.statistics)),
         unseen=unseen_modules,
         reweighted=reweighted,
@@ -375,7 +378,7 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     return largest
 
 
-def effect(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
+def power(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
     """Return the largest difference of two runs relative to the largest value of both, over all outputs.
 
     From 0 to 2. Entries of which only one is finite differ by 1; entries that are both not finite are equal.

@@ -1,4 +1,4 @@
-"""Helpers of several test folders: trace a network, remove random units of all groups, and verify the result."""
+"""Functions for several test folders: trace a network, remove random units of all groups, and verify the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.verification.verify import verify
 
 
-def shaken(model, seed=0):
+def with_noise(model, seed=0):
     """Return the model in inference mode, with noise on all parameters and statistics, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def shaken(model, seed=0):
     return model.eval()
 
 
-def half_of_everything(graph, seed=0, share=0.5):
+def randomly_removed(graph, seed=0, share=0.5):
     """Return random units to remove by group name, such that each group and each axis keeps at least one unit."""
     random = np.random.default_rng(seed)
     removed = {}
@@ -36,7 +36,7 @@ def half_of_everything(graph, seed=0, share=0.5):
     return removed
 
 
-def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1e-3):
+def assert_pruned_correctly(model, inputs, *, sizes=None, share=0.5, seed=0, power=1e-3):
     """Trace a model, cut a share of each group, and assert that the pruned model equals the masked one.
 
     Args:
@@ -49,13 +49,13 @@ def assert_cut_is_right(model, inputs, *, sizes=None, share=0.5, seed=0, power=1
     Returns:
         The graph and the pruned model.
     """
-    shaken(model)
+    with_noise(model)
     graph = trace(model, inputs)
     if sizes is not None:
         assert sorted(group.size for group in graph.groups) == sorted(sizes), [
             (group.name, group.kind, group.size) for group in graph.groups
         ] + [(b.reason, b.where) for b in graph.blockers]
-    keep = graph.keep(half_of_everything(graph, seed, share))
+    keep = graph.keep(randomly_removed(graph, seed, share))
     pruned = cut(model, graph, keep)
     verification = verify(pruned, model, graph, keep)
     assert verification.passed

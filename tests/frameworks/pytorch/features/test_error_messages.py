@@ -1,4 +1,4 @@
-"""Errors that name the model and the fix where those of PyTorch do not."""
+"""Tests of errors of Kirsch that name the model and the fix in cases in which the errors of PyTorch do not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_torchscript_teacher_supports_losses_on_logits_only(make):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_models_with_tensors_of_an_earlier_graph_can_be_distilled():
+def test_models_that_store_tensors_of_an_earlier_autograd_graph_can_be_distilled():
     def with_weight_norm():
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(D, K)))
         model(batch()[0])
