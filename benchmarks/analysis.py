@@ -188,7 +188,9 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                     f"| {plans + ' ms' if plans else '–'} |"
                 )
         parts += [head, "\n".join(lines)]
-    lines = ["| | model → pruned | cut | copy of kept weights | selection of them | prune | additional memory |"]
+    lines = [
+        "| | model → pruned | cut | copy of kept weights | selection of kept weights | prune | additional memory |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name in (name for name in CUTS if name in found):
         row = found[name]
@@ -202,11 +204,11 @@ HEAD = """# Scale
 
 <!-- written by benchmarks/analysis.py; do not edit -->
 
-Processor time of the coupling analysis, compared with the export of the model that precedes it. The models of the
-first two tables are on the meta device: they have shapes without values. *Plans*: times of plans for four more goals
-on the same analysis. *Cut*: removal of every other unit of every group of a model in single precision. *Additional
-memory*: peak memory during pruning above that of the original and the pruned model together, as a fraction of these. A
-verification computes in double precision and holds two copies of the original.
+Processor time of the coupling analysis, compared with that of `kirsch.trace`, which exports the model before it. The
+models of the first two tables are on the meta device: they have shapes without values. *Plans*: times of four calls of
+`kirsch.plan` with different goals on the same analysis. *Cut*: removal of every other unit of every group of a model in
+single precision. *Additional memory*: peak memory during pruning minus the size of the original and the pruned model,
+divided by that size. A verification computes in double precision and holds two copies of the original.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 

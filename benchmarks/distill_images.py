@@ -158,8 +158,8 @@ def about(task: str) -> str:
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
         f"The teacher ({costs[0]}) was trained on {TEACHERS:,} images and classifies {accuracy(teacher()):.1%} of "
-        f"the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of these images for "
-        f"{EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
+        f"the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of the teacher's "
+        f"training images for {EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
         f"{TRAINING.learning_rate:g}. The teacher's outputs for each augmented image are read from one store."
     )
 

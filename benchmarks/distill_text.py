@@ -142,10 +142,10 @@ def about(_task: str) -> str:
     """What was trained on what."""
     counts = [figures.count(sum(p.numel() for p in network(layers).parameters())) for layers in (6, 2)]
     return (
-        f"Both are BERT models of width {WIDTH}, trained on 6,920 sentences without pretraining. The teacher with 6 "
-        f"layers ({counts[0]} parameters) classifies {accuracy(teacher()):.1%} of the 1,821 test sentences correctly; "
-        f"the students have 2 layers ({counts[1]}). {TRAINING.epochs} epochs of AdamW. Logistic regression on the "
-        f"words of a sentence reaches {bag_of_words():.1%}."
+        f"Teacher and students are BERT models of width {WIDTH}, trained on 6,920 sentences for {TRAINING.epochs} epochs "
+        f"with AdamW, without pretraining. The teacher has 6 layers ({counts[0]} parameters) and classifies "
+        f"{accuracy(teacher()):.1%} of the 1,821 test sentences correctly. The students have 2 layers ({counts[1]} "
+        f"parameters). Logistic regression on the words of a sentence reaches {bag_of_words():.1%}."
     )
 
 

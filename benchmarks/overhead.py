@@ -162,7 +162,7 @@ def table(rows: dict[str, dict[str, float]], date: str) -> str:
     ]
     for name, row in rows.items():
         ratios = f"{row['store']:.2f}× | {row['teacher']:.2f}× | {row['over_hand']:.2f}"
-        lines.append(f"| {name} | {row['plain_ms']:.0f} ms a step | {ratios} |")
+        lines.append(f"| {name} | {row['plain_ms']:.0f} ms per step | {ratios} |")
     return "\n".join([*lines, END])
 
 
