@@ -142,8 +142,8 @@ def about(_task: str) -> str:
     """What was trained on what."""
     counts = [figures.count(sum(p.numel() for p in network(layers).parameters())) for layers in (6, 2)]
     return (
-        f"Teacher and students are BERT models of width {WIDTH}, trained on 6,920 sentences for {TRAINING.epochs} epochs "
-        f"with AdamW, without pretraining. The teacher has 6 layers ({counts[0]} parameters) and classifies "
+        f"Teacher and students are BERT models of width {WIDTH}, trained on 6,920 sentences for {TRAINING.epochs} "
+        f"epochs with AdamW, without pretraining. The teacher has 6 layers ({counts[0]} parameters) and classifies "
         f"{accuracy(teacher()):.1%} of the 1,821 test sentences correctly. The students have 2 layers ({counts[1]} "
         f"parameters). Logistic regression on the words of a sentence reaches {bag_of_words():.1%}."
     )

@@ -129,13 +129,13 @@ def table(found: dict[str, Any]) -> str:
         START,
         f"`python benchmarks/store.py` writes this table; CPU time on {machine['cpu']}, one thread, {found['date']}.",
         "",
-        "| kept | bytes a record | by formula | reading, batches of 256 | one by one | building, beside the teacher |",
+        "| kept | bytes per record | by formula | reading, batches of 256 | one by one | building, without teacher |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["rows"].items():
-        beside = f"{row['store_us_per_sample']:.1f} µs a sample" if "store_us_per_sample" in row else "–"
+        beside = f"{row['store_us_per_sample']:.1f} µs per sample" if "store_us_per_sample" in row else "–"
         alone = f"{row['read_alone_us']:.0f} µs" if "read_alone_us" in row else f"{row['read_us_per_sample']:.0f} µs"
-        batch = f"{row['read_us_per_sample']:.2f} µs a sample" if "read_alone_us" in row else "–"
+        batch = f"{row['read_us_per_sample']:.2f} µs per sample" if "read_alone_us" in row else "–"
         by = f"{row['bytes_by_formula']:,}" if "bytes_by_formula" in row else "–"
         lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {beside} |")
     return "\n".join([*lines, END])
@@ -147,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     before = load()
     rows = {name: measure(*given) for name, given in SETS.items()}
-    rows["a file a sample, top 10 of 1,000"] = file_per_sample()
+    rows["one file per sample, top 10 of 1,000"] = file_per_sample()
     found = {
         "environment": environment(),
         "load_before": before,
