@@ -107,7 +107,7 @@ def teacher() -> nn.Module:
         return model.eval()
     torch.manual_seed(0)
     data = ArrayData(images().train.inputs, images().train.labels, BATCH, AUGMENT)
-    training = dataclasses.replace(TRAINING, epochs=8)
+    training = TRAINING.changed(epochs=8)
     model = fit(resnet(), data, training=training, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
     framework.inference.save_weights(model, file)
@@ -169,7 +169,7 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     data, store = data_and_store()
     torch.manual_seed(seed)
     student = STUDENTS[task]().to(memory_format=torch.channels_last)  # halves the time of MobileNet on a CPU
-    training = dataclasses.replace(TRAINING, seed=seed)
+    training = TRAINING.changed(seed=seed)
     warnings: list[str] = []
     hooks = TrainingHooks(event=lambda event: warnings.append(event["text"]) if "text" in event else None)
     selected = objectives(task)[objective]

@@ -155,7 +155,7 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     """Train a student; return its test accuracy, gradient shares and warnings."""
     torch.manual_seed(seed)
     student, (inputs, labels) = network(2), encoded("train")
-    training = dataclasses.replace(TRAINING, seed=seed)
+    training = TRAINING.changed(seed=seed)
     warnings: list[str] = []
     hooks = TrainingHooks(event=lambda event: warnings.append(event["text"]) if "text" in event else None)
     trained = kirsch.distill(

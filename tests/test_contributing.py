@@ -12,8 +12,8 @@ import kirsch
 from kirsch.deploy.export import EXPORTERS
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import ShapeError
-from kirsch.jobs.step import STEPS
 from kirsch.pruning.importance import IMPORTANCES
+from kirsch.steps import STEPS
 from kirsch.tasks import TASKS
 
 torch = pytest.importorskip("torch")

@@ -217,6 +217,7 @@ class Distill(TrainingStep):
 
     needs_student: ClassVar[bool] = True
     makes: ClassVar[str] = "student"
+    did: ClassVar[str] = "student"
 
     objective: ObjectiveOption = Field(
         "kd",
@@ -292,7 +293,7 @@ class Distill(TrainingStep):
             validation=job.validation(),
             hooks=job.hooks(),
         )
-        record = self._record(job, folder, trained, self.makes)
+        record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch
         record["cells"].append(_gradient_share(trained))
         job.check_usable(record)
@@ -316,6 +317,7 @@ class Recover(Distill):
 
     needs_student: ClassVar[bool] = False
     makes: ClassVar[str] = "recovered"
+    did: ClassVar[str] = ""
 
     def _put(self, job: Job, model: Any) -> None:
         job.model = model
