@@ -65,6 +65,8 @@ def each(names, kinds):
 
 ACCEPTED = {
     **each("as_graph causal check_teacher mode uniform verify", FLAGS),
+    "progress": FLAGS | {"None"},
+    "compress.batch_size": {"None", "integer"},
     **each("gradient_accumulation_steps epochs generations k padding samples size", {"integer"}),
     **each("batch_size round_to view", {"integer"}),
     **each("views range_size seed", {"None", "integer"}),
@@ -82,7 +84,8 @@ ACCEPTED = {
     "outputs": {"None", "empty list"},
     "student_outputs": {"None"},
     "teacher_outputs": {"None", "empty list"},
-    "stop": {"None", "function", "model"},
+    **each("stop close", {"None", "function", "model"}),
+    "batch": {"None", "class", "model"},
     "max_grad_norm": {"None", *POSITIVE},
     "label_weight": POSITIVE,
     "ignore_index": {"integer", "negative", "huge"},
@@ -193,6 +196,7 @@ def calls(tmp_path_factory):
         "validation": (x, y),
         "hooks": TrainingHooks(),
         "regularizers": [L1(1e-4)],
+        "progress": None,
     }
     mutual = {**common, "objective": kirsch.Objective.preset("dml")}
     settings = {name: getattr(training, name) for name in inspect.signature(kirsch.Training).parameters}
@@ -259,7 +263,7 @@ def calls(tmp_path_factory):
         "Training": (kirsch.Training, settings),
         "TrainingHooks": (
             TrainingHooks,
-            {"validate": None, "event": None, "stop": None, "save": None, "resume": None},
+            {"validate": None, "event": None, "stop": None, "save": None, "resume": None, "batch": None, "close": None},
         ),
         "Objective": (kirsch.Objective, fields),
         "Term": (kirsch.Term, terms),
@@ -333,6 +337,7 @@ def calls(tmp_path_factory):
                 "folder": folder / "run",
                 "name": "model",
                 "listen": lambda event: None,
+                "progress": None,
             },
         ),
         "recovery": (

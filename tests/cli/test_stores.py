@@ -117,3 +117,18 @@ def test_a_folder_without_a_store_is_refused(folder, kirsch):
     code, _, err = kirsch("store", "info", "nothing")
     assert code == 4
     assert "There is no store in nothing" in err
+
+
+def test_build_refuses_data_of_a_loader(folder, kirsch):
+    nets = (folder / "nets.py").read_text()
+    loaded = """
+
+def loaded(*, seed):
+    data = stripes(seed=seed)
+    batches = [(data.train.inputs, data.train.labels)]
+    return DataSet("loaded", batches, data.validation, data.test, data.classes)
+"""
+    (folder / "nets.py").write_text(nets + loaded)
+    code, _, err = kirsch("store", "build", "kept", "--model", "nets.py:teacher", "--data", "nets.py:loaded")
+    assert code == 2
+    assert "The training part of loaded is a loader." in err

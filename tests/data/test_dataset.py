@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from data_sets import data_set, split
+from kirsch.data.batches import ArrayData
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import DataError, UsageError
 
@@ -34,7 +37,7 @@ def test_split_takes_tensors_and_lists_and_refuses_a_loader():
     assert data.sha256 == data_set(test=Split(np.zeros((3, 2), np.float32), np.arange(3))).sha256
     assert Split(list(np.zeros((3, 2))), [0, 1, 2]).inputs.dtype == np.float64  # as they are given
     loader = DataLoader(TensorDataset(*rows))
-    with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; expected one .* numpy\.concatenate"):
+    with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; expected one .* train=loader\."):
         Split(loader, loader)
     with pytest.raises(DataError, match=r"The labels of a Split are a list of 3 str, the first 'a'; .* Give numbers"):
         Split(np.zeros((3, 2)), ["a", "b", "c"])
@@ -97,3 +100,124 @@ def test_invalid_class_name_is_refused(classes, sentence):
 def test_name_that_is_not_valid_text_is_refused():
     with pytest.raises(DataError, match=r"The data set has the name '\\udce9'\. It is not valid text\."):
         DataSet("\udce9", split(), split(), split(), ("a", "b", "c"))
+
+
+# ------------------------------------------------------------------------------------------------ loaders
+
+
+def loader(labels=(0, 1, 2), batch_size=2, **options):
+    samples = TensorDataset(torch.zeros(len(labels), 2), torch.tensor(labels))
+    return DataLoader(samples, batch_size=batch_size, **options)
+
+
+def test_parts_of_loaders_are_read_into_memory_except_the_training_part():
+    training = loader((0, 1, 2, 1))
+    data = data_set(train=training, validation=loader(), test=loader((2, 1)))
+    assert data.is_stream
+    assert data.batches(64) is training
+    assert data.validation.inputs.shape == (3, 2)
+    assert data.test.labels.tolist() == [2, 1]
+    assert data.sizes == {"train": 4, "validation": 3, "test": 2}
+    assert data.count_batches(64) == 2
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [(np.zeros((2, 2), np.float32), [0, 1]), (np.zeros((1, 2), np.float32), [2])],
+        [{"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1, 2])}],
+        [((np.zeros((3, 2), np.float32),), np.arange(3))],
+    ],
+)
+def test_any_iterable_of_batches_is_a_part(batches):
+    data = data_set(train=batches, validation=batches, test=batches)
+    assert data.test.inputs.shape == (3, 2)
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert data.first_inputs(2).shape == (2, 2)
+    assert data.sizes["train"] is None
+    assert data.count_batches(64) == len(batches)
+
+
+def test_pair_of_arrays_is_a_part():
+    pair = torch.zeros(3, 2), [0, 1, 2]
+    assert data_set(train=pair, validation=pair, test=pair).sha256 == data_set().sha256
+
+
+def test_classes_that_are_left_out_are_the_numbers_up_to_the_largest_label():
+    assert data_set(classes=(), test=split((0, 3))).classes == ("0", "1", "2", "3")
+    assert data_set(classes=(), train=loader(), validation=loader((1, 4))).classes == ("0", "1", "2", "3", "4")
+    rows = Split(np.zeros((3, 2)), np.eye(3))
+    with pytest.raises(DataError, match=r"The classes of d do not follow from its labels, which are .*\(3, 3\)\."):
+        data_set(classes=(), train=rows, validation=rows, test=rows)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_generator_is_refused_as_a_part(part):
+    with pytest.raises(DataError, match=rf"The {part} part of d is a generator, which can be read only once\."):
+        data_set(**{part: (batch for batch in loader())})
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        ([torch.zeros(2, 2)], r"Batch 1 of the test part of d has no labels\."),
+        ([({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, [0, 1])], r"Batch 1 of the test part of d has several in"),
+        (
+            [(torch.zeros(2, 2), [0, 1]), (torch.zeros(2, 3), [0, 1])],
+            r"the test part of d differ in shape: \(2,\), \(3",
+        ),
+        ([], r"The test part of d is empty"),
+        (loader(()), r"The test part of d has no batches"),
+        (loader().dataset, r"The test part of d is a TensorDataset, which yields single samples.*DataLoader\("),
+        ([(torch.zeros(2), torch.tensor(1))], r"Batch 1 of the test part of d: .*looks like a single sample"),
+        (ArrayData(np.zeros((2, 2)), np.arange(2)), r"The test part of d is .* Give kirsch\.Split"),
+    ],
+)
+def test_loader_that_gives_no_samples_with_labels_is_refused(batches, sentence):
+    with pytest.raises(DataError, match=sentence):
+        data_set(test=batches)
+
+
+def test_dataset_is_refused_as_the_training_part():
+    with pytest.raises(DataError, match=r"The train part of d is a TensorDataset, which yields single samples"):
+        data_set(train=loader().dataset)
+
+
+def test_loader_of_more_samples_than_memory_is_refused_at_its_first_batch(monkeypatch):
+    class Endless:
+        read = 0
+
+        def __len__(self):
+            return 1000
+
+        def __iter__(self):
+            while True:
+                self.read += 1
+                yield np.zeros((500, 2), np.float32), np.zeros(500, np.int64)
+
+    batches = Endless()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=10_000_000))
+    with pytest.raises(DataError, match=r"The samples of the test part of d take 8\.00 MB, and 10\.0 MB of memory"):
+        data_set(test=batches)
+    assert batches.read == 1
+
+
+def test_empty_list_is_refused_as_the_training_part():
+    with pytest.raises(DataError, match=r"The train part of d is empty\. Give it at least one sample\."):
+        data_set(train=[])
+
+
+def test_augmentation_of_a_loader_is_refused():
+    with pytest.raises(UsageError, match=r"`augment` of d has no effect: its training part is a loader\."):
+        data_set(train=loader(), augment=lambda batch, _random: batch)
+
+
+def test_hash_of_a_loader_depends_on_the_name_and_on_the_other_parts():
+    hashes = [
+        data_set(train=loader()).sha256,
+        data_set(train=loader(), test=split((0, 2, 1))).sha256,
+        data_set().sha256,
+        DataSet("e", loader(), split(), split(), ("a", "b", "c")).sha256,
+    ]
+    assert len(set(hashes)) == 4
+    assert data_set(train=loader((0, 0, 0))).sha256 == hashes[0]

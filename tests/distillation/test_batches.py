@@ -210,7 +210,7 @@ WRONG = {
     "channels last": (
         [(X.permute(0, 2, 3, 1), Y)],
         ModelError,
-        r"Net does not run on a batch whose inputs are float32 of shape \(8, 6, 6, 1\)\..* channels last",
+        r"Net takes images with channels first, .* inputs are float32 of shape \(8, 6, 6, 1\), with channels last",
     ),
     "nothing": ([], DataError, "The data is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),

@@ -10,12 +10,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
 from kirsch.data.sources import load_data
 from kirsch.deploy import steps
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import GoalError, Interrupted, NumericError, UsageError
+from kirsch.errors import DataError, GoalError, Interrupted, NumericError, UsageError
 from kirsch.files import sha256
 from kirsch.recipes.models import build
 from kirsch.steps import Prune, Recover
@@ -301,6 +302,33 @@ def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(tra
     torch.testing.assert_close(found.model.first.weight, trained[0].first.weight)
 
 
+def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd):
+    events = []
+    found = kirsch.compress(
+        trained[0],
+        trained[2],
+        HALF,
+        steps=[Prune(), Recover(epochs=2, learning_rate=0.01)],
+        folder=tmp_path / "run",
+        batch_size=16,
+        listen=events.append,
+        progress=True,
+    )
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == f"kirsch {kirsch.__version__} · model · run {tmp_path / 'run'}"
+    steps = [line for line in lines if line[:2].strip().isdigit()]
+    assert [line.split()[:2] for line in steps] == [["1", "evaluate"], ["2", "prune"], ["3", "recover"]]
+    assert [line.split()[:3] for line in lines if "loss" in line] == [
+        ["recover", "epoch", "1/2"],
+        ["recover", "epoch", "2/2"],
+    ]
+    assert lines[-3].startswith("goal met")
+    assert f"report       {found.report}" in lines
+    assert events[0]["event"] == "start"
+
+
 def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
     events = []
     short = {"epochs": 1, "learning_rate": 0.01}
@@ -331,6 +359,71 @@ def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
         kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), name="a/b")
     (folder,) = (tmp_path / "runs").iterdir()
     assert "-a-b-" in folder.name
+
+
+def of_loaders(data):
+    """Return the data set with a loader for each part; the training samples are shuffled and become louder."""
+
+    class Louder(TensorDataset):
+        def __getitem__(self, index):
+            sample, label = super().__getitem__(index)
+            return sample * (0.8 + 0.4 * torch.rand(())), label
+
+    def loader(split, kind=TensorDataset, **options):
+        return DataLoader(kind(torch.from_numpy(split.inputs), torch.from_numpy(split.labels)), 16, **options)
+
+    train = loader(data.train, Louder, shuffle=True)
+    return kirsch.DataSet("loaded", train, loader(data.validation), loader(data.test))
+
+
+def test_data_of_loaders_is_compressed_and_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
+    model, _, data = trained
+    events, steps = [], [Prune(goal=HALF), Recover(epochs=2, learning_rate=0.02)]
+
+    def call(folder, **options):
+        return kirsch.compress(model, of_loaders(data), steps=steps, folder=tmp_path / folder, **options)
+
+    def stop(event):
+        if event["event"] == "epoch" and event["epoch"] == 2:
+            raise Interrupted("asked after the checkpoint of the first epoch")
+
+    whole = call("whole", listen=events.append)
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2]
+    assert whole.metrics["measured"]["data"]["name"] == "loaded"
+    assert "48 training, 30 validation, 60 test samples" in whole.report.read_text()
+    with pytest.raises(Interrupted):
+        call("part", listen=stop)
+    events.clear()
+    assert same_weights(call("part", listen=events.append).model, whole.model)
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [2]
+
+
+def test_loader_without_a_length_is_named_in_the_report(trained, tmp_path):
+    model, _, data = trained
+    batches = [(data.train.inputs[start : start + 16], data.train.labels[start : start + 16]) for start in (0, 16, 32)]
+    listed = kirsch.DataSet("listed", batches, data.validation, data.test)
+    found = kirsch.compress(model, listed, steps=[Prune(goal=HALF), Recover(epochs=1)], folder=tmp_path / "run")
+    assert found.metrics["measured"]["data"]["train"] is None
+    assert "listed: a loader for training, 30 validation" in found.report.read_text()
+
+
+def test_batch_size_beside_a_loader_is_refused(trained, tmp_path):
+    with pytest.raises(UsageError, match=r"`batch_size` .* has no effect: the training part of loaded is a loader\."):
+        kirsch.compress(trained[0], of_loaders(trained[2]), HALF, batch_size=16, folder=tmp_path / "run")
+
+
+def test_loader_that_gives_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
+    class Once:
+        def __init__(self, batches):
+            self.batches = iter(batches)
+
+        def __iter__(self):
+            return self.batches
+
+    model, _, data = trained
+    once = kirsch.DataSet("once", Once([(data.train.inputs, data.train.labels)]), data.validation, data.test)
+    with pytest.raises(DataError, match=r"The data can be iterated only once\."):
+        kirsch.compress(model, once, HALF, folder=tmp_path / "run")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

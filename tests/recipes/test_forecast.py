@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from kirsch.cli.jobs import forecast_lines
 from kirsch.distillation import steps as training_steps
 from kirsch.errors import GoalError, OutputError, ShapeError, UsageError
 from kirsch.recipes import forecast as source
 from kirsch.recipes import runner
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.recipe import read_recipe
+from kirsch.tables import plain
 
 TRAINED_TEACHER = ("train=null", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
 
@@ -122,3 +124,26 @@ def test_unwritable_folder_is_named(job):
 def test_missing_packages_are_listed(job, monkeypatch):
     monkeypatch.setattr(source, "find_spec", lambda name: None if name != "onnx" else object())
     assert forecast(job.recipe(*TRAINED_TEACHER), base=job.base)["missing"] == ["onnxscript", "onnxruntime"]
+
+
+LOADED = """
+
+def loaded():
+    data = stripes(seed=0)
+    train = [(data.train.inputs[i : i + 16], data.train.labels[i : i + 16]) for i in (0, 16, 32)]
+    return DataSet("loaded", train, data.validation, data.test, data.classes)
+"""
+
+
+def test_data_of_a_loader_is_forecast_and_run(job):
+    (job.base / "nets.py").write_text((job.base / "nets.py").read_text() + LOADED)
+    changes = ("data.source=nets.py:loaded", "student=null", "distill=null", "export=null", "measure=null")
+    found = forecast(job.recipe(*changes), base=job.base)
+    assert found["data"] == {"name": "loaded", "train": None, "validation": 30, "test": 60}
+    assert (
+        plain(forecast_lines(found)[2])
+        == "data         loaded: a loader for training, 30 for validation, 60 for testing"
+    )
+    assert all(step["seconds"] > 0 for step in found["steps"] if step["key"] in ("train", "recover"))
+    assert job.do(*changes).metrics["measured"]["data"]["train"] is None
+    assert job.notes()[0].startswith("data.batch_size applies to evaluations only")

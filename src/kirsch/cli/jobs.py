@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures, files
-from kirsch.cli.progress import Progress
 from kirsch.cli.signals import stop_on_signals
 from kirsch.errors import CheckpointError, LoadError, OutputError
-from kirsch.recipes.layout import verdict_lines
+from kirsch.progress import JobProgress, verdict_lines
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
 from kirsch.tables import Line, Piece
 
@@ -59,7 +58,7 @@ def resume(folder: Path, terminal: Terminal) -> int:
 
 def _run_with_progress(work: Callable[..., Outcome], folder: Path, terminal: Terminal) -> int:
     """Run a job, show its progress on the terminal, and stop it on signals."""
-    progress = Progress(terminal)
+    progress = JobProgress(terminal)
     end_events: list[dict[str, Any]] = []
 
     def listen(event: dict[str, Any]) -> None:
@@ -96,7 +95,8 @@ def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
 def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
     """Return the lines of a dry run, one line per step."""
     data = content["data"]
-    samples = f"{data['train']:,} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
+    train = "a loader" if data["train"] is None else f"{data['train']:,}"
+    samples = f"{train} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
         [Piece(content["name"], "strong"), Piece("   a dry run: a few steps are run to estimate the time")],
         [Piece(f"{'goal':<13}{content['goal']}")],

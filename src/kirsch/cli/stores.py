@@ -57,6 +57,12 @@ class TeacherSource:
                 raise UsageError(f"--option {text!r} is not an option.", "The form is key=value.", "Write train=45000.")
             options[key] = scalar(value, f"--option {key}")
         data = load_data(self.data, options, seed=self.seed, base=Path())
+        if data.is_stream:
+            raise UsageError(
+                f"The training part of {data.name} is a loader.",
+                "A store finds each sample by its number in an array.",
+                "Return a data set whose training part is kirsch.Split(inputs, labels).",
+            )
         teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
         require_deterministic(teacher, (data.train.inputs[:1],))
         return teacher, batches

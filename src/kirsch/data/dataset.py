@@ -11,11 +11,13 @@ import numpy as np
 
 from kirsch.annotations import Count, Fix
 from kirsch.arguments import checked
+from kirsch.data.annotations import Labeled
 from kirsch.data.arrays import host
 from kirsch.data.augment import Augment, Seeded
-from kirsch.data.batches import ArrayData
-from kirsch.data.structure import summary
-from kirsch.errors import DataError
+from kirsch.data.batches import ArrayData, SeededData
+from kirsch.data.stream import Stream, read
+from kirsch.data.structure import refuse_dataset, summary
+from kirsch.errors import DataError, UsageError
 from kirsch.references import is_valid_text
 
 if TYPE_CHECKING:
@@ -60,54 +62,107 @@ class DataSet:
 
     Args:
         name: name of the data set in the report.
-        train, validation, test: the three parts; `test` is used for reported results only.
-        classes: names of the classes, in the order of the models' outputs.
-        augment: augmentation of training samples, see `ArrayData`; None for no augmentation.
+        train, validation, test: the three parts; `test` is used for reported results only. Each is a `Split`, a tuple
+            (inputs, labels), or a loader: a DataLoader, or anything that gives batches with labels each time it is
+            iterated over. The training part of a loader is read in each epoch, with its own batch size, order and
+            augmentation. Loaders of the other parts are read once, into memory, and should not shuffle.
+        classes: names of the classes, in the order of the models' outputs. If left out: the class numbers, up to the
+            largest label in memory.
+        augment: augmentation of training samples in memory, see `ArrayData`; None for no augmentation.
 
     Raises:
-        DataError: a part is empty, an input is not finite, or a name is not valid. The labels are checked by the task
-            that uses them, see `kirsch.tasks`.
+        DataError: a part is empty, can be read only once or does not fit into memory, an input is not finite, or a name
+            is not valid. The labels are checked by the task that uses them, see `kirsch.tasks`.
+        UsageError: `augment` is given for a loader.
     """
 
-    made_by: ClassVar[str] = "kirsch.DataSet(name, train=kirsch.Split(inputs, labels), validation=..., test=..., ...)"
+    made_by: ClassVar[str] = "kirsch.DataSet(name, train=loader, validation=..., test=..., classes=...)"
 
     name: str
-    train: Split
-    validation: Split
-    test: Split
+    train: Labeled
+    validation: Labeled
+    test: Labeled
     classes: Annotated[
         tuple[str, ...],
         Fix("Give the name of each class, in the order of the models' outputs, such as tuple(map(str, range(10)))."),
-    ]
+    ] = ()
     augment: Seeded | Augment | None = None
 
     def __post_init__(self) -> None:
         _check_names(self.name, self.classes)
         for part in ("train", "validation", "test"):
-            split: Split = getattr(self, part)
-            if not len(split):
-                raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
-            if split.inputs.ndim != self.train.inputs.ndim:
-                raise DataError(
-                    f"The {part} part of {self.name} has inputs of shape {split.inputs.shape}, the train part "
-                    f"{self.train.inputs.shape}.",
-                    fix="Give inputs with the same number of axes in all parts.",
-                )
-            if not np.isfinite(split.inputs).all():
-                raise DataError(
-                    f"The {part} part of {self.name} contains NaN or infinity.", fix="Remove these samples."
-                )
+            object.__setattr__(self, part, _part(f"the {part} part of {self.name}", getattr(self, part), part))
+        for part, split in self.in_memory.items():
+            self._check_split(part, split)
+        if self.is_stream and self.augment is not None:
+            raise UsageError(
+                f"`augment` of {self.name} has no effect: its training part is a loader.",
+                fix="Augment the samples in the dataset of the loader.",
+            )
+        if not self.classes:
+            object.__setattr__(self, "classes", _classes(self))
+
+    def _check_split(self, part: str, split: Split) -> None:
+        if not len(split):
+            raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
+        first, reference = next(iter(self.in_memory.items()))
+        if split.inputs.ndim != reference.inputs.ndim:
+            raise DataError(
+                f"The {part} part of {self.name} has inputs of shape {split.inputs.shape}, the {first} part "
+                f"{reference.inputs.shape}.",
+                fix="Give inputs with the same number of axes in all parts.",
+            )
+        if not np.isfinite(split.inputs).all():
+            raise DataError(f"The {part} part of {self.name} contains NaN or infinity.", fix="Remove these samples.")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the training part is a loader."""
+        return isinstance(self.train, Stream)
+
+    @property
+    def in_memory(self) -> dict[str, Split]:
+        """Return the parts in memory by name: all but the training part of a loader."""
+        parts = {part: getattr(self, part) for part in ("train", "validation", "test")}
+        return {part: split for part, split in parts.items() if isinstance(split, Split)}
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Return the number of samples of each part; None if a loader does not tell it."""
+        sizes: dict[str, int | None] = {"train": self.train.samples} if self.is_stream else {}
+        return sizes | {part: len(split) for part, split in self.in_memory.items()}
 
     @checked
-    def batches(self, batch_size: Count) -> ArrayData:
-        """Return the training part in batches."""
+    def batches(self, batch_size: Count) -> Any:
+        """Return the training part in batches: `ArrayData`, or the loader, which has its own batch size."""
+        if self.is_stream:
+            return self.train.loader
         return ArrayData(self.train.inputs, self.train.labels, batch_size, self.augment)
+
+    def count_batches(self, batch_size: int) -> int:
+        """Return the number of training batches of an epoch."""
+        return self.train.count_batches() if self.is_stream else len(self.batches(batch_size))
+
+    def first_batches(self, count: int, batch_size: int) -> Any:
+        """Return data with the first training batches, for trial runs."""
+        if self.is_stream:
+            return self.train.first_batches(count)
+        end = count * batch_size
+        return ArrayData(self.train.inputs[:end], self.train.labels[:end], batch_size, self.augment)
+
+    def first_inputs(self, count: int) -> NDArray[Any]:
+        """Return the inputs of the first training samples; those of a loader as it gives them."""
+        inputs: NDArray[Any] = self.train.first_inputs(count) if self.is_stream else self.train.inputs[:count]
+        return inputs
 
     @cached_property
     def sha256(self) -> str:
-        """Return a hash over all samples and labels."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
+        """Return a hash over all samples and labels in memory, and over the name if the training part is a loader.
+
+        Whoever changes what a loader gives changes the name, too, so that no run of the other data is continued.
+        """
+        digest = hashlib.sha256(f"loader {self.name}".encode() if self.is_stream else b"")
+        for split in self.in_memory.values():
             digest.update(np.ascontiguousarray(split.inputs).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
@@ -126,11 +181,45 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     loads = hasattr(value, "dataset") or (hasattr(value, "__getitem__") and not hasattr(value, "__array__"))
     raise DataError(
         f"The {name} of a Split are {what}; expected one array with all samples on the first axis.",
-        "A data set of kirsch.compress is held in memory.",
-        "Collect the batches: numpy.concatenate([batch[0].numpy() for batch in loader]), and batch[1] for the labels."
+        "A Split is held in memory.",
+        "Give the loader to kirsch.DataSet in place of the Split: train=loader."
         if loads and not isinstance(value, (list, tuple, str))
         else "Give numbers of the same shape for each sample.",
     )
+
+
+def _part(name: str, value: Any, part: str) -> Split | Stream:
+    """Return a part of a data set: as it is, from arrays, or from a loader."""
+    if isinstance(value, Split):
+        return value
+    if isinstance(value, SeededData):
+        raise DataError(
+            f"{name[0].upper()}{name[1:]} is {summary(value)}.", fix="Give kirsch.Split(data.inputs, data.targets)."
+        )
+    if isinstance(value, tuple):
+        return Split(*value)
+    if hasattr(value, "__next__"):
+        raise DataError(
+            f"{name[0].upper()}{name[1:]} is {summary(value)}, which can be read only once.",
+            "Each epoch, and a run that is continued, reads it again.",
+            "Give a DataLoader or a list of batches.",
+        )
+    if isinstance(value, list) and not value:
+        raise DataError(f"{name[0].upper()}{name[1:]} is empty.", fix="Give it at least one sample.")
+    refuse_dataset(value, f"{name[0].upper()}{name[1:]}")
+    return Stream(value, name) if part == "train" else Split(*read(value, name))
+
+
+def _classes(data: DataSet) -> tuple[str, ...]:
+    """Return the class numbers as names, up to the largest label in memory."""
+    labels = [split.labels for split in data.in_memory.values()]
+    if any(part.ndim != 1 or part.dtype.kind not in "iub" for part in labels):
+        raise DataError(
+            f"The classes of {data.name} do not follow from its labels, which are {summary(labels[0])}.",
+            "Expected class numbers of shape (N,).",
+            "Give class numbers, or classes=(...) with the name of each class.",
+        )
+    return tuple(str(number) for number in range(max(int(part.max()) for part in labels) + 1))
 
 
 def _first_number(value: Any) -> Any:

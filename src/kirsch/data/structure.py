@@ -244,3 +244,17 @@ def summary(value: Any) -> str:
 
 def _short(value: Any) -> str:
     return repr(value)[:30] if isinstance(value, SWITCHES) else summary(value)
+
+
+DATASETS = ("torch.utils.data.dataset.Dataset", "datasets.arrow_dataset.Dataset")
+STREAMS = "torch.utils.data.dataset.IterableDataset"
+
+
+def refuse_dataset(data: Any, name: str = "The data") -> None:
+    """Refuse a dataset, which yields single samples; an iterable dataset may yield batches."""
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(data).__mro__}
+    if kinds & set(DATASETS) and STREAMS not in kinds:
+        raise DataError(
+            f"{name} is a {type(data).__name__}, which yields single samples in place of batches.",
+            fix="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
+        )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch.data.arrays import host
+from kirsch.data.images import AXES, NCHW, SCALE, has_channels_last, order_fix
 from kirsch.errors import DataError, LoadError, MissingExtraError, ShapeError, UsageError
 from kirsch.frameworks.formats import describe
 from kirsch.frameworks.predictions import logits_output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -85,8 +86,19 @@ class OnnxSession:
         try:
             out: list[NDArray[Any]] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         except Exception as error:  # its errors have no common base of their own
-            raise ShapeError(what, f"It expects {expected}. {_first_line(error)}", INPUTS_FIX) from error
+            raise ShapeError(what, f"It expects {expected}. {_first_line(error)}", self._fix_of(inputs)) from error
         return out
+
+    def _fix_of(self, inputs: Sequence[NDArray[Any]]) -> str:
+        """Return how to change inputs that the file does not take."""
+        for value, shape, dtype in zip(inputs, self.shapes, self.types, strict=True):
+            scaled = value.dtype == np.uint8 and dtype.startswith("float")
+            moved = tuple(value.shape[axis] for axis in AXES) if has_channels_last(value.shape) else ()
+            if moved and len(shape) == NCHW and moved[1] == shape[1] != value.shape[1]:
+                return order_fix(uint8=scaled)
+            if scaled:
+                return SCALE
+        return INPUTS_FIX
 
     def arrays(self, inputs: Any) -> tuple[NDArray[Any], ...]:
         """Return inputs in the order of the file.

@@ -19,6 +19,7 @@ from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of, pytorch
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
@@ -39,6 +40,7 @@ def distill_chain(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Distill a teacher into assistants and a student, each trained on the outputs of the model before it.
 
@@ -55,7 +57,7 @@ def distill_chain(
             first, combined as in `Objective.teachers`; terms on features use the nearest.
         objective: one for all links, or one for each; by default `Objective.kd()`.
         training: one for all links, or one for each; by default `Training()`.
-        validation, regularizers, check_teacher: see `distill`.
+        validation, regularizers, check_teacher, progress: see `distill`.
         hooks: of the whole chain, see `distill`. Events have the number of their "link", from 1 on.
 
     Returns:
@@ -96,11 +98,12 @@ def distill_chain(
                 hooks=link_hooks,
                 regularizers=regularizers,
                 check_teacher=check and check_teacher,
+                progress=False,  # the hooks show it
             )
 
         return train
 
-    return _run([link(index) for index in range(len(students))], hooks or TrainingHooks())
+    return _run([link(index) for index in range(len(students))], with_progress(hooks, progress))
 
 
 @checked
@@ -115,6 +118,7 @@ def born_again(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Train generations of one architecture, each from new random weights and with the last one as its teacher.
 
@@ -129,7 +133,7 @@ def born_again(
         teacher: of the first generation. None: the first teacher is one more generation, trained on labels only; it is
             the first item of the result.
         objective: by default `Objective.kd()`. A generation without a teacher uses its label loss.
-        training, validation, hooks, regularizers: see `distill_chain`.
+        training, validation, hooks, regularizers, progress: see `distill_chain`.
 
     Returns:
         One `Trained` for each generation, in order.
@@ -152,7 +156,7 @@ def born_again(
             "Each generation needs new random weights.",
             "Remove the seed or the loading of weights from it.",
         )
-    common: dict[str, Any] = {"validation": validation, "regularizers": regularizers}
+    common: dict[str, Any] = {"validation": validation, "regularizers": regularizers, "progress": False}
 
     def link(index: int) -> Link:
         seeded = training.changed(seed=seeds[index])
@@ -174,7 +178,7 @@ def born_again(
 
         return train
 
-    return _run([link(index) for index in range(len(models))], hooks or TrainingHooks())
+    return _run([link(index) for index in range(len(models))], with_progress(hooks, progress))
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
 from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
+from kirsch.data.structure import refuse_dataset
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.schedule import Ramp, ends
@@ -32,7 +33,7 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
     if isinstance(data, ArrayData):
         end = data.batch_size
         return Batch(data.rows(slice(end)), None if data.targets is None else data.targets[:end], data.sample_ids[:end])
-    _refuse_dataset(data)
+    refuse_dataset(data)
 
     def fetch() -> Any:
         batches = iter(data)
@@ -49,20 +50,6 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
     if not first:
         raise DataError("The data is empty.", fix="Give at least one batch.")
     return Batch.of(*first)
-
-
-DATASETS = ("torch.utils.data.dataset.Dataset", "datasets.arrow_dataset.Dataset")
-STREAMS = "torch.utils.data.dataset.IterableDataset"
-
-
-def _refuse_dataset(data: Any) -> None:
-    """Refuse a dataset, which yields single samples; an iterable dataset may yield batches."""
-    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(data).__mro__}
-    if kinds & set(DATASETS) and STREAMS not in kinds:
-        raise DataError(
-            f"The data is a {type(data).__name__}, which yields single samples, and training needs batches.",
-            fix="Give torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True).",
-        )
 
 
 def missing_targets(inference: Inference, model: Any, batch: Batch, objective: Objective) -> list[str]:

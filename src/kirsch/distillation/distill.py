@@ -21,6 +21,7 @@ from kirsch.distillation.targets import check_labels
 from kirsch.distillation.teachers import Teacher, one_or_more, replayed
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def distill(
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
     check_teacher: bool = True,
+    progress: bool | None = None,
 ) -> Trained:
     """Train a student on the outputs of a teacher. The models that are passed do not change.
 
@@ -56,6 +58,8 @@ def distill(
         hooks: callbacks for events, stopping and checkpoints.
         regularizers: further terms, such as `kirsch.pruning.regularizers.Slimming(1e-4)`.
         check_teacher: refuse a teacher that is not better than predictions that do not depend on the inputs.
+        progress: show a line for each epoch and a bar while it runs, on the standard error; warnings become lines, too.
+            None: only on a terminal and in a notebook.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
@@ -71,7 +75,7 @@ def distill(
         NumericError: the teacher is not better than chance, a term has no gradient, or numbers are not finite.
     """
     objective, validation = objective or Objective.kd(), to_validation(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
     if isinstance(teacher, TeacherStore):
@@ -114,6 +118,7 @@ def fit(
     regularizers: Sequence[Regularizer] = (),
     label_smoothing: float = 0.0,
     objective: Objective | None = None,
+    progress: bool | None = None,
 ) -> Trained:
     """Train a model on labels only; see `distill` for the arguments.
 
@@ -122,7 +127,7 @@ def fit(
         objective: by default `Objective.labels(label_smoothing)`.
     """
     objective, validation = objective or Objective.labels(label_smoothing), to_validation(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(model)
     first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs

@@ -30,6 +30,7 @@ from kirsch.distillation.step import TargetCheck, balanced, regularization
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def distill_mutually(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
+    progress: bool | None = None,
 ) -> list[Trained]:
     """Train students together, each on the labels and on the outputs of its peers for the same batch.
 
@@ -67,6 +69,7 @@ def distill_mutually(
         hooks: of the run, which has one state to save and resume. In events and states, the names of terms and metrics
             begin with the index of the student: "0.kd", "1.accuracy".
         regularizers: further terms of each student.
+        progress: see `distill`.
 
     Returns:
         The trained students, in order, each with its history.
@@ -80,7 +83,7 @@ def distill_mutually(
     Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there the students may take turns.
     """
     objective, validation = objective or Objective.preset("dml"), to_validation(validation)
-    training, hooks = training or Training(), hooks or TrainingHooks()
+    training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(students[0]) if students else None
     if framework is None or len(students) < MIN_STUDENTS:
         raise UsageError(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from kirsch.annotations import Positive, Seed, Share
-from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
@@ -120,15 +119,14 @@ class TrainingStep(Training, Step):
         record["cells"] = model_cells(record)
         return record
 
-    def _timed(self, job: Job, trial: Callable[[ArrayData], Any]) -> float:
+    def _timed(self, job: Job, trial: Callable[[Any], Any]) -> float:
         """Return the estimated time of the step from one run of `trial` on a few batches, after a warm-up."""
-        data, train = job.data.batches(job.batch_size), job.data.train
-        count = TRIAL_BATCHES * data.batch_size
-        part = ArrayData(train.inputs[:count], train.labels[:count], data.batch_size, data.augment)
+        size = job.batch_size
+        part = job.data.first_batches(TRIAL_BATCHES, size)
         trial(part)
         started = time.perf_counter()
         trial(part)
-        return (time.perf_counter() - started) / len(part) * len(data) * self.epochs
+        return (time.perf_counter() - started) / len(part) * job.data.count_batches(size) * self.epochs
 
 
 QUIET = TrainingHooks(event=ignore)
@@ -174,7 +172,9 @@ class Train(TrainingStep):
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
         model, objective = self._of(job), _labels(job, self.model)
-        return self._timed(job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective))
+        return self._timed(
+            job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective, progress=False)
+        )
 
     def run(self, job: Job, folder: Path) -> Record:
         """Train the model, and write its weights."""
@@ -184,6 +184,7 @@ class Train(TrainingStep):
             training=self.training(job),
             validation=job.validation(),
             hooks=job.hooks(),
+            progress=False,
             objective=_labels(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
@@ -269,7 +270,7 @@ class Distill(TrainingStep):
         """Estimate the time of the training."""
         student, objective = _apart(job), self.objective_for(job)
 
-        def trial(part: ArrayData) -> None:
+        def trial(part: Any) -> None:
             distill(
                 student,
                 job.teacher,
@@ -277,6 +278,7 @@ class Distill(TrainingStep):
                 objective=objective,
                 training=ONE_EPOCH,
                 hooks=QUIET,
+                progress=False,
                 check_teacher=False,
             )
 
@@ -292,6 +294,7 @@ class Distill(TrainingStep):
             training=self.training(job),
             validation=job.validation(),
             hooks=job.hooks(),
+            progress=False,
         )
         record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch

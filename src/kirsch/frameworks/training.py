@@ -150,6 +150,9 @@ class TrainingHooks:
         stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each batch.
         save: called with a `TrainingState` after each epoch, and before the run stops.
         resume: state to resume from.
+        batch: called after each optimizer step with the number of the epoch (from 1), the number of epochs, the batches
+            done in the epoch, and the batches of an epoch, None if not known.
+        close: called when the training ends, also by an error.
     """
 
     made_by: ClassVar[str] = "kirsch.frameworks.training.TrainingHooks(event=..., stop=..., save=...)"
@@ -159,6 +162,8 @@ class TrainingHooks:
     stop: Callable[[], Exception | None] | None = None
     save: Callable[[TrainingState], None] | None = None
     resume: TrainingState | None = None
+    batch: Callable[[int, int, int, int | None], None] | None = None
+    close: Callable[[], None] | None = None
 
     def warn(self, text: str, **more: Any) -> None:
         """Emit a warning: as an event if there is a callback, otherwise as a Python warning."""

@@ -81,8 +81,13 @@ class Prune(PlanOptions, Step):
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
-        data = inference.from_numpy(job.data.train.inputs[:CALIBRATION]) if self.of_blocks else None
+        data = inference.from_numpy(self._calibration(job)) if self.of_blocks else None
         return graph, choose(graph, goal, data=data, **options)
+
+    def _calibration(self, job: Job) -> Any:
+        """Return the samples on which blocks are ranked; a loader that shuffles gives the same ones each time."""
+        training = framework_of(job.model).training
+        return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""

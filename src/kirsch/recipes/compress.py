@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
-from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS
-from kirsch.recipes.layout import step_line, verdict_lines
+from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
+from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.recipes.manifest import REPORT
 from kirsch.recipes.recipe import DataSection, ModelSection, Recipe
 from kirsch.recipes.runner import Materials, new_folder_name, run
@@ -72,6 +74,8 @@ class Compressed(Printable):
 DEFAULT_TRAINING = Training()
 """Settings of trainings for which none are given."""
 
+DEFAULT_BATCH_SIZE = 64
+
 
 @checked
 def compress(
@@ -87,11 +91,12 @@ def compress(
     max_drop: float | None = None,
     speedup: float | None = None,
     task: str = "classification",
-    batch_size: Count = 64,
+    batch_size: Count | None = None,
     seed: Seed = 0,
     folder: str | Path | None = None,
     name: str = "model",
-    listen: Callable[[dict[str, Any]], Any] = lambda _event: None,
+    listen: Callable[[dict[str, Any]], Any] = ignore,
+    progress: bool | None = None,
     **plan_options: Any,
 ) -> Compressed:
     """Compress a trained model: distill it if a student is given, prune, recover, export, measure and report.
@@ -101,7 +106,7 @@ def compress(
 
     Args:
         model: trained model. It is the teacher of all training, and is not changed.
-        data: data set with training, validation and test part.
+        data: data set with training, validation and test part, in memory or from loaders.
         goal: limits of the pruned model, as fractions of the model at the start. With `steps`, it applies to each step
             `Prune` without a goal.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
@@ -117,11 +122,13 @@ def compress(
             percentage point.
         speedup: smallest allowed speedup over the model.
         task: what the model is for, a name in `kirsch.tasks.TASKS`.
-        batch_size: samples per training step.
+        batch_size: samples per training step; None for 64, or for the batch size of the loader of the training part.
         seed: seed of all random numbers, unless a training or step has its own.
         folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
         name: name of the model in the report.
         listen: called with each event.
+        progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
+            in a notebook.
         plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
 
     Raises:
@@ -140,7 +147,7 @@ def compress(
         name=name,
         seed=seed,
         task=task,
-        data=DataSection(source=None, batch_size=batch_size),
+        data=DataSection(source=None, batch_size=_batch_size(batch_size, data)),
         teacher=ModelSection(model=None),
         student=None if student is None else ModelSection(model=None),
         steps=tuple(steps),
@@ -153,7 +160,8 @@ def compress(
         origin=_weights_hash(model) + ("" if student is None else _weights_hash(student)),
     )
     run_folder = Path(folder) if folder is not None else Path("runs") / new_folder_name(recipe)
-    outcome = run(recipe, run_folder, listen=listen, materials=materials)
+    with _shown(listen, progress) as listen_and_show:
+        outcome = run(recipe, run_folder, listen=listen_and_show, materials=materials)
     return Compressed(
         model=outcome.model,
         artifact=_artifact(run_folder),
@@ -162,6 +170,39 @@ def compress(
         met=outcome.exit_code == 0,
         folder=run_folder,
     )
+
+
+@contextlib.contextmanager
+def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Yield a function that shows each event, if progress is shown, and calls `listen`."""
+    display = shown_on(progress)
+    if display is None:
+        yield listen
+        return
+    shown = JobProgress(display)
+
+    def show(event: dict[str, Any]) -> None:
+        shown(event)
+        if event["event"] == "end":
+            display.progress(*verdict_lines(event))
+        listen(event)
+
+    try:
+        yield show
+    finally:
+        display.stop_status()
+
+
+def _batch_size(batch_size: int | None, data: DataSet) -> int:
+    """Return the batch size of training, which a loader has itself."""
+    if not data.is_stream:
+        return batch_size or DEFAULT_BATCH_SIZE
+    if batch_size is not None:
+        raise UsageError(
+            f"`batch_size` of kirsch.compress has no effect: the training part of {data.name} is a loader.",
+            fix="Set it in the loader, and leave it out here.",
+        )
+    return data.train.batch_size or DEFAULT_BATCH_SIZE
 
 
 def _usual_steps(

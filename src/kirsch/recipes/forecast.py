@@ -70,9 +70,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         "goal": goal_text(job, recipe.all_steps),
         "data": {
             "name": job.data.name,
-            "train": len(job.data.train),
-            "validation": len(job.data.validation),
-            "test": len(job.data.test),
+            **job.data.sizes,
         },
         "steps": steps,
         "plans": {key: json.loads(plan.to_json()) for key, plan in job.plans.items()},

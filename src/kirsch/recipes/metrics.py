@@ -225,9 +225,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
         "data": {
             "name": data.name,
             "sha256": data.sha256,
-            "train": len(data.train),
-            "validation": len(data.validation),
-            "test": len(data.test),
+            **data.sizes,
         },
     }
 

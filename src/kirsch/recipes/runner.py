@@ -174,7 +174,8 @@ def run(
         files.write_json(folder / ENVIRONMENT, machine)
         goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
         job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
-        for sentence in [*_untrained_notes(recipe), *run_folder.notes(altered, list(steps))]:
+        notes = _untrained_notes(recipe) + _loader_notes(recipe, job)
+        for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
         _run_steps(job, steps, materials.origin, altered)
         if any(isinstance(step, Prune) for step in steps.values()):
@@ -223,6 +224,13 @@ def _untrained_notes(recipe: Recipe) -> list[str]:
         return []
     note = random_weights(recipe.teacher.model, recipe.seed)
     return [note] if note else []
+
+
+def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
+    """Return a note if the batch size of a recipe does not apply to training."""
+    if recipe.data.source is None or not job.data.is_stream:
+        return []
+    return ["data.batch_size applies to evaluations only: the training part is a loader, which has its own."]
 
 
 def preflight(job: Job, steps: Mapping[str, Step]) -> None:

@@ -211,14 +211,15 @@ class Classification:
     label_loss = "cross-entropy"
 
     def check_data(self, data: DataSet) -> None:
-        """Check that the labels of each part are one class number per sample, and that each class can be learned.
+        """Check that the labels in memory are one class number per sample, and that each class can be learned.
 
         Raises:
             DataError: labels have another shape or type or are out of range, or a class has no training sample.
         """
-        for part in ("train", "validation", "test"):
-            labels, named = getattr(data, part).labels, f"of the {part} part of {data.name}"
-            check_class_numbers(labels, len(data.classes), named)
+        for part, split in data.in_memory.items():
+            check_class_numbers(split.labels, len(data.classes), f"of the {part} part of {data.name}")
+        if data.is_stream:  # its labels are checked batch by batch in training
+            return
         missing = sorted(set(range(len(data.classes))) - set(np.unique(data.train.labels).tolist()))
         if missing:
             raise DataError(
@@ -233,7 +234,7 @@ class Classification:
             raise ShapeError(
                 f"The model returns logits of shape {outputs.shape[1:]}; the data {data.name} has "
                 f"{len(data.classes)} classes.",
-                fix="Give the model a head for these classes.",
+                fix="Give the model a head for these classes, or kirsch.DataSet the name of each class of the model.",
             )
 
     def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:

@@ -123,6 +123,23 @@ if int(os.environ.get("RANK", "0")) == 0:
     np.savez(sys.argv[1], **found)
 """
 
+SHOWN = """
+import sys
+
+import numpy as np
+from torch import nn
+
+import kirsch
+from kirsch.data.batches import ArrayData
+
+sys.stderr = open(sys.argv[1] + f".{__import__('os').environ['RANK']}.txt", "w")
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+training = kirsch.Training(epochs=2)
+kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False, progress=True)
+if sys.stderr.name.endswith(".0.txt"):
+    np.savez(sys.argv[1])
+"""
+
 SHARDED = """
 import torch
 from torch import nn
@@ -176,6 +193,13 @@ def test_two_processes_with_a_data_loader_train_the_model_of_one_process(tmp_pat
     assert not np.array_equal(two["shuffled 0"], two["shuffled 1"])
     for name in ("shuffled", "own generator"):
         np.testing.assert_array_equal(two[f"{name} resumed"], two[f"{name} 1"])
+
+
+def test_only_the_first_process_shows_progress(tmp_path):
+    assert run(SHOWN, tmp_path, 2) == {}
+    first, second = ((tmp_path / f"2.npz.{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert [line.split("   ")[0] for line in first] == ["epoch 1/2", "epoch 2/2"]
+    assert second == []
 
 
 def test_different_batches_in_each_process_are_an_error(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from kirsch.data.images import SCALE, has_channels_last, order_fix
 from kirsch.data.structure import summary
 from kirsch.errors import DataError, ModelError, UsageError, error_text
 from kirsch.failures import error_with_location
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-NCHW = 4
-COLORS = (1, 3, 4)
 UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """Exceptions that the forward of a model raises for inputs of a wrong shape."""
 
@@ -183,19 +182,13 @@ def _integers(parts: Sequence[torch.Tensor], error: Exception) -> torch.Tensor |
 
 
 def _fix_of_integers(integers: torch.Tensor) -> str:
-    scale = " and scaled as in its training, for example inputs.astype(numpy.float32) / 255"
-    return f"Give floating-point inputs{scale if integers.dtype == torch.uint8 else ''}; token ids as int64."
+    return SCALE if integers.dtype == torch.uint8 else "Give floating-point inputs; token ids as int64."
 
 
 def _fix_of_layout(parts: Iterable[Any]) -> str:
-    images = [part for part in parts if getattr(part, "ndim", 0) == NCHW]
-    if not any(part.shape[-1] in COLORS and part.shape[1] not in COLORS for part in images):
+    if not any(has_channels_last(getattr(part, "shape", ())) for part in parts):
         return ""
-    axes = (0, 3, 1, 2)
-    return (
-        f"The images have their channels last. If the model takes channels first, use inputs.transpose{axes} for "
-        f"arrays and inputs.permute{axes} for tensors."
-    )
+    return f"The images have their channels last, and the model may take channels first. {order_fix(uint8=False)}"
 
 
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:

@@ -80,6 +80,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
             run.train()
     finally:
         module.close()
+        if hooks.close is not None:
+            hooks.close()
     return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
@@ -139,6 +141,8 @@ class _Run:
             shards = self._remaining_shards()
             while window := list(itertools.islice(shards, self.training.gradient_accumulation_steps)):
                 self._step(window)
+                if self.hooks.batch is not None:
+                    self.hooks.batch(self.epoch + 1, self.training.epochs, self.batch, self.length)
                 self._stop_if_requested()
             self._end_epoch(time.perf_counter() - started)
 

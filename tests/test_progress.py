@@ -1,4 +1,4 @@
-"""Progress lines of a run."""
+"""Progress lines of a job."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import io
 
 import pytest
 
-from kirsch.cli.progress import (
-    Progress,
+from kirsch.cli.terminal import Mode, Terminal
+from kirsch.progress import (
+    JobProgress,
     RunningStep,
     epoch_line,
     header_lines,
     status_line,
+    step_line,
     timing_line,
+    verdict_lines,
 )
-from kirsch.cli.terminal import Mode, Terminal
-from kirsch.recipes.layout import step_line, verdict_lines
 from kirsch.tables import plain
 
 TEACHER = {
@@ -140,7 +141,7 @@ def test_the_verdict_has_the_significance():
 
 
 def run_through(stream: io.StringIO, **mode: bool) -> str:
-    progress = Progress(Terminal(Mode(**mode), stream, stream), clock=lambda: 0.0)
+    progress = JobProgress(Terminal(Mode(**mode), stream, stream), clock=lambda: 0.0)
     for event in (
         {"event": "start", "name": "[red]", "run": "<script>", "goal": "[/0]"},
         {"event": "step_start", "number": 1, "of": 2, "key": "train"},
@@ -185,7 +186,7 @@ def test_the_status_line_is_not_updated_during_the_measurement():
         def start_status(self, draw, *, refresh=True):
             refreshes.append(refresh)
 
-    progress = Progress(Spy(Mode(), Tty(), Tty()))
+    progress = JobProgress(Spy(Mode(), Tty(), Tty()))
     for key in ("export", "measure"):
         progress({"event": "step_start", "number": 5, "of": 6, "key": key})
     assert refreshes == [True, False]

@@ -1,0 +1,281 @@
+"""Progress of a training and of a job: lines of epochs and steps, and a status line with a bar."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kirsch import figures
+from kirsch.tables import Line, Piece
+from kirsch.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+BAR = 24
+"""Width of a bar in characters."""
+
+TIMED_STEP = "measure"
+"""The step that measures latency."""
+
+RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
+"""Entries of the event of an epoch that are not metrics."""
+
+MOST_METRICS = 4
+"""Metrics in the line of an epoch."""
+
+
+WIDTHS = (13, 11, 12)
+"""Widths of the first cells of a step: quality, MACs, parameters. Further cells have no fixed width."""
+
+
+class Output(Protocol):
+    """Where progress is shown; `kirsch.display.Display` describes the methods."""
+
+    @property
+    def is_interactive(self) -> bool: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    def progress(self, *lines: Line) -> None: ...  # noqa: D102
+    def start_status(self, draw: Callable[[], Line], *, refresh: bool = True) -> None: ...  # noqa: D102
+    def refresh_status(self) -> None: ...  # noqa: D102
+    def stop_status(self) -> None: ...  # noqa: D102
+
+
+class JobProgress:
+    """Show the events of a job: one line a step, and in between a status line, or one line an epoch.
+
+    Args:
+        output: where they are shown.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._step = RunningStep()
+        self._handlers = {
+            "start": self._start,
+            "step_start": self._step_start,
+            "epoch": self._epoch,
+            "step_end": self._step_end,
+            "step_kept": self._step_end,
+            "note": self._note,
+            "warning": self._note,
+            "end": self._end,
+        }
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show an event; events that are only stored are ignored."""
+        handler = self._handlers.get(event["event"])
+        if handler is not None:
+            handler(event)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        self._output.progress(*header_lines(event))
+
+    def _step_start(self, event: dict[str, Any]) -> None:
+        self._step = RunningStep(event["number"], event["key"], self._clock())
+        if event["key"] == TIMED_STEP:  # updates of the line would disturb the measurement
+            self._output.start_status(lambda: timing_line(self._step), refresh=False)
+        else:
+            self._output.start_status(lambda: status_line(self._step, self._clock()))
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        self._step.epoch = event
+        self._step.epochs_here += 1
+        self._output.refresh_status()
+        if not self._output.is_interactive:
+            self._output.progress(epoch_line(event))
+
+    def _step_end(self, event: dict[str, Any]) -> None:
+        self._output.stop_status()
+        self._output.progress(step_line(event, self._output.width))
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self._output.progress([Piece("   "), Piece("note", "warning"), Piece(f"       {event['text']}")])
+
+    def _end(self, _event: dict[str, Any]) -> None:
+        self._output.progress([])  # the verdict is a result, and is written at the end
+
+
+class RunningStep:
+    """The current step.
+
+    Args:
+        number, key: of the step.
+        since: start of the step, in seconds of the clock.
+    """
+
+    def __init__(self, number: int = 0, key: str = "", since: float = 0.0) -> None:
+        self.number = number
+        self.key = key
+        self.since = since
+        self.epoch: dict[str, Any] | None = None
+        self.epochs_here = 0  # epochs of this process; a resumed run has epochs of earlier processes
+
+
+class TrainingProgress:
+    """Show the events of a training: one line an epoch, and on a terminal or in a notebook a bar while it runs.
+
+    Args:
+        output: where they are shown.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._running: RunningEpoch | None = None
+        self._warnings: set[str] = set()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show an event: the end of an epoch, or a warning, each text once."""
+        if event["event"] == "epoch":
+            self.stop()
+            model = [Piece(f"model {event['link']}  ")] if "link" in event else []
+            self._output.progress([*model, Piece(epoch_text(event))])
+        elif event["event"] == "warning" and event["text"] not in self._warnings:
+            self._warnings.add(event["text"])
+            self._output.progress([Piece("warning", "warning"), Piece(f"  {event['text']}")])
+
+    def batch(self, epoch: int, epochs: int, batch: int, batches: int | None) -> None:
+        """Show that a batch is done.
+
+        Args:
+            epoch, epochs: number of the epoch, from 1, and of all epochs.
+            batch, batches: batches done in the epoch, and of the epoch; None if that is not known.
+        """
+        if self._running is None:
+            self._running = running = RunningEpoch(epoch, epochs, batch, batches, since=self._clock(), first=batch)
+            self._output.start_status(lambda: running_epoch_line(running, self._clock()))
+        self._running.batch = batch
+        self._output.refresh_status()
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._running = None
+        self._output.stop_status()
+
+
+@dataclass
+class RunningEpoch:
+    """The current epoch of a training.
+
+    Args:
+        epoch, epochs, batch, batches: see `TrainingProgress.batch`.
+        since: time in seconds of the clock at which batch `first` was done.
+        first: the first batch that was done in this process.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int | None
+    since: float
+    first: int
+
+
+def running_epoch_line(running: RunningEpoch, now: float) -> Line:
+    """Return the status line of the current epoch: a bar, the batches, and the remaining time of the epoch."""
+    line = [Piece(f"epoch {running.epoch:>{len(str(running.epochs))}}/{running.epochs} ")]
+    if running.batches is None:
+        return [*line, Piece(f"  batch {running.batch}")]
+    line += [*bar(running.batch / max(running.batches, 1)), Piece(f" {running.batch}/{running.batches}")]
+    timed = running.batch - running.first
+    return [*line, time_left((running.batches - running.batch) * (now - running.since) / timed)] if timed else line
+
+
+def header_lines(event: dict[str, Any]) -> list[Line]:
+    """Return the lines with name, folder and goal of the run."""
+    run = [Piece(f"kirsch {__version__}", "strong"), Piece(f" · {event['name']} · run {event['run']}")]
+    goal = [[Piece("goal  "), Piece(event["goal"])]] if event["goal"] else []
+    return [run, *goal, []]
+
+
+def epoch_line(event: Mapping[str, Any]) -> Line:
+    """Return the line of a finished epoch of a step of a job."""
+    return [Piece("   "), Piece(f"{event['step']:<10} "), Piece(epoch_text(event))]
+
+
+def epoch_text(event: Mapping[str, Any]) -> str:
+    """Return number, loss, metrics and duration of a finished epoch."""
+    length = len(str(event["epochs"]))
+    parts = [f"epoch {event['epoch']:>{length}}/{event['epochs']}", f"loss {figures.digits(event['loss']):<6}"]
+    return "   ".join([*parts, *metric_texts(event), figures.seconds(event["seconds"])])
+
+
+def metric_texts(event: Mapping[str, Any]) -> list[str]:
+    """Return the metrics of an epoch: the accuracy, or the first of other metrics with their names."""
+    if event.get("accuracy") is not None:
+        return [figures.percent(event["accuracy"])]
+    metrics = [(name, value) for name, value in event.items() if name not in RECORD and isinstance(value, float)]
+    return [
+        f"{name} {figures.percent(value) if name.endswith('accuracy') else figures.digits(value)}"
+        for name, value in metrics[:MOST_METRICS]
+    ]
+
+
+def timing_line(step: RunningStep) -> Line:
+    """Return the status line of the step that measures latency, which is not updated."""
+    return [Piece(f"{step.number:>2} {step.key:<10} "), Piece("measuring latency; this line is not updated", "faint")]
+
+
+def status_line(step: RunningStep, now: float) -> Line:
+    """Return the status line of the current step: a bar, the last metrics, and the remaining time."""
+    line = [Piece(f"{step.number:>2} {step.key:<10} ")]
+    passed = now - step.since
+    if step.epoch is None:
+        return [*line, Piece(f"running for {figures.seconds(passed)}", "faint")]
+    done, total = step.epoch["epoch"], step.epoch["epochs"]
+    left = (total - done) * passed / max(step.epochs_here, 1)
+    parts = [f" epoch {done}/{total}", f"loss {figures.digits(step.epoch['loss'])}", *metric_texts(step.epoch)]
+    return [*line, *bar(done / max(total, 1)), Piece("   ".join(parts)), time_left(left)]
+
+
+def bar(fraction: float) -> Line:
+    """Return a bar whose first part is filled."""
+    filled = round(BAR * fraction)
+    return [Piece("━" * filled), Piece("━" * (BAR - filled), "faint")]
+
+
+def time_left(seconds: float) -> Piece:
+    """Return the remaining time."""
+    return Piece(f"   {figures.seconds(seconds)} left", "faint")
+
+
+def step_line(event: Mapping[str, Any], width: int = 0) -> Line:
+    """Return the line of a finished step: result, cells in columns, and the duration at the right end.
+
+    Args:
+        event: "number", "key", "did", "cells" and "seconds" of the step, and whether it was kept ("event").
+        width: least width of the line in characters.
+    """
+    cells = [str(cell) for cell in event["cells"]]
+    columns = [f"{_aligned(cell):<{reach}}" for cell, reach in zip(cells, WIDTHS, strict=False)]
+    text = "  ".join([f"{event['number']:>2} {event['key']:<10} {event['did']:<15}", *columns])
+    text = "   ".join([text.rstrip(), *filter(None, cells[len(WIDTHS) :])])
+    seconds = "kept" if event.get("event") == "step_kept" else figures.seconds(event["seconds"])
+    return [Piece(text), Piece(f"{seconds:>{max(width - len(text), len(seconds) + 3)}}", "faint")]
+
+
+def _aligned(cell: str) -> str:
+    """Return a cell whose number is padded to four characters, so that units are aligned."""
+    number = re.match(r"[\d.]+(?= |$)", cell)
+    return cell if number is None else cell[: number.end()].rjust(4) + cell[number.end() :]
+
+
+def verdict_lines(event: Mapping[str, Any]) -> list[Line]:
+    """Return the lines on the goal, its significance, the report and the duration."""
+    words, tone = ("goal met", "good") if event["met"] else ("goal missed", "bad")
+    if not event["text"]:
+        lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
+    else:
+        lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
+    if event.get("significance"):
+        lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["significance"])])
+    lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])
+    lines.append([Piece(f"{'took':<13}"), Piece(figures.seconds(event["seconds"]))])
+    return lines
