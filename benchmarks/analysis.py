@@ -1,11 +1,11 @@
-"""What the analysis costs beside the trace, by size and by depth, and what a plan and a cut cost; writes docs/scale.md.
+"""Measure time and memory of the analysis, of plans and of cuts, and write docs/scale.md.
 
-Models live on the meta device, shapes without values; those that are cut have values. Each row runs in a process of its
-own, so that its memory is its own; times are those of the processor.
+The models of the first two tables are on the meta device: they have shapes without values. Models that are cut have
+values. Each row runs in a separate process, so that its peak memory is measured separately. Times are processor times.
 
-    python benchmarks/analysis.py                # all; the rows go to build/analysis.json too
-    python benchmarks/analysis.py --only depth   # one shape of a language model at 1, 2, 4 ... 80 layers
-    python benchmarks/analysis.py --only surgery # half of every group is cut, beside a copy of what is kept
+    python benchmarks/analysis.py                # all; also writes the rows to build/analysis.json
+    python benchmarks/analysis.py --only depth   # a language model with 1, 2, 4 ... 80 layers
+    python benchmarks/analysis.py --only surgery # cut half of every group, compared with a copy of the kept weights
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROOT = Path(__file__).parents[1]
-SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+SHAPE_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 80)
-SMALL = 100_000_000
-"""Parameters; of larger models no plans are timed."""
+LARGEST_PLANNED = 100_000_000
+"""Number of parameters up to which plans are timed."""
 GOALS = (0.8, 0.6, 0.5, 0.4)
 
 
@@ -63,11 +63,11 @@ ROWS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "shufflenet_v2_x1_0": partial(_vision, "shufflenet_v2_x1_0"),
     "convnext_xlarge": partial(_vision, "convnext_xlarge", "timm"),
     "vit_h_14": partial(_vision, "vit_h_14"),
-    "language, 7 B": partial(_language, 32, SEVEN),
-    "language, 70 B": partial(_language, 80, SEVENTY),
+    "language, 7 B": partial(_language, 32, SHAPE_7B),
+    "language, 70 B": partial(_language, 80, SHAPE_70B),
 }
 BY_DEPTH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    f"{layers} layers": partial(_language, layers, SEVEN) for layers in DEPTHS
+    f"{layers} layers": partial(_language, layers, SHAPE_7B) for layers in DEPTHS
 }
 CUTS = {f"{name} cut": (name, False) for name in ("resnet50", "resnet152", "vit_h_14")}
 CUTS |= {f"{name} cut and verified": (name, True) for name in ("resnet50", "resnet152", "vit_l_16")}
@@ -77,7 +77,7 @@ SETS = {"sizes": ROWS, "depth": BY_DEPTH, "surgery": CUTS}
 
 
 def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
-    """One row."""
+    """Return the row of one model: times, sizes and peak memory of trace, analysis and plans."""
     with torch.device("meta"):
         model, inputs = build()
     inputs = {k: v.to("meta") for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")
@@ -88,7 +88,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     groups = graph.groups
     solved = time.process_time()
     plans = []
-    for goal in GOALS if graph.cost.parameters < SMALL else ():
+    for goal in GOALS if graph.cost.parameters < LARGEST_PLANNED else ():
         began = time.process_time()
         kirsch.plan(graph, kirsch.Goal(macs=goal), importance="random")
         plans.append(time.process_time() - began)
@@ -101,13 +101,13 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
         "units": sum(group.size for group in groups),
         "labels": graph.facts.count,
         "memory_mib": _memory(),
-        "of_that_before": before,
+        "memory_before_mib": before,
         "plans_s": plans,
     }
 
 
-def operate(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict[str, Any]:
-    """One row of surgery: every other unit of every group of a model with values goes."""
+def measure_cut(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict[str, Any]:
+    """Return the row of one cut: remove every other unit of every group of a model with values."""
     with torch.device("meta"):
         model, _ = build()
     model.to_empty(device="cpu").eval()
@@ -122,14 +122,14 @@ def operate(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict
     start = time.process_time()
     pruned = kirsch.prune(model, plan, verify=verify)
     done = time.process_time()
-    peak, both = _memory(), _mib(model) + _mib(pruned)
+    peak, both_models = _memory(), _mib(model) + _mib(pruned)
     del pruned
     began = time.process_time()
     part = cut(model, graph, keep)
     ended = time.process_time()
     copies = [value.detach().clone() for value in _tensors(part)]
     copied = time.process_time()
-    copies = [_selected(old.detach(), new.shape) for old, new in zip(_tensors(model), _tensors(part), strict=True)]
+    copies = [_select(old.detach(), new.shape) for old, new in zip(_tensors(model), _tensors(part), strict=True)]
     return {
         "model_mib": _mib(model),
         "pruned_mib": _mib(part),
@@ -140,7 +140,7 @@ def operate(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict
         "tensors": len(copies),
         "before_mib": before,
         "peak_mib": peak,
-        "beside_both": (peak - before + _mib(model)) / both - 1,
+        "additional_memory": (peak - before + _mib(model)) / both_models - 1,
     }
 
 
@@ -148,8 +148,8 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _selected(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """As many entries of a tensor, spread evenly along its axes: what no cut can do without."""
+def _select(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return evenly spaced entries of a tensor, of the given shape: the least work of a cut."""
     for axis, size in enumerate(shape):
         if size < value.shape[axis]:
             value = value.index_select(axis, torch.arange(size) * (value.shape[axis] // size))
@@ -157,22 +157,22 @@ def _selected(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _mib(model: nn.Module) -> int:
-    """Size of the parameters and buffers."""
+    """Return the size of the parameters and buffers, in MiB."""
     return sum(value.nbytes for value in _tensors(model)) >> 20
 
 
 def _resident() -> int:
-    """What the process holds now, MiB."""
+    """Return the resident memory of the process, in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
 def _memory() -> int:
-    """Peak of the process, MiB."""
+    """Return the peak memory of the process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """docs/scale.md."""
+    """Return the text of docs/scale.md."""
     parts = [HEAD.format(machine=f"{cpu()[0]}, one thread, torch {torch.__version__}", date=datetime.now(UTC).date())]
     heads = {"sizes": "## By size", "depth": "## By depth\n\n![time by layers](pictures/depth.svg)"}
     for key, head in heads.items():
@@ -188,13 +188,15 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                     f"| {plans + ' ms' if plans else '–'} |"
                 )
         parts += [head, "\n".join(lines)]
-    lines = ["| | model → pruned | cut | copy of kept weights | selection of them | prune | additional memory |"]
+    lines = [
+        "| | model → pruned | cut | copy of kept weights | selection of kept weights | prune | additional memory |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name in (name for name in CUTS if name in found):
         row = found[name]
         times = " | ".join(f"{row[key]:.3f} s" for key in ("cut_s", "copy_of_kept_s", "selects_s", "prune_s"))
         size = f"{row['model_mib']} → {row['pruned_mib']} MiB"
-        lines.append(f"| {name} | {size} | {times} | {row['beside_both']:+.0%} |")
+        lines.append(f"| {name} | {size} | {times} | {row['additional_memory']:+.0%} |")
     return "\n\n".join([*parts, "## Cuts", "\n".join(lines)]) + "\n"
 
 
@@ -202,17 +204,17 @@ HEAD = """# Scale
 
 <!-- written by benchmarks/analysis.py; do not edit -->
 
-Processor time of the coupling analysis, compared with the export of the model that precedes it. The models of the
-first two tables are on the meta device: they have shapes without values. *Plans*: times of plans for four more goals
-on the same analysis. *Cut*: removal of every other unit of every group of a model in single precision. *Additional
-memory*: peak memory during pruning above that of the original and the pruned model together, as a fraction of these. A
-verification computes in double precision and holds two copies of the original.
+Processor time of the coupling analysis, compared with that of `kirsch.trace`, which exports the model before it. The
+models of the first two tables are on the meta device: they have shapes without values. *Plans*: times of four calls of
+`kirsch.plan` with different goals on the same analysis. *Cut*: removal of every other unit of every group of a model in
+single precision. *Additional memory*: peak memory during pruning minus the size of the original and the pruned model,
+divided by that size. A verification computes in double precision and holds two copies of the original.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 
 
 def growth(rows: list[dict[str, Any]]) -> str:
-    """Trace and analysis by the number of layers as SVG, each on a scale of its own."""
+    """Return an SVG of the times of trace and analysis by number of layers, each with its own scale."""
     width, height, left, bottom = 560, 220, 40, 190
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="12" '
@@ -226,33 +228,33 @@ def growth(rows: list[dict[str, Any]]) -> str:
     ]
     for key, name, color, y in (("trace_s", "trace", "#868e96", 24), ("analysis_s", "analysis", "#d6336c", 40)):
         most = max((row[key] for row in rows), default=1.0)
-        places = [
+        points = [
             (left + (width - left - 20) * depth / max(DEPTHS), bottom - (bottom - 20) * row[key] / most)
             for depth, row in zip(DEPTHS, rows, strict=False)
         ]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in places]
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
         parts.append(f'<text x="{left + 10}" y="{y}" fill="{color}">{name}, up to {most:.1f} s</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
 def main() -> None:
-    """The command line above."""
+    """Run the command line above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=SETS)
     parser.add_argument("--row")
-    given = parser.parse_args()
-    if given.row:
+    options = parser.parse_args()
+    if options.row:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        name, verify = CUTS.get(given.row, (given.row, False))
+        name, verify = CUTS.get(options.row, (options.row, False))
         build = {**ROWS, **BY_DEPTH}.get(name, partial(_vision, name))
-        print(json.dumps(operate(build, verify=verify) if given.row in CUTS else measure(build)))
+        print(json.dumps(measure_cut(build, verify=verify) if options.row in CUTS else measure(build)))
         return
     out = ROOT / "build/analysis.json"
     found = json.loads(out.read_text()) if out.exists() else {}
-    for name in [name for key, own in SETS.items() if given.only in (None, key) for name in own]:
+    for name in [name for key, names in SETS.items() if options.only in (None, key) for name in names]:
         command = [sys.executable, "-W", "ignore", __file__, "--row", name]
         run = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - this file
         found[name] = json.loads(run.stdout.splitlines()[-1])

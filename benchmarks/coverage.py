@@ -1,12 +1,12 @@
-"""What share of other people's models is pruned right, as modules and without configuration; writes docs/coverage.md.
+"""Measure which public models are pruned correctly, and write docs/coverage.md.
 
-Each model runs in a process of its own: traced, pruned to half of its MACs by the plan that `kirsch.plan` makes,
-verified, trained for a step, saved, loaded, exported. Then half of every kind of unit goes, as a harder plan. With
-`--peer` Torch-Pruning (`pip install torch-pruning`) does the same with its own defaults.
+Each model runs in its own process. It is traced, pruned to half of its MACs, verified, trained for one step, saved,
+loaded and exported. A harder plan removes half of the units of every group. With `--peer`, Torch-Pruning
+(`pip install torch-pruning`) prunes the same model with its defaults.
 
-    python benchmarks/coverage.py                 # all, two at a time; rows go to build/, the page to docs/coverage.md
-    python benchmarks/coverage.py --only 'timm/*' # those that match
-    python benchmarks/coverage.py --list others   # the models that nobody tuned for
+    python benchmarks/coverage.py                 # all models, two at a time; also writes the rows to build/
+    python benchmarks/coverage.py --only 'timm/*' # the models whose name matches
+    python benchmarks/coverage.py --list others   # the models that were not used during development
 """
 
 from __future__ import annotations
@@ -46,33 +46,35 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
 
 REACHABLE = 99
-"""Percent; a model of which this much must stay cannot be pruned."""
-TOUCHED = 0.98
-"""A peer that leaves more than this share has pruned nothing to speak of."""
+"""Percent of the MACs. A model of which more than this must stay cannot be pruned."""
+PRUNED_BELOW = 0.98
+"""If the peer keeps at least this fraction of the parameters, its result is "nothing pruned"."""
 ROOT = Path(__file__).parents[1]
 LISTS = {"tuned": MODELS, "others": OTHERS}
 LIMIT = 900
 PEER_LIMIT = 120
+"""Seconds."""
 
 
-def one(recipe: Recipe) -> dict[str, Any]:
-    """The row of a model; whatever goes wrong is in it."""
+def coverage_row(recipe: Recipe) -> dict[str, Any]:
+    """Return the row of a model: measurements, result, and the error if there was one."""
     row: dict[str, Any] = {"library": recipe.library, "name": recipe.name, "stage": "build"}
     try:
         model, inputs = recipe.build()
-        _judge(row, recipe, model, inputs)
-        row["result"] = "right"
+        _check(row, recipe, model, inputs)
+        row["result"] = "correct"
     except KirschError as error:
         row |= {"result": "refused", "why": str(error)}
-    except Exception as error:  # noqa: BLE001 - whatever it is belongs into the row
+    except Exception as error:  # noqa: BLE001 - every error is a result
         row |= {"result": "wrong", "why": f"{type(error).__name__} at {row['stage']}: {str(error)[:400]}"}
     return row
 
 
-def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -> None:
-    _shapes(model, *arguments(inputs))  # some fill their buffers in their first run, as whoever has one has seen
+def _check(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -> None:
+    """Trace, prune, load, train and export a model, and write the measurements to its row."""
+    _shapes(model, *arguments(inputs))  # some models fill their buffers in the first forward pass
     row["stage"] = "trace"
-    trainable = trained(model, inputs) is None
+    trainable = training_error(model, inputs) is None
     start = time.perf_counter()
     graph = kirsch.trace(model, inputs, module=recipe.module)
     row["trace"] = time.perf_counter() - start
@@ -83,39 +85,40 @@ def _judge(row: dict[str, Any], recipe: Recipe, model: nn.Module, inputs: Any) -
     row["parameters"] = graph.cost.parameters
     row["prunable"] = 1 - sum(blocker.share for blocker in graph.blockers)
     row["blockers"] = [(b.reason, b.where, b.source, b.operation, b.share) for b in graph.blockers[:6]]
-    own = part_of(model, recipe.module)
-    given = inputs_of(model, recipe.module, inputs) if recipe.module else inputs
-    _same("cost", (graph.cost.parameters, graph.cost.macs), count(own, given))
-    row["full"] = full(own, graph, row)
+    part = part_of(model, recipe.module)
+    part_inputs = inputs_of(model, recipe.module, inputs) if recipe.module else inputs
+    _require_equal("cost", (graph.cost.parameters, graph.cost.macs), count(part, part_inputs))
+    row["full"] = prune_half_of_every_group(part, graph, row)
     row["stage"] = "depth"
-    row["blocks"], row["depth"] = len(graph.blocks), depth(model, graph, inputs)
+    row["blocks"], row["depth"] = len(graph.blocks), remove_half_of_the_blocks(model, graph, inputs)
     row["stage"] = "plan"
-    plan = planned(graph, row)
+    plan = half_macs_plan(graph, row)
     row["stage"] = "prune"
     start = time.perf_counter()
-    found = kirsch.prune_with_verification(model, plan)
+    result = kirsch.prune_with_verification(model, plan)
     row["prune"] = time.perf_counter() - start
-    row["macs"], row["error"] = plan.after.macs / plan.before.macs, found.verification.error
-    _same("cost", (plan.after.parameters, plan.after.macs), count(part_of(found.model, recipe.module), given))
+    row["macs"], row["error"] = plan.after.macs / plan.before.macs, result.verification.error
+    pruned_part = part_of(result.model, recipe.module)
+    _require_equal("cost", (plan.after.parameters, plan.after.macs), count(pruned_part, part_inputs))
     row["stage"] = "load"
-    _saved_and_loaded(recipe, found.model, inputs)
+    _save_and_load(recipe, result.model, inputs)
     row["stage"] = "train"
     if trainable:
-        why = trained(found.model, inputs)
+        why = training_error(result.model, inputs)
         if why is not None:
             raise RuntimeError(why)
     row["stage"] = "export"
-    row["export"] = _exported(model, found.model, inputs)
+    row["export"] = _export(model, result.model, inputs)
     row["stage"] = "done"
 
 
-def _same(what: str, said: Any, found: Any) -> None:
-    if tuple(said) != tuple(found):
-        raise AssertionError(f"{what}: {tuple(said)} was said, {tuple(found)} is found")
+def _require_equal(name: str, predicted: Any, counted: Any) -> None:
+    if tuple(predicted) != tuple(counted):
+        raise AssertionError(f"{name}: predicted {tuple(predicted)}, counted {tuple(counted)}")
 
 
-def planned(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
-    """The plan for half of the MACs; if that is out of reach, for what lies half way to the least that is reachable."""
+def half_macs_plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
+    """Return a plan for half of the MACs or, if this cannot be reached, for half of the largest possible reduction."""
     try:
         return kirsch.plan(graph, kirsch.Goal(macs=0.5))
     except GoalError as error:
@@ -126,8 +129,8 @@ def planned(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
         return kirsch.plan(graph, kirsch.Goal(macs=(1 + float(least.group(1)) / 100) / 2))
 
 
-def full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
-    """What stands against half of every group of units; "right" if nothing does."""
+def prune_half_of_every_group(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
+    """Remove half of the units of every group, and return "correct" or the text of the error."""
     row["stage"] = "full plan"
     random = np.random.default_rng(0)
     removed: dict[str, tuple[int, ...]] = {}
@@ -142,32 +145,32 @@ def full(model: nn.Module, graph: Graph, row: dict[str, Any]) -> str:
         row["full_error"] = verify(cut(model, graph, keep), model, graph, keep).error
     except KirschError as error:
         return str(error)
-    return "right"
+    return "correct"
 
 
-def depth(model: nn.Module, graph: Graph, inputs: Any) -> str:
-    """What stands against leaving half of the residual blocks out; "right" if nothing does, "" without any."""
+def remove_half_of_the_blocks(model: nn.Module, graph: Graph, inputs: Any) -> str:
+    """Remove half of the residual blocks; return "correct", the text of the error, or "" for a model without blocks."""
     if not graph.blocks:
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
         plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", data=inputs, importance="random")
-        found = kirsch.prune_with_verification(model, plan)
-        own = part_of(found.model, graph.tracing.module)
-        given = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs
-        _same("cost without blocks", (plan.after.parameters, plan.after.macs), count(own, given))
+        result = kirsch.prune_with_verification(model, plan)
+        part = part_of(result.model, graph.tracing.module)
+        part_inputs = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs
+        _require_equal("cost without blocks", (plan.after.parameters, plan.after.macs), count(part, part_inputs))
     except KirschError as error:
         return str(error)
-    return "right"
+    return "correct"
 
 
-def trained(model: nn.Module, inputs: Any) -> str | None:
-    """What stands against one step of training of a copy; None if nothing does."""
+def training_error(model: nn.Module, inputs: Any) -> str | None:
+    """Train a copy for one step; return the text of the error, or None."""
     twin, (args, options) = copy.deepcopy(model).train(), arguments(inputs)
     try:
         outputs = [t for t in tree_leaves(_plain(twin(*args, **options))) if isinstance(t, torch.Tensor)]
         sum(t.float().square().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
-    except Exception as error:  # noqa: BLE001 - detectors, for one, want targets
+    except Exception as error:  # noqa: BLE001 - detectors, for example, need targets
         return f"{type(error).__name__}: {error}"
     torch.optim.SGD(twin.parameters(), 1e-3).step()
     return None
@@ -177,7 +180,7 @@ def _plain(outputs: Any) -> Any:
     return outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs
 
 
-def _saved_and_loaded(recipe: Recipe, pruned: nn.Module, inputs: Any) -> None:
+def _save_and_load(recipe: Recipe, pruned: nn.Module, inputs: Any) -> None:
     args, options = arguments(inputs)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         kirsch.save(pruned, Path(folder) / "model")
@@ -188,26 +191,26 @@ def _saved_and_loaded(recipe: Recipe, pruned: nn.Module, inputs: Any) -> None:
             out = tree_leaves(_plain(model(*args, **options)))
             both.append([t for t in out if isinstance(t, torch.Tensor)])
     if len(both[0]) != len(both[1]) or not all(torch.equal(a, b) for a, b in zip(*both, strict=True)):
-        raise AssertionError("the loaded model puts out something else")
+        raise AssertionError("the loaded model returns other outputs")
 
 
-def _exported(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
-    """Why the ONNX file is none, "right" if it is one; what ailed the original already is not held against the cut."""
+def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
+    """Export the pruned model; return "correct", or the text of the error if the original cannot be exported either."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             kirsch.export(pruned, Path(folder) / "pruned.onnx", example_inputs=inputs)
         except KirschError as error:
             try:
-                kirsch.export(model, Path(folder) / "whole.onnx", example_inputs=inputs)
+                kirsch.export(model, Path(folder) / "original.onnx", example_inputs=inputs)
             except KirschError:
-                return f"neither the original: {error}"
+                return f"the original cannot be exported either: {error}"
             raise
-    return "right"
+    return "correct"
 
 
 def peer(recipe: Recipe) -> str:
-    """What Torch-Pruning makes of a model with its defaults: half of every group, the classifier left whole."""
-    import torch_pruning  # noqa: PLC0415 - only where it is compared with
+    """Prune half of every group but the classifier with Torch-Pruning and its defaults, and return the result."""
+    import torch_pruning  # noqa: PLC0415 - only needed for --peer
 
     model, inputs = recipe.build()
     for parameter in model.parameters():
@@ -228,12 +231,12 @@ def peer(recipe: Recipe) -> str:
             ignored_layers=heads or layers[-1:],
         ).step()
         after = _shapes(model, args, options)
-    except Exception as error:  # noqa: BLE001 - that is what is counted
+    except Exception as error:  # noqa: BLE001 - a crash is a result
         return f"crash: {type(error).__name__}"
     kept = sum(parameter.numel() for parameter in model.parameters()) / before
     if after != shapes:
         return "output of another shape"
-    return f"runs, {kept:.0%} kept" if kept < TOUCHED else "nothing pruned"
+    return f"runs, {kept:.0%} kept" if kept < PRUNED_BELOW else "nothing pruned"
 
 
 def _shapes(model: nn.Module, args: Any, options: Any) -> list[Any]:
@@ -242,7 +245,7 @@ def _shapes(model: nn.Module, args: Any, options: Any) -> list[Any]:
 
 
 def in_process(recipe: Recipe, which: str, verb: str, limit: float) -> dict[str, Any]:
-    """`one` or `peer` in a process of its own, within a time limit."""
+    """Run `coverage_row` or `peer` in a separate process with a time limit in seconds, and return the row."""
     command = [sys.executable, "-W", "ignore", __file__, "--list", which, verb, f"{recipe.library}/{recipe.name}"]
     failed = {"library": recipe.library, "name": recipe.name, "result": "wrong"}
     try:
@@ -259,11 +262,10 @@ def in_process(recipe: Recipe, which: str, verb: str, limit: float) -> dict[str,
 
 
 def page(lists: dict[str, list[dict[str, Any]]]) -> str:
-    """docs/coverage.md."""
+    """Return the text of docs/coverage.md."""
     heads = {
-        "tuned": "## The models that the rules were written with",
-        "others": "## Models that the rules were not written with\n\nWhat their first run showed was fixed since: "
-        "models that fill buffers in their first run are loaded; a maximum over units is that of what is kept.",
+        "tuned": "## Models that were used during development",
+        "others": OTHERS_HEAD,
     }
     machine = f"{cpu()[0]}, one thread each, torch {torch.__version__}"
     parts = [HEAD.format(machine=machine, date=datetime.now(UTC).date())]
@@ -277,57 +279,73 @@ HEAD = """# Coverage
 
 <!-- written by benchmarks/coverage.py; do not edit -->
 
-Models of other people with random weights and small inputs, one process each: traced, cut to half of their MACs by the
-plan that `kirsch.plan` makes by itself (or half way to the least that is reachable; see the column), verified as the
-module that is returned, trained for a step, saved, loaded in a model built anew, exported to ONNX.
+This page shows which public models Kirsch prunes correctly. The models have random weights and small inputs. Each model
+runs in its own process: Kirsch traces it, prunes it to half of its MACs with a plan of `kirsch.plan`, and verifies the
+returned module. The pruned model is then trained for one step, saved, loaded into a newly built model, and exported to
+ONNX. If half of the MACs cannot be reached, the plan removes half of the largest possible reduction.
 
-- **Right**: all of that. **Refused**: an error that names what stands in the way, before anything was returned.
-  **Wrong**: anything else.
-- *Half of all*: a harder plan, half of every group of units. *Prunable*: share of the parameters that is not frozen.
-- *Blocks*: residual blocks that were found; half of them (by cost) were left out, at random, and that was verified.
+- *Result*: **correct** if all of these steps succeed; **refused** if Kirsch raises an error that names the cause;
+  **wrong** in all other cases.
+- *Prunable*: share of the parameters that are not frozen.
+- *MACs*: MACs of the pruned model, as a fraction of the original.
 - *Error*: largest difference from the masked original, relative to its largest output, in float64.
-- Of detectors the backbone is cut in its place (`module="backbone"`): they select boxes by values.
-- *Peer*, where there is such a column: Torch-Pruning with its defaults on the same model. That it runs and puts out the
-  same shapes is all that is looked at, not whether it still computes the function of what it kept.
+- *Half of all*: result of a harder plan, which removes half of the units of every group.
+- *Blocks*: number of residual blocks, and the result of removing half of them (by cost, chosen at random).
+- *Peer*, if present: Torch-Pruning with its defaults on the same model. This column only says whether the pruned model
+  runs and has the same output shapes, not whether its outputs are correct.
 
-`python benchmarks/coverage.py` makes this page, with `--peer` that column too; here on {machine}, {date}."""
+For detectors only the backbone is pruned (`module="backbone"`), because the rest selects boxes by their values.
+
+`python benchmarks/coverage.py` writes this page; `--peer` adds the last column. Measured on {machine}, {date}."""
+
+
+OTHERS_HEAD = """## Models that were not used during development
+
+The first run on these models found two errors, which are fixed: models that fill buffers in their first forward pass
+are now loaded, and a maximum over units is now taken over the kept units only."""
+
+REASONS = """\
+The most frequent reasons for frozen parameters follow. "It" is the frozen axis, and … is a name or a number in the code
+of the model. "Cannot follow it" means that this size in the code cannot be changed when the axis is pruned."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many are right, by library."""
+    """Return a table of the numbers of results by library."""
     compared = any("peer" in row for row in rows)
     lines = [
-        "| | models | right | refused | wrong | half of all right | prunable, mean |" + " peer runs |" * compared,
+        "| | models | correct | refused | wrong | half of all correct | prunable, mean |" + " peer runs |" * compared,
         "|---|---|---|---|---|---|---|" + "---|" * compared,
     ]
     libraries = dict.fromkeys(row["library"] for row in rows)
     for library in [*libraries, "all"]:
-        own = [row for row in rows if library in (row["library"], "all")]
-        count_of = [sum(row["result"] == result for row in own) for result in ("right", "refused", "wrong")]
-        full = sum(row.get("full") == "right" for row in own)
-        shares = [row["prunable"] for row in own if "prunable" in row]
+        selected = [row for row in rows if library in (row["library"], "all")]
+        count_of = [sum(row["result"] == result for row in selected) for result in ("correct", "refused", "wrong")]
+        full = sum(row.get("full") == "correct" for row in selected)
+        shares = [row["prunable"] for row in selected if "prunable" in row]
         mean = f"{np.mean(shares):.1%}" if shares else "–"
-        peers = f" {sum(row.get('peer', '').startswith('runs') for row in own)} |" if compared else ""
-        lines.append(f"| {library} | {len(own)} | {' | '.join(map(str, count_of))} | {full} | {mean} |{peers}")
+        peers = f" {sum(row.get('peer', '').startswith('runs') for row in selected)} |" if compared else ""
+        lines.append(f"| {library} | {len(selected)} | {' | '.join(map(str, count_of))} | {full} | {mean} |{peers}")
     return "\n".join(lines)
 
 
 def reasons(rows: list[dict[str, Any]]) -> str:
-    """What was refused and why, and what blocks most."""
+    """Return the models that are not correct, and the reasons that freeze most parameters, as lists."""
     lines = [f"- {row['library']} {row['name']}, {row['result']}: {row['why']}" for row in rows if "why" in row]
-    lines = ["Not right:", "", *(lines or ["- none"]), "", "What keeps parameters from going, over all models:", ""]
+    lines = ["Not correct:", "", *(lines or ["- none"]), "", REASONS, ""]
     shares: dict[str, list[float]] = {}
     for row in rows:
         for reason, *_, share in row.get("blockers", ()):
             general = re.sub(r"[`'\"][^`'\"]*[`'\"]|\d+", "…", reason)
             shares.setdefault(general, []).append(share)
     most = sorted(shares.items(), key=lambda item: -sum(item[1]))[:12]
-    lines += [f"- {reason}: in {len(found)} models, {np.mean(found):.1%} of their parameters" for reason, found in most]
+    for reason, found in most:
+        models, owner = ("1 model", "its") if len(found) == 1 else (f"{len(found)} models", "their")
+        lines.append(f"- {reason}: {models}, {np.mean(found):.1%} of {owner} parameters")
     return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each model."""
+    """Return a table with one row per model."""
     compared = any("peer" in row for row in rows)
     lines = [
         "| model | result | groups | prunable | MACs | error | half of all | blocks | trace | analysis |"
@@ -342,7 +360,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['prunable']:.1%}" if "prunable" in row else "–",
             f"{row['macs']:.1%}" if "macs" in row else "–",
             f"{row['error']:.0e}" if "error" in row else "–",
-            "–" if "full" not in row else "right" if row["full"] == "right" else "refused",
+            "–" if "full" not in row else "correct" if row["full"] == "correct" else "refused",
             _blocks(row),
             f"{row['trace']:.1f} s" if "trace" in row else "–",
             f"{row['analysis'] * 1e3:.0f} ms" if "analysis" in row else "–",
@@ -355,46 +373,46 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _blocks(row: dict[str, Any]) -> str:
     if not row.get("blocks"):
         return "–"
-    return f"{row['blocks']}, {'right' if row['depth'] == 'right' else 'refused'}"
+    return f"{row['blocks']}, {'correct' if row['depth'] == 'correct' else 'refused'}"
 
 
 def stored(which: str) -> dict[str, dict[str, Any]]:
-    """The rows that were measured before, by name."""
+    """Return the rows of earlier runs by name of the model."""
     out = ROOT / f"build/coverage-{which}.jsonl"
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return {f"{row['library']}/{row['name']}": row for row in rows}
 
 
 def main() -> None:
-    """The command line above."""
+    """Run the command line above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--list", choices=LISTS, default="tuned", dest="which")
     parser.add_argument("--only", default="*")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("verb", nargs="?", choices=["one", "peer"])
+    parser.add_argument("verb", nargs="?", choices=["row", "peer"])
     parser.add_argument("model", nargs="?")
-    given = parser.parse_args()
-    models = {f"{recipe.library}/{recipe.name}": recipe for recipe in LISTS[given.which]}
-    if given.verb is not None:
+    options = parser.parse_args()
+    models = {f"{recipe.library}/{recipe.name}": recipe for recipe in LISTS[options.which]}
+    if options.verb is not None:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        recipe = models[given.model]
-        print(json.dumps(one(recipe) if given.verb == "one" else {"peer": peer(recipe)}))
+        recipe = models[options.model]
+        print(json.dumps(coverage_row(recipe) if options.verb == "row" else {"peer": peer(recipe)}))
         return
-    out = ROOT / f"build/coverage-{given.which}.jsonl"
+    out = ROOT / f"build/coverage-{options.which}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = stored(given.which)
-    wanted = [name for name in models if fnmatch.fnmatch(name, given.only) and name not in rows]
+    rows = stored(options.which)
+    missing = [name for name in models if fnmatch.fnmatch(name, options.only) and name not in rows]
 
     def run(name: str) -> dict[str, Any]:
-        row = in_process(models[name], given.which, "one", LIMIT)
-        if given.peer:
-            row["peer"] = in_process(models[name], given.which, "peer", PEER_LIMIT).get("peer", "timeout")
+        row = in_process(models[name], options.which, "row", LIMIT)
+        if options.peer:
+            row["peer"] = in_process(models[name], options.which, "peer", PEER_LIMIT).get("peer", "timeout")
         return row
 
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool, out.open("a") as file:
-        for row in pool.map(run, wanted):
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, out.open("a") as file:
+        for row in pool.map(run, missing):
             rows[f"{row['library']}/{row['name']}"] = row
             print(json.dumps(row), file=file, flush=True)
             print(f"{row['library']}/{row['name']}: {row['result']}, all: {row.get('full')}, {row.get('why', '')}")

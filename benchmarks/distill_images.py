@@ -1,4 +1,4 @@
-"""CIFAR-10: a ResNet teaches a small ResNet and a MobileNetV2, by each of the published objectives."""
+"""CIFAR-10: distill a ResNet into a small ResNet and into a MobileNetV2 with published objectives."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ sys.path.append(str(ROOT / "examples"))
 
 from resnet_to_mobilenet import mobilenet, resnet  # noqa: E402 - the example's own networks
 
-TEACHERS, IMAGES, EPOCHS, BATCH = 10_000, 5_000, 10, 64
-"""Images the teacher learned from; those of them that students see; passes; batch size."""
+TEACHER_IMAGES, IMAGES, EPOCHS, BATCH = 10_000, 5_000, 10, 64
+"""Training images of the teacher; the number of them that students are trained on; epochs; batch size."""
 TRAINING = kirsch.Training(epochs=EPOCHS, learning_rate=0.05)
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(resnet, (16, 32, 64, 128), repeats=1),
@@ -51,8 +51,8 @@ TITLES = {
 
 @loss("keras-default", least_at_teacher=False)
 def keras_default(student: Any, teacher: Any, *, temperature: float = 3.0) -> Any:
-    """What `keras.distillation.LogitsDistillation()` computes if no loss is named: scores taken for probabilities."""
-    p, q = (ops.clip(scores / temperature, 1e-7, 1.0) for scores in (teacher, student))
+    """Return the default loss of `keras.distillation.LogitsDistillation()`, which treats logits as probabilities."""
+    p, q = (ops.clip(logits / temperature, 1e-7, 1.0) for logits in (teacher, student))
     return temperature**2 * ops.mean(ops.sum(p * ops.log(p / q), axis=-1))
 
 
@@ -65,41 +65,41 @@ DEFAULTS = {
         (Term("kd", 0.5, temperature=3.0, options={"convention": "keras"}),), label_weight=0.5
     ),
 }
-"""What other systems compute by default, as measured from their code; their own loops are not run."""
+"""Default losses of other libraries, read from their code. Their training loops are not used."""
 
 
 def objectives(task: str) -> dict[str, Objective]:
-    """What is compared. Warm-ups of 20 of 240 epochs last as long a part of these few."""
+    """Return the compared objectives. A warm-up of 20 of 240 epochs is shortened to the same fraction of `EPOCHS`."""
     student = STUDENTS[task]()
-    places = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
-    mine, theirs = [a for a, _ in places], [b for _, b in places]
+    layers = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
+    student_layers, teacher_layers = [a for a, _ in layers], [b for _, b in layers]
 
     def preset(name: str) -> Objective:
         objective = Objective.preset(name)
         terms = []
         for term in objective.terms:
             changes: dict[str, Any] = {}
-            if term.student == "auto":  # the store has what the teacher puts out there
-                changes = {"student": mine, "teacher": theirs}
+            if term.student_layer == "auto":  # the store has the outputs of these layers of the teacher
+                changes = {"student_layer": student_layers, "teacher_layer": teacher_layers}
             if isinstance(term.weight, Ramp):
                 changes["weight"] = dataclasses.replace(term.weight, epochs=EPOCHS * term.weight.epochs / 240)
             terms.append(dataclasses.replace(term, **changes))
         return dataclasses.replace(objective, terms=tuple(terms))
 
     names = ("kd", "dkd", "dist", "lskd", "at", "reviewkd", "crd")
-    found = {"labels only": Objective.labels(), **{name: preset(name) for name in names}}
-    return found if task == "mobilenet" else found | DEFAULTS
+    published = {"labels only": Objective.labels(), **{name: preset(name) for name in names}}
+    return published if task == "mobilenet" else published | DEFAULTS
 
 
 @cache
 def images() -> DataSet:
-    """The images of the teacher; the first of them are those of the students."""
-    return cifar10(seed=0, train=TEACHERS, validation=500, test=10_000)
+    """Return the images of the teacher. The students are trained on the first of them."""
+    return cifar10(seed=0, train=TEACHER_IMAGES, validation=500, test=10_000)
 
 
 @cache
 def teacher() -> nn.Module:
-    """Trained once, and kept as safetensors."""
+    """Return the teacher, which is trained once and stored as safetensors."""
     model, file = resnet(), ROOT / "build" / "distillation" / "teacher.safetensors"
     framework = framework_of(model)
     if file.is_file():
@@ -114,68 +114,68 @@ def teacher() -> nn.Module:
     return model
 
 
-def records(batch: Any) -> dict[str, torch.Tensor]:
-    """The teacher's scores, its last map of each size, and what its last layer is given."""
-    model, found = teacher(), {}
+def teacher_outputs(batch: Any) -> dict[str, torch.Tensor]:
+    """Return the teacher's logits, its last feature map of each size, and the input of its last layer."""
+    model, outputs = teacher(), {}
     value = torch.as_tensor(batch)
     with torch.inference_mode():
         for name, module in model.named_children():
             if name == str(len(model) - 1):
-                found["penultimate"] = value
+                outputs["penultimate"] = value
             value = module(value)
-            found[name] = value
-    kept = {place: found[place] for place in ("4", "6", "8", "10")}
-    return {"logits": value, "penultimate": found["penultimate"], **kept}
+            outputs[name] = value
+    maps = {layer: outputs[layer] for layer in ("4", "6", "8", "10")}
+    return {"logits": value, "penultimate": outputs["penultimate"], **maps}
 
 
-records.version = "1"
+teacher_outputs.version = "1"
 
 
-def lessons() -> tuple[ArrayData, TeacherStore]:
-    """The students' images, and what the teacher says of each of their looks: it is asked once for all runs."""
+def data_and_store() -> tuple[ArrayData, TeacherStore]:
+    """Return the students' images, and the teacher's outputs for each view, which are computed once for all runs."""
     train = images().train
     data = ArrayData(train.inputs[:IMAGES], train.labels[:IMAGES], BATCH, AUGMENT, views=EPOCHS, seed=0)
     folder = ROOT / "build" / "distillation" / "store"
-    build_store(folder, teacher(), data, keep=Dense(), outputs=records, views=EPOCHS, event=print)
+    build_store(folder, teacher(), data, keep=Dense(), outputs=teacher_outputs, views=EPOCHS, event=print)
     return data, TeacherStore.open(folder)
 
 
 def accuracy(model: nn.Module) -> float:
-    """On the 10,000 test images."""
+    """Return the accuracy on the 10,000 test images."""
     test = images().test
     return float((framework_of(model).inference.predict(model, test.inputs).argmax(-1) == test.labels).mean())
 
 
 def prepare() -> None:
-    """Train the teacher and ask it."""
-    lessons()
+    """Train the teacher and build the store."""
+    data_and_store()
 
 
 def about(task: str) -> str:
-    """What was trained on what."""
+    """Return a description of teacher, students, data and training."""
     image = torch.zeros(1, 3, 32, 32)
     counts = [framework_of(model).analysis.count(model, image) for model in (resnet(), STUDENTS[task]())]
     costs = [f"{figures.count(parameters)} parameters, {figures.count(macs)} MACs" for parameters, macs in counts]
     return (
-        f"The teacher ({costs[0]}) was trained on {TEACHERS:,} images and classifies {accuracy(teacher()):.1%} of "
-        f"the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of these images for "
-        f"{EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
+        f"The teacher ({costs[0]}) was trained on {TEACHER_IMAGES:,} images and classifies {accuracy(teacher()):.1%} "
+        f"of the 10,000 test images correctly. The students ({costs[1]}) are trained on {IMAGES:,} of the teacher's "
+        f"training images for {EPOCHS} epochs, batch size {BATCH}, with SGD with momentum and a cosine schedule from "
         f"{TRAINING.learning_rate:g}. The teacher's outputs for each augmented image are read from one store."
     )
 
 
 def run(task: str, objective: str, seed: int) -> dict[str, Any]:
-    """One student, trained and judged."""
-    data, store = lessons()
+    """Train a student; return its test accuracy, gradient shares and warnings."""
+    data, store = data_and_store()
     torch.manual_seed(seed)
-    student = STUDENTS[task]().to(memory_format=torch.channels_last)  # half the time for MobileNet on a processor
+    student = STUDENTS[task]().to(memory_format=torch.channels_last)  # halves the time of MobileNet on a CPU
     training = TRAINING.changed(seed=seed)
-    doubted: list[str] = []
-    hooks = TrainingHooks(event=lambda event: doubted.append(event["text"]) if "text" in event else None)
-    wanted = objectives(task)[objective]
-    trained = kirsch.distill(student, store, data, objective=wanted, training=training, hooks=hooks)
+    warnings: list[str] = []
+    hooks = TrainingHooks(event=lambda event: warnings.append(event["text"]) if "text" in event else None)
+    selected = objectives(task)[objective]
+    trained = kirsch.distill(student, store, data, objective=selected, training=training, hooks=hooks)
     return {
         "accuracy": accuracy(trained.model),
         "shares": trained.history[-1]["gradient_shares"],
-        "doubts": doubted,
+        "warnings": warnings,
     }

@@ -1,4 +1,4 @@
-"""SST-2: a transformer of six layers, trained from nothing, teaches one of two; and what counting words reaches."""
+"""SST-2: distill a BERT with six layers, without pretraining, into one with two layers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ transformers = import_beside("transformers")
 
 ROOT = Path(__file__).parents[1]
 LENGTH, WORDS, WIDTH, HEADS = 32, 8_000, 64, 4
-"""Tokens of a sentence, most words of the vocabulary, hidden size, heads."""
+"""Tokens per sentence, largest size of the vocabulary, hidden size, number of heads."""
 PADDING, UNKNOWN, FIRST = 0, 1, 2
-"""Tokens: of no word, of a rare one, and of the beginning of a sentence, which is what is classified."""
+"""Token ids of padding, of a word that is not in the vocabulary, and of the first token, whose output is classified."""
 TRAINING = kirsch.Training(
     epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, max_grad_norm=1.0
 )
@@ -44,7 +44,7 @@ TITLES = {"sst2": "SST-2, six layers into two"}
 
 
 def objectives(_task: str) -> dict[str, Objective]:
-    """What is compared. MiniLM's relations alone teach no classes: soft targets and labels stand beside them."""
+    """Return the compared objectives. MiniLM does not train the classifier, so soft targets are added."""
     minilm = dataclasses.replace(Objective.preset("minilm").terms[0], options={"heads": 8})
     return {
         "labels only": Objective.labels(),
@@ -56,7 +56,7 @@ def objectives(_task: str) -> dict[str, Objective]:
 
 @cache
 def sentences(part: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Texts and classes."""
+    """Return the sentences of a part and their classes."""
     lines = (data_folder() / "sst2" / f"{part}.tsv").read_text().splitlines()
     pairs = [line.rsplit("\t", 1) for line in lines]
     return [text for text, _ in pairs], np.array([int(label) for _, label in pairs])
@@ -64,20 +64,20 @@ def sentences(part: str) -> tuple[list[str], NDArray[np.int64]]:
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """Words of the training sentences that come twice or more, the most frequent first."""
+    """Return the token ids of words that occur at least twice in the training sentences, by frequency."""
     counts = collections.Counter(word for text in sentences("train")[0] for word in words(text))
     kept = [word for word, count in counts.most_common(WORDS) if count > 1]
     return {word: number for number, word in enumerate(kept, FIRST + 1)}
 
 
 def words(text: str) -> list[str]:
-    """Words and marks of a sentence."""
+    """Return the words and punctuation marks of a sentence."""
     return re.findall(r"[a-z']+|[^\sa-z]", text.lower())
 
 
 @cache
 def encoded(part: str) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
-    """Tokens (N, L) with their mask, and classes (N,)."""
+    """Return tokens (N, L) with their mask, and classes (N,)."""
     texts, labels = sentences(part)
     tokens = np.full((len(texts), LENGTH), PADDING)
     for row, text in zip(tokens, texts, strict=True):
@@ -87,7 +87,7 @@ def encoded(part: str) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]
 
 
 def network(layers: int) -> nn.Module:
-    """A BERT with so many layers."""
+    """Return a BERT classifier with the given number of layers."""
     config = transformers.BertConfig(
         vocab_size=len(vocabulary()) + FIRST + 1,
         hidden_size=WIDTH,
@@ -106,7 +106,7 @@ def network(layers: int) -> nn.Module:
 
 @cache
 def teacher() -> nn.Module:
-    """Trained once, and kept as safetensors."""
+    """Return the teacher, which is trained once and stored as safetensors."""
     torch.manual_seed(0)
     model, file = network(6), ROOT / "build" / "distillation" / "teacher-text.safetensors"
     framework = framework_of(model)
@@ -121,16 +121,18 @@ def teacher() -> nn.Module:
 
 
 def accuracy(model: nn.Module) -> float:
-    """On the 1,821 test sentences."""
+    """Return the accuracy on the 1,821 test sentences."""
     inputs, labels = encoded("test")
     return float((framework_of(model).inference.predict(model, inputs).argmax(-1) == labels).mean())
 
 
 def bag_of_words() -> float:
-    """The accuracy of logistic regression on which words a sentence has."""
-    counting = CountVectorizer(tokenizer=words, token_pattern=None, binary=True)
-    model = LogisticRegression(max_iter=1000).fit(counting.fit_transform(sentences("train")[0]), sentences("train")[1])
-    return float(model.score(counting.transform(sentences("test")[0]), sentences("test")[1]))
+    """Return the test accuracy of logistic regression on the set of words of a sentence."""
+    vectorizer = CountVectorizer(tokenizer=words, token_pattern=None, binary=True)
+    model = LogisticRegression(max_iter=1000).fit(
+        vectorizer.fit_transform(sentences("train")[0]), sentences("train")[1]
+    )
+    return float(model.score(vectorizer.transform(sentences("test")[0]), sentences("test")[1]))
 
 
 def prepare() -> None:
@@ -139,23 +141,23 @@ def prepare() -> None:
 
 
 def about(_task: str) -> str:
-    """What was trained on what."""
+    """Return a description of teacher, students, data and training."""
     counts = [figures.count(sum(p.numel() for p in network(layers).parameters())) for layers in (6, 2)]
     return (
-        f"Both are BERT models of width {WIDTH}, trained on 6,920 sentences without pretraining. The teacher with 6 "
-        f"layers ({counts[0]} parameters) classifies {accuracy(teacher()):.1%} of the 1,821 test sentences correctly; "
-        f"the students have 2 layers ({counts[1]}). {TRAINING.epochs} epochs of AdamW. Logistic regression on the "
-        f"words of a sentence reaches {bag_of_words():.1%}."
+        f"Teacher and students are BERT models of width {WIDTH}, trained on 6,920 sentences for {TRAINING.epochs} "
+        f"epochs with AdamW, without pretraining. The teacher has 6 layers ({counts[0]} parameters) and classifies "
+        f"{accuracy(teacher()):.1%} of the 1,821 test sentences correctly. The students have 2 layers ({counts[1]} "
+        f"parameters). Logistic regression on the words of a sentence reaches {bag_of_words():.1%}."
     )
 
 
 def run(task: str, objective: str, seed: int) -> dict[str, Any]:
-    """One student, trained and judged."""
+    """Train a student; return its test accuracy, gradient shares and warnings."""
     torch.manual_seed(seed)
     student, (inputs, labels) = network(2), encoded("train")
     training = TRAINING.changed(seed=seed)
-    doubted: list[str] = []
-    hooks = TrainingHooks(event=lambda event: doubted.append(event["text"]) if "text" in event else None)
+    warnings: list[str] = []
+    hooks = TrainingHooks(event=lambda event: warnings.append(event["text"]) if "text" in event else None)
     trained = kirsch.distill(
         student,
         teacher(),
@@ -167,5 +169,5 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     return {
         "accuracy": accuracy(trained.model),
         "shares": trained.history[-1]["gradient_shares"],
-        "doubts": doubted,
+        "warnings": warnings,
     }

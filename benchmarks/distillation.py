@@ -1,13 +1,14 @@
-"""What each published objective gives a student, on images and on sentences; writes docs/benchmarks.md.
+"""Compare published objectives of distillation on images and on sentences, and write docs/benchmarks.md.
 
-All students of a task have the same budget, optimizer, batches and first weights of a seed. The last epoch is judged,
-and nothing is chosen by the test set. Differences are paired by seed, with the interval of Student's t.
+All students of a task have the same number of epochs and the same optimizer; with the same seed, they have the same
+batches and initial weights. The student of the last epoch is evaluated, and the test set is not used to choose
+anything. Differences are paired by seed, with confidence intervals from Student's t-distribution.
 
     python benchmarks/distillation.py run resnet mobilenet sst2 --seeds 0 1 2
     python benchmarks/distillation.py table
 
-Processes may share the work, each with seeds or tasks of its own. Rows go to benchmarks/distillation.jsonl as they
-come; what stands there of the same teacher is not run again.
+Several processes can run different seeds or tasks. Each finished row is appended to benchmarks/distillation.jsonl. Rows
+that the file already has for the same teacher are not run again.
 
 Needs CIFAR-10 and SST-2 in `$KIRSCH_DATA` (default ../shared/data). About two hours of one core.
 """
@@ -45,20 +46,20 @@ START, END = "<!-- tables: written by benchmarks/distillation.py -->", "<!-- end
 
 
 def fingerprint(module: Any) -> str:
-    """Of a task's teacher."""
+    """Return the fingerprint of the teacher of a task."""
     teacher = module.teacher()
     return framework_of(teacher).inference.fingerprint(teacher)[:12]
 
 
 def rows(task: str) -> list[dict[str, Any]]:
-    """What is known of a task with its teacher."""
+    """Return the finished rows of a task with its current teacher."""
     lines = ROWS.read_text().splitlines() if ROWS.is_file() else []
-    found = [json.loads(line) for line in lines]
-    return [row for row in found if (row["task"], row["teacher"]) == (task, fingerprint(TASKS[task]))]
+    parsed = [json.loads(line) for line in lines]
+    return [row for row in parsed if (row["task"], row["teacher"]) == (task, fingerprint(TASKS[task]))]
 
 
 def run(task: str, seeds: list[int]) -> None:
-    """All students of a task that are not there yet, seed by seed."""
+    """Train all students of a task that have no row yet, seed by seed."""
     module = TASKS[task]
     module.prepare()
     for seed in seeds:
@@ -69,7 +70,7 @@ def run(task: str, seeds: list[int]) -> None:
             row = {"task": task, "objective": name, "seed": seed, "teacher": fingerprint(module)}
             try:
                 row |= module.run(task, name, seed)
-            except NumericError as error:  # of a loss that loses its gradient on the way
+            except NumericError as error:  # a loss without gradient
                 row |= {"accuracy": None, "error": str(error)}
             row["seconds"] = round(time.process_time() - begun)
             with ROWS.open("a") as file:
@@ -78,10 +79,12 @@ def run(task: str, seeds: list[int]) -> None:
 
 
 def table(task: str) -> list[str]:
-    """One task's table: each objective beside labels only, over the seeds that all objectives have."""
-    found = {(row["objective"], row["seed"]): row["accuracy"] for row in rows(task)}
-    names = [name for name in TASKS[task].objectives(task) if any(key[0] == name for key in found)]
-    seeds = [seed for seed in sorted({seed for _, seed in found}) if all((name, seed) in found for name in names)]
+    """Return the table of a task: each objective compared with labels only, over seeds that all objectives have."""
+    accuracy_of = {(row["objective"], row["seed"]): row["accuracy"] for row in rows(task)}
+    names = [name for name in TASKS[task].objectives(task) if any(key[0] == name for key in accuracy_of)]
+    seeds = [
+        seed for seed in sorted({seed for _, seed in accuracy_of}) if all((name, seed) in accuracy_of for name in names)
+    ]
     heads = [
         "objective",
         f"accuracy, {len(seeds)} seeds, ± deviation",
@@ -90,22 +93,22 @@ def table(task: str) -> list[str]:
     ]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---|"]
     for name in names:
-        if not all(found[name, seed] for seed in seeds):
+        if not all(accuracy_of[name, seed] for seed in seeds):
             lines.append(f"| {name} | – | – | stopped: the term has no gradient |")
             continue
-        accuracies = 100 * np.array([found[name, seed] for seed in seeds])
+        accuracies = 100 * np.array([accuracy_of[name, seed] for seed in seeds])
         cells = [name, f"{accuracies.mean():.1f} % ± {accuracies.std(ddof=1):.1f}", "–", ""]
         if name != LABELS:
-            gains = accuracies - 100 * np.array([found[LABELS, seed] for seed in seeds])
-            reach = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
-            cells[2] = f"{gains.mean():+.1f} ± {reach:.1f}"
-            cells[3] = "not significant" if abs(gains.mean()) < reach else "better" if gains.mean() > 0 else "worse"
+            gains = accuracies - 100 * np.array([accuracy_of[LABELS, seed] for seed in seeds])
+            margin = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
+            cells[2] = f"{gains.mean():+.1f} ± {margin:.1f}"
+            cells[3] = "not significant" if abs(gains.mean()) < margin else "better" if gains.mean() > 0 else "worse"
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def page() -> str:
-    """All tables with what they were measured on."""
+    """Return all tables with descriptions of the tasks and the machine."""
     lines = [
         START,
         (
@@ -127,18 +130,18 @@ def page() -> str:
 
 
 def main() -> None:
-    """What the command line asks for."""
+    """Run the command line above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
     running.add_argument("tasks", nargs="+", choices=TASKS)
     running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("table")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if given.command == "run":
-        for task in given.tasks:
-            run(task, given.seeds)
+    if options.command == "run":
+        for task in options.tasks:
+            run(task, options.seeds)
         return
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(before + page() + rest.partition(END)[2])

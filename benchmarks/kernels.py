@@ -1,6 +1,6 @@
-"""CPU kernels of two of torchvision's operators, for machines where its compiled ones do not load.
+"""CPU kernels of `nms` and `roi_align`, for machines on which the compiled operators of torchvision do not load.
 
-They follow the definitions: greedy suppression by overlap, and bilinear samples averaged over each cell of a box.
+`nms` suppresses boxes greedily by overlap. `roi_align` averages bilinear samples over each cell of a box.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from kirsch.frameworks.pytorch.io.vision import import_beside
 
 
 def nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Boxes (N, 4) that overlap no better one by more than a share; their indices, the best first."""
+    """Return the indices of the boxes (N, 4) that overlap no better box by more than a threshold, best box first."""
     order, kept = scores.argsort(descending=True, stable=True), []
     overlap = _overlap(dets)
     while len(order):
@@ -22,7 +22,7 @@ def nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch
 
 
 def _overlap(boxes: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of all pairs of boxes (N, 4: two corners)."""
+    """Return the intersection over union of all pairs of boxes (N, 4: two corners), shape (N, N)."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     size = (torch.min(boxes[:, None, 2:], boxes[:, 2:]) - torch.max(boxes[:, None, :2], boxes[:, :2])).clamp(min=0)
     common = size.prod(2)
@@ -38,35 +38,35 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> torch.Tensor:
-    """Boxes (K, 5: image and corners) of a map (N, C, H, W), each averaged into pooled_height × pooled_width cells."""
+    """Average boxes (K, 5: image and corners) of a map (N, C, H, W) over cells: (K, C, pooled_height, pooled_width)."""
     offset = 0.5 if aligned else 0.0
     height, width = values.shape[-2:]
     out = values.new_zeros(len(rois), values.shape[1], pooled_height, pooled_width)
     for number, roi in enumerate(rois):
         x1, y1, x2, y2 = (roi[1:] * spatial_scale - offset).tolist()
-        wide, high = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
-        rows = _places(y1, high, pooled_height, sampling_ratio)
-        columns = _places(x1, wide, pooled_width, sampling_ratio)
-        picture = values[int(roi[0])]
-        samples = _weights(rows, height, values.dtype) @ picture @ _weights(columns, width, values.dtype).mT
+        box_width, box_height = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
+        rows = _sample_positions(y1, box_height, pooled_height, sampling_ratio)
+        columns = _sample_positions(x1, box_width, pooled_width, sampling_ratio)
+        image = values[int(roi[0])]
+        samples = _interpolation(rows, height, values.dtype) @ image @ _interpolation(columns, width, values.dtype).mT
         cells = samples.unflatten(2, (pooled_width, -1)).unflatten(1, (pooled_height, -1))
         out[number] = cells.mean((2, 4))
     return out
 
 
-def _places(start: float, length: float, cells: int, ratio: int) -> torch.Tensor:
-    each = ratio if ratio > 0 else max(int(-(-length // cells)), 1)
-    return start + (torch.arange(cells * each, dtype=torch.float64) + 0.5) * length / (cells * each)
+def _sample_positions(start: float, length: float, cells: int, ratio: int) -> torch.Tensor:
+    samples = cells * (ratio if ratio > 0 else max(int(-(-length // cells)), 1))
+    return start + (torch.arange(samples, dtype=torch.float64) + 0.5) * length / samples
 
 
-def _weights(places: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Linear interpolation at these places as a matrix (places, size); nothing counts that lies outside by over one."""
-    inside = (places >= -1) & (places <= size)
-    clamped = places.clamp(0, size - 1)
+def _interpolation(positions: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return linear interpolation as a matrix (positions, size); positions more than 1 outside have weight 0."""
+    inside = (positions >= -1) & (positions <= size)
+    clamped = positions.clamp(0, size - 1)
     low = clamped.floor().long().clamp(max=size - 1)
     high, share = (low + 1).clamp(max=size - 1), clamped - low
-    rows = torch.arange(len(places))
-    matrix = torch.zeros(len(places), size, dtype=torch.float64)
+    rows = torch.arange(len(positions))
+    matrix = torch.zeros(len(positions), size, dtype=torch.float64)
     matrix.index_put_((rows, low), (1 - share) * inside, accumulate=True)
     matrix.index_put_((rows, high), share * inside, accumulate=True)
     return matrix.to(dtype)
@@ -89,8 +89,8 @@ OPERATORS = {
 }
 
 
-def give() -> None:
-    """Give torchvision these operators if it has none; once, before it is imported."""
+def register() -> None:
+    """Register these operators if torchvision has none. Call it before torchvision is imported."""
     if hasattr(torch.ops.torchvision, "nms"):
         return
     for schema, (kernel, fake) in OPERATORS.items():
@@ -99,4 +99,4 @@ def give() -> None:
         torch.library.impl(name, "CPU")(kernel)
         torch.library.register_fake(name)(fake)
     extension = import_beside("torchvision.extension")
-    extension._has_ops = lambda: True  # noqa: SLF001 - torchvision asks this of itself
+    extension._has_ops = lambda: True  # noqa: SLF001 - torchvision calls this before it uses its operators

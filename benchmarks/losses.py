@@ -140,9 +140,10 @@ HEAD = """# Time and memory of losses
 
 "nst" needs the inner products of all pairs of channels, and "rkd-angle" the angles of all triples of samples. The
 *plain* form computes the terms of the sum one by one: the products of channels at every position, and the differences
-of samples in every dimension. The *Kirsch* form uses matrices of inner products: of channels or of positions, whichever
-is cheaper, and of samples. The latter have 64 bits, so that samples that are close to each other and far from the
-others keep their digits. The shapes are those of student and teacher, in 32 bits.
+of samples in every dimension. The *Kirsch* form uses matrices of inner products: for "nst" of channels or of
+positions, whichever is cheaper, and for "rkd-angle" of samples. The products of samples are computed in float64;
+otherwise differences of samples that are close to each other would be lost to rounding. Student and teacher have the
+given shape and float32 values.
 
 The time is the processor time of value and gradient, on one thread, with both forms in turn: the median of {rounds}
 rounds ({fewest} if a round takes long). *Times faster* is the median of the ratios of the rounds. The memory is the
@@ -152,8 +153,8 @@ is the relative difference of the two values.
 `python benchmarks/losses.py` writes this page. These numbers are from {machine}, {date}.
 Other programs ran on the machine (load {load:.1f}), so compare the ratios, not the milliseconds.
 
-The Kirsch form of "rkd-angle" is faster for wide features. With as many samples as dimensions it is not faster, and the
-sums that replace the differences need memory of their own."""
+The Kirsch form of "rkd-angle" is faster for wide features. With as many samples as dimensions it is hardly faster, and
+its intermediate matrices need more memory."""
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""What a step of training costs with a teacher, with a store, and in a loop written by hand; writes docs/benchmarks.md.
+"""Measure the time of a training step with a teacher, a store or a hand-written loop; write docs/benchmarks.md.
 
-The three pairs are ResNets for CIFAR (He et al. 2015; the wide ones as Tian et al. 2020, arXiv:1910.10699, name them).
-Time is that of the processor, one thread, between the ends of two steps; all ways take turns in one process, and each
-figure is the median of the rounds' ratios.
+The three pairs are ResNets for CIFAR (He et al. 2015; names of the wide networks as in Tian et al. 2020,
+arXiv:1910.10699). The time is the processor time between the ends of two steps, on one thread. All variants are
+measured in turn in one process, and each number is the median of the ratios of the rounds.
 
-    python benchmarks/overhead.py    # about ten minutes; the rows go to build/overhead.json too
+    python benchmarks/overhead.py    # about ten minutes; also writes the rows to build/overhead.json
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ PAIRS = {
     "ResNet-110 → ResNet-20": ((110, (16, 16, 32, 64)), (20, (16, 16, 32, 64))),
     "ResNet-32×4 → ResNet-8×4": ((32, (32, 64, 128, 256)), (8, (32, 64, 128, 256))),
 }
-"""Depth and widths of stem and stages, of teacher and student."""
+"""Depth, and widths of stem and stages, of teacher and student."""
 
 
 class Block(nn.Module):
-    """Two convolutions, and a projection where the shape changes."""
+    """Residual block of two convolutions, with a projection if the shape changes."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -63,17 +63,17 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if before == after and stride == 1 else project
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) → (N, C', H', W')."""
+        """Return the output (N, C', H', W') for a map (N, C, H, W)."""
         return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 def resnet(depth: int, widths: tuple[int, ...]) -> nn.Module:
-    """Three stages of (depth - 2) / 6 blocks."""
+    """Return a ResNet with three stages of (depth - 2) / 6 blocks."""
     before = widths[0]
     layers: list[nn.Module] = [nn.Conv2d(3, before, 3, 1, 1, bias=False), nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
     for stage, width in enumerate(widths[1:]):
-        for place in range((depth - 2) // 6):
-            layers.append(Block(before, width, 2 if stage and not place else 1))
+        for block in range((depth - 2) // 6):
+            layers.append(Block(before, width, 2 if stage and not block else 1))
             before = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 100))
 
@@ -85,25 +85,25 @@ class Clock:
         self.ends: list[float] = []
 
     def __call__(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         self.ends.append(time.process_time())
 
     def step(self) -> float:
-        """The median step, without the first two, which build what later ones reuse."""
+        """Return the median time of a step. The first two steps are slower, and are left out."""
         return float(np.median(np.diff(self.ends)[1:]))
 
 
 def by_hand(student: nn.Module, teacher: nn.Module, data: ArrayData, clock: Clock) -> None:
-    """The least that soft targets and labels need."""
+    """Train one epoch on soft targets and labels with as few operations as possible."""
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for batch in data.epoch(0, 0):
         inputs, labels = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
         with torch.no_grad():
             soft = teacher(inputs).div(4).log_softmax(-1)
-        scores = student(inputs)
-        kl = F.kl_div(scores.div(4).log_softmax(-1), soft, log_target=True, reduction="batchmean")
-        loss = 0.1 * F.cross_entropy(scores, labels) + 0.9 * 16 * kl
+        logits = student(inputs)
+        kl = F.kl_div(logits.div(4).log_softmax(-1), soft, log_target=True, reduction="batchmean")
+        loss = 0.1 * F.cross_entropy(logits, labels) + 0.9 * 16 * kl
         if not torch.isfinite(loss):
             raise RuntimeError("the loss is not finite")
         optimizer.zero_grad()
@@ -113,9 +113,9 @@ def by_hand(student: nn.Module, teacher: nn.Module, data: ArrayData, clock: Cloc
 
 
 def measure(pair: str) -> dict[str, float]:
-    """The ratios of one pair."""
+    """Return the time of a plain step and the ratios of one pair."""
     torch.manual_seed(0)
-    teacher, student = (resnet(*given) for given in PAIRS[pair])
+    teacher, student = (resnet(*shape) for shape in PAIRS[pair])
     teacher.eval()
     random = np.random.default_rng(0)
     inputs = random.standard_normal((BATCH * STEPS, 3, 32, 32)).astype(np.float32)
@@ -126,23 +126,25 @@ def measure(pair: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = build_store(folder, teacher, data, keep=TopK(10), temperature=4.0)
 
-        def taught(by: Any, clock: Clock) -> None:
+        def distill(source: Any, clock: Clock) -> None:
             hooks = TrainingHooks(stop=clock, event=lambda _event: None)
-            kirsch.distill(student, by, data, objective=objective, training=training, hooks=hooks, check_teacher=False)
+            kirsch.distill(
+                student, source, data, objective=objective, training=training, hooks=hooks, check_teacher=False
+            )
 
-        ways: dict[str, Callable[[Clock], Any]] = {
+        variants: dict[str, Callable[[Clock], Any]] = {
             "plain": lambda clock: fit(student, data, training=training, hooks=TrainingHooks(stop=clock)),
-            "store": lambda clock: taught(store, clock),
-            "teacher": lambda clock: taught(teacher, clock),
+            "store": lambda clock: distill(store, clock),
+            "teacher": lambda clock: distill(teacher, clock),
             "hand": lambda clock: by_hand(copy.deepcopy(student), teacher, data, clock),
         }
         for _ in range(ROUNDS):
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 clock = Clock()
-                way(clock)
+                variant(clock)
                 times.setdefault(name, []).append(clock.step())
-    against = {"store": "plain", "teacher": "plain", "hand": "teacher"}
-    ratios = {name: [a / b for a, b in zip(times[name], times[base], strict=True)] for name, base in against.items()}
+    baselines = {"store": "plain", "teacher": "plain", "hand": "teacher"}
+    ratios = {name: [a / b for a, b in zip(times[name], times[base], strict=True)] for name, base in baselines.items()}
     return {
         "plain_ms": 1e3 * statistics.median(times["plain"]),
         "store": statistics.median(ratios["store"]),
@@ -152,7 +154,7 @@ def measure(pair: str) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]], date: str) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
         START,
         f"`python benchmarks/overhead.py` writes this table; measured on {cpu()[0]}, one thread, {date}.",
@@ -162,7 +164,7 @@ def table(rows: dict[str, dict[str, float]], date: str) -> str:
     ]
     for name, row in rows.items():
         ratios = f"{row['store']:.2f}× | {row['teacher']:.2f}× | {row['over_hand']:.2f}"
-        lines.append(f"| {name} | {row['plain_ms']:.0f} ms a step | {ratios} |")
+        lines.append(f"| {name} | {row['plain_ms']:.0f} ms per step | {ratios} |")
     return "\n".join([*lines, END])
 
 

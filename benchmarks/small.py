@@ -1,4 +1,4 @@
-"""Small networks as papers describe them, written by hand in the way that research code is."""
+"""Small networks from papers, written in the style of research code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UNet(nn.Module):
         self.up1, self.out = double(2 * width, width), nn.Conv2d(width, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores of each pixel."""
+        """Return logits of each pixel, shape (N, 2, H, W)."""
         one = self.down1(x)
         two = self.down2(F.max_pool2d(one, 2))
         x = self.lift2(self.bottom(F.max_pool2d(two, 2)))
@@ -47,12 +47,12 @@ class Espcn(nn.Module):
         self.conv3, self.shuffle = nn.Conv2d(12, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The larger image."""
+        """Return the image in `scale` times the resolution."""
         return torch.sigmoid(self.shuffle(self.conv3(torch.tanh(self.conv2(torch.tanh(self.conv1(x)))))))
 
 
 class TextCnn(nn.Module):
-    """Kim 2014: convolutions of several widths over words, the maximum over time of each."""
+    """Kim 2014: convolutions of several widths over words, each followed by the maximum over time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class TextCnn(nn.Module):
         self.fc = nn.Linear(30, 4)
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
-        """Scores of each text."""
+        """Return logits of each text, shape (N, 4)."""
         x = self.embedding(words).unsqueeze(1)
         parts = [F.relu(conv(x)).squeeze(3) for conv in self.convs]
         return self.fc(torch.cat([F.max_pool1d(part, part.size(2)).squeeze(2) for part in parts], 1))
@@ -84,7 +84,7 @@ class Crnn(nn.Module):
         self.rnn, self.out = nn.LSTM(32 * 8, 24, 2, bidirectional=True), nn.Linear(48, 11)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (time, batch, classes)."""
+        """Return log-probabilities, shape (T, N, K)."""
         x = self.cnn(image)
         b, c, h, w = x.size()
         x = x.view(b, c * h, w).permute(2, 0, 1)
@@ -95,7 +95,7 @@ class Tcn(nn.Module):
     """Bai et al. 2018: dilated causal convolutions with weight normalization and residual connections."""
 
     class Block(nn.Module):
-        """Two causal convolutions beside a shortcut."""
+        """Two causal convolutions with a shortcut."""
 
         def __init__(self, i: int, o: int, dilation: int) -> None:
             super().__init__()
@@ -106,7 +106,7 @@ class Tcn(nn.Module):
             self.short = nn.Conv1d(i, o, 1) if i != o else None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """(batch, channels, time)."""
+            """Return the output (N, C', T) for a series (N, C, T)."""
             y = F.relu(self.conv1(x)[:, :, : -self.pad])
             y = F.relu(self.conv2(y)[:, :, : -self.pad])
             return F.relu(y + (x if self.short is None else self.short(x)))
@@ -117,12 +117,12 @@ class Tcn(nn.Module):
         self.out = nn.Linear(16, 5)
 
     def forward(self, series: torch.Tensor) -> torch.Tensor:
-        """Scores of the last step."""
+        """Return logits of the last step, shape (N, 5)."""
         return self.out(self.net(series)[:, :, -1])
 
 
 class PointNet(nn.Module):
-    """Qi et al. 2017, with the small transformation network of its input."""
+    """Qi et al. 2017, with the small network that computes a transformation of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ class PointNet(nn.Module):
         self.head = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 6))
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
-        """Points (batch, 3, n); scores of each point from its own and the global features."""
-        turn = self.align(points).view(-1, 3, 3) + torch.eye(3)
-        local = self.local(torch.bmm(turn, points))
-        whole = self.deep(local).max(dim=2, keepdim=True)[0].expand(-1, -1, points.size(2))
-        return self.head(torch.cat([local, whole], 1).transpose(1, 2))
+        """Return logits (N, P, 6) of each of the points (N, 3, P), from local and global features."""
+        rotation = self.align(points).view(-1, 3, 3) + torch.eye(3)
+        local = self.local(torch.bmm(rotation, points))
+        pooled = self.deep(local).max(dim=2, keepdim=True)[0].expand(-1, -1, points.size(2))
+        return self.head(torch.cat([local, pooled], 1).transpose(1, 2))
 
 
 class WaveGate(nn.Module):
-    """van den Oord et al. 2016 in small: gated dilated convolutions with residual and skip connections."""
+    """WaveNet (van den Oord et al. 2016), small: gated dilated convolutions with residual and skip connections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class WaveGate(nn.Module):
         self.last = nn.Sequential(nn.ReLU(), nn.Conv1d(20, 20, 1), nn.ReLU(), nn.Conv1d(20, 8, 1))
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        """Scores of each step that all layers see."""
+        """Return logits of the steps that are in the receptive field of all layers, shape (N, 8, T')."""
         x, total = self.first(wave), 0
         for gate, back, skip in zip(self.gates, self.back, self.skips, strict=True):
             filtered, gating = gate(x).chunk(2, dim=1)
@@ -173,35 +173,35 @@ class Seq2Seq(nn.Module):
         self.cell, self.out = nn.GRUCell(16 + 40, 24), nn.Linear(24, 200)
         self.query, self.key, self.score = nn.Linear(24, 18), nn.Linear(40, 18), nn.Linear(18, 1, bias=False)
 
-    def forward(self, words: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Scores of each next word."""
+    def forward(self, words: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return logits of each next word, shape (N, T, 200)."""
         memory, _ = self.encoder(self.source(words))
         state, keys, out = torch.tanh(self.bridge(memory[:, 0])), self.key(memory), []
-        for step in range(given.size(1)):
+        for step in range(targets.size(1)):
             weights = torch.softmax(self.score(torch.tanh(self.query(state).unsqueeze(1) + keys)), dim=1)
             context = (weights * memory).sum(1)
-            state = self.cell(torch.cat([self.target(given[:, step]), context], -1), state)
+            state = self.cell(torch.cat([self.target(targets[:, step]), context], -1), state)
             out.append(self.out(state))
         return torch.stack(out, 1)
 
 
 class Cbam(nn.Module):
-    """Woo et al. 2018: attention over channels, then over places, in a residual block."""
+    """Woo et al. 2018: attention over channels, then over positions, in a residual block."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem, self.conv = nn.Conv2d(3, width, 3, 2, 1), nn.Conv2d(width, width, 3, 1, 1)
         self.shared = nn.Sequential(nn.Linear(width, width // 4), nn.ReLU(), nn.Linear(width // 4, width))
-        self.place, self.head = nn.Conv2d(2, 1, 7, padding=3), nn.Linear(width, 10)
+        self.position, self.head = nn.Conv2d(2, 1, 7, padding=3), nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores of each image."""
+        """Return logits of each image, shape (N, 10)."""
         x = F.relu(self.stem(x))
         y = self.conv(x)
         gate = self.shared(y.mean((2, 3))) + self.shared(y.amax((2, 3)))
         y = y * torch.sigmoid(gate)[:, :, None, None]
-        where = torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1)
-        return self.head(F.relu(x + y * torch.sigmoid(self.place(where))).mean((2, 3)))
+        statistics = torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1)
+        return self.head(F.relu(x + y * torch.sigmoid(self.position(statistics))).mean((2, 3)))
 
 
 class Vae(nn.Module):
@@ -223,7 +223,7 @@ class Vae(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The image again, and the two vectors that describe it."""
+        """Return the reconstructed image, and mean and log-variance of its code."""
         code = self.encode(x)
         mean, spread = self.mean(code), self.spread(code)
         sample = mean + torch.randn_like(mean) * torch.exp(spread / 2) if self.training else mean

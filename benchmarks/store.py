@@ -1,10 +1,11 @@
-"""What a record of a teacher store takes on disk, and what building and reading cost; writes docs/store.md.
+"""Measure the size of the records of a teacher store and the time to build and read it; write docs/store.md.
 
-The teacher is one small matrix product, so that the time is that of the store. Reading: random ids in batches of 256,
-files in the page cache, median of rounds. For comparison, a file a sample, as `torch.save` writes it. All times are CPU
-times of one thread, which other processes on the machine change little.
+The teacher is one small matrix product, so that the store takes most of the time. Records are read by random ids in
+batches of 256, with files in the page cache; the time is the median of the rounds. One file per sample, written by
+`torch.save`, is measured for comparison. All times are CPU times of one thread, which other processes on the machine
+hardly change.
 
-    python benchmarks/store.py    # the rows go to build/store.json too
+    python benchmarks/store.py    # also writes the rows to build/store.json
 """
 
 from __future__ import annotations
@@ -43,32 +44,32 @@ SETS: dict[str, tuple[TopK | Dense, int, int]] = {
     "dense, 100": (Dense(), 100, 200_000),
     "dense, 1,000": (Dense(), 1000, 50_000),
 }
-"""What is kept, classes, samples."""
+"""Name → kept outputs, number of classes, number of samples."""
 FILES = 2_000
 START, END = "<!-- table: written by benchmarks/store.py -->", "<!-- end of table -->"
 
 
 def formula(keep: TopK | Dense, classes: int) -> int:
-    """Bytes of a record, as docs/store.md states them."""
+    """Return the bytes per record by the formula of docs/store.md."""
     if isinstance(keep, TopK):
         return 4 + keep.k * (np.dtype(index_type(classes)).itemsize + 2) + 2
     return 4 + 2 * classes + 4
 
 
 def per_sample_us(read: Callable[[np.ndarray], Any], samples: int, batch: int = BATCH) -> float:
-    """Microseconds a sample: the median of rounds over random ids."""
+    """Return the median time to read a sample by random ids, in microseconds."""
     random, rounds = np.random.default_rng(0), []
     for _ in range(ROUNDS):
         ids = [random.integers(0, samples, batch) for _ in range(BATCHES)]
         begun = time.process_time()
-        for one in ids:
-            read(one)
+        for batch_ids in ids:
+            read(batch_ids)
         rounds.append((time.process_time() - begun) / BATCHES / batch * 1e6)
     return statistics.median(rounds)
 
 
 def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
-    """One row."""
+    """Return the row of one kind of record."""
     torch.manual_seed(0)
     teacher = nn.Linear(WIDTH, classes)
     inputs = np.random.default_rng(0).standard_normal((samples, WIDTH)).astype(np.float32)
@@ -101,7 +102,7 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
 
 
 def file_per_sample() -> dict[str, Any]:
-    """The top 10 of 1,000 classes in a file a sample."""
+    """Return the row of the top 10 of 1,000 classes in one file per sample."""
     with tempfile.TemporaryDirectory() as folder:
         record = {"indices": torch.arange(10, dtype=torch.int16), "log_p": torch.zeros(10, dtype=torch.float16)}
         begun = time.process_time()
@@ -123,19 +124,19 @@ def file_per_sample() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     machine = found["environment"]
     lines = [
         START,
         f"`python benchmarks/store.py` writes this table; CPU time on {machine['cpu']}, one thread, {found['date']}.",
         "",
-        "| kept | bytes a record | by formula | reading, batches of 256 | one by one | building, beside the teacher |",
+        "| kept | bytes per record | by formula | reading, batches of 256 | one by one | building, without teacher |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["rows"].items():
-        beside = f"{row['store_us_per_sample']:.1f} µs a sample" if "store_us_per_sample" in row else "–"
+        beside = f"{row['store_us_per_sample']:.1f} µs per sample" if "store_us_per_sample" in row else "–"
         alone = f"{row['read_alone_us']:.0f} µs" if "read_alone_us" in row else f"{row['read_us_per_sample']:.0f} µs"
-        batch = f"{row['read_us_per_sample']:.2f} µs a sample" if "read_alone_us" in row else "–"
+        batch = f"{row['read_us_per_sample']:.2f} µs per sample" if "read_alone_us" in row else "–"
         by = f"{row['bytes_by_formula']:,}" if "bytes_by_formula" in row else "–"
         lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {beside} |")
     return "\n".join([*lines, END])
@@ -146,8 +147,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     before = load()
-    rows = {name: measure(*given) for name, given in SETS.items()}
-    rows["a file a sample, top 10 of 1,000"] = file_per_sample()
+    rows = {name: measure(*options) for name, options in SETS.items()}
+    rows["one file per sample, top 10 of 1,000"] = file_per_sample()
     found = {
         "environment": environment(),
         "load_before": before,

@@ -1,4 +1,4 @@
-"""ResNet-56 for CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2), with the public weights of others.
+"""ResNet-56 for CIFAR-10 (He et al. 2015, arXiv:1512.03385, section 4.2), with public weights.
 
 The weights are those of github.com/akamaster/pytorch_resnet_cifar10 (BSD-2), read from
 `$KIRSCH_DATA/resnet56-cifar10/`. Shortcuts where shapes change are the paper's option A: every second pixel, and zeros
@@ -16,9 +16,9 @@ from torch import nn
 
 
 class PadShortcut(nn.Module):
-    """Every second pixel, with zero channels before and after.
+    """Every second pixel, padded with channels of zeros before and after.
 
-    The two numbers are attributes, so that they can follow when channels go.
+    The two numbers of channels are attributes, so that pruning can update them.
     """
 
     def __init__(self, before: int, after: int) -> None:
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet56(nn.Module):
-    """Three stages of nine blocks, 16, 32 and 64 channels wide."""
+    """ResNet-56: three stages of nine blocks with 16, 32 and 64 channels."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class ResNet56(nn.Module):
 
 
 def resnet56() -> nn.Module:
-    """The network with its public weights, in inference mode."""
+    """Return the network with its public weights, in inference mode."""
     folder = Path(os.environ.get("KIRSCH_DATA", "../shared/data")) / "resnet56-cifar10"
     files = sorted(folder.glob("*.th"))
     if not files:
         raise FileNotFoundError(f"no weights in {folder}: set KIRSCH_DATA to a folder that holds resnet56-cifar10/*.th")
-    # The file is a pickle of tensors: weights_only refuses anything that would execute.
+    # The file is a pickle of tensors: weights_only rejects executable content.
     stored = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
     model = ResNet56()
     wanted = set(model.state_dict())

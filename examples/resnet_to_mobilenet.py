@@ -1,8 +1,9 @@
-"""A ResNet-18-style teacher into a MobileNetV2-style student on CIFAR-10: with and without the teacher, same budget.
+"""Distill a ResNet-18-style teacher into a MobileNetV2-style student on CIFAR-10, compared with labels alone.
 
-Needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data); says so and stops if it is absent. Expect about 25 minutes on
-two cores: 5,000 images, one teacher, five seeds of the student with and without distillation. So few images and epochs
-show the direction, not what either network can reach. `--quick` takes under a minute and shows the steps only.
+The example needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data), and stops with a message if it is missing. It
+takes about 25 minutes on two cores: 5,000 images, one teacher, and five seeds of the student with and without
+distillation. With so few images and epochs, both networks stay below their best accuracy. `--quick` takes less than a
+minute and only shows the steps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kirsch.frameworks.find import framework_of
 
 
 def unit(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Convolution and batch normalization."""
+    """Return a convolution and a batch normalization."""
     convolution = nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(width_out)]
 
@@ -46,7 +47,7 @@ class Residual(nn.Module):
 
 
 class Inverted(nn.Module):
-    """Widen, convolve each channel by itself, narrow (Sandler et al. 2018)."""
+    """Inverted residual block: expansion, depthwise convolution, projection (Sandler et al. 2018)."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, widen: int) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Inverted(nn.Module):
 
 
 def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn.Module:
-    """ResNet-18's layout, half as wide, for 32 x 32 pixels; the stem halves the image."""
+    """Return a ResNet-18 of half the width for 32 x 32 pixels. The stem halves the image."""
     blocks: list[nn.Module] = []
     before = widths[0]
     for place, width in enumerate(widths):
@@ -77,7 +78,7 @@ def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn
 
 
 def mobilenet() -> nn.Module:
-    """MobileNetV2's layout at a third of its width, for 32 x 32 pixels; the stem halves the image."""
+    """Return a MobileNetV2 of a third of the width for 32 x 32 pixels. The stem halves the image."""
     rows = [(1, 16, 1, 1), (4, 16, 2, 1), (4, 24, 2, 2), (4, 32, 2, 2), (4, 48, 1, 1)]
     blocks: list[nn.Module] = []
     before = 16
@@ -133,7 +134,7 @@ def main() -> int:
 def table(
     quality: float, results: dict[str, list[float]], costs: dict[str, tuple[int, int]], samples: int, seeds: int
 ) -> str:
-    """The figures, and what they can be taken for."""
+    """Return a table of sizes and accuracies, with the gain by distillation and its confidence interval."""
     lines = [f"\n{'':<31} {'parameters':>10} {'MACs':>8}   accuracy on {samples} images, seeds: {seeds}"]
     cost = [figures.count(value) for value in costs["teacher"]]
     lines.append(f"{'teacher, ResNet-18 style':<31} {cost[0]:>10} {cost[1]:>8}   {figures.percent(quality)}")
@@ -145,7 +146,7 @@ def table(
     gains = 100 * (np.array(results["with the teacher"]) - np.array(results["labels alone"]))
     lines.append(f"gain by the teacher, seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
     if len(gains) > 1:
-        # Student's t: two standard errors would promise too much of so few seeds.
+        # Student's t-distribution: two standard errors would be too narrow for so few seeds.
         reach = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
         verdict = "inside" if abs(gains.mean()) < reach else "outside"
         lines.append(f"mean {gains.mean():+.1f} ± {reach:.1f} (95 %, paired by seed): {verdict} the noise")

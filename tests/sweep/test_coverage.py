@@ -27,9 +27,9 @@ def test_a_model_is_pruned_correctly(name):
     model, inputs = MODELS[name].build()
     graph = kirsch.trace(model, inputs)
     assert (graph.cost.parameters, graph.cost.macs) == coverage.count(model, inputs)
-    assert coverage.full(model, graph, row) == "right"
-    pruned = kirsch.prune(model, coverage.planned(graph, row))
-    assert coverage.trained(pruned, inputs) is None
+    assert coverage.prune_half_of_every_group(model, graph, row) == "correct"
+    pruned = kirsch.prune(model, coverage.half_macs_plan(graph, row))
+    assert coverage.training_error(pruned, inputs) is None
     assert "goal" not in row, "half of the MACs was out of reach"
 
 
@@ -37,8 +37,8 @@ def test_a_model_is_pruned_correctly(name):
 @pytest.mark.timeout(coverage.LIMIT)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_model_has_the_result_wrong(name):
-    row = coverage.in_process(MODELS[name], "tuned", "one", coverage.LIMIT)
-    assert row["result"] == "right", row.get("why")
+    row = coverage.in_process(MODELS[name], "tuned", "row", coverage.LIMIT)
+    assert row["result"] == "correct", row.get("why")
 
 
 def test_nms_removes_boxes_that_overlap_a_better_one():
