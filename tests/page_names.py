@@ -138,6 +138,6 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,
     ("docs/training.md", "Lightning"): module,
-    ("docs/training.md", "Data of a recipe"): flowers,
+    ("docs/training.md", "Data of `kirsch.compress`"): flowers,
 }
 """Page and section → names for the blocks of the section, and of those after it."""

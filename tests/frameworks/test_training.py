@@ -14,19 +14,19 @@ from kirsch.frameworks.training import Training, share_warnings
     ("options", "sentence"),
     [
         ({"epochs": 0}, "`epochs` .* is 0; expected a whole number of at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a number above 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` .* is 0.0; expected a number above 0"),
         ({"learning_rate": math.inf}, "`learning_rate` .* is inf; expected a finite number"),
-        ({"weight_decay": -1e-4}, "weight_decay is -0.0001; expected a number of at least 0"),
+        ({"weight_decay": -1e-4}, "`weight_decay` .* is -0.0001; expected a number of at least 0"),
         ({"weight_decay": math.nan}, "`weight_decay` .* is nan; expected a finite number"),
         ({"optimizer": "adam"}, "`optimizer` .* is 'adam'; expected 'sgd' or 'adamw'"),
         ({"schedule": "cosin"}, "`schedule` .* is 'cosin'; .*Did you mean 'cosine'"),
-        ({"milestones": (0.75, 0.5)}, r"milestones are \(0.75, 0.5\); expected ascending fractions between 0 and 1"),
-        ({"milestones": (0.5, 1.0)}, "milestones are"),
-        ({"milestones": (30, 60)}, r"milestones are \(30, 60\)"),
+        ({"milestones": (0.75, 0.5)}, r"milestones are \(0.75, 0.5\); expected ascending fractions"),
+        ({"milestones": (0.5, 1.0)}, r"`milestones\[1\]` .* is 1.0; expected a number above 0 and below 1"),
+        ({"milestones": (30, 60)}, r"`milestones\[0\]` .* is 30; expected a number above 0 and below 1"),
         ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs is 4; expected a number from 0 to 3"),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; expected a number above 0, or None"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"warmup_epochs": -1}, "`warmup_epochs` .* is -1; expected a number of at least 0"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` .* is 0.0; expected a number above 0"),
+        ({"max_grad_norm": -1.0}, "`max_grad_norm` .* is -1.0"),
         ({"seed": -1}, "`seed` .* is -1; expected a whole number"),
     ],
 )
@@ -36,7 +36,7 @@ def test_invalid_setting_is_named(options, sentence):
 
 
 def test_all_invalid_settings_are_named_in_one_error():
-    with pytest.raises(UsageError, match=r"learning_rate is -1; .*; weight_decay is -2"):
+    with pytest.raises(UsageError, match=r"`learning_rate` .* is -1; .*`weight_decay` .* is -2"):
         Training(learning_rate=-1, weight_decay=-2)
     with pytest.raises(UsageError, match=r"`epochs` .* is 0; .* `optimizer` .* is 'x'; .*\. The default is epochs=10"):
         Training(epochs=0, optimizer="x")

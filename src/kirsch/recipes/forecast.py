@@ -41,7 +41,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     Raises:
         KirschError: the run would fail before its first long step.
     """
-    job = job_of(recipe, folder or base, materials_of(recipe, base))
+    job = job_of(recipe, base, materials_of(recipe, base))  # nothing is written to the folder of the job
     preflight(job, recipe.all_steps)
     job.build()
     steps: list[dict[str, Any]] = []
