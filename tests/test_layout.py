@@ -77,8 +77,9 @@ def test_a_name_that_is_not_public_does_not_resolve():
 def test_every_public_name_has_a_docstring(name):
     public = getattr(kirsch, name)
     assert public.__doc__
-    members = [m for m in vars(public).values() if inspect.isfunction(m)] if inspect.isclass(public) else []
-    undocumented = [m.__name__ for m in members if not m.__name__.startswith("_") and not m.__doc__]
+    members = vars(public) if inspect.isclass(public) else {}
+    methods = {key: value for key, value in members.items() if inspect.isfunction(value) and not key.startswith("_")}
+    undocumented = [key for key, method in methods.items() if not method.__doc__]
     assert undocumented == []
 
 
