@@ -1,8 +1,8 @@
-"""A network that nobody here trained: ResNet-56 to half its MACs, streams included, and back by KD from itself.
+"""Prune a pretrained ResNet-56 to half its MACs, residual streams included, and recover by distillation from it.
 
-Needs CIFAR-10 and the public weights in `$KIRSCH_DATA` (default ../shared/data); says so and stops if they are absent.
-Expect about 8 minutes on two cores: accuracy falls to chance when half of everything goes at once, and a few epochs on
-a fifth of the training images bring most of it back. `--quick` takes under a minute and shows the steps only.
+Needs CIFAR-10 and the public weights in `$KIRSCH_DATA` (default ../shared/data); stops with a message without them.
+Takes about 8 minutes on two cores. The accuracy falls to chance after the removal of half of all units; a few epochs on
+a fifth of the training images restore most of it. `--quick` takes under a minute and shows the steps only.
 
 The same job as a recipe, with a report: kirsch compress examples/resnet56_cifar10.yaml
 """
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _analysis(graph: kirsch.Graph) -> float:
-    """Seconds to solve the facts of a trace once more."""
+    """Return the seconds to solve the facts of a trace once more."""
     started = time.perf_counter()
     group.find_groups(coupling.solve(graph.facts), graph.axes)
     return time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""A ResNet-18-style teacher into a MobileNetV2-style student on CIFAR-10: with and without the teacher, same budget.
+"""Train a MobileNetV2-style student on CIFAR-10 with and without a ResNet-18-style teacher, with the same budget.
 
-Needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data); says so and stops if it is absent. Expect about 25 minutes on
-two cores: 5,000 images, one teacher, five seeds of the student with and without distillation. So few images and epochs
-show the direction, not what either network can reach. `--quick` takes under a minute and shows the steps only.
+Needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data); stops with a message without it. Takes about 25 minutes on two
+cores: 5,000 images, one teacher, five seeds of the student with and without distillation. So few images and epochs show
+the direction of the effect, not the accuracy that either network can reach. `--quick` takes under a minute and shows the steps only.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> int:
 def table(
     quality: float, results: dict[str, list[float]], costs: dict[str, tuple[int, int]], samples: int, seeds: int
 ) -> str:
-    """The figures, and what they can be taken for."""
+    """Return the results as a table, with their uncertainty."""
     lines = [f"\n{'':<31} {'parameters':>10} {'MACs':>8}   accuracy on {samples} images, seeds: {seeds}"]
     cost = [figures.count(value) for value in costs["teacher"]]
     lines.append(f"{'teacher, ResNet-18 style':<31} {cost[0]:>10} {cost[1]:>8}   {figures.percent(quality)}")
@@ -143,9 +143,9 @@ def table(
         label = f"MobileNetV2 style, {name}" if name == "labels alone" else f"  {name}"
         lines.append(f"{label:<31} {cost[0]:>10} {cost[1]:>8}   {figures.percent(float(np.mean(values)))}{spread}")
     gains = 100 * (np.array(results["with the teacher"]) - np.array(results["labels alone"]))
-    lines.append(f"gain by the teacher, seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
+    lines.append(f"gain by the teacher for each seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
     if len(gains) > 1:
-        # Student's t: two standard errors would promise too much of so few seeds.
+        # Student's t, because two standard errors are too narrow an interval for few seeds.
         reach = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
         verdict = "inside" if abs(gains.mean()) < reach else "outside"
         lines.append(f"mean {gains.mean():+.1f} ± {reach:.1f} (95 %, paired by seed): {verdict} the noise")
