@@ -1,8 +1,9 @@
 """Train a MobileNetV2-style student on CIFAR-10 with and without a ResNet-18-style teacher, with the same budget.
 
-Needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data); stops with a message without it. Takes about 25 minutes on two
-cores: 5,000 images, one teacher, five seeds of the student with and without distillation. So few images and epochs show
-the direction of the effect, not the accuracy that either network can reach. `--quick` takes under a minute and shows the steps only.
+Needs CIFAR-10 in `$KIRSCH_DATA` (default ../shared/data); stops with a message without it. Takes about 25 minutes on
+two cores: 5,000 images, one teacher, five seeds of the student with and without distillation. So few images and epochs
+show the direction of the effect, not the accuracy that either network can reach. `--quick` takes under a minute and
+shows the steps only.
 """
 
 from __future__ import annotations
