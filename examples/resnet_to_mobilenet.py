@@ -144,7 +144,7 @@ def table(
         label = f"MobileNetV2 style, {name}" if name == "labels alone" else f"  {name}"
         lines.append(f"{label:<31} {cost[0]:>10} {cost[1]:>8}   {figures.percent(float(np.mean(values)))}{spread}")
     gains = 100 * (np.array(results["with the teacher"]) - np.array(results["labels alone"]))
-    lines.append(f"gain by the teacher, seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
+    lines.append(f"gain by the teacher for each seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
     if len(gains) > 1:
         # Student's t-distribution: two standard errors would be too narrow for so few seeds.
         reach = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)

@@ -17,7 +17,7 @@ def test_a_session_has_the_names_shapes_and_types_of_its_inputs(write, numbers):
     twice, negative = session.run(numbers)
     assert np.array_equal(twice, 2 * numbers)
     assert np.array_equal(negative, -numbers)
-    assert (session.inputs, session.shapes) == (["input"], [("batch", 2)])
+    assert (session.inputs, session.shapes, session.types) == (["input"], [("batch", 2)], ["float"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 256])

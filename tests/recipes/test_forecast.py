@@ -145,5 +145,5 @@ def test_data_of_a_loader_is_forecast_and_run(job):
         == "data         loaded: a loader for training, 30 for validation, 60 for testing"
     )
     assert all(step["seconds"] > 0 for step in found["steps"] if step["key"] in ("train", "recover"))
-    assert job.do(*changes).metrics["measured"]["data"]["train"] is None
+    assert job.run_recipe(*changes).metrics["measured"]["data"]["train"] is None
     assert job.notes()[0].startswith("data.batch_size applies to evaluations only")

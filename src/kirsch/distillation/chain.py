@@ -145,7 +145,7 @@ def born_again(
     Source: Furlanello et al. 2018, arXiv:1805.04770; there the temperature is 1, with or without labels.
     """
     objective, training = objective or Objective.kd(), training or Training()
-    framework = pytorch()  # the models are not built yet, so that their type cannot tell the framework
+    framework = pytorch()  # the models are not built yet, so their type does not show the framework
     first = 0 if teacher is None else 1
     seeds = [training.seed + number for number in range(first, generations + 1)]
     models = [framework.training.seeded(build, seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Which output of a model holds its logits, by the names of the outputs."""
+"""Find the output with the logits by the names of the outputs of a model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def logits_output(names: Sequence[str]) -> str:
     the only output of a dict that is not a hidden state, an attention, a cache or a loss.
 
     Args:
-        names: of all outputs, in their order; at least one.
+        names: names of all outputs, in their order; at least one.
 
     Raises:
-        UsageError: the names do not tell.
+        UsageError: the output with the logits cannot be identified by name.
     """
     named = ["logits"] if "logits" in names else [name for name in names if "logits" in name]
     if len(named) == 1:

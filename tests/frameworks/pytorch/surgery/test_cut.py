@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kirsch.errors import ModelError
-from kirsch.frameworks.pytorch.analysis.stand_ins import inputs_like
+from kirsch.frameworks.pytorch.analysis.input_specifications import inputs_like
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from trace_and_cut import assert_pruned_correctly, randomly_removed, with_noise

@@ -21,6 +21,7 @@ from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_sca
 from kirsch.frameworks.pytorch.analysis.blocks import BlockRunner
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
+from kirsch.frameworks.pytorch.analysis.input_specifications import specification
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Comparison, TracedInt
 from kirsch.frameworks.pytorch.analysis.node_call import call_of
 from kirsch.frameworks.pytorch.analysis.operation import OperationContext
@@ -35,7 +36,6 @@ from kirsch.frameworks.pytorch.analysis.program import SizeInterpreter, export, 
 from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, SizeOf
 from kirsch.frameworks.pytorch.analysis.regions import module_outputs
 from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
-from kirsch.frameworks.pytorch.analysis.stand_ins import specification
 from kirsch.frameworks.pytorch.analysis.traced import Traced
 from kirsch.frameworks.pytorch.inference.calling import without_values
 from kirsch.frameworks.pytorch.inference.outputs import selected_outputs

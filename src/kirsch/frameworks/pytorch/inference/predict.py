@@ -129,7 +129,7 @@ def logits_of(outputs: Any) -> Any:
     """Return the logits among the outputs of a model, a tensor; see `logits_output`.
 
     Raises:
-        UsageError: there are no tensors, or their names do not tell which are the logits.
+        UsageError: there are no tensors, or the logits cannot be identified by name.
     """
     if isinstance(outputs, torch.Tensor):
         return outputs
