@@ -132,12 +132,42 @@ def flowers() -> dict[str, Any]:
     return {"numpy": np, "read": read}
 
 
+def bright_images(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Return images that are brighter for higher class numbers."""
+    labels = np.arange(count) % 3
+    return np.random.default_rng(0).normal(labels[:, None, None, None], 0.1, (count, 1, 4, 4)).astype(
+        np.float32
+    ), labels
+
+
+def brightness_model() -> nn.Module:
+    """Return a trained model for `bright_images`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(64, 3))
+    training = kirsch.Training(epochs=15, optimizer="adamw", learning_rate=0.01)
+    return kirsch.fit(model, kirsch.ArrayData(*bright_images(), 8), training=training).model
+
+
+def loaders() -> dict[str, Any]:
+    images, labels = bright_images()
+    samples = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels))
+    names = ("train_loader", "validation_loader", "test_loader")
+    return {"model": brightness_model(), **{name: torch.utils.data.DataLoader(samples, 16) for name in names}}
+
+
+def job() -> dict[str, Any]:
+    part = kirsch.Split(*bright_images())
+    return {"model": brightness_model(), "data": kirsch.DataSet("brightness", part, part, part, ("a", "b", "c"))}
+
+
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,
     ("docs/training.md", "Lightning"): module,
-    ("docs/training.md", "Data of `kirsch.compress`"): flowers,
+    ("docs/training.md", "Data of `kirsch.compress`"): loaders,
+    ("docs/training.md", "Data of a recipe"): flowers,
+    ("docs/recipes.md", "Steps in Python"): job,
 }
 """Page and section → names for the blocks of the section, and of those after it."""
