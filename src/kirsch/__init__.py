@@ -134,6 +134,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "steps":  # a module, for `kirsch.compress(..., steps=[kirsch.steps.Prune(), ...])`
+        return import_module("kirsch.steps")
     if name not in _MODULES:
         raise AttributeError(f"module 'kirsch' has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -103,6 +103,8 @@ def public_name(target: Any) -> str:
     first, package = name.partition(".")[0], module.rpartition(".")[0]
     if first in sys.modules["kirsch"].__all__:
         module = "kirsch"
+    elif first in getattr(sys.modules.get("kirsch.steps"), "__all__", ()):
+        module = "kirsch.steps"
     elif first in getattr(sys.modules.get(package), "__all__", ()):
         module = package
     return f"{module}.{name.removesuffix('.__init__').removesuffix('.__call__')}"

@@ -48,6 +48,9 @@ class Options(BaseModel):
     # pydantic must not call this `__init__` while it reads a recipe: there, all problems are collected.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    def __str__(self) -> str:
+        return repr(self)
+
     def check(self) -> None:
         """Check what the types of the fields cannot express.
 
