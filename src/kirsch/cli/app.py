@@ -333,7 +333,7 @@ def store(
     """Store a teacher's outputs on disk, or check a store."""
     from kirsch.cli import stores
 
-    teacher = stores.TeacherSource(model, weights, data, option or [], seed, batch_size)
+    teacher = stores.TeacherArguments(model, weights, data, option or [], seed, batch_size)
     build_options = stores.BuildOptions(keep, views, temperature, part)
     return stores.run_action(action, Path(folder), teacher, build_options, samples, session.terminal)
 

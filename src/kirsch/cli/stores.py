@@ -27,7 +27,7 @@ ACTIONS = ("build", "check", "info", "verify")
 
 
 @dataclass(frozen=True)
-class TeacherSource:
+class TeacherArguments:
     """Teacher and data from the command line.
 
     Args:
@@ -106,7 +106,7 @@ class BuildOptions:
 
 
 def run_action(
-    action: str, folder: Path, source: TeacherSource, build_options: BuildOptions, samples: int, terminal: Terminal
+    action: str, folder: Path, source: TeacherArguments, build_options: BuildOptions, samples: int, terminal: Terminal
 ) -> int:
     """Run an action of the subcommand, and return the exit code."""
     if action not in ACTIONS:
@@ -126,7 +126,7 @@ def run_action(
     return 0
 
 
-def _build(folder: Path, source: TeacherSource, build_options: BuildOptions, terminal: Terminal) -> int:
+def _build(folder: Path, source: TeacherArguments, build_options: BuildOptions, terminal: Terminal) -> int:
     options = build_options.options()
     teacher, data = source.load()
 
@@ -160,7 +160,7 @@ def _show_info(store: TeacherStore, terminal: Terminal) -> None:
     terminal.result(lines, {"store": str(store.folder), "bytes": size} | stored.model_dump(mode="json"))
 
 
-def _check(store: TeacherStore, source: TeacherSource, samples: int, terminal: Terminal) -> int:
+def _check(store: TeacherStore, source: TeacherArguments, samples: int, terminal: Terminal) -> int:
     """Compare a store with its hashes and with the current outputs of the teacher.
 
     Raises:
