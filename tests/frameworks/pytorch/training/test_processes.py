@@ -140,6 +140,30 @@ if sys.stderr.name.endswith(".0.txt"):
     np.savez(sys.argv[1])
 """
 
+AT_EXIT = """
+import atexit
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+import kirsch
+from kirsch.data.batches import ArrayData
+
+
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+# Python calls this function after those that were registered later.
+atexit.register(lambda: np.savez(sys.argv[1], during=during, after=threads()))
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+training = kirsch.Training(epochs=1)
+kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False)
+during = threads()
+"""
+
 SHARDED = """
 import torch
 from torch import nn
@@ -200,6 +224,15 @@ def test_only_the_first_process_shows_progress(tmp_path):
     first, second = ((tmp_path / f"2.npz.{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert [line.split("   ")[0] for line in first] == ["epoch 1/2", "epoch 2/2"]
     assert second == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads of a process from /proc")
+def test_the_threads_of_the_process_group_end_before_the_interpreter(tmp_path):
+    """Otherwise a process sometimes aborts at its exit, and torchrun reports a failed job."""
+    threads = run(AT_EXIT, tmp_path, 2)
+    assert isinstance(threads, dict), threads[-2000:]
+    assert [name for name in threads["during"] if "gloo" in name]
+    assert not [name for name in threads["after"] if "gloo" in name]
 
 
 def test_different_batches_in_each_process_are_an_error(tmp_path):

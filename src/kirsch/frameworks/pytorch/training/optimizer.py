@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
+import importlib
 import math
 import os
 from typing import TYPE_CHECKING
@@ -45,6 +48,10 @@ def accelerator_for(training: Training) -> Accelerator:
     """
     # torchrun sets both variables. Without an accelerator device, Accelerate ignores other processes unless cpu=True.
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    creates_group = started > 1 and not torch.distributed.is_initialized()
+    if creates_group:
+        # Its functions have the process group as a default argument and keep it alive, unless it is imported before.
+        importlib.import_module("torch.distributed.nn")
     why = "fp16 needs a GPU."
     try:
         accelerator = Accelerator(
@@ -53,6 +60,8 @@ def accelerator_for(training: Training) -> Accelerator:
             # An adapter has no gradient while the weight of its loss term is 0.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        if creates_group:
+            atexit.register(_destroy_process_group)
         _require_processes(accelerator, started)
         if accelerator.native_amp or training.precision == "fp32":  # with fp16 on a CPU, Accelerate computes in fp32
             return accelerator
@@ -61,6 +70,17 @@ def accelerator_for(training: Training) -> Accelerator:
     raise UsageError(
         f"precision is {training.precision!r}, which this machine cannot train in.", why, 'Use "bf16" or "fp32".'
     )
+
+
+def _destroy_process_group() -> None:
+    """Destroy the process group that Accelerate created for a training of Kirsch, before the interpreter exits.
+
+    Otherwise a thread of the group may need the interpreter after it has exited, which aborts the process. The threads
+    run until the last reference to the group is gone, and wrapped models that await garbage collection hold some.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def _require_processes(accelerator: Accelerator, started: int) -> None:
