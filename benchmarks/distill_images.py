@@ -18,9 +18,8 @@ from kirsch.distillation.distill import fit
 from kirsch.distillation.losses.loss import loss
 from kirsch.distillation.matching import stages
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TeacherStore, build_store
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks
 

@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 from kirsch.annotations import type_phrase
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.steps import TrainingStep
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal

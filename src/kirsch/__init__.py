@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from kirsch.distillation.distiller import Distiller
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective
-    from kirsch.distillation.schedule import Ramp
     from kirsch.distillation.store.building import build_store
     from kirsch.distillation.store.reading import TeacherStore
     from kirsch.distillation.store.record import Dense, TopK
-    from kirsch.distillation.term import Term
+    from kirsch.distillation.term import Ramp, Term
     from kirsch.errors import KirschError
     from kirsch.frameworks.model_generator import ModelGenerator
     from kirsch.frameworks.trace import trace
@@ -103,7 +102,7 @@ _MODULES = {
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
-    "Ramp": "kirsch.distillation.schedule",
+    "Ramp": "kirsch.distillation.term",
     "Slimming": "kirsch.pruning.regularizers",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",

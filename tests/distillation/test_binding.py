@@ -14,9 +14,8 @@ from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build_store
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import DataError, ModelError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
 from kirsch.frameworks.pytorch.features.layers import expand

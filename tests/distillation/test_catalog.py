@@ -10,8 +10,7 @@ from kirsch.distillation.catalog import formula, losses, page, presets
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 

@@ -9,12 +9,11 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from kirsch.data.batches import Batch
-from kirsch.distillation.bound_term import BoundTerm
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.step import balanced
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import BoundTerm, Term
 from kirsch.errors import DataError
 
 N, K = 6, 4

@@ -12,9 +12,8 @@ from torch import nn
 import kirsch
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, TopK, build_store
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import CheckpointError, DataError, ModelError, NumericError, ShapeError, StoreError, UsageError
 from kirsch.frameworks.training import Training
 

@@ -14,8 +14,7 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import hard_label, soft_target
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import DataError, Interrupted, ShapeError, UsageError
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.pruning.regularizers import L1

@@ -15,9 +15,8 @@ from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import Dense, build_store
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, UsageError
 from kirsch.frameworks.adapters import choose_adapter
 from kirsch.frameworks.find import framework_of

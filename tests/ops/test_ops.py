@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kirsch import ops
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape
 from kirsch.errors import DataError, ShapeError, UsageError
 
 

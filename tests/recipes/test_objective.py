@@ -15,9 +15,8 @@ import kirsch
 from kirsch.data.sources import load_data
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.steps import _gradient_share
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import RecipeError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Trained
 from kirsch.recipes.forecast import forecast

@@ -12,7 +12,7 @@ import pytest
 
 from kirsch import ops, testing
 from kirsch.distillation.losses import LOSSES, soft_target
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape
 from kirsch.errors import ShapeError
 from kirsch.frameworks.pytorch.inference.predict import predict
 from kirsch.frameworks.trace import trace

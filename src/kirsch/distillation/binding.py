@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch import ops
-from kirsch.distillation.bound_term import BoundTerm
+from kirsch.distillation.distillation_loss import top_k_record_loss
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
-from kirsch.distillation.schedule import ends
-from kirsch.distillation.teachers import holds_top_k, top_k_record_loss
+from kirsch.distillation.teachers import holds_top_k
+from kirsch.distillation.term import BoundTerm, ends
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.layers import at_layers, texts
 

@@ -10,14 +10,13 @@ from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.losses.loss import get_loss, loss_options
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.schedule import Ramp
+from kirsch.distillation.term import Ramp
 from kirsch.frameworks.layers import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kirsch.distillation.schedule import Number
-    from kirsch.distillation.term import Term
+    from kirsch.distillation.term import Number, Term
 
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 

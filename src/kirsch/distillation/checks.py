@@ -11,7 +11,7 @@ from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
 from kirsch.data.structure import refuse_dataset
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
-from kirsch.distillation.schedule import Ramp, ends
+from kirsch.distillation.term import Ramp, ends
 from kirsch.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
 from kirsch.distillation.losses.labels import LABEL_LOSSES
+from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.masks import BatchMasks
-from kirsch.distillation.schedule import at
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import combined, holds_top_k, top_k_record_loss
+from kirsch.distillation.teachers import TOP_K, combined, holds_top_k
+from kirsch.distillation.term import at
 from kirsch.errors import UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.training import LossOutput, require_labels
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kirsch.data.batches import Batch
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import BoundTerm
+
 
 LABEL = "label"
 """Name of the label loss in records."""
@@ -198,3 +200,34 @@ def add(terms: dict[str, Any], name: str, value: Any) -> None:
     """Add a value under its name, or "name#2" if the name is taken."""
     number = 1 + sum(known.partition("#")[0] == name for known in terms)
     terms[name if number == 1 else f"{name}#{number}"] = value
+
+
+def top_k_record_loss(
+    term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
+) -> Any:
+    """Return the soft-target loss for a record that holds the teacher's largest logits.
+
+    Raises:
+        UsageError: the term needs all logits, or an option that the record does not support.
+    """
+    if term.loss.name not in ("kd", "top-k"):
+        raise UsageError(
+            f"The term {term.name!r} needs all logits of the teacher, and the store holds only the largest.",
+            fix="Build the store with Dense(), or use the terms 'kd' or 'top-k'.",
+        )
+    unsupported = set(options) - {"temperature", "tail", "k"}
+    if unsupported:
+        raise UsageError(
+            f"The term {term.name!r} has the options {', '.join(sorted(unsupported))}.",
+            "A store of the largest logits does not support them.",
+            "Build the store with Dense(), or leave them out.",
+        )
+    stored = record["indices"].shape[-1]
+    if options.get("k", stored) != stored:
+        raise UsageError(
+            f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.",
+            fix=f"Give k={stored}.",
+        )
+    temperature, tail = options.get("temperature", 1.0), options.get("tail", "bucket")
+    arrays = [record[name] for name in TOP_K]
+    return stored_top_k(student, *arrays, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)

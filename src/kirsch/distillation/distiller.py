@@ -34,8 +34,8 @@ from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.teachers import TeacherSource
+    from kirsch.distillation.term import BoundTerm
 
 
 class Distiller:

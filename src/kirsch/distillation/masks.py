@@ -12,8 +12,8 @@ from kirsch import ops
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import BoundTerm
 
 
 class BatchMasks:

@@ -12,8 +12,7 @@ from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import LOSSES
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.schedule import Number, Ramp, ends, problem
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Number, Ramp, Term, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.schedule import Ramp
-from kirsch.distillation.term import Term
+from kirsch.distillation.term import Ramp, Term
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:

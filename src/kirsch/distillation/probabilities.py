@@ -10,7 +10,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.distillation.losses.loss import get_loss
-from kirsch.distillation.schedule import ends
+from kirsch.distillation.term import ends
 from kirsch.errors import UsageError
 from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import BoundTerm
     from kirsch.frameworks.protocols import Features
 
 ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "sigmoid"}

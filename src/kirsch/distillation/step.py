@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from kirsch.data.annotations import Regularizer
     from kirsch.data.batches import Batch
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
+    from kirsch.distillation.term import BoundTerm
     from kirsch.frameworks.protocols import Features
     from kirsch.frameworks.training import LossOutput
 

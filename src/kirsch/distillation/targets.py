@@ -10,7 +10,7 @@ from kirsch.data.arrays import host
 from kirsch.data.structure import summary
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
-from kirsch.distillation.schedule import ends
+from kirsch.distillation.term import ends
 from kirsch.errors import DataError, UsageError
 
 if TYPE_CHECKING:

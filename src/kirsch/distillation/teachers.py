@@ -13,14 +13,12 @@ from kirsch import ops
 from kirsch.data.annotations import Model
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.losses.top_k import stored_top_k
-from kirsch.distillation.schedule import Ramp
 from kirsch.distillation.store import TeacherStore
+from kirsch.distillation.term import Ramp
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
-    from kirsch.distillation.bound_term import BoundTerm
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.probabilities import Logits
@@ -136,37 +134,6 @@ class StoredTeacher:
 def holds_top_k(values: Any) -> bool:
     """Return whether a record holds only the largest logits."""
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
-
-
-def top_k_record_loss(
-    term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
-) -> Any:
-    """Return the soft-target loss for a record that holds the teacher's largest logits.
-
-    Raises:
-        UsageError: the term needs all logits, or an option that the record does not support.
-    """
-    if term.loss.name not in ("kd", "top-k"):
-        raise UsageError(
-            f"The term {term.name!r} needs all logits of the teacher, and the store holds only the largest.",
-            fix="Build the store with Dense(), or use the terms 'kd' or 'top-k'.",
-        )
-    unsupported = set(options) - {"temperature", "tail", "k"}
-    if unsupported:
-        raise UsageError(
-            f"The term {term.name!r} has the options {', '.join(sorted(unsupported))}.",
-            "A store of the largest logits does not support them.",
-            "Build the store with Dense(), or leave them out.",
-        )
-    stored = record["indices"].shape[-1]
-    if options.get("k", stored) != stored:
-        raise UsageError(
-            f"The term {term.name!r} takes the {options['k']} largest logits; the store holds {stored}.",
-            fix=f"Give k={stored}.",
-        )
-    temperature, tail = options.get("temperature", 1.0), options.get("tail", "bucket")
-    arrays = [record[name] for name in TOP_K]
-    return stored_top_k(student, *arrays, tail=tail, temperature=temperature, stored_temperature=temperature, mask=mask)
 
 
 def replayed(store: TeacherStore, data: Any) -> ArrayData:

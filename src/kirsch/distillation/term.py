@@ -1,16 +1,78 @@
-"""One distillation loss of an objective, as data."""
+"""A distillation loss with its weight and layers, as data (`Term`) and bound to two models (`BoundTerm`)."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from kirsch.arguments import checked
-from kirsch.distillation.losses.loss import get_loss, loss_options
-from kirsch.distillation.schedule import Number, problem
+from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, Loss, get_loss, loss_options, step_arguments
 from kirsch.errors import UnknownNameError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
+
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
+"""In the paths of cross-attention modules of transformers."""
+
+STACK = re.compile(r"encoder|decoder|cross")
+"""The first match in a path is the stack of a layer: `decoder.layers.0.encoder_attn` is in the decoder."""
+
+
+@checked
+@dataclass(frozen=True)
+class Ramp:
+    """A number that changes linearly from `start` to `end` over some epochs, and then stays at `end`.
+
+    Args:
+        start, end: finite.
+        epochs: number of epochs of the change, > 0.
+        after: number of epochs before the change, >= 0.
+    """
+
+    made_by: ClassVar[str] = "kirsch.Ramp(start, end, epochs)"
+
+    start: float
+    end: float
+    epochs: float
+    after: float = 0.0
+
+    def at(self, epoch: float) -> float:
+        """Return the value after `epoch` epochs."""
+        progress = min(max((epoch - self.after) / self.epochs, 0.0), 1.0)
+        return self.start + (self.end - self.start) * progress
+
+
+Number = float | Ramp
+"""A constant, or a ramp."""
+
+
+def at(number: Number, epoch: float) -> float:
+    """Return the value of a number after `epoch` epochs."""
+    return number.at(epoch) if isinstance(number, Ramp) else float(number)
+
+
+def ends(number: Number) -> tuple[float, ...]:
+    """Return the first and the last value of a ramp, or the constant."""
+    return (number.start, number.end) if isinstance(number, Ramp) else (number,)
+
+
+def problem(name: str, number: Number, *, above: float | None = None, least: float | None = None) -> str | None:
+    """Return the problem as text if the number is not finite or leaves its range, else None."""
+    if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
+        return (
+            f"{name} changes over {number.epochs} epochs after {number.after}; more than 0 after at least 0 are needed"
+        )
+    for value in ends(number):
+        if not isinstance(value, (int, float)):
+            return f"{name} is {value!r}; a number is needed, or a Ramp"
+        if above is not None and not (math.isfinite(value) and value > above):
+            return f"{name} is {value}; a number above {above:g} is needed"
+        if least is not None and not (math.isfinite(value) and value >= least):
+            return f"{name} is {value}; a number of at least {least:g} is needed"
+    return None
 
 
 @checked
@@ -100,3 +162,79 @@ class Term:
                 "after the softmax"
             )
         return [sentence for sentence in found if sentence]
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """One loss between one layer of the student and one layer of the teacher.
+
+    A term whose layers are a pattern is bound to several pairs of layers.
+
+    Args:
+        name: of the term in records. A second term of the same name has "#2" appended.
+        adapter_name: unique in an objective; the key of the adapter and of the features.
+        loss: the loss function.
+        weight: of the term, at least 0.
+        options: keywords of the loss.
+        temperature: of the loss; None if it has none.
+        student_layer, teacher_layer: concrete layers, see `kirsch.frameworks.layers`.
+        teacher: index of the teacher; None: all teachers, combined.
+        adapter: module that brings both features to one shape; None if they are compared directly.
+        shapes: of one sample of the student's and the teacher's feature, as text.
+    """
+
+    name: str
+    adapter_name: str
+    loss: Loss
+    weight: Number
+    options: Mapping[str, Any]
+    temperature: Number | None
+    student_layer: LayerNames
+    teacher_layer: LayerNames
+    teacher: int | None
+    adapter: Any
+    shapes: tuple[str, str]
+
+    def keywords(self, epoch: float) -> dict[str, Any]:
+        """Return the keywords of the loss after `epoch` epochs."""
+        options = dict(self.options)
+        return options if self.temperature is None else {**options, "temperature": at(self.temperature, epoch)}
+
+    @cached_property
+    def step_keywords(self) -> frozenset[str]:
+        """Keywords of the loss that depend on the batch: "labels", "mask" and "epoch"."""
+        return frozenset(step_arguments(self.loss))
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether the term compares outputs (logits or predicted numbers), to which the labels belong."""
+        return self.loss.takes in OUTPUT_KINDS
+
+    @property
+    def on_tokens(self) -> bool:
+        """Whether the term compares hidden states or attention of a sequence, whose padding is masked."""
+        return self.loss.takes in TOKEN_KINDS
+
+    @cached_property
+    def of_cross_attention(self) -> bool:
+        """Whether the term compares the attention of a decoder to its encoder."""
+        return self.loss.takes == "attention" and bool(CROSS_ATTENTION.search(texts(self.student_layer)[0]))
+
+    @cached_property
+    def stack(self) -> str:
+        """The stack of the student's layer: "encoder", "decoder" or "cross"; empty for a model with one stack."""
+        match = STACK.search(texts(self.student_layer)[0])
+        return match[0] if match else ""
+
+    @cached_property
+    def mean_over(self) -> str:
+        """Items over which the mean of the loss goes; the batches of a step are weighted by their number.
+
+        "labels" (samples, or positions with a label), "samples", or positions or pairs of positions of a stack.
+        """
+        if self.on_logits:
+            return "labels"
+        if not self.on_tokens or self.loss.over == "samples":
+            return "samples"
+        across = " across" if self.of_cross_attention else ""
+        return f"{self.loss.over} of {self.stack or 'tokens'}{across}"

@@ -17,31 +17,36 @@ from kirsch.ops.formulas import (
     adaptive_average_pool,
     broadcast_like,
     cast_like,
+    check_mask_is_true_somewhere,
+    check_mask_shape,
     classes_last,
+    detach,
     epsilon,
+    expand_mask,
+    first_array,
     flatten,
+    is_known_to_hold,
     kl_terms,
     log_sigmoid,
     log_softmax,
     logsumexp,
+    map_arrays,
+    masked_mean,
     normalize,
     pool_to_common_size,
+    raise_if,
     safe_multiply,
     safe_sqrt,
     standard_deviation,
     take_column,
+    upcast,
+    weighted_mean,
+    without_value_checks,
+    zero_masked,
 )
 from kirsch.ops.implementation import (
     IMPLEMENTATIONS,
     load_implementation,
-)
-from kirsch.ops.masks import (
-    check_mask_is_true_somewhere,
-    check_mask_shape,
-    expand_mask,
-    masked_mean,
-    weighted_mean,
-    zero_masked,
 )
 from kirsch.ops.operations import (
     abs,
@@ -91,17 +96,6 @@ from kirsch.ops.operations import (
     widest_float,
     without_autocast,
     zeros_like,
-)
-from kirsch.ops.structures import (
-    detach,
-    first_array,
-    map_arrays,
-    upcast,
-)
-from kirsch.ops.value_checks import (
-    is_known_to_hold,
-    raise_if,
-    without_value_checks,
 )
 
 __all__ = [

@@ -1,23 +1,31 @@
-"""Formulas that several losses use, with finite values and gradients for inputs of any size."""
+"""Functions built on the operations: formulas with finite values and gradients, masks, nested arrays, checks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.errors import DataError, ShapeError
 from kirsch.ops.operations import (
+    all,
     amax,
     amin,
+    any,
     broadcast_to,
     cast,
     channel_axis,
     clip,
+    convert_to_numpy,
     convert_to_tensor,
+    count_nonzero,
     dtype,
     einsum,
     exp,
+    is_traced,
     log,
     logaddexp,
     mean,
@@ -31,6 +39,10 @@ from kirsch.ops.operations import (
     where,
     zeros_like,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 
 # ------------------------------------------------------------------------------------------------ probabilities
 
@@ -180,3 +192,148 @@ def broadcast_like(x: Any, like: Any) -> Any:
 def epsilon(x: Any) -> float:
     """Return the difference between 1 and the next number of the array's floating type."""
     return float(np.finfo(dtype(x)).eps)
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+def masked_mean(values: Any, mask: Any = None) -> Any:
+    """Return the mean of the values where the mask is true. Masked values do not contribute, even if they are NaN.
+
+    Args:
+        values: shape (N,), (N, L), ...
+        mask: same shape, true where a value counts; None counts all.
+
+    Returns:
+        Scalar; NaN if the mask is false everywhere and values are not checked (see `raise_if`).
+
+    Raises:
+        ShapeError: the mask has another shape.
+        DataError: the mask is false everywhere.
+    """
+    if mask is None:
+        return mean(values)
+    check_mask_shape(mask, values.shape)
+    check_mask_is_true_somewhere(mask)
+    counted = mask != 0
+    count = cast(count_nonzero(counted), dtype(values))
+    return sum(where(counted, values, zeros_like(values))) / count
+
+
+def weighted_mean(values: Any, weights: Any, mask: Any = None) -> Any:
+    """Return Σ weight · value / Σ weight over the entries where the mask is true; 0 if all weights are 0.
+
+    Args:
+        values, weights: same shape; weights >= 0.
+        mask: same shape, true where a value counts; None counts all.
+
+    Raises:
+        ShapeError: the mask has another shape.
+        DataError: the mask is false everywhere.
+    """
+    return masked_mean(weights * values, mask) / clip(masked_mean(weights, mask), 1e-12)
+
+
+def zero_masked(x: Any, mask: Any) -> Any:
+    """Set the array to zero where the mask is false, so that no masked entry, even NaN, reaches a value or gradient.
+
+    Args:
+        x: shape (N, ...) or (N, L, ...).
+        mask: has the array's leading axes as its shape; None returns the array unchanged.
+
+    Raises:
+        ShapeError: the mask has another shape.
+    """
+    return x if mask is None else where(expand_mask(mask, x), x, zeros_like(x))
+
+
+def expand_mask(mask: Any, x: Any) -> Any:
+    """Return the mask as booleans, with axes of length 1 appended up to the number of axes of the array.
+
+    Raises:
+        ShapeError: the shape of the mask is not that of the leading axes of the array.
+    """
+    rank = len(mask.shape)
+    check_mask_shape(mask, x.shape[:rank])
+    return reshape(mask != 0, (*mask.shape, *(1,) * (len(x.shape) - rank)))
+
+
+def check_mask_shape(mask: Any, shape: Any) -> None:
+    """Raise a ShapeError if a mask has another shape."""
+    if tuple(mask.shape) != tuple(shape):
+        raise ShapeError(f"The mask has shape {tuple(mask.shape)}; {tuple(shape)} is needed.")
+
+
+def check_mask_is_true_somewhere(mask: Any) -> None:
+    """Raise a DataError if a mask is false everywhere; see `raise_if` for when values are checked."""
+    raise_if(~any(mask != 0), lambda: DataError("All targets are masked.", fix="Check the mask and the labels."))
+
+
+# ------------------------------------------------------------------------------------------------ nested arrays
+
+
+def map_arrays(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """Apply a function to an array, or to each array in a list, a tuple or a dict."""
+    if isinstance(arrays, dict):
+        return {name: map_arrays(function, array) for name, array in arrays.items()}
+    if isinstance(arrays, (list, tuple)):
+        return [map_arrays(function, array) for array in arrays]
+    return function(arrays)
+
+
+def first_array(arrays: Any) -> Any:
+    """Return the array, or the first one in a list, a tuple or a dict of arrays."""
+    while isinstance(arrays, (dict, list, tuple)):
+        arrays = next(iter(arrays.values() if isinstance(arrays, dict) else arrays))
+    return arrays
+
+
+def detach(arrays: Any) -> Any:
+    """Return the array, or each array in a list or dict, without gradient."""
+    return map_arrays(stop_gradient, arrays)
+
+
+def upcast(arrays: Any) -> Any:
+    """Convert floating arrays of 16 bits to 32 bits: sums of many 16-bit numbers lose too much precision."""
+    return map_arrays(lambda x: cast(x, "float32") if dtype(x) in ("float16", "bfloat16") else x, arrays)
+
+
+# ------------------------------------------------------------------------------------------------ checks of values
+
+_enabled: ContextVar[bool] = ContextVar("value_checks", default=True)
+
+
+def raise_if(condition: Any, error: Callable[[], Exception]) -> None:
+    """Raise an error if a condition is true for any element.
+
+    The check reads one value from the device. It is skipped while a compiler traces the function (`torch.compile`,
+    `jax.jit`, `tf.function`), because there are no values then, and within `without_value_checks()`.
+
+    Args:
+        condition: booleans of any shape.
+        error: function that returns the error; it may read the values of arrays.
+    """
+    if not is_traced(condition) and _enabled.get() and convert_to_numpy(any(condition)):
+        raise error()
+
+
+def is_known_to_hold(condition: Any) -> bool:
+    """Return whether a condition is known to be true for all elements, so that the work for the others can be left out.
+
+    The answer is False while a compiler traces the function, and within `without_value_checks()`; so the result of the
+    caller must not depend on it.
+    """
+    return not is_traced(condition) and _enabled.get() and bool(convert_to_numpy(all(condition)))
+
+
+@contextmanager
+def without_value_checks() -> Iterator[None]:
+    """Return a context in which values are not checked, so that a step need not wait for the device.
+
+    Use it for batches whose masks and labels are known to be valid.
+    """
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)

@@ -20,8 +20,7 @@ from kirsch.distillation.losses import (
 )
 from kirsch.distillation.losses.labels import LABEL_LOSSES, hard_label
 from kirsch.distillation.losses.logits import soft_target
-from kirsch.distillation.losses.loss import LOSSES, Loss, loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import LOSSES, Loss, check_same_shape, loss
 
 __all__ = [
     "LABEL_LOSSES",

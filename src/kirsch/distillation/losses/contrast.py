@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kirsch import ops
-from kirsch.distillation.losses.loss import loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape, loss
 
 
 @loss("crd", takes="features", learned=True, least_at_teacher=False)

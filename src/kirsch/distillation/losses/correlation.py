@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature, soft_target
-from kirsch.distillation.losses.loss import check_at_least, check_convention, loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_at_least, check_convention, check_same_shape, loss
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from kirsch import ops
-from kirsch.distillation.losses.loss import loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Any
 
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature, softened
-from kirsch.distillation.losses.loss import check_convention, loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_convention, check_same_shape, loss
 from kirsch.errors import UsageError
 
 SMALLEST_SHARE = 1e-30

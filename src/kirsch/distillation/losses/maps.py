@@ -10,8 +10,15 @@ from scipy.special import log_ndtr
 
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_above, check_at_least, check_convention, check_integer, loss
-from kirsch.distillation.losses.shapes import check_maps, check_same_shape
+from kirsch.distillation.losses.loss import (
+    check_above,
+    check_at_least,
+    check_convention,
+    check_integer,
+    check_maps,
+    check_same_shape,
+    loss,
+)
 from kirsch.errors import ShapeError, UsageError
 
 STANDARD_MARGIN = -math.sqrt(2 / math.pi)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from kirsch import ops
-from kirsch.distillation.losses.loss import check_convention, check_integer, loss
+from kirsch.distillation.losses.loss import check_convention, check_integer, check_maps, check_same_shape, loss
 from kirsch.distillation.losses.maps import hierarchical_context
-from kirsch.distillation.losses.shapes import check_maps, check_same_shape
 from kirsch.errors import ShapeError, UsageError
 
 EXTRA_DIRECTIONS = 3

@@ -8,8 +8,7 @@ from typing import Any
 from kirsch import ops
 from kirsch.distillation.losses.labels import check_labels
 from kirsch.distillation.losses.logits import check_temperature, softened, standardized
-from kirsch.distillation.losses.loss import loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import UsageError
 
 

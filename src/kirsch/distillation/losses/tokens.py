@@ -10,8 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
-from kirsch.distillation.losses.loss import loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Any
 
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
-from kirsch.distillation.losses.loss import check_integer, loss
-from kirsch.distillation.losses.shapes import check_same_shape
+from kirsch.distillation.losses.loss import check_integer, check_same_shape, loss
 from kirsch.errors import DataError, ShapeError, UnknownNameError
 
 
