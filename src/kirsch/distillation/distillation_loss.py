@@ -19,6 +19,7 @@ from kirsch.frameworks.training import LossOutput, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from kirsch.data.batches import Batch
     from kirsch.distillation.objective import Objective
@@ -86,6 +87,7 @@ class DistillationLoss:
         batch_counts: Mapping[str, int] | None = None,
         factors: Mapping[str, float] | None = None,
         regularization: Mapping[str, Any] | None = None,
+        targets_checked: bool = False,
     ) -> LossOutput:
         """Return the loss of one batch.
 
@@ -99,6 +101,8 @@ class DistillationLoss:
             batch_counts: counts of the batch; None: count here, which synchronizes with the device of the batch.
             factors: by name of a term, a factor of its weight; 1 if left out.
             regularization: further terms of the student, by name.
+            targets_checked: the targets of the batch are known to be valid. Otherwise the losses on labels check them,
+                which synchronizes with the device of the batch.
 
         Raises:
             DataError: no label of the step counts.
@@ -112,12 +116,19 @@ class DistillationLoss:
         fractions = {name: count / total[name] if count else 0.0 for name, count in counts.items()}
         terms: dict[str, Any] = {}
         adapter_losses: dict[str, Any] = {}
+
+        def value_checks(*, of_labels: bool) -> AbstractContextManager[None]:
+            """No mask is empty, since its count is above 0, so that only labels need checks."""
+            return nullcontext() if of_labels and not targets_checked else ops.without_value_checks()
+
         if fractions["labels"]:  # the mean over no labels is not defined
-            self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
+            with value_checks(of_labels=True):
+                self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
         for term in self.active(epoch):
             if fraction := fractions[term.mean_over]:
                 weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
-                loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
+                with value_checks(of_labels="labels" in term.step_keywords):
+                    loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
             if term.adapter_name in student.adapter_losses:
                 add(
@@ -178,9 +189,7 @@ class DistillationLoss:
             options["mask"] = mask
         if "epoch" in names:
             options["epoch"] = epoch
-        # Labels are checked in each step. No mask is empty, since its count is above 0: do not wait for the device.
-        with nullcontext() if "labels" in names else ops.without_value_checks():
-            loss = term.loss(student, teacher, **options)
+        loss = term.loss(student, teacher, **options)
         return masks.mean_over_samples(loss) if "labels" in names else loss
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

@@ -32,11 +32,15 @@ class TargetCheck:
     Args:
         objective: the label loss and the terms.
         logits_shape: of one sample; None leaves the targets unchecked.
+
+    Attributes:
+        all_checked: whether the targets of every batch so far were checked; False before the first batch.
     """
 
     def __init__(self, objective: Objective, logits_shape: tuple[int, ...] | None) -> None:
         self._objective, self._logits_shape = objective, logits_shape
         self._had_targets, self._warned = False, False
+        self._any_unchecked, self.all_checked = False, False
 
     def __call__(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Return a warning if batches without targets follow batches with targets, once a run.
@@ -50,8 +54,11 @@ class TargetCheck:
         """
         if batch.targets is not None:
             self._had_targets = uses_labels(self._objective)
-            if self._logits_shape is not None:
-                check_batch(batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device)
+            checked = self._logits_shape is not None and check_batch(
+                batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device
+            )
+            self._any_unchecked |= not checked
+            self.all_checked = not self._any_unchecked
             return []
         if not self._objective.terms:
             raise DataError(
@@ -122,6 +129,7 @@ class DistillationStep:
             step_counts,
             batch_counts=batch_counts,
             factors=self.factors,
+            targets_checked=self._targets.all_checked,
             regularization=regularization(self._regularizers, self._features.student_of(module)),
         )
 

@@ -81,7 +81,7 @@ def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> N
         )
 
 
-def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on_any_device: bool = False) -> None:
+def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on_any_device: bool = False) -> bool:
     """Refuse the targets of one batch by their values. The number of positions may differ from batch to batch.
 
     Args:
@@ -90,14 +90,20 @@ def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on
         objective: the label loss and the terms.
         on_any_device: also check targets on an accelerator, which synchronizes with it.
 
+    Returns:
+        Whether the targets were checked. False if they are on an accelerator and `on_any_device` is False.
+
     Raises:
         DataError: see `check_labels`.
     """
     on_accelerator = getattr(getattr(labels, "device", None), "type", "cpu") != "cpu"
-    if labels is None or (on_accelerator and not on_any_device):
-        return
+    if labels is None:
+        return True
+    if on_accelerator and not on_any_device:
+        return False
     if _uses_targets(objective, targets := host(labels)):
         check_evaluable(targets, shape, objective)
+    return True
 
 
 def check_evaluable(targets: NDArray[Any], shape: tuple[int, ...], objective: Objective) -> None:

@@ -176,9 +176,8 @@ class _Run:
             name = f"Batch {number + 1} of epoch {self.epoch + 1}"
             with naming(name):
                 batch = Batch.of(*loaded)
-                if not isinstance(self.batches, SeededData):  # its targets are checked before the training
-                    for text in self.loss.check(batch):
-                        self.hooks.warn(f"{name}: {text}")
+                for text in self.loss.check(batch):
+                    self.hooks.warn(f"{name}: {text}")
             if number == 0 and self.accelerator.num_processes > 1:
                 self._require_same(batch)
             if number >= completed:
