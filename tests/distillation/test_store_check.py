@@ -76,7 +76,7 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
     [
         ({"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
         ({"seed": -1}, "`seed` .* is -1; expected a whole number"),
-        ({"temperature": 0.0}, "temperature is 0.0; a number above 0"),
+        ({"temperature": 0.0}, "`temperature` .* is 0.0; expected a number above 0"),
         ({"temperature": float("nan")}, "`temperature` .* is nan; expected a finite number"),
         ({"temperature": 2.0, "keep": Dense()}, r"temperature is 2.0, but Dense\(\) stores no probabilities"),
         ({"ranges": (2, 2)}, r"`ranges` is \(2, 2\); expected \(i, n\) with 0 <= i < n"),
