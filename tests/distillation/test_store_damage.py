@@ -166,6 +166,7 @@ LAST = "view-0001-range-000002.bin"
         (lambda f: change(f, temperature=0), "temperature: "),
         (lambda f: change(f, k=13), r"TopK\(13\) needs 13 classes, and there are 12"),
         (lambda f: change(f, k=None), "has 176 bytes, expected 288"),
+        (lambda f: change(f, classes=2**33), "has 176 bytes, expected 400"),
         (lambda f: change(f, classes=None), r"TopK\(4\) needs 4 classes, and there are None"),
         (lambda f: change(f, k=None, classes=None), "there are neither logits nor features"),
         (lambda f: change(f, ids_sha256="../../etc/passwd"), "ids_sha256: "),

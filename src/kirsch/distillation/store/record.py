@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.data.batches import ArrayData
+
+    Arrays = dict[str, NDArray[Any]]
 
 LARGEST = float(np.finfo(np.float16).max)
 LOWEST = -LARGEST
@@ -83,7 +85,7 @@ class TeacherRunner:
     outputs: Outputs | None
     batch_size: int
 
-    def __call__(self, indices: NDArray[Any], seed: int, view: int) -> dict[str, NDArray[Any]]:
+    def __call__(self, indices: NDArray[Any], seed: int, view: int) -> Arrays:
         """Return the outputs by name for at most `batch_size` samples, with the augmentation of a seed and view.
 
         Raises:
@@ -118,7 +120,7 @@ class TeacherRunner:
         return outputs
 
 
-def shapes_of(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+def shapes_of(outputs: Arrays) -> dict[str, Any]:
     """Return the number of classes, the positions and the shapes of the features, as a `Specification` has them."""
     *positions, classes = outputs[LOGITS].shape[1:] if LOGITS in outputs else (None,)
     features = {name: array.shape[1:] for name, array in outputs.items() if name != LOGITS}
@@ -131,15 +133,11 @@ def index_type(classes: int) -> str:
 
 
 def fields_of(
-    keep: Keep | None, classes: int | None, positions: Shape, features: Mapping[str, Shape]
+    keep: Keep | None, classes: int | None, positions: Shape, features: dict[str, Shape]
 ) -> list[tuple[str, str, Shape]]:
     """Return name, numpy type and shape of each field of a record.
 
-    Args:
-        keep: format of the logits; None if there are none.
-        classes: number of classes K; None if there are no logits.
-        positions: shape of the logits of one sample without the classes: () for (N, K), (L,) for (N, L, K).
-        features: shape of each feature for one sample.
+    The logits of a sample have the shape (*positions, classes); `keep` and `classes` are None if there are none.
     """
     logits: list[tuple[str, str, Shape]] = []
     if isinstance(keep, TopK) and classes is not None:
@@ -150,9 +148,7 @@ def fields_of(
     return [(SEED, "<u4", ()), *logits, *((name, "<f2", shape) for name, shape in features.items())]
 
 
-def record_values(
-    keep: Keep | None, outputs: Mapping[str, NDArray[Any]], temperature: float, indices: NDArray[Any] | None = None
-) -> dict[str, NDArray[Any]]:
+def values_of(keep: Keep | None, outputs: Arrays, temperature: float, indices: NDArray[Any] | None = None) -> Arrays:
     """Return the values of all fields but the seed, by field, before they are rounded to the types of the fields.
 
     Args:
@@ -161,16 +157,15 @@ def record_values(
         temperature: temperature of the log-probabilities.
         indices: classes to keep, shape (N, ..., k); by default the most probable ones.
     """
-    features = {name: array.astype(np.float32) for name, array in outputs.items() if name != LOGITS}
+    values = {name: array.astype(np.float32) for name, array in outputs.items()}
     if keep is None:
-        return features
-    logits = outputs[LOGITS].astype(np.float32)
+        return values
+    logits = values.pop(LOGITS)
     if isinstance(keep, Dense):
         maximum = logits.max(axis=-1)
-        return {"scores": np.maximum(logits - maximum[..., None], LOWEST), "maximum": maximum} | features
-    if indices is None:
-        indices = _top_k_indices(logits, keep.k)
-    return _log_probabilities(logits, indices, np.float32(temperature)) | features
+        return values | {"scores": np.maximum(logits - maximum[..., None], LOWEST), "maximum": maximum}
+    indices = _top_k_indices(logits, keep.k) if indices is None else indices
+    return values | _log_probabilities(logits, indices, np.float32(temperature))
 
 
 def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
@@ -181,7 +176,7 @@ def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
     return np.take_along_axis(indices, order, axis=-1)
 
 
-def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
+def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> Arrays:
     """Return the log-probabilities of the given classes and of all other classes together; `LOWEST` stands for log 0.
 
     The exponentials are computed in a single pass over the classes, because a vocabulary may have 100,000.
@@ -206,10 +201,8 @@ def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature:
     }
 
 
-def pack_records(
-    record_type: np.dtype[Any], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
-) -> NDArray[Any]:
-    """Return one record per sample, shape (N,), from `record_values`, and the low 32 bits of the augmentation seeds."""
+def pack_records(record_type: np.dtype[Any], values: Arrays, seeds: NDArray[np.uint64]) -> NDArray[Any]:
+    """Return one record per sample, shape (N,), with the low 32 bits of the augmentation seeds."""
     records = np.empty(len(seeds), record_type)
     records[SEED] = seeds.astype(np.uint32)
     for name, array in values.items():

@@ -129,9 +129,7 @@ class Specification(BaseModel):
     @property
     def keep(self) -> Keep | None:
         """Format of the logits."""
-        if self.k is not None:
-            return TopK(self.k)
-        return None if self.classes is None else Dense()
+        return TopK(self.k) if self.k else Dense() if self.classes else None
 
     @property
     def augmented(self) -> bool:
