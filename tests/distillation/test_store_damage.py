@@ -165,6 +165,8 @@ LAST = "view-0001-range-000002.bin"
         (lambda f: change(f, range_size=0), "range_size: "),
         (lambda f: change(f, temperature=0), "temperature: "),
         (lambda f: change(f, k=13), r"TopK\(13\) needs 13 classes, and there are 12"),
+        (lambda f: change(f, transform=None), "views is 2, but without a transform all views are equal"),
+        (lambda f: change(f, k=None, temperature=2.0), r"temperature is 2.0, but Dense\(\) stores no probabilities"),
         (lambda f: change(f, k=None), "has 176 bytes, expected 288"),
         (lambda f: change(f, classes=2**33), "has 176 bytes, expected 400"),
         (lambda f: change(f, classes=None), r"TopK\(4\) needs 4 classes, and there are None"),

@@ -71,14 +71,7 @@ features."""
 
 @dataclass(frozen=True)
 class TeacherRunner:
-    """Computes the outputs of a teacher, or of a callable that runs it, for augmented samples.
-
-    Args:
-        teacher: run in inference mode.
-        data: source of the samples.
-        outputs: callable to run; by default the logits of the teacher.
-        batch_size: number of samples in a batch.
-    """
+    """Runs a teacher in inference mode, or the callable `outputs` in its place, on augmented samples of the data."""
 
     teacher: Any
     data: ArrayData

@@ -42,13 +42,9 @@ FeatureName = Annotated[str, Field(min_length=1, max_length=500)]
 
 @dataclass(frozen=True)
 class RangeFile:
-    """File of the records of a range of samples in a view, in the order of the data, and their sha256.
+    """File of the records of a range of samples of a view, in the order of the data, and their sha256.
 
-    Args:
-        path: path of the file.
-        view, number: number of the view, and of the range in it.
-        samples: indices of the samples.
-        size_bytes: size of the complete file.
+    `number` counts the ranges of the view, and `samples` are the indices of the samples in the data.
     """
 
     path: Path
@@ -173,11 +169,7 @@ class Specification(BaseModel):
         return digest.digest()
 
     def check_same(self, folder: Path, given: Mapping[str, Any]) -> None:
-        """Compare properties of the store in a folder with given values.
-
-        Raises:
-            StoreError: some differ; the message names each with both values.
-        """
+        """Raise a StoreError that names each property of the store in a folder that differs from a given value."""
         different = [
             f"{DESCRIPTIONS[name]} ({name}: stored {_shown(name, getattr(self, name))}, given {_shown(name, value)})"
             for name, value in given.items()
