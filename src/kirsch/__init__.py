@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from kirsch.distillation.mutual import distill_mutually
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.schedule import Ramp
+    from kirsch.distillation.store.building import build_store
+    from kirsch.distillation.store.reading import TeacherStore
     from kirsch.distillation.store.record import Dense, TopK
-    from kirsch.distillation.store.teacher_store import TeacherStore, build_store
     from kirsch.distillation.term import Term
     from kirsch.errors import KirschError
     from kirsch.frameworks.model_generator import ModelGenerator
@@ -105,7 +106,7 @@ _MODULES = {
     "Ramp": "kirsch.distillation.schedule",
     "Slimming": "kirsch.pruning.regularizers",
     "Split": "kirsch.data.dataset",
-    "TeacherStore": "kirsch.distillation.store.teacher_store",
+    "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
     "TopK": "kirsch.distillation.store.record",
     "Trained": "kirsch.frameworks.training",
@@ -113,7 +114,7 @@ _MODULES = {
     "TrainingHooks": "kirsch.frameworks.training",
     "Verification": "kirsch.graph.verification",
     "born_again": "kirsch.distillation.chain",
-    "build_store": "kirsch.distillation.store.teacher_store",
+    "build_store": "kirsch.distillation.store.building",
     "compress": "kirsch.recipes.compress",
     "distill": "kirsch.distillation.distill",
     "distill_chain": "kirsch.distillation.chain",

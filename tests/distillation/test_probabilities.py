@@ -17,7 +17,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import to_logits
-from kirsch.distillation.store import Dense, TopK, build_store, teacher_store
+from kirsch.distillation.store import Dense, TopK, build_store, building
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -385,7 +385,7 @@ def test_outputs_declared_as_logits_are_not_checked():
 
 
 def test_a_store_of_probabilities_is_refused_as_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_store, "_check_not_probabilities", lambda *_: None)  # like an older store
+    monkeypatch.setattr(building, "_check_not_probabilities", lambda *_: None)  # like a store from an older version
     store = build_store(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=Dense())
     with pytest.raises(UsageError, match=r"The teacher of the store returns probabilities.* Build the store from"):
         distill(PLAIN, store, dataset(), **QUIET)

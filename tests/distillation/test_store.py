@@ -11,7 +11,7 @@ from distillation.stores import AUGMENT, IDS, K, N, data, images, logits_of_view
 from kirsch import ops
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, teacher_store
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, reading
 from kirsch.distillation.store.record import fields_of, index_type, pack_records, values_of
 from kirsch.errors import DataError, ShapeError, UsageError
 
@@ -45,7 +45,7 @@ def test_records_are_returned_in_the_order_of_the_ids_with_repetition(store_fold
 @pytest.mark.parametrize("mapped", [1, 2, 256])
 @pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
 def test_records_of_many_ranges_are_found_with_few_mapped_at_a_time(tmp_path, monkeypatch, mapped, kind):
-    monkeypatch.setattr(teacher_store, "MAX_MAPPED", mapped)
+    monkeypatch.setattr(reading, "MAX_MAPPED", mapped)
     store = tiny_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
     single = tiny_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
     indices = np.random.default_rng(3).integers(0, N, 100).astype(kind)
