@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kirsch.errors import Stopped
 
 KINDS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
-"""Errors by signal name; some systems do not have all signals."""
+"""Error for each signal, by name. Some systems do not have all of these signals."""
 
 
 class Stop:
-    """Stop request; a call returns the error to raise, or None.
+    """Stop request. A call returns the error that ends the run, or None.
 
     Args:
-        folder: folder of the run, for the fix of the error.
+        folder: folder of the run, named in the error.
         at_once: called before a second signal ends the process.
         end: ends the process with an exit code.
     """

@@ -62,7 +62,7 @@ class NestedInput:
 
 
 Input: TypeAlias = InputSpec | InputValue | NestedInput
-"""An example input as a plan stores it: tensors without their values, all other inputs with them."""
+"""An example input as a plan stores it: tensors without values, all other inputs with their values."""
 
 KINDS = ("list", "tuple", "dict")
 """Kinds of containers in a plan."""
