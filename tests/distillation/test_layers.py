@@ -58,7 +58,7 @@ def values_of(block, x):
     return normed, normed + x, torch.relu(normed + x)
 
 
-def test_a_value_that_is_overwritten_in_place_is_copied_before():
+def test_a_value_is_copied_before_it_is_overwritten_in_place():
     """In the first run, which finds out what is overwritten, and in later runs, which copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]

@@ -41,7 +41,7 @@ def test_an_objective_can_be_stored_as_json():
         ({"terms": (Term("kd", 0.0),), "label_weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_an_invalid_value_is_an_error_that_names_it(options, sentence):
+def test_an_invalid_value_raises_an_error_that_names_the_value(options, sentence):
     with pytest.raises(UsageError, match=f"The objective is invalid: {sentence}"):
         Objective(**options)
 

@@ -56,18 +56,18 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. For soft targets, "probabilities" has the gradient of the mean divergence to each peer, as in
-    the paper.
+    `Objective.teachers`. With `teachers="probabilities"`, the soft-target loss has the gradient of the mean of its
+    values for each peer, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their
             initial weights must differ.
         data: see `distill`.
         objective: its terms compare logits; by default the preset "dml".
-        training: one for all students. `max_grad_norm` limits the norm of all gradients together.
+        training: settings for all students. `max_grad_norm` limits the norm of all gradients together.
         validation: see `distill`; each student is evaluated.
-        hooks: of the run, which has one state to save and resume. In events and states, the names of terms and metrics
-            begin with the index of the student: "0.kd", "1.accuracy".
+        hooks: of the run of all students, which has one state to save and resume. In events and states, the names of
+            terms and metrics begin with the index of the student: "0.kd", "1.accuracy".
         regularizers: further terms of each student.
         progress: see `distill`.
 
@@ -80,7 +80,8 @@ def distill_mutually(
         ShapeError: the students return different numbers of classes.
         DataError, NumericError: see `distill`.
 
-    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there the students may take turns.
+    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2, where students may also
+        be updated in turn.
     """
     objective, validation = objective or Objective.preset("dml"), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
@@ -132,7 +133,7 @@ def _check_students(inference: Inference, students: Sequence[Any]) -> None:
             raise UsageError(
                 f"Students {one} and {other} have the same initial weights.",
                 "Their outputs would be equal, so that they could not learn from each other.",
-                "Build each with a different seed.",
+                "Build each student with a different seed.",
             )
 
 
@@ -148,7 +149,13 @@ def _check_terms(objective: Objective, students: int) -> None:
             fix='Give an objective that compares logits, such as Objective.preset("dml").',
         )
     for term in objective.terms:
-        if term.layers != ("logits", "logits") or term.adapter not in ("auto", "none"):
+        if term.adapter not in ("auto", "none") and term.layers == ("logits", "logits"):
+            raise UsageError(
+                f"The term {term.record_name!r} has the adapter {term.adapter!r}.",
+                "Mutual learning compares the logits of the students, which need no adapter.",
+                "Leave out `adapter`.",
+            )
+        if term.layers != ("logits", "logits"):
             raise UsageError(
                 f"The term {term.record_name!r} compares {term.student_layer!r} with {term.layers[1]!r}.",
                 "Mutual learning compares the logits of the students.",
@@ -263,7 +270,7 @@ class MutualStep:
         return {"students": [dict(factors) for factors in self._factors]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore the factors from a state that `state` returned."""
         self._factors = [dict(factors) for factors in state["students"]]
 
 

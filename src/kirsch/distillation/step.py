@@ -1,4 +1,4 @@
-"""One step of distillation: teachers, student with adapters, loss. Every training loop calls it."""
+"""One training step of distillation: run the teachers and the student with adapters, and compute the loss."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class TargetCheck:
         self._any_unchecked, self.all_checked = False, False
 
     def __call__(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
-        """Return a warning if batches without targets follow batches with targets, once a run.
+        """Return a warning if batches without targets follow batches with targets, once per run.
 
         Args:
             batch: of a loader.
             on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Raises:
-            DataError: the label loss does not take the targets, or there are none and no other term.
+            DataError: the label loss does not take the targets, or the batch has no targets and the objective no terms.
         """
         if batch.targets is not None:
             self._had_targets = uses_labels(self._objective)
@@ -77,11 +77,11 @@ class DistillationStep:
 
     Args:
         features: of the framework of student and teachers.
-        objective: the weights of labels and terms.
+        objective: the label loss and the weights of the terms.
         terms: of the objective, bound to the layers of the models.
         teacher_source: the outputs of the teachers for a batch; None without terms.
         regularizers: further terms of the student alone.
-        positions_of: mask of the inputs of a model of sequences → mask of its hidden positions.
+        positions_of: function: mask of the inputs of a model of sequences → mask of its hidden states.
         logits_shape: see `TargetCheck`.
     """
 
@@ -100,7 +100,7 @@ class DistillationStep:
         self._features, self._objective, self._teacher_source = features, objective, teacher_source
         self._regularizers, self._targets = regularizers, TargetCheck(objective, logits_shape)
         self._weights: dict[str, float] = {}
-        self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
+        self._unchecked = logit_layers(objective, terms, None)  # checked in the first step in training mode
 
     def __call__(
         self,
@@ -134,7 +134,7 @@ class DistillationStep:
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions over which the means of the terms go."""
+        """Return the numbers of samples, labels and positions in some batches: the denominators of the means."""
         return self.loss.counts(batches)
 
     def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
@@ -144,7 +144,7 @@ class DistillationStep:
     def balance(self, norms: dict[str, float]) -> None:
         """Scale the terms so that the norms of their gradients are in proportion to their weights.
 
-        The reference is the gradient of the labels, or of the first term without them.
+        The reference is the gradient of the label loss, or of the first term if there is no label loss.
         """
         if self._objective.balance == "gradient":
             self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
@@ -154,7 +154,7 @@ class DistillationStep:
         return {"factors": dict(self.factors)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore the factors from a state that `state` returned."""
         self.factors = dict(state.get("factors", {}))
 
 
@@ -172,7 +172,7 @@ def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Se
 
 
 def regularization(regularizers: Sequence[Regularizer], student: Any) -> dict[str, Any]:
-    """Return the values of regularizers for a student, by name of their class."""
+    """Return the values of regularizers for a student, by class name."""
     values: dict[str, Any] = {}
     for regularizer in regularizers:
         add(values, type(regularizer).__name__, regularizer(student))

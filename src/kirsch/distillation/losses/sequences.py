@@ -34,8 +34,8 @@ def align_causal(logits: Any, labels: Any, ignore_index: int = IGNORE) -> tuple[
 
     Args:
         logits: shape (N, L, K), or a list or dict of such arrays, such as those of student and teacher.
-        labels: token numbers, shape (N, L), at the positions of the tokens in the input; `ignore` for masked tokens.
-        ignore: label of prompts and padding.
+        labels: token numbers, shape (N, L), at the positions of the tokens in the input.
+        ignore_index: label of masked tokens, such as prompts and padding.
 
     Returns:
         Logits (N, L - 1, K), labels (N, L - 1), and a mask (N, L - 1), true where the label counts.
@@ -94,12 +94,12 @@ def ctc_frames(
 ) -> Any:
     """Return the KL divergence of each frame's softened outputs, times temperature², averaged over unmasked frames.
 
-    A CTC model predicts blank in most frames, so most of the loss may come from blanks. Leaving them out helps in some
-    tasks and harms in others; compare on your data.
+    A CTC model predicts blank in most frames, so most of the loss may come from blanks. Leaving out blanks helps in
+    some tasks and harms in others; compare on your data.
 
     Args:
         student, teacher: logits of frames, shape (N, L, K).
-        temperature: > 0; not applied to the probability of blank used by `blank`.
+        temperature: > 0; not applied to the probability of blank that the option `blank` uses.
         blank: "keep" gives all frames the same weight. "drop" leaves out frames in which the teacher's probability of
             blank is above `threshold`. "weight" weights each frame by the teacher's probability of the other classes.
             With "drop" and "weight" the mean depends on the whole batch, so the mean of several batches differs from
@@ -160,8 +160,8 @@ def _check_blank(blank: str, blank_class: int, threshold: float, classes: int) -
 class TargetLimits:
     """Limits on sequences that a teacher generated, for use as training targets.
 
-    The defaults are Kirsch's own choice, for languages with similar lengths. Inspect the dropped targets before relying
-    on them.
+    The defaults are Kirsch's own choice, for languages with texts of similar length. Inspect the dropped targets before
+    relying on the limits.
 
     Args:
         min_length_ratio, max_length_ratio: tokens of the target divided by tokens of the source.
@@ -302,6 +302,6 @@ def _problem(
 
 
 def count_most_frequent(tokens: Sequence[Hashable], ngram: int) -> int:
-    """Return the number of occurrences, overlapping ones included, of the most frequent n-gram; 0 if too short."""
+    """Return the number of occurrences, overlapping ones included, of the most frequent n-gram; 0 without n-grams."""
     ngrams = Counter(tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1))
     return max(ngrams.values(), default=0)
