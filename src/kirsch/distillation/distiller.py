@@ -29,7 +29,7 @@ from kirsch.distillation.teachers import (
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
-from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
+from kirsch.frameworks.training import GradientShares, LossOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,6 @@ class Distiller:
         module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
         step: returns the loss of a batch; a `kirsch.frameworks.training.LossFunction`.
         rows: the layers that are compared, with shapes and adapters.
-        shares: the share of each term in the gradient on the first batch of the epoch.
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
@@ -143,10 +142,9 @@ class Distiller:
             self._logits_shape,
         )
         self.rows: list[dict[str, Any]] = table(terms)
-        self.shares: dict[str, float] = {}
+        self._gradient_shares = GradientShares()
         self._checked_epoch: int | None = None
-        self._first_shares: dict[str, float] = {}
-        self._warn, self._warned = warn, set[str]()
+        self._warn = warn
         self.check_labels(first.targets)
 
     @checked
@@ -187,17 +185,16 @@ class Distiller:
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
-                self._check_gradients(norms, int(epoch))
+                self._checked_epoch = int(epoch)
+                self.step.balance(norms)
+                for sentence in self._gradient_shares.update(norms):
+                    self._warn(sentence)
         return output
 
-    def _check_gradients(self, norms: dict[str, float], epoch: int) -> None:
-        self._checked_epoch, self.shares = epoch, shares_of(norms)
-        self._first_shares = self._first_shares or self.shares
-        self.step.balance(norms)
-        for name, sentence in share_warnings(self.shares, self._first_shares).items():
-            if name not in self._warned:
-                self._warned.add(name)
-                self._warn(sentence)
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each term in the gradient on the first batch of the last epoch; empty before."""
+        return self._gradient_shares.latest
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
@@ -246,7 +243,7 @@ class Distiller:
             "balance": self.step.state(),
             "checked_epoch": self._checked_epoch,
             "shares": dict(self.shares),
-            "first_shares": dict(self._first_shares),
+            "first_shares": dict(self._gradient_shares.first),
         }
 
     @checked
@@ -271,8 +268,8 @@ class Distiller:
             )
         self.module.load_adapter_state(saved)
         self.step.restore(state["balance"])
-        self._checked_epoch, self.shares = state["checked_epoch"], dict(state["shares"])
-        self._first_shares = dict(state["first_shares"])
+        self._checked_epoch = state["checked_epoch"]
+        self._gradient_shares.restore(state["shares"], state["first_shares"])
 
     def close(self) -> None:
         """Remove the hooks from student and teachers; the next call adds them again."""

@@ -13,6 +13,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
+from kirsch.distillation.masks import shift_labels, shift_logits
 from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
@@ -334,7 +335,7 @@ def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tup
             fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
-        predicted, targets = predicted[:, :-1], targets[:, 1:]
+        predicted, targets = shift_logits(predicted), shift_labels(targets)
     counts = targets.astype(np.int64) != objective.ignore_index
     return predicted[counts], targets[counts]
 

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from kirsch.distillation.term import BoundTerm
 
 
+def shift_logits(logits: Any) -> Any:
+    """Return the values of all positions but the last, whose output predicts no token of the sequence."""
+    return logits[:, :-1]
+
+
+def shift_labels(labels: Any) -> Any:
+    """Return the values of all positions but the first: in a causal model, position i predicts the token at i + 1."""
+    return labels[:, 1:]
+
+
 class BatchMasks:
     """Labels of a batch as the losses take them, and the masks that follow from labels and padding.
 
@@ -47,8 +57,8 @@ class BatchMasks:
         labels = self.batch.targets
         if not self._causal or labels is None:
             return labels
-        mask, labels = self.padding.get("attention_mask"), labels[:, 1:]
-        return labels if mask is None else ops.where(mask[:, :-1] != 0, labels, self._ignore_index)
+        mask, labels = self.padding.get("attention_mask"), shift_labels(labels)
+        return labels if mask is None else ops.where(shift_logits(mask) != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
@@ -56,7 +66,7 @@ class BatchMasks:
             return logits
         if isinstance(logits, Mapping):
             return {name: self.shifted(value) for name, value in logits.items()}
-        return logits[:, :-1]
+        return shift_logits(logits)
 
     @cached_property
     def label_mask(self) -> Any:
@@ -116,7 +126,7 @@ class BatchMasks:
     def unlabeled_positions(self) -> Any:
         """Mask of the positions whose logits are compared, for sequences without labels."""
         mask = self.tokens("")
-        return mask if mask is None or not self._causal else mask[:, 1:] * mask[:, :-1]
+        return mask if mask is None or not self._causal else shift_labels(mask) * shift_logits(mask)
 
     # ------------------------------------------------------------------------------------------------ terms
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.annotations import Regularizer
     from kirsch.data.batches import Batch
+    from kirsch.distillation.distillation_loss import Features as TeacherFeatures
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
     from kirsch.distillation.term import BoundTerm
@@ -117,7 +118,30 @@ class DistillationStep:
         features = self.loss.features(outputs, epoch)
         adapted = {term.adapter_name: features[term.adapter_name][0] for term in active if term.adapter is not None}
         student = module(batch.inputs, adapted, batch.ids)
-        if self._unchecked and getattr(module, "training", True):
+        model, training = self._features.student_of(module), getattr(module, "training", True)
+        return self.loss_of(student, features, model, batch, epoch, step_counts, batch_counts, training=training)
+
+    def loss_of(
+        self,
+        student: Any,
+        features: TeacherFeatures,
+        model: Any,
+        batch: Batch,
+        epoch: float,
+        step_counts: Mapping[str, int] | None,
+        batch_counts: Mapping[str, int] | None,
+        *,
+        training: bool,
+    ) -> LossOutput:
+        """Return the loss of a batch on which student and teachers have run.
+
+        Args:
+            student, features: outputs of the student and features of the teachers, see `DistillationLoss`.
+            model: the student, for the regularizers.
+            batch, epoch, step_counts, batch_counts: see `LossFunction`.
+            training: whether the student is in training mode.
+        """
+        if self._unchecked and training:
             check_training(student.features, self._unchecked, self._objective)
             self._unchecked = []
         self._weights = self.loss.weights(epoch, self.factors)
@@ -130,7 +154,7 @@ class DistillationStep:
             batch_counts=batch_counts,
             factors=self.factors,
             targets_checked=self._targets.all_checked,
-            regularization=regularization(self._regularizers, self._features.student_of(module)),
+            regularization=regularization(self._regularizers, model),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:

@@ -236,6 +236,33 @@ def share_warnings(shares: Mapping[str, float], began: Mapping[str, float]) -> d
     return found
 
 
+class GradientShares:
+    """Shares of the terms in the gradient, measured on the first batch of each epoch.
+
+    Attributes:
+        latest: the last shares, by term.
+        first: the shares of the first batch of the run.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.first: dict[str, float] = {}
+        self._warned: set[str] = set()
+
+    def update(self, norms: Mapping[str, float]) -> list[str]:
+        """Record the shares of gradient norms, given by term. Return warnings, once for each term."""
+        self.latest = shares_of(norms)
+        self.first = self.first or self.latest
+        found = share_warnings(self.latest, self.first)
+        new = [sentence for name, sentence in found.items() if name not in self._warned]
+        self._warned |= found.keys()
+        return new
+
+    def restore(self, latest: Mapping[str, float], first: Mapping[str, float]) -> None:
+        """Continue with the shares of an earlier part of the run."""
+        self.latest, self.first = dict(latest), dict(first)
+
+
 def require_labels(counts: Mapping[str, int], step: str) -> None:
     """Refuse a step without targets.
 
@@ -252,7 +279,8 @@ class Trained:
 
     Args:
         model: trained model, in inference mode.
-        history: one dict per epoch: epoch, loss, parts, learning_rate, seconds, and the validation metrics.
+        history: one dict per epoch: epoch, loss, terms, gradient_shares, learning_rate, seconds, and the validation
+            metrics.
         first_batch: shares of the terms in loss and gradient at the first batch.
     """
 

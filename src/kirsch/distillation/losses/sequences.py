@@ -23,40 +23,6 @@ IGNORE = -100
 BLANK_MODES = ("keep", "drop", "weight")
 
 
-# ------------------------------------------------------------------------------------------------ alignment
-
-
-def align_causal(logits: Any, labels: Any, ignore_index: int = IGNORE) -> tuple[Any, Any, Any]:
-    """Return logits, labels and mask of a causal model, whose output at position i predicts token i + 1.
-
-    The mask is shifted with the labels. An unshifted mask would leave out the first token of each answer and count one
-    prediction after its end.
-
-    Args:
-        logits: shape (N, L, K), or a list or dict of such arrays, such as those of student and teacher.
-        labels: token numbers, shape (N, L), at the positions of the tokens in the input.
-        ignore_index: label of masked tokens, such as prompts and padding.
-
-    Returns:
-        Logits (N, L - 1, K), labels (N, L - 1), and a mask (N, L - 1), true where the label counts.
-
-    Raises:
-        ShapeError: logits and labels have different positions, or there is only one position.
-    """
-
-    def drop_last(array: Any) -> Any:
-        if tuple(array.shape[:2]) != tuple(labels.shape):
-            raise ShapeError(
-                f"The labels have shape {tuple(labels.shape)}; the logits have positions {tuple(array.shape[:2])}."
-            )
-        return array[:, :-1]
-
-    if len(labels.shape) != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
-        raise ShapeError(f"The labels have shape {tuple(labels.shape)}; (N, L) with L of at least 2 is needed.")
-    aligned = labels[:, 1:]
-    return ops.map_arrays(drop_last, logits), aligned, aligned != ignore_index
-
-
 def mask_from_lengths(lengths: Any, length: int) -> Any:
     """Return a mask, shape (N, length), that is true at the first `lengths[n]` positions of sequence n.
 
