@@ -59,7 +59,7 @@ def values_of(block, x):
 
 
 def test_a_value_is_copied_before_it_is_overwritten_in_place():
-    """In the first run, which finds out what is overwritten, and in later runs, which copy only these values."""
+    """The first run finds out which values are overwritten; later runs copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]
     normed, added, out = values_of(block, net.conv1(x))

@@ -24,7 +24,9 @@ def test_an_objective_of_labels_has_no_terms():
 
 
 def test_an_objective_can_be_stored_as_json():
-    objective = Objective((Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), 0.2, 0.05)
+    objective = Objective(
+        (Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), label_weight=0.2, label_smoothing=0.05
+    )
     content = json.loads(json.dumps(objective.to_dict()))
     terms = tuple(Term(**term) for term in content.pop("terms"))
     assert Objective(terms, **content) == objective

@@ -24,7 +24,7 @@ from kirsch.testing import LOSS_CHECKS
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.standard_normal((2, 2, 6, 5))  # logits (N, L, K)
-# A prompt of two tokens and an answer of three; a prompt of one, an answer of two, and padding.
+# Sample 0: a prompt of two tokens and an answer of three. Sample 1: a prompt of one, an answer of two, and padding.
 LABELS = np.array([[-100, -100, 4, 1, 3, -100], [-100, 2, 0, -100, -100, -100]])
 
 

@@ -247,9 +247,11 @@ def test_the_fix_for_a_regression_of_pixels_works():
     data = ArrayData(IMAGES, images)
     for term in ("kd", "binary-kd"):
         with pytest.raises(ShapeError, match=r'"fitnet", student_layer="logits"') as caught:
-            distill(pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), 0.0), check_teacher=False)
+            distill(
+                pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), label_weight=0.0), check_teacher=False
+            )
         assert "pixel-kd" in str(caught.value)
-    objective = Objective((Term("fitnet", 1.0, student_layer="logits"),), 1.0, label_loss="squared-error")
+    objective = Objective((Term("fitnet", 1.0, student_layer="logits"),), label_weight=1.0, label_loss="squared-error")
     hooks = TrainingHooks(event=lambda event: None)
     found = distill(pixels(2), pixels(2, 1), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
     assert set(found.history[0]["terms"]) == {"label", "fitnet"}

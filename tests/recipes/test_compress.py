@@ -91,7 +91,7 @@ def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tm
     with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.*teacher_outputs="):
         kirsch.compress(model, data, HALF, recover=training, folder=tmp_path / "run")
     objective = kirsch.Objective(
-        kirsch.Objective.kd().terms, 0.1, student_outputs="probabilities", teacher_outputs="probabilities"
+        kirsch.Objective.kd().terms, label_weight=0.1, student_outputs="probabilities", teacher_outputs="probabilities"
     )
     found = kirsch.compress(model, data, HALF, recover=training, objective=objective, folder=tmp_path / "stated")
     assert found.model is not None

@@ -39,7 +39,7 @@ objective:
 PRESETS_HEAD = """## Presets
 
 `Objective.preset("dkd")`, or `objective: dkd` in a recipe. The number before a loss is its weight, and
-"labels" is the label loss. The parentheses show the temperature T, the layers, the adapter and the options of the loss.
+"labels" is the label loss. The parentheses show the temperature T, the layers, the adapter, and options of the loss.
 The layers are `auto` (all stages), `auto[-2]` (the second-to-last stage), `penultimate` (the input of the classifier),
 `hidden[-1]` (the last hidden states), or a path with wildcards. "→" shows a number that changes during training; "↔"
 connects a layer of the student with a different layer of the teacher.

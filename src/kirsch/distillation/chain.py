@@ -74,7 +74,7 @@ def distill_chain(
         of its values for each teacher.
     """
     if len(models) < MIN_MODELS:
-        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give both.")
+        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give two or more.")
     _check_distinct(models)
     first, students = models[0], models[1:]
     if learn_from == "all" and isinstance(first, TeacherStore):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
@@ -55,6 +55,7 @@ class Objective:
     made_by: ClassVar[str] = "kirsch.Objective.kd()"
 
     terms: tuple[Term, ...] = ()
+    _: KW_ONLY
     label_weight: Number = 1.0
     label_smoothing: float = 0.0
     label_loss: str = "cross-entropy"
@@ -110,7 +111,7 @@ class Objective:
     @checked
     def labels(cls, label_smoothing: float = 0.0) -> Objective:
         """Return an objective of the label loss only, which needs no teacher."""
-        return cls((), 1.0, label_smoothing)
+        return cls((), label_smoothing=label_smoothing)
 
     @classmethod
     @checked

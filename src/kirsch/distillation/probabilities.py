@@ -28,7 +28,7 @@ ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "
 """Activation that each label loss applies to the logits of the student."""
 
 SIGMOID_COUNT, SIGMOID_MARGIN = 128, 0.02
-"""At least this many values from 0 to 1, some of them this close to 0 and some to 1, are taken for a sigmoid."""
+"""Number of values from 0 to 1, and distance of some of them from 0 and from 1, that show outputs of a sigmoid."""
 
 ROUNDING = 1e-6
 

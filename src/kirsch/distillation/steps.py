@@ -346,7 +346,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 def _gradient_share(trained: Trained) -> str:
     """Return the largest share of a teacher term in the gradient.
 
-    The share is that of the first batch, or of the last epoch if all terms start with weight 0.
+    The share is taken from the first batch; if all terms start with weight 0, from the last epoch.
     """
     for shares in (trained.first_batch.get("gradient_shares", {}), trained.history[-1]["gradient_shares"]):
         terms = {name: share for name, share in shares.items() if name != "label"}

@@ -192,7 +192,7 @@ def positions_and_classes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]
 
 
 def _is_labeled(targets: NDArray[Any], ignore_index: int) -> NDArray[np.bool_]:
-    """Return True where a target is not the ignored label, compared in a type that can hold both."""
+    """Return True where a target is not the ignored label, compared as 64-bit integers."""
     labeled: NDArray[np.bool_] = targets.astype(np.int64) != ignore_index
     return labeled
 

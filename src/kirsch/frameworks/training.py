@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from kirsch import figures
 from kirsch.annotations import AtLeastZero, Count, Fraction, Positive, Seed
 from kirsch.arguments import checked
 from kirsch.errors import DataError, UsageError
 from kirsch.options import Options
+from kirsch.progress import epoch_text
+from kirsch.tables import Part, Piece, Printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -273,8 +276,12 @@ def require_labels(counts: Mapping[str, int], step: str) -> None:
         raise DataError(f"All targets of {step} are masked.", fix="Check the mask and the labels of the data.")
 
 
-@dataclass
-class Trained:
+MOST_EPOCHS = 10
+"""Number of epochs that a printed result of a training shows."""
+
+
+@dataclass(repr=False)
+class Trained(Printable):
     """Result of a training run.
 
     Args:
@@ -287,3 +294,24 @@ class Trained:
     model: Any
     history: list[dict[str, Any]] = field(default_factory=list)
     first_batch: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Trained: {type(self.model).__name__}, {self._epochs}>"
+
+    @property
+    def _epochs(self) -> str:
+        return f"{len(self.history)} epoch{'s' * (len(self.history) != 1)}"
+
+    def parts(self) -> list[Part]:
+        """Return the name of the model, a line for each of the last epochs, and the shares of the gradient."""
+        lines: list[Part] = [[Piece(type(self.model).__name__, "strong"), Piece(f"   {self._epochs}")]]
+        shown = self.history[-MOST_EPOCHS:]
+        if len(shown) < len(self.history):
+            lines.append([Piece(f"the first {len(self.history) - len(shown)} epochs are in `history`", "faint")])
+        lines += [[Piece(epoch_text({**record, "epochs": len(self.history)}))] for record in shown]
+        shares = self.first_batch.get("gradient_shares", {})
+        if len(shares) > 1:
+            text = ", ".join(f"{name} {figures.percent(share, 0)}" for name, share in shares.items())
+            lines.append([Piece(f"gradient on the first batch: {text}")])
+        return lines

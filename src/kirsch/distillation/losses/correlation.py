@@ -45,7 +45,7 @@ def correlated(
 
     Returns:
         Scalar, from 0 to 2 T² (inter + intra); 0 if the softened outputs agree, up to a convention's constant.
-        The correlation counts as 0 where one side is constant, and as 1 where both are.
+        The correlation counts as 0 where one side is constant, and as 1 where both sides are.
 
     Raises:
         ShapeError: the shapes differ.
@@ -188,7 +188,7 @@ def multi_level(
 
 
 def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any, Any]:
-    """Return both softened outputs (N, K) of samples or positions, 0 where masked, and the mask (N,), None for all."""
+    """Return the softened outputs (N, K) of both sides, 0 where masked, and the mask (N,), which is None for all."""
     check_temperature(temperature)
     check_same_shape(student, teacher)
     p_s, p_t = (ops.exp(ops.log_softmax(ops.zero_masked(logits, mask) / temperature)) for logits in (student, teacher))

@@ -199,7 +199,7 @@ def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, 
     """Return the `count` queries with the highest confidence, or all if there are fewer.
 
     Without this selection, a student with fewer queries would be matched to the teacher's least confident queries,
-    because these have the lowest costs.
+    because the costs of these queries are the lowest.
     """
     confident = ops.convert_to_numpy(confidence(side["logits"], classes))
     order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]  # (N, count)
@@ -285,7 +285,7 @@ def _check_weights(**weights: float) -> None:
 
 
 def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
-    """Raise an error unless both have logits and boxes of the same samples and classes, with one box per query."""
+    """Raise an error unless both sides have logits and boxes of the same samples and classes, one box per query."""
     for role, side in (("student", student), ("teacher", teacher)):
         missing = [name for name in ("logits", "boxes") if not isinstance(side, dict) or name not in side]
         if missing:

@@ -185,7 +185,7 @@ def pixel_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, m
 def softened(
     student: Any, teacher: Any, *, temperature: float, standardize: bool = False, mask: Any = None
 ) -> tuple[Any, Any]:
-    """Return the logarithms of both softmaxes at a temperature, with masked logits set to zero."""
+    """Return the log-softmax of student and teacher at a temperature, with masked logits set to zero."""
     student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
@@ -193,7 +193,7 @@ def softened(
 
 
 def standardized(logits: Any) -> Any:
-    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the latter."""
+    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the deviation."""
     centered = logits - ops.mean(logits, -1)[..., None]
     return centered / (ops.standard_deviation(logits) + 1e-7)
 

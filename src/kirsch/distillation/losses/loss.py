@@ -295,7 +295,7 @@ def check_same_samples(student: Any, teacher: Any, noun: str = "features") -> No
 
 
 def check_maps(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError unless both are feature maps (N, C, H, W) of the same samples."""
+    """Raise a ShapeError unless student and teacher are feature maps (N, C, H, W) of the same samples."""
     for role, maps in (("student", student), ("teacher", teacher)):
         if len(maps.shape) != len("NCHW"):
             raise ShapeError(

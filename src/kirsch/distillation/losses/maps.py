@@ -183,7 +183,7 @@ def factor_transfer(
 def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, convention: str = "sum") -> Any:
     """Return the partial squared distance to the teacher's maps, which are clipped from below at a margin.
 
-    Where the teacher is at most 0, a student below the clipped teacher adds nothing, because a ReLU maps both to 0.
+    Where the teacher is at most 0, a student below the clipped teacher adds nothing: a ReLU maps both values to 0.
 
     Args:
         student, teacher: maps before the ReLU, shape (N, C, H, W), floating.

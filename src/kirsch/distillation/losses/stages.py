@@ -53,11 +53,11 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
 
 
 def _check_stages(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError unless both are two or more stages with the same samples and channels."""
+    """Raise a ShapeError unless student and teacher have the same number of stages, samples and channels."""
     if len(student) != len(teacher) or len(student) < len("ab"):
         raise ShapeError(
             f"The student has {len(student)} stages, the teacher {len(teacher)}.",
-            "A relation between stages needs the same number of stages in both, at least two.",
+            "Relations between stages need the same number of stages in student and teacher, at least two.",
         )
     for number, (maps_s, maps_t) in enumerate(zip(student, teacher, strict=True)):
         check_maps(maps_s, maps_t)
@@ -74,7 +74,7 @@ def _flow_matrix(low: Any, high: Any) -> Any:
 
 
 def _max_pool_pair(low: Any, high: Any) -> tuple[Any, Any]:
-    """Return both maps at the smaller height and width; larger maps are pooled by the maximum."""
+    """Return two maps at the smaller height and width; larger maps are pooled by the maximum."""
     size = min(low.shape[2], high.shape[2]), min(low.shape[3], high.shape[3])
     return _adaptive_max_pool(low, size), _adaptive_max_pool(high, size)
 
