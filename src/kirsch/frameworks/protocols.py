@@ -1,4 +1,4 @@
-"""What a framework package implements: five protocols, each fulfilled by one object of the framework.
+"""Protocols of a framework package: there are five, each fulfilled by one object of the framework.
 
 `model` is a model of the framework, `batch` and `inputs` hold numpy arrays or arrays of the framework, and features and
 adapters are objects of the framework that the layers above only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the

@@ -1,4 +1,4 @@
-"""Interface of a task: what a model is for, and how its outputs are judged."""
+"""Interface of a task: the purpose of a model, and the evaluation of its outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What a model is for. All arrays are numpy arrays; outputs are those of `Inference.predict`.
+    """Purpose of a model, such as classification. Arrays are numpy arrays; outputs are those of `Inference.predict`.
 
     Attributes:
         label_loss: name of the loss on labels, as `kirsch.Objective` takes it.
