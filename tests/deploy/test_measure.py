@@ -78,10 +78,11 @@ def test_a_printed_measurement_notes_that_the_machine_was_disturbed(doubling, nu
     assert "note" not in str(quiet)
     monkeypatch.setattr(measure_module, "interleaved", lambda *_, **__: DISTURBED)
     found = kirsch.measure(doubling, example_inputs=numbers)
-    assert (
-        "note           The machine was disturbed: A/A, the file against itself, is 1.05× [1.01 – 1.09], which excludes 1. "
+    (line,) = [line for line in str(found).splitlines() if line.startswith("note ")]
+    assert line.split(None, 1)[1] == (
+        "The machine was disturbed: A/A, the file against itself, is 1.05× [1.01 – 1.09], which excludes 1. "
         "Measure again on an idle machine."
-    ) in " ".join(str(found).split("\n"))
+    )
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4])

@@ -212,8 +212,10 @@ def test_speedup_that_contradicts_the_medians_is_noted(value, is_noted):
     assert (
         notes
         == [
-            "The machine was disturbed: the ratio of teacher to exported within a round is "
-            f"{value:.2f}×, and the ratio of the two medians is 1.19×. Measure again on an idle machine."
+            (
+                "The machine was disturbed: the ratio of teacher to exported within a round is "
+                f"{value:.2f}×, and the ratio of the two medians is 1.19×. Measure again on an idle machine."
+            )
         ]
         * is_noted
     )

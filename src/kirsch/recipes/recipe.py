@@ -325,7 +325,7 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
     elif details["type"] == "missing":
         text = "this key is required"
     elif details["type"] == "value_error":
-        text = _lower(str(details["ctx"]["error"])).rstrip(".")
+        text = _lower(str(details["ctx"]["error"]))
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
     shown = re.sub(r"^steps\.(\d+)", r"steps[\1]", key)
