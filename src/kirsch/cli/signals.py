@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kirsch.errors import Stopped
 
-KINDS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
+ERRORS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
 """Error for each signal, by name. Some systems do not have all of these signals."""
 
 
@@ -45,7 +45,7 @@ class Stop:
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """Handle a signal; see `signal.signal`."""
         name = signal.Signals(number).name
-        kind = KINDS[name]
+        kind = ERRORS[name]
         if self._error is not None:
             self._at_once()
             self._end(kind.exit_code)
@@ -63,7 +63,7 @@ def stop_on_signals(folder: Path, at_once: Callable[[], None] = lambda: None) ->
     Ignored signals stay ignored, as `nohup` and shells with background processes expect.
     """
     stop = Stop(folder, at_once)
-    numbers = [getattr(signal, name) for name in KINDS if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ERRORS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     handled = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in handled:

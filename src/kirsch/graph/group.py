@@ -39,6 +39,10 @@ class Group:
     starts: NDArray[np.int64]
     footprint: tuple[ParameterAxis, ...]
 
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<Group {self.name}: {self.size} units of kind {self.kind}, in {len(self.layers)} layers>"
+
     @property
     def size(self) -> int:
         """Number of units."""

@@ -77,7 +77,7 @@ def _input(value: Any, path: str) -> Any:
     return value
 
 
-NESTED = record({"name": text(), "kind": one_of(inputs.KINDS), "items": array(_input)})
+NESTED = record({"name": text(), "kind": one_of(inputs.CONTAINERS), "items": array(_input)})
 _PLANNED = (*KINDS, BLOCK)
 COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
 PLAN = record(
