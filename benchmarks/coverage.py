@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
 
 REACHABLE = 99
-"""Percent of the MACs. A model of which more than this must stay cannot be pruned."""
+"""Percent of the MACs. A model cannot be pruned if more than this percentage of its MACs must remain."""
 PRUNED_BELOW = 0.98
 """If the peer keeps at least this fraction of the parameters, its result is "nothing pruned"."""
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def _require_equal(name: str, predicted: Any, counted: Any) -> None:
 
 
 def half_macs_plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
-    """Return a plan for half of the MACs or, if this cannot be reached, for half of the largest possible reduction."""
+    """Return a plan that removes half of the MACs, or else half as many MACs as can be removed at most."""
     try:
         return kirsch.plan(graph, kirsch.Goal(macs=0.5))
     except GoalError as error:
@@ -149,7 +149,11 @@ def prune_half_of_every_group(model: nn.Module, graph: Graph, row: dict[str, Any
 
 
 def remove_half_of_the_blocks(model: nn.Module, graph: Graph, inputs: Any) -> str:
-    """Remove half of the residual blocks; return "correct", the text of the error, or "" for a model without blocks."""
+    """Remove random residual blocks with half of the blocks' MACs.
+
+    Returns:
+        "correct", the text of the error, or "" for a model without blocks.
+    """
     if not graph.blocks:
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
@@ -195,7 +199,11 @@ def _save_and_load(recipe: Recipe, pruned: nn.Module, inputs: Any) -> None:
 
 
 def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
-    """Export the pruned model; return "correct", or the text of the error if the original cannot be exported either."""
+    """Export the pruned model.
+
+    Returns:
+        "correct", or the text of the error if the original cannot be exported either.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             kirsch.export(pruned, Path(folder) / "pruned.onnx", example_inputs=inputs)
@@ -209,7 +217,7 @@ def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
 
 
 def peer(recipe: Recipe) -> str:
-    """Prune half of every group but the classifier with Torch-Pruning and its defaults, and return the result."""
+    """Return the result of Torch-Pruning with its defaults, which prunes half of every group but the classifier."""
     import torch_pruning  # noqa: PLC0415 - only needed for --peer
 
     model, inputs = recipe.build()

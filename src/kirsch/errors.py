@@ -6,7 +6,7 @@ KirschError                    exit code
 │   ├── PlanError                    the plan does not fit the model, or is damaged
 │   ├── RecipeError                  one or more lines of a recipe are wrong
 │   ├── ShapeError                   two arrays do not fit together
-│   └── UnknownNameError             a name is not that of any registry entry, module or group
+│   └── UnknownNameError             no registry entry, module or group has this name
 ├── LoadError                  4     a model, data or checkpoint cannot be loaded
 │   ├── ModelError                   the model cannot be built, copied or traced
 │   ├── DataError                    the data is empty, damaged or out of range
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_MESSAGE_LENGTH = 400
-"""Characters of another error's message that are repeated."""
+"""Largest number of characters that are repeated from the message of another error."""
 
 
 class KirschError(Exception):
@@ -76,7 +76,7 @@ class ShapeError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name is not that of any registry entry, module or group.
+    """No registry entry, module or group has this name.
 
     Args:
         kind: kind of the named object, such as "importance".

@@ -389,7 +389,7 @@ def of_loaders(data):
     return kirsch.DataSet("loaded", train, loader(data.validation), loader(data.test))
 
 
-def test_data_of_loaders_is_compressed_and_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
+def test_an_interrupted_run_on_loaders_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path):
     model, _, data = trained
     events, steps = [], [Prune(goal=HALF), Recover(epochs=2, learning_rate=0.02)]
 

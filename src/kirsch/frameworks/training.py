@@ -54,7 +54,10 @@ class Training(Options):
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
     weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, ascending fractions of the run")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75),
+        description="for multistep: ascending fractions of the run; at each, the learning rate is divided by 10",
+    )
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
     max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
     gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
