@@ -290,7 +290,7 @@ HEAD = """# Coverage
 This page shows which public models Kirsch prunes correctly. The models have random weights and small inputs. Each model
 runs in its own process: Kirsch traces it, prunes it to half of its MACs with a plan of `kirsch.plan`, and verifies the
 returned module. The pruned model is then trained for one step, saved, loaded into a newly built model, and exported to
-ONNX. If half of the MACs cannot be reached, the plan removes half of the largest possible reduction.
+ONNX. If half of the MACs cannot be removed, the plan removes half as many MACs as can be removed at most.
 
 - *Result*: **correct** if all of these steps succeed; **refused** if Kirsch raises an error that names the cause;
   **wrong** in all other cases.
@@ -298,9 +298,11 @@ ONNX. If half of the MACs cannot be reached, the plan removes half of the larges
 - *MACs*: MACs of the pruned model, as a fraction of the original.
 - *Error*: largest difference from the masked original, relative to its largest output, in float64.
 - *Half of all*: result of a harder plan, which removes half of the units of every group.
-- *Blocks*: number of residual blocks, and the result of removing half of them (by cost, chosen at random).
+- *Blocks*: number of residual blocks, and the result of removing randomly chosen blocks with half of the MACs of all
+  blocks.
 - *Peer*, if present: Torch-Pruning with its defaults on the same model. This column only says whether the pruned model
-  runs and has the same output shapes, not whether its outputs are correct.
+  runs and has the same output shapes, not whether its outputs are correct. "kept" is the fraction of the parameters
+  that remain.
 
 For detectors only the backbone is pruned (`module="backbone"`), because the rest selects boxes by their values.
 
@@ -310,11 +312,11 @@ For detectors only the backbone is pruned (`module="backbone"`), because the res
 OTHERS_HEAD = """## Models that were not used during development
 
 The first run on these models found two errors, which are fixed: models that fill buffers in their first forward pass
-are now loaded, and a maximum over units is now taken over the kept units only."""
+are now loaded, and a maximum over units is now taken over the kept units only. The models "by hand" were written for
+this page."""
 
 REASONS = """\
-The most frequent reasons for frozen parameters follow. "It" is the frozen axis, and … is a name or a number in the code
-of the model. "Cannot follow it" means that this size in the code cannot be changed when the axis is pruned."""
+The most frequent reasons for frozen parameters follow. In these, … is a name or a number in the code of the model."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -158,7 +158,7 @@ def test_model_without_matching_configuration_refuses_save_pretrained(trained, t
     found = kirsch.compress(
         model, trained[2], HALF, recover=TRAINING, batch_size=16, folder=tmp_path / "run", listen=events.append
     )
-    text = "No configuration describes the pruned Saving. from_pretrained would build it in its original size."
+    text = "No configuration describes the pruned Saving. from_pretrained would build the model in its original size."
     assert [event for event in events if event["event"] == "note" and event["text"].startswith(text)]
     with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
         found.model.save_pretrained(tmp_path)
