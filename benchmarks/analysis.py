@@ -67,7 +67,7 @@ ROWS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "language, 70 B": partial(_language, 80, SHAPE_70B),
 }
 BY_DEPTH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    f"{layers} layers": partial(_language, layers, SHAPE_7B) for layers in DEPTHS
+    f"{layers} layer{'s' * (layers > 1)}": partial(_language, layers, SHAPE_7B) for layers in DEPTHS
 }
 CUTS = {f"{name} cut": (name, False) for name in ("resnet50", "resnet152", "vit_h_14")}
 CUTS |= {f"{name} cut and verified": (name, True) for name in ("resnet50", "resnet152", "vit_l_16")}
@@ -176,7 +176,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     parts = [HEAD.format(machine=f"{cpu()[0]}, one thread, torch {torch.__version__}", date=datetime.now(UTC).date())]
     heads = {"sizes": "## By size", "depth": "## By depth\n\n![time by layers](pictures/depth.svg)"}
     for key, head in heads.items():
-        lines = ["| | parameters | trace | analysis | of trace time | groups | units | peak memory | plans |"]
+        lines = ["| | parameters | trace | analysis | analysis ÷ trace | groups | units | peak memory | plans |"]
         lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---|")
         for name in SETS[key]:
             if name in found:
@@ -204,11 +204,24 @@ HEAD = """# Scale
 
 <!-- written by benchmarks/analysis.py; do not edit -->
 
-Processor time of the coupling analysis, compared with that of `kirsch.trace`, which exports the model before it. The
-models of the first two tables are on the meta device: they have shapes without values. *Plans*: times of four calls of
-`kirsch.plan` with different goals on the same analysis. *Cut*: removal of every other unit of every group of a model in
-single precision. *Additional memory*: peak memory during pruning minus the size of the original and the pruned model,
-divided by that size. A verification computes in double precision and holds two copies of the original.
+This page shows how time and memory grow with the size of a model. All times are processor times.
+
+The first two tables are about the analysis. `kirsch.trace` exports a model; the coupling analysis then finds the
+groups. The models are on the meta device: they have shapes without values.
+
+- *Analysis ÷ trace*: time of the coupling analysis, relative to the time of `kirsch.trace`.
+- *Plans*: times of four calls of `kirsch.plan` with different goals on the same analysis; not measured for models with
+  more than 100 million parameters.
+
+The last table is about the removal of every other unit of every group of a float32 model.
+
+- *Cut*: time to copy the model with only the kept units.
+- *Copy of kept weights* and *selection of kept weights*: time to copy tensors of the kept sizes, and time to select
+  evenly spaced entries of the original tensors in these sizes. These times are lower bounds of the cut.
+- *Prune*: time of `kirsch.prune`, in the rows "cut" without the verification, in the rows "cut and verified" with it.
+  A verification computes in float64 and holds two copies of the original.
+- *Additional memory*: peak memory during `kirsch.prune` minus the size of both models, divided by the size of both
+  models.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 

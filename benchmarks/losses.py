@@ -138,23 +138,30 @@ HEAD = """# Time and memory of losses
 
 <!-- written by benchmarks/losses.py; do not edit -->
 
-"nst" needs the inner products of all pairs of channels, and "rkd-angle" the angles of all triples of samples. The
-*plain* form computes the terms of the sum one by one: the products of channels at every position, and the differences
-of samples in every dimension. The *Kirsch* form uses matrices of inner products: for "nst" of channels or of
-positions, whichever is cheaper, and for "rkd-angle" of samples. The products of samples are computed in float64;
-otherwise differences of samples that are close to each other would be lost to rounding. Student and teacher have the
-given shape and float32 values.
+This page compares two ways to compute the losses "nst" and "rkd-angle". "nst" needs the inner products of all pairs of
+channels, and "rkd-angle" the angles of all triples of samples.
 
-The time is the processor time of value and gradient, on one thread, with both forms in turn: the median of {rounds}
-rounds ({fewest} if a round takes long). *Times faster* is the median of the ratios of the rounds. The memory is the
-peak of a separate process above its memory before the step; a few MiB of it belong to the library itself. *Difference*
-is the relative difference of the two values.
+- The *plain* form computes the terms of the sum one by one: the products of channels at every position, and the
+  differences of samples in every dimension.
+- The *Kirsch* form uses matrices of inner products. For "nst" these are products of channels or products of positions,
+  whichever are cheaper. For "rkd-angle" they are products of samples in float64, because differences between samples
+  that are close to each other would be lost to rounding in float32.
+
+The first column gives the shape of the student's and the teacher's features: (N, C, H, W) for "nst", (N, D) for
+"rkd-angle". The features are float32.
+
+- The time is the processor time of value and gradient on one thread. Both forms are timed in turn; the table shows the
+  median of {rounds} rounds ({fewest} if a round takes long).
+- *Times faster* is the median of the ratios of the rounds; *lowest to highest* is the range of the ratios.
+- The memory is the peak memory of a separate process during the step, minus its memory before the step. A few MiB of it
+  belong to PyTorch itself.
+- *Difference* is the relative difference of the two values.
 
 `python benchmarks/losses.py` writes this page. These numbers are from {machine}, {date}.
 Other programs ran on the machine (load {load:.1f}), so compare the ratios, not the milliseconds.
 
-The Kirsch form of "rkd-angle" is faster for wide features. With as many samples as dimensions it is hardly faster, and
-its intermediate matrices need more memory."""
+The Kirsch form of "rkd-angle" is faster for wide features. With as many samples as dimensions, the Kirsch form is
+hardly faster, and needs more memory for its intermediate matrices."""
 
 
 def main() -> None:

@@ -474,7 +474,7 @@ NAMES = [
     ("call", "message"),
     [
         (lambda: kirsch.plan(1), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
-        (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStores\.$"),
+        (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStore objects\.$"),
         (lambda: kirsch.Term("kd", options=[]), r"expected a dict from text to any object|Give a dict from text to"),
         (lambda: kirsch.Goal(macs=np.ones(3)), r"is an ndarray of shape \(3,\); expected a number or None\."),
         (lambda: kirsch.Objective(teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,20 @@ def _either(words: list[str]) -> str:
 def _class_noun(kind: Any) -> str:
     if kind.__name__ == "ndarray":
         return "an array"
-    return f"a kirsch.{kind.__name__}" if kind.__module__.startswith("kirsch.") else with_article(kind.__name__)
+    return f"a {public_name(kind)}" if kind.__module__.startswith("kirsch.") else with_article(kind.__name__)
+
+
+def public_name(target: Any) -> str:
+    """Return the name by which a user calls a function, class or method, such as "kirsch.Objective.kd"."""
+    name, module = str(target.__qualname__), str(target.__module__)
+    first, package = name.partition(".")[0], module.rpartition(".")[0]
+    if first in sys.modules["kirsch"].__all__:
+        module = "kirsch"
+    elif first in getattr(sys.modules.get("kirsch.steps"), "__all__", ()):
+        module = "kirsch.steps"
+    elif first in getattr(sys.modules.get(package), "__all__", ()):
+        module = package
+    return f"{module}.{name.removesuffix('.__init__').removesuffix('.__call__')}"
 
 
 def value_phrase(value: Any) -> str:
@@ -199,6 +213,7 @@ def value_phrase(value: Any) -> str:
 
 def plural(noun: str) -> str:
     """Return the plural of a noun phrase: "a model or a list of text" → "models or lists of text"."""
+    noun = re.sub(r"(^|, | or )an? (kirsch\.[\w.]+)", r"\1a \2 object", noun)
     return re.sub(r"(^|, | or )an? (.*?)(?= of | above | between | or |, |$)", r"\1\2s", noun)
 
 

@@ -13,7 +13,6 @@ import math
 import numbers
 import operator
 import os
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from kirsch.annotations import Between, Fix, Kind, OneOrMore, type_phrase, value_phrase
+from kirsch.annotations import Between, Fix, Kind, OneOrMore, public_name, type_phrase, value_phrase
 from kirsch.errors import UsageError, listing, nearest
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -95,19 +94,6 @@ def _checked_arguments(
     if errors:
         raise _merged(errors)
     return converted
-
-
-def public_name(target: Any) -> str:
-    """Return the name by which a user calls a function, class or method, such as "kirsch.Objective.kd"."""
-    name, module = str(target.__qualname__), str(target.__module__)
-    first, package = name.partition(".")[0], module.rpartition(".")[0]
-    if first in sys.modules["kirsch"].__all__:
-        module = "kirsch"
-    elif first in getattr(sys.modules.get("kirsch.steps"), "__all__", ()):
-        module = "kirsch.steps"
-    elif first in getattr(sys.modules.get(package), "__all__", ()):
-        module = package
-    return f"{module}.{name.removesuffix('.__init__').removesuffix('.__call__')}"
 
 
 @functools.cache

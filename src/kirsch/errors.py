@@ -12,7 +12,7 @@ KirschError                    exit code
 │   ├── DataError                    the data is empty, damaged or out of range
 │   ├── CheckpointError              there is no valid checkpoint
 │   └── StoreError                   a store of teacher outputs is partial, stale or damaged
-├── SurroundingsError          5     something outside the model is missing
+├── RequirementError           5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
 │   ├── MemoryShortageError          the memory is not sufficient
 │   └── OutputError                  the output folder cannot be written
@@ -113,13 +113,13 @@ class StoreError(LoadError):
     """A store of teacher outputs is partial, stale or damaged."""
 
 
-class SurroundingsError(KirschError):
+class RequirementError(KirschError):
     """Something outside the model is missing."""
 
     exit_code = 5
 
 
-class MissingExtraError(SurroundingsError):
+class MissingExtraError(RequirementError):
     """An optional package is not installed.
 
     Args:
@@ -136,11 +136,11 @@ class MissingExtraError(SurroundingsError):
         )
 
 
-class MemoryShortageError(SurroundingsError):
+class MemoryShortageError(RequirementError):
     """The memory is not sufficient."""
 
 
-class OutputError(SurroundingsError):
+class OutputError(RequirementError):
     """The output folder cannot be written."""
 
 

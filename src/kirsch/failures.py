@@ -14,7 +14,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING
 
-from kirsch.errors import KirschError, MemoryShortageError, ModelError, OutputError, SurroundingsError, error_text
+from kirsch.errors import KirschError, MemoryShortageError, ModelError, OutputError, RequirementError, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,9 +175,9 @@ def _system_error(error: BaseException, doing: str) -> KirschError | None:
     if isinstance(error, OSError):
         name = f"{os.fsdecode(error.filename)!r} cannot be used" if isinstance(error.filename, str | bytes) else ""
         what = f"{name or 'The operating system refused a request'}{_after(doing)}."
-        return SurroundingsError(what, error_text(error), "Check the path and its permissions.")
+        return RequirementError(what, error_text(error), "Check the path and its permissions.")
     if isinstance(error, Warning):
-        return SurroundingsError(
+        return RequirementError(
             f"A warning was raised as an error{_after(doing)}.",
             error_text(error),
             "Remove python -W error, PYTHONWARNINGS=error, or warnings.simplefilter in your code.",
@@ -185,7 +185,7 @@ def _system_error(error: BaseException, doing: str) -> KirschError | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith("kirsch"):
         package = f"The package {error.name}" if error.name else "A package"
         fix = "kirsch doctor lists what is installed; reinstall the package."
-        return SurroundingsError(f"{package} cannot be imported{_after(doing)}.", error_text(error), fix)
+        return RequirementError(f"{package} cannot be imported{_after(doing)}.", error_text(error), fix)
     return None
 
 

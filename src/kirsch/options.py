@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from kirsch.arguments import check_arguments, public_name
+from kirsch.annotations import public_name, value_phrase
+from kirsch.arguments import check_arguments
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ class Options(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _usage_error(kind, error) from None
+
+    def __new__(cls, *positional: Any, **_values: Any) -> Self:
+        """Refuse positional arguments before `__init__` does, with an error that names the class."""
+        if positional:
+            raise UsageError(
+                f"{public_name(cls)} takes its options by keyword; found {value_phrase(positional[0])} without one.",
+                fix=f"Write {public_name(cls)}({next(iter(cls.model_fields))}=...), or the name of another option.",
+            )
+        return super().__new__(cls)
 
     # pydantic must not call this `__init__` while it reads a recipe: it then collects all problems, not only the first.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

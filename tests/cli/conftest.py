@@ -35,7 +35,7 @@ from kirsch.data.dataset import DataSet, Split
 
 
 def chain():
-    """Conv 1 → 8 → 4, then linear; the softmax between keeps the four channels of the second."""
+    """Convolutions 1 → 8 → 4, a softmax that freezes the four output channels, and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False), nn.Softmax(1), nn.Flatten(),
         nn.Linear(16, 3),
@@ -74,7 +74,7 @@ def student():
 
 
 def hostile():
-    """Module names with markup of terminals and HTML."""
+    """Module names that contain markup of terminals and HTML."""
     net = nn.Sequential()
     for name, layer in (("[red]", nn.Conv2d(1, 8, 3)), ("<script>", nn.Conv2d(8, 8, 3)), ("[/0]", nn.Conv2d(8, 2, 1))):
         net.add_module(name, layer)

@@ -48,7 +48,7 @@ def test_each_subcommand_has_json_quiet_and_debug(kirsch, subcommand):
     assert all(f"--{mode} " in out for mode in MODES)
 
 
-def test_the_version_is_that_of_the_package(kirsch):
+def test_the_version_of_the_package_is_shown(kirsch):
     assert kirsch("--version") == (0, "kirsch 0.1.0\n", "")
 
 

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 @pytest.fixture
 def installed_versions(monkeypatch):
-    """Return a function that changes the installed versions of packages; None is missing."""
+    """Return a function that changes the installed versions of packages; None makes a package missing."""
 
     def change(**versions):
         real = doctor._version
@@ -38,7 +38,7 @@ def test_packages_are_those_that_the_installed_kirsch_requires(monkeypatch):
     ]
 
 
-def test_kirsch_without_an_installation_is_an_error_with_the_fix(kirsch, monkeypatch):
+def test_doctor_raises_an_error_with_the_fix_if_kirsch_is_not_installed(kirsch, monkeypatch):
     def missing(name):
         raise doctor.metadata.PackageNotFoundError(name)
 
@@ -80,7 +80,7 @@ def test_a_missing_extra_is_shown_with_its_pip_command_and_exit_code_zero(kirsch
     assert 'pip install "kirsch[torch]"' in out
 
 
-def test_another_version_is_shown_with_the_versions_that_are_needed(kirsch, installed_versions):
+def test_an_unsupported_version_is_shown_with_the_versions_that_are_needed(kirsch, installed_versions):
     installed_versions(timm="0.9")
     assert re.search(r"^  timm +0\.9 +>=1\.0 is needed$", kirsch("doctor")[1], re.MULTILINE)
 
@@ -109,7 +109,7 @@ def test_help_version_and_doctor_load_no_framework(process, arguments):
     assert out.splitlines()[-1] == "loaded", err
 
 
-def test_a_loaded_framework_is_detected(process):
+def test_the_check_for_loaded_frameworks_detects_numpy(process):
     program = "import sys, numpy; print('loaded', *sorted({'torch', 'numpy'} & set(sys.modules)))"
     with process("-c", program) as started:
         assert started.communicate(timeout=60)[0] == "loaded numpy\n"

@@ -99,7 +99,7 @@ def test_an_unexpected_exception_is_a_bug_and_the_traceback_is_stored(report, tm
     assert err.splitlines() == [
         "error   A bug of Kirsch: ZeroDivisionError: division by zero.",
         f"why     The traceback is in {stored}.",
-        "do      Report it with the traceback; --debug shows it here.",
+        "do      Report the bug with its traceback; --debug shows the traceback here.",
     ]
     assert "in raised" in stored.read_text()
 

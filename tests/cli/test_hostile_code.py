@@ -210,7 +210,7 @@ def test_an_exception_in_a_forward_names_line_step_and_batch_size(
     assert code != 5 or "MemoryError" not in error or "batch size" in content["fix"]
 
 
-def test_a_model_that_changes_folder_and_warnings_does_not_affect_the_output_file(run_json, folder):
+def test_an_output_file_is_written_if_a_model_changes_the_working_folder_and_the_warning_filters(run_json, folder):
     run_json("plan", "models.py:moves", "--macs", "0.7", "-o", "plan.json")
     assert (folder / "plan.json").is_file()
 
@@ -223,7 +223,7 @@ def test_a_model_that_changes_folder_and_warnings_does_not_affect_the_output_fil
         ["compress", "recipe.yaml", "--dry-run", "--set", "data.source=models.py:noisy_stripes"],
     ],
 )
-def test_with_json_only_the_object_goes_to_the_standard_output(process, folder, arguments):
+def test_with_json_only_the_json_object_goes_to_the_standard_output(process, folder, arguments):
     with process("-m", "kirsch", *arguments, "--json", cwd=folder) as started:
         out, err = started.communicate(timeout=120)
     assert isinstance(json.loads(out), dict)
@@ -288,7 +288,7 @@ def test_an_ignored_interrupt_stays_ignored(process, folder):
 
 
 @pytest.mark.parametrize("mode", [(), ("--json",)])
-def test_a_full_standard_output_is_an_error(process, folder, mode):
+def test_a_full_device_as_standard_output_gives_an_error(process, folder, mode):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")

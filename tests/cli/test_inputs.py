@@ -119,7 +119,7 @@ def test_an_invalid_shape_is_refused_with_an_example(text):
     ("texts", "sentence"),
     [
         (["1,3:int46"], "the type 'int46' is unknown.*Did you mean 'int64'"),
-        (["a=1,3", "1,3"], "Some of the inputs have names.*Name each: --input name="),
+        (["a=1,3", "1,3"], "Some of the inputs have names.*Name each input: --input name="),
         (["a=1,3", "a=1,4"], "The input 'a' is given twice"),
     ],
 )
@@ -152,7 +152,7 @@ def tokens(folder):
         (["tokens.py:images"], [[1, 2, 9, 8]]),
     ],
 )
-def test_a_model_gets_the_given_inputs_or_its_own(run_json, arguments, shapes):
+def test_a_model_gets_the_inputs_of_the_command_line_or_those_that_it_states(run_json, arguments, shapes):
     found = run_json("trace", *arguments)
     assert found["inputs"] == shapes
     assert found["groups"]

@@ -26,7 +26,7 @@ STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, write_job):
-    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change the folder."""
+    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change it."""
     folder = tmp_path_factory.mktemp("job")
     write_job(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -253,7 +253,7 @@ def test_invalid_metrics_are_refused_by_report_and_verify(run, kirsch, change, s
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"base": ".", "base": ".."}', '{"base": NaN}'])
-def test_an_invalid_run_file_is_found_and_restored(run, kirsch, text):
+def test_an_invalid_run_json_is_found_and_restored(run, kirsch, text):
     (run / "run.json").write_text(text)
     code, _, err = kirsch("verify", "run")
     assert code == 4
@@ -314,7 +314,7 @@ def test_init_does_not_replace_a_file(folder, kirsch):
     before = (folder / "recipe.yaml").read_text()
     code, _, err = kirsch("init")
     assert code == 5
-    assert err.splitlines()[:2] == ["error   recipe.yaml exists.", "why     It is not replaced."]
+    assert err.splitlines()[:2] == ["error   recipe.yaml already exists.", "why     It is not replaced."]
     assert (folder / "recipe.yaml").read_text() == before
 
 
@@ -372,4 +372,4 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
     first, second, third = out.splitlines()
     assert first == "not finished run: 0 of 6 steps are done; continue with kirsch resume run"
     assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
-    assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: they have no hash ")
+    assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: no hash is stored ")

@@ -213,7 +213,7 @@ def test_an_excluded_group_is_kept(kirsch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "The goal is missing.*Give --macs 0.5"),
+        ([], "The goal is missing.*Give a limit: --macs 0.5"),
         (["--macs", "1.5"], "The goal macs=1.5 cannot be met"),
         (["--macs", "0"], "The goal macs=0.0 cannot be met"),
         (["--macs", "nan"], "`macs` of kirsch.Goal is nan; expected a finite number"),
@@ -304,14 +304,14 @@ def test_a_plan_is_read_before_the_model_is_loaded(kirsch, folder):
     assert "The plan plan.json is not a plan." in err
 
 
-def test_a_plan_of_other_weights_has_a_note(kirsch, run_json, folder):
+def test_a_plan_made_from_other_weights_has_a_note(kirsch, run_json, folder):
     random = np.random.default_rng(0)
     shapes = {"0.weight": (8, 1, 3, 3), "2.weight": (4, 8, 3, 3), "5.weight": (3, 16), "5.bias": (3,)}
     arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(arrays, folder / "w.safetensors")
     run_json("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     found = run_json("prune", CHAIN, "--plan", "plan.json", "--weights", "w.safetensors", "-o", "small")
-    assert any("ranked by other weights: the weights are those of the callable" in n for n in found["notes"])
+    assert any("for the plan, the weights are those of the callable" in note for note in found["notes"])
     assert not any(
         "other weights" in n for n in run_json("prune", CHAIN, "--plan", "plan.json", "-o", "small")["notes"]
     )

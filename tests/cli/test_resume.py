@@ -44,7 +44,7 @@ def die():
 
 
 class Countdown:
-    """Returns True at the nth call only."""
+    """Returns True only at call number `times`."""
 
     def __init__(self, times):
         self.left = times
@@ -154,7 +154,7 @@ class ForkServer:
 
     Args:
         started: a process of `FORK_SERVER`.
-        base: its working folder, with the files of the recipe and the run `uninterrupted`.
+        base: working folder of the process, with the files of the recipe and the run `uninterrupted`.
     """
 
     def __init__(self, started, base):
@@ -255,7 +255,7 @@ KILL_SEQUENCES = {
 
 
 @pytest.mark.parametrize("kills", KILL_SEQUENCES.values(), ids=KILL_SEQUENCES)
-def test_a_killed_and_resumed_run_has_the_same_bits(server, run, kills):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(server, run, kills):
     first, *others = kills
     assert server.run("compress", "recipe.yaml", "--run", "run", plant=first) == -signal.SIGKILL
     for kill in others:
@@ -280,8 +280,8 @@ def test_a_finished_run_stays_valid_if_resuming_is_killed(server, run):
     assert_same_run(run, server.base / "uninterrupted")
 
 
-def test_a_run_that_is_killed_many_times_has_the_same_bits(server, run):
-    """Each process is killed at a later rename; the first processes before the run folder is complete."""
+def test_a_run_that_is_killed_many_times_equals_an_uninterrupted_run(server, run):
+    """Each process is killed at a later rename than the previous one, the first ones in an incomplete run folder."""
     killed = 0
     for number in range(1, 200, 4):
         code = server.run("compress", "recipe.yaml", "--run", "run", plant=("before_rename", "", number))
@@ -293,7 +293,7 @@ def test_a_run_that_is_killed_many_times_has_the_same_bits(server, run):
     assert_same_run(run, server.base / "uninterrupted")
 
 
-def test_a_run_that_is_killed_at_an_arbitrary_instruction_has_the_same_bits(server, run):
+def test_a_run_that_is_killed_at_an_arbitrary_instruction_equals_an_uninterrupted_run(server, run):
     child = server.begin("compress", "recipe.yaml", "--run", "run")
     events = run / "events.jsonl"
     deadline = time.monotonic() + 60
@@ -305,8 +305,8 @@ def test_a_run_that_is_killed_at_an_arbitrary_instruction_has_the_same_bits(serv
     assert_same_run(run, server.base / "uninterrupted")
 
 
-def test_a_run_that_is_stopped_within_an_epoch_has_the_same_bits(server, run):
-    """The teacher has six epochs of three batches, the student four; both use dropout and augmentation."""
+def test_a_run_that_is_stopped_within_an_epoch_equals_an_uninterrupted_run(server, run):
+    """The teacher trains for six epochs of three batches, the student for four; both use dropout and augmentation."""
     for arguments, number, batch, code, checkpoint in (
         (("compress", "recipe.yaml", "--run"), signal.SIGINT, 2, 130, "train/step-00000-000002"),
         (("resume",), signal.SIGTERM, 3, 75, "train/step-00001-000002"),
@@ -318,7 +318,7 @@ def test_a_run_that_is_stopped_within_an_epoch_has_the_same_bits(server, run):
     assert_same_run(run, server.base / "uninterrupted")
 
 
-def test_a_run_that_is_ended_by_a_second_signal_has_the_same_bits(server, run):
+def test_a_run_that_is_ended_by_a_second_signal_equals_an_uninterrupted_run(server, run):
     """The second signal ends the process without a checkpoint of the current epoch."""
     plant = ("signaled", signal.SIGINT, 3 * 6 + 3 + 2, 1)
     assert server.run("compress", "recipe.yaml", "--run", "run", plant=plant) == 130

@@ -101,9 +101,12 @@ def test_options_are_passed_to_the_data_source(folder, kirsch):
         (["paint", "kept"], "There is no action 'paint'. Known: build, check, info, verify"),
         (["build", "kept"], "--model is missing"),
         (["build", "kept", *TEACHER_AND_DATA[:2]], "--data is missing"),
-        (["build", "kept", *TEACHER_AND_DATA, "--keep", "all"], "--keep is 'all'. Give a number of classes, or dense"),
-        (["build", "kept", *TEACHER_AND_DATA, "--part", "0/2"], "--part is '0/2'. The form is i/n"),
-        (["build", "kept", *TEACHER_AND_DATA, "--part", "3/2"], "--part is '3/2'"),
+        (
+            ["build", "kept", *TEACHER_AND_DATA, "--keep", "all"],
+            "--keep 'all' is not a number of classes. Write --keep 10, or --keep dense",
+        ),
+        (["build", "kept", *TEACHER_AND_DATA, "--part", "0/2"], "--part '0/2' is not a part. The form is i/n"),
+        (["build", "kept", *TEACHER_AND_DATA, "--part", "3/2"], "--part '3/2' is not a part"),
         (["build", "kept", *TEACHER_AND_DATA, "--option", "train"], "--option 'train' is not an option"),
     ],
 )
@@ -119,7 +122,7 @@ def test_a_folder_without_a_store_is_refused(folder, kirsch):
     assert "There is no store in nothing" in err
 
 
-def test_build_refuses_data_of_a_loader(folder, kirsch):
+def test_build_refuses_a_data_set_whose_training_part_is_a_loader(folder, kirsch):
     nets = (folder / "nets.py").read_text()
     loaded = """
 

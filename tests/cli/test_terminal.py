@@ -64,7 +64,7 @@ def terminal(*, tty: bool = False, **mode: bool) -> tuple[Terminal, io.StringIO,
         ("\udc80", "\\udc80"),
     ],
 )
-def test_printable_characters_are_unchanged_and_others_escaped(text, written):
+def test_printable_characters_are_unchanged_and_other_characters_are_escaped(text, written):
     assert verbatim(text) == written
 
 
@@ -145,7 +145,7 @@ def test_a_closed_pipe_raises_closed_error():
         screen.progress([Piece("one")])
 
 
-def test_a_full_disk_is_an_output_error():
+def test_a_full_disk_raises_an_output_error():
     screen = Terminal(Mode(), Broken(errno.ENOSPC), io.StringIO())
     with pytest.raises(OutputError, match=r"The standard output cannot be written\. planted"):
         screen.progress([Piece("one")])

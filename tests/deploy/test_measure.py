@@ -287,6 +287,8 @@ def test_a_model_with_a_fixed_batch_size_is_measured_with_it_and_a_note(fixed_ti
     assert fixed_timing["outputs"]["model"][0].shape == (4, 2)
     assert found.macs == 4 * 6
     assert any(text.startswith("One sample: the batch size of the file is fixed") for text in found.not_measured)
+    assert found.batch == 4
+    assert "batch 4" in str(found)
 
 
 @pytest.mark.parametrize(

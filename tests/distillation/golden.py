@@ -22,7 +22,8 @@ def det(shape, a, b, scale=1.0):
 z_s, z_t = det((8, 10), 1.7, 0.3, 3), det((8, 10), 2.3, 1.1, 3)
 y = (3 * np.arange(8) + 1) % 10
 
-# Maps: a student; teachers with other channels, with the same, and with other channels and sizes. Features.
+# Maps of a student, and of teachers with other channels, with the same channels, and with other channels and sizes;
+# features.
 fs, ft = det((8, 4, 6, 6), 0.9, 0.2), det((8, 6, 6, 6), 1.3, 0.7)
 ft4, ft3 = det((8, 4, 6, 6), 1.3, 0.7), det((8, 6, 3, 3), 1.1, 0.5)
 es, et, et5 = det((8, 5), 0.8, 0.9), det((8, 7), 1.9, 0.4), det((8, 5), 1.9, 0.4)

@@ -47,7 +47,7 @@ class Call:
     def run(self):
         """Run `distill` and return the error that it raises, or None."""
         options = {"student_layer": "logits"} if self.term == "fitnet" else {}
-        objective = Objective((Term(self.term, 0.5, **options),), 0.5, label_loss=self.label_loss)
+        objective = Objective((Term(self.term, 0.5, **options),), label_weight=0.5, label_loss=self.label_loss)
         student, teacher = Net(self.shape, self.change), Net(self.shape, self.change)
         hooks = TrainingHooks(event=lambda _event: None)
         data, settings = [(X, self.targets)], {"training": ONCE, "check_teacher": False, "hooks": hooks}

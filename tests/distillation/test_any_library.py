@@ -109,7 +109,7 @@ def test_the_loss_from_stored_classes_runs_on_arrays_without_methods(bare):
         lambda student, teacher: student[teacher > 0],
     ],
 )
-def test_arrays_without_methods_refuse_what_no_loss_may_assume(loss, bare):
+def test_arrays_without_methods_refuse_operations_that_losses_must_not_use(loss, bare):
     with pytest.raises((AttributeError, TypeError)):
         loss(bare(det((5, 7), 1.7, 0.3)), bare(det((5, 7), 2.3, 1.1)))
 

@@ -316,7 +316,7 @@ def test_unknown_entries_give_a_warning_if_there_are_no_targets():
     distill(WithKeywords(), WithKeywords(), [batch], training=ONCE, check_teacher=False, hooks=hooks)
     sentences = [event["text"] for event in events if event["event"] == "warning"]
     assert any(
-        "WithKeywords has no argument class. If that entry holds the targets, name it labels" in s for s in sentences
+        "They contain class, which WithKeywords does not take. If this entry holds the targets" in s for s in sentences
     )
     with pytest.raises(DataError, match="The data has no targets, and there is no teacher"):
         fit(WithKeywords(), [batch], training=ONCE)

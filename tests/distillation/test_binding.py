@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_hooks_are_removed_after_an_exception():
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_an_unknown_layer_is_an_error_that_suggests_the_nearest_name():
+def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
         trained(Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
@@ -147,7 +148,7 @@ def test_a_function_that_is_called_several_times_needs_an_index():
 
 
 def test_different_numbers_of_classes_are_refused_before_training():
-    with pytest.raises(ShapeError, match="The student returns 3 classes, the teacher 5 classes"):
+    with pytest.raises(ShapeError, match="The student returns 3 classes; the teacher returns 5 classes"):
         trained(Objective.kd(), teacher=Net(6, classes=5))
 
 
@@ -234,7 +235,7 @@ def _seeded():
 
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
 def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
-    """Up to the 16 bits of the stored logits."""
+    """Up to the rounding of the stored logits to 16 bits."""
     torch.manual_seed(2)
     teacher, objective = Net(6), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     teacher.head.weight.data *= 20  # confident predictions
@@ -306,16 +307,16 @@ def test_a_term_can_have_weight_0_in_the_first_step():
 
 
 def test_teachers_of_other_classes_are_refused():
-    with pytest.raises(ShapeError, match=r"The teachers return logits of shape \(3,\), \(5,\) a sample"):
+    with pytest.raises(ShapeError, match=r"The teachers return logits of the shapes \(3,\), \(5,\) per sample"):
         trained(Objective.kd(), teacher=[Net(6), Net(6, classes=5)])
 
 
 def test_an_adapter_takes_the_combined_teachers():
-    """The mean probabilities of two equal teachers are those of one."""
+    """The mean probabilities of two equal teachers are the probabilities of one teacher."""
     teacher, objective = Net(6), Objective.preset("ofa")
     one, two = (trained(objective, _seeded(), t).history for t in (teacher, [teacher, teacher]))
     assert two[0]["terms"] == pytest.approx(one[0]["terms"], rel=1e-5)
-    with pytest.raises(UsageError, match="has an adapter for one teacher, and 2 teachers are summed"):
+    with pytest.raises(UsageError, match="has an adapter for one teacher, but compares with each of 2 teachers"):
         trained(Objective.preset("ofa", teachers="sum"), teacher=[teacher, teacher])
 
 
@@ -351,7 +352,7 @@ def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
     assert len([event for event in events if event["event"] == "warning"]) == 2
 
 
-def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits():
+def test_a_run_resumed_within_an_epoch_is_bit_identical_to_an_uninterrupted_run():
     """With an adapter, averaged weights, balance, accumulation and a ramp, all of which have state."""
 
     class Stop(Exception):  # noqa: N818 - not an error
@@ -387,7 +388,10 @@ def _teacher():
 
 def test_a_ramp_that_does_not_end_within_the_run_gives_a_warning():
     events = []
-    objective = Objective((Term("kd", Ramp(0.0, 2.0, epochs=4, after=1), temperature=2.0),))
+    ramp = Ramp(0.0, 2.0, epochs=4, after=1)
+    objective = Objective((Term("kd", ramp, temperature=2.0),), label_weight=ramp)
     trained(objective, hooks=TrainingHooks(event=events.append))
     texts = [event["text"] for event in events if event["event"] == "warning"]
-    assert any("The weight of the term 'kd' reaches 2 after 5 epochs, and the run ends after" in text for text in texts)
+    end = r"reaches 2 after 5 epochs, but the run ends after \d epochs"
+    assert any(re.search(rf"weight of the term 'kd' {end}.* in the term: weight=kirsch\.Ramp", text) for text in texts)
+    assert any(re.search(rf"weight of the labels {end}.* objective: label_weight=kirsch\.Ramp", text) for text in texts)

@@ -116,7 +116,7 @@ def loader():
 
 
 @pytest.mark.parametrize(("make", "stop_at"), [(data, 3), (data, 10), (data, 30), (loader, 12), (loader, 20)])
-def test_a_resumed_chain_ends_with_the_same_bits(make, stop_at):
+def test_a_resumed_chain_is_bit_identical_to_an_uninterrupted_chain(make, stop_at):
     """Each link calls `stop` ten times, after each batch and each epoch, so that links end at calls 10, 20 and 30."""
     training, calls, states, events = Training(epochs=2, learning_rate=0.1, ema_decay=0.9), [], [], []
 
@@ -171,7 +171,7 @@ def test_a_state_of_another_run_or_of_a_longer_chain_is_refused():
         ({"learn_from": "first"}, "`learn_from` .* is 'first'; expected 'previous' or 'all'"),
     ],
 )
-def test_options_whose_number_is_not_that_of_the_links_are_refused(options, sentence):
+def test_a_list_of_options_that_is_not_as_long_as_the_chain_is_refused(options, sentence):
     with pytest.raises((UsageError, UnknownNameError), match=sentence):
         chain(**options)
 
@@ -187,7 +187,7 @@ def test_a_chain_of_one_model_or_with_a_repeated_model_is_refused():
 # ------------------------------------------------------------------------------------------------ born again
 
 
-def test_each_generation_has_new_weights_and_learns_from_the_last():
+def test_each_generation_has_new_weights_and_learns_from_the_previous_generation():
     training = Training(epochs=2, learning_rate=0.1, seed=7)
     state = torch.get_rng_state()
     found = born_again(build, data(), generations=2, training=training, hooks=QUIET)
@@ -214,7 +214,7 @@ def test_the_first_generation_can_learn_from_a_given_teacher():
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
 
 
-def test_resumed_generations_end_with_the_same_bits():
+def test_resumed_generations_are_bit_identical_to_uninterrupted_generations():
     calls, states = [], []
 
     def run(**hooks):

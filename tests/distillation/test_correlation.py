@@ -20,7 +20,7 @@ def test_dist_of_opposite_outputs_is_2_for_samples_and_2_for_classes(convention,
     """Rows (1/4, 3/4) and (3/4, 1/4), exchanged in the student: every correlation is -1."""
     teacher = np.array([[0.0, math.log(3)], [math.log(3), 0.0]])
     sides = framework(teacher[::-1].copy()), framework(teacher)
-    # "torchdistill" clips norms at 1e-8; those here are about 1/8.
+    # "torchdistill" clips norms at 1e-8; the norms here are about 1/8.
     for options, expected in (({}, 4.0), ({"inter": 0.0}, 2.0), ({"intra": 0.5}, 3.0)):
         assert float(LOSSES["dist"](*sides, convention=convention, **options)) == pytest.approx(expected, rel=1e-7)
 

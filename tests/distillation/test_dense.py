@@ -34,7 +34,7 @@ def run_distill(student, teacher, data, objective, training=NEGLIGIBLE_STEP, **o
 
 
 class Segmenter(nn.Module):
-    """Segmentation model with 6 × 5 pixels that returns a dict, as those of torchvision do."""
+    """Segmentation model with 6 × 5 pixels that returns a dict, like the models of torchvision."""
 
     def __init__(self, width, classes=K):
         super().__init__()
@@ -112,7 +112,7 @@ def test_pixel_labels_out_of_range_are_refused(segmenters):
     data.targets[4, 2, 1] = 3
     with pytest.raises(DataError, match=r"Sample 4 has the label 3\. The model returns 3 classes"):
         run_distill(*segmenters, data, Objective.preset("cwd"))
-    with pytest.raises(DataError, match=r"The targets have shape \(12,\) .*one integer a position"):
+    with pytest.raises(DataError, match=r"The targets have shape \(12,\) .*one integer per position"):
         run_distill(*segmenters, ArrayData(data.inputs, np.zeros(N, int)), Objective.preset("cwd"))
 
 

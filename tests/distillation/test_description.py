@@ -13,7 +13,7 @@ from torch import nn
 
 from distillation.stores import versioned
 from kirsch.data.augment import Chain, Crop, Flip
-from kirsch.distillation.store.description import description
+from kirsch.distillation.store.specification import description
 from kirsch.errors import UsageError
 
 

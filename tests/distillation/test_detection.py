@@ -70,7 +70,7 @@ def softmax(logits):
         ([0.5, 0.5, 1e-7, 1e-7], [0.5, 0.5, 1e-7, 1e-7], 1),
         ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0, 0.2], 1),
         ([0.5, 0.5, -1, -1], [0.5, 0.5, 0, 0], 1),
-        # Two points: all of their hull is neither's.
+        # Two points: no part of their hull belongs to a point.
         ([0.2, 0.2, 0, 0], [0.5, 0.5, 0, 0], -1),
     ],
 )
@@ -79,7 +79,7 @@ def test_overlap_of_boxes_in_closed_form(framework, first, second, expected):
         assert float(giou(*(framework(np.array(box, float)) for box in pair))) == pytest.approx(expected, abs=1e-15)
 
 
-def test_boxes_without_an_area_pull_with_finite_gradients():
+def test_boxes_without_an_area_have_finite_gradients():
     first = torch.tensor([[0.5, 0.5, 0.0, 0.2], [0.2, 0.2, 0.0, 0.0]], requires_grad=True)
     giou(first, torch.tensor([[0.5, 0.5, 0.0, 0.2], [0.5, 0.5, 0.0, 0.0]])).sum().backward()
     assert torch.isfinite(first.grad).all()
@@ -149,8 +149,8 @@ def test_detection_response_in_closed_form(framework):
     assert value == pytest.approx(0.25 * math.log(2) + 3 * 0.5 + 2 * (1 - 1 / 3), rel=1e-13)
 
 
-def test_the_response_equals_that_of_pytorch():
-    """The authors' formula is cross-entropy times |p_t - p_s|, divided by the number of objects."""
+def test_detection_response_equals_the_formula_of_the_authors_in_pytorch():
+    """The formula is cross-entropy times |p_t - p_s|, divided by the number of objects."""
     student, teacher = tensors(random_side(0, 6)), tensors(random_side(1, 6))
     student["logits"].requires_grad_()
     p_t = torch.sigmoid(teacher["logits"])
@@ -170,7 +170,7 @@ def with_logits(*cells):
     return {"logits": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
 
 
-def test_an_invented_object_adds_as_much_to_the_response_as_a_missed_one(framework):
+def test_an_object_of_the_student_alone_adds_as_much_to_detection_response_as_one_of_the_teacher_alone(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -184,7 +184,7 @@ def test_an_invented_object_adds_as_much_to_the_response_as_a_missed_one(framewo
     assert invented == pytest.approx(8, rel=1e-2)
 
 
-def test_an_invented_object_adds_a_tenth_of_a_missed_one_to_detr(framework):
+def test_an_object_of_the_student_alone_adds_a_tenth_of_one_of_the_teacher_alone_to_detr(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -197,7 +197,7 @@ def test_an_invented_object_adds_a_tenth_of_a_missed_one_to_detr(framework):
     assert missed == pytest.approx(8 / 1.1, rel=1e-2)
 
 
-def test_invented_objects_add_to_the_loss_if_the_teacher_detects_nothing():
+def test_objects_of_the_student_add_to_the_loss_if_the_teacher_detects_nothing():
     empty, detected = with_logits([-8.0], [-8.0]), with_logits([8.0], [-8.0])
     assert detection_response(detected, empty) == pytest.approx(8, rel=1e-2)
     assert detr(detected, empty, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of two queries
@@ -302,7 +302,7 @@ def test_unmatched_queries_of_the_student_get_no_gradient():
     assert not student["boxes"].grad[:, :4].any()
 
 
-def test_queries_without_an_object_count_with_their_classes_only():
+def test_only_the_classes_of_queries_without_an_object_are_compared():
     student, teacher = random_side(0, 5), random_side(1, 5)
     teacher["logits"][:, 2:, -1] += 30.0  # no object
     fewer = {name: part[:, :2] for name, part in teacher.items()}

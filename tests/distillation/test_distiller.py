@@ -87,7 +87,7 @@ def assert_no_hooks(*models):
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
 def test_a_plain_loop_gives_the_weights_of_kirsch_distill():
-    """With a ramp, an adapter, the penultimate layer and balanced gradients; without dropout, which each loop seeds."""
+    """With a ramp, an adapter, the penultimate layer and balanced gradients; without dropout, whose seeds differ."""
     models = [net(4, 1), net(6, 2)]
     for model in models:
         model[5] = nn.Identity()
@@ -102,7 +102,7 @@ def test_a_plain_loop_gives_the_weights_of_kirsch_distill():
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
-def test_a_resumed_loop_ends_with_the_same_bits():
+def test_a_resumed_loop_is_bit_identical_to_an_uninterrupted_loop():
     uninterrupted = distiller()
     steps(uninterrupted, sgd(uninterrupted), 0, 7)
     first = distiller()
@@ -158,7 +158,7 @@ def test_batches_can_be_tuples_dicts_or_inputs_of_numpy_or_torch(kind):
     assert found(inputs).terms.keys() == {"kd"}
 
 
-def test_the_gradients_of_the_batches_of_a_step_sum_to_that_of_one_large_batch():
+def test_the_gradients_of_the_batches_of_a_step_sum_to_the_gradient_of_one_large_batch():
     objective, inputs, labels = Objective.kd(), data().inputs.astype(np.float64), data().targets
     found = kirsch.Distiller(deterministic(4, 1), deterministic(6, 2), objective, (inputs, labels))
     window = [(inputs[part], labels[part]) for part in (slice(0, 5), slice(5, 24))]
@@ -196,7 +196,7 @@ def test_a_direct_call_of_the_student_keeps_no_features():
     assert not found.module._capture._values
 
 
-def test_a_term_without_gradient_for_the_student_is_an_error():
+def test_a_term_without_gradient_for_the_student_raises_an_error():
     found = distiller(Objective.kd())
     found.student.requires_grad_(requires_grad=False)
     with pytest.raises(NumericError, match="No gradient of the loss term 'label' reaches the model"):
@@ -243,7 +243,7 @@ def test_models_objectives_and_batches_that_do_not_fit_are_refused_at_constructi
     student, inputs = net(4, 1), data().inputs[:4]
     for teacher, objective, batch, error, sentence in (
         (student, OBJECTIVE, inputs, UsageError, "same object.*copy.deepcopy"),
-        (net(6, 2, classes=5), OBJECTIVE, inputs, ShapeError, "The student returns 3 classes, the teacher 5 classes"),
+        (net(6, 2, classes=5), OBJECTIVE, inputs, ShapeError, "returns 3 classes; the teacher returns 5 classes"),
         (net(6, 2), "kd", inputs, UsageError, "`objective` .* is 'kd'; .*kirsch.Objective.preset"),
         (net(6, 2), OBJECTIVE, (inputs, np.array([0, 1, 2, 3])), DataError, "Sample 3 has the label 3"),
         (

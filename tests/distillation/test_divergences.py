@@ -37,12 +37,12 @@ def test_jsd_with_beta_0_and_1_is_kl_in_both_directions(temperature, framework):
         expected = float(LOSSES[end](*sides, temperature=temperature))
         value = float(LOSSES["jsd"](*sides, beta=beta, temperature=temperature))
         assert value == pytest.approx(expected, rel=1e-13)
-        for step in (1e-300, 1e-15, 1e-9):  # the remainder is the slope at the ends, a few dozens here
+        for step in (1e-300, 1e-15, 1e-9):  # the difference from the limit is about slope · step
             near = float(LOSSES["jsd"](*sides, beta=abs(beta - step), temperature=temperature))
             assert near == pytest.approx(expected, rel=1e-12 + 1e3 * step)
 
 
-def test_jsd_is_continuous_in_beta_where_that_of_trl_jumps():
+def test_jsd_is_continuous_at_beta_0_and_1_unlike_the_jsd_of_trl():
     betas = np.array([0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6, 1.0])
     smooth, trl = (
         np.array([float(LOSSES["jsd"](z_s, z_t, beta=beta, convention=convention)) for beta in betas])
@@ -61,7 +61,7 @@ def test_jsd_is_continuous_in_beta_where_that_of_trl_jumps():
     st.floats(0, 1),
 )
 @settings(deadline=None, derandomize=True)
-def test_jsd_is_nonnegative_and_symmetric_in_beta(student, teacher, beta):
+def test_jsd_is_nonnegative_and_unchanged_if_the_sides_and_the_shares_are_exchanged(student, teacher, beta):
     beta = 1 - (1 - beta)  # so that 1 - beta is exact
     value = float(LOSSES["jsd"](student, teacher, beta=beta))
     assert value >= -1e-12

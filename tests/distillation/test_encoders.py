@@ -62,7 +62,7 @@ def losses_and_gradient(student, teacher, tokens, mask):
     s = values(student, "student")
     with torch.no_grad():
         t = values(teacher, "teacher")
-    # Layer i of 2 is compared with layer 2 i of 4; 0 are the embeddings.
+    # Layer i of 2 is compared with layer 2 i of 4; layer 0 is the embedding.
     pairs = [(s.hidden_states[i], t.hidden_states[2 * i]) for i in range(3)]
     found = {
         "hidden-mse": sum(hidden_mse(*pair, mask=mask) for pair in pairs),

@@ -79,7 +79,7 @@ def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_at_97
 def test_a_store_of_constant_predictions_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))
     store = build_store(tmp_path / "store", CONSTANT, data, keep=keep)
-    objective = Objective((Term("kd", 0.9, temperature=1.0),), 0.1)
+    objective = Objective((Term("kd", 0.9, temperature=1.0),), label_weight=0.1)
     with pytest.raises(NumericError, match="It predicts class 0 for every sample"):
         distill(FromFunction(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
 
@@ -155,7 +155,7 @@ def test_a_teacher_that_predicts_background_for_every_pixel_is_refused():
 
 # ------------------------------------------------------------------------------------------------ binary and regression
 
-BINARY = Objective((Term("binary-kd", 0.5),), 0.5, label_loss="binary")
+BINARY = Objective((Term("binary-kd", 0.5),), label_weight=0.5, label_loss="binary")
 RARELY = np.random.default_rng(1).random((N, 3)) < np.array([0.1, 0.2, 0.05])
 
 
@@ -182,7 +182,7 @@ def test_the_event_of_a_multi_label_teacher_has_its_accuracy():
     assert not [s for s in warnings_of(events) if "teacher" in s]
 
 
-NUMBERS = Objective((Term("logit-l2", 0.5),), 0.5, label_loss="squared-error")
+NUMBERS = Objective((Term("logit-l2", 0.5),), label_weight=0.5, label_loss="squared-error")
 
 
 def test_a_regression_teacher_that_predicts_the_mean_is_refused_and_the_event_has_r_squared():

@@ -1,4 +1,4 @@
-"""A student learns from generated inputs, and a resumed run generates the same ones."""
+"""A student learns from generated inputs, and a resumed run generates the same inputs as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_inputs_can_be_generated_by_name():
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
-def test_a_resumed_run_ends_with_the_same_bits(stop_at):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
     data, training, calls, states = GeneratedData(normal, 24, 8), Training(epochs=3, learning_rate=0.1), [], []
 
     def run(**hooks):

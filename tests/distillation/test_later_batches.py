@@ -74,14 +74,14 @@ LATER = {
     "form", [Stream, loader, lambda *batches: list(batches)], ids=["a stream", "a loader", "a list"]
 )
 @pytest.mark.parametrize("call", [*TRAINING_CALLS, *EVALUATING_CALLS])
-def test_a_later_batch_that_does_not_fit_is_an_error_with_its_number(call, form, case):
+def test_a_later_batch_that_does_not_fit_raises_an_error_with_the_number_of_the_batch(call, form, case):
     batch, error, sentence = LATER[case]
     with pytest.raises(error, match=rf"Batch 2 of (epoch 1:|the data:|the validation( does not fit\.|:)) .*{sentence}"):
         {**TRAINING_CALLS, **EVALUATING_CALLS}[call](form((X, Y), batch))
 
 
 @pytest.mark.parametrize("case", sorted(LATER.keys() - {"none"}))
-def test_a_later_batch_of_a_distiller_that_does_not_fit_is_an_error(case):
+def test_a_later_batch_of_a_distiller_that_does_not_fit_raises_an_error(case):
     batch, error, sentence = LATER[case]
     distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))
     distiller((X, Y))

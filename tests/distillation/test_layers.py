@@ -58,8 +58,8 @@ def values_of(block, x):
     return normed, normed + x, torch.relu(normed + x)
 
 
-def test_a_value_that_is_overwritten_in_place_is_copied_before():
-    """In the first run, which finds out what is overwritten, and in later runs, which copy only these values."""
+def test_a_value_is_copied_before_it_is_overwritten_in_place():
+    """The first run finds out which values are overwritten; later runs copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]
     normed, added, out = values_of(block, net.conv1(x))

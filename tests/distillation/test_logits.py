@@ -101,7 +101,7 @@ def test_logits_without_a_class_axis_are_refused(name, framework):
 
 
 @pytest.mark.parametrize("name", ["binary-kd", "logit-l2", "bounded-regression"])
-def test_one_output_a_sample_needs_no_class_axis(name, framework):
+def test_one_output_per_sample_needs_no_class_axis(name, framework):
     sides = np.array([3.0, 0, 0, 0]), np.array([0.0, 2, 2, 2])
 
     def loss_value(*axes):

@@ -27,7 +27,7 @@ def loss_value(name, student, teacher, framework=np.asarray, **options):
 
 
 def maps(*rows):
-    """Return maps of one sample with one row of positions a channel: shape (1, C, 1, W)."""
+    """Return maps of one sample with one row of positions per channel: shape (1, C, 1, W)."""
     return np.array(rows, dtype=np.float64)[None, :, None]
 
 
@@ -58,7 +58,7 @@ def test_activation_boundaries_in_closed_form(framework):
 
 
 def test_ofd_in_closed_form(framework):
-    """Margin -1. Teacher 2: every difference counts; -0.5: only a higher student; -3: only above the margin."""
+    """Margin -1. Teacher 2: each difference counts; -0.5: of a higher student; -3: of a student above the margin."""
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
@@ -198,7 +198,7 @@ def test_margins_are_finite_for_constants_and_for_rare_negatives():
     assert value[4] == pytest.approx(-50, rel=1e-14)
 
 
-def test_the_loss_accepts_one_margin_a_channel():
+def test_ofd_accepts_one_margin_per_channel():
     by_channel = margins(np.array([0.0, 0.5, -0.5, 1.0]), np.ones(4))
     value = [loss_value("ofd", fs, ft4, framework, margin=by_channel) for framework in (np.asarray, torch.from_numpy)]
     by_hand = np.mean([loss_value("ofd", fs[:, [c]], ft4[:, [c]], margin=float(by_channel[c])) for c in range(4)]) * 4
@@ -318,7 +318,7 @@ def test_no_gradient_reaches_the_teacher_of_vid():
 # --------------------------------------------------------------------------------------------------------- errors
 
 
-def test_numbers_of_scales_other_than_the_channels_are_refused():
+def test_vid_refuses_a_number_of_scales_that_is_not_the_number_of_channels():
     with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one per channel, are needed"):
         LOSSES["vid"]({"mean": fs, "scale": np.zeros(3)}, ft4)
     with pytest.raises(ShapeError, match="`margin` has 3 values"):
@@ -401,7 +401,7 @@ def test_an_invalid_number_of_singular_vectors_is_refused(count, message):
         LOSSES["kd-svd"](list(MAPS), list(MAPS), count=count)
 
 
-def test_reviewkd_is_the_sum_over_stages_and_refuses_none():
+def test_reviewkd_is_the_sum_over_stages_and_refuses_empty_lists():
     student, teacher = MAPS[:, :1], MAPS[:, 1:]
     expected = sum(float(LOSSES["hcl"](*pair)) for pair in zip(student, teacher, strict=True))
     assert float(LOSSES["reviewkd"](list(student), list(teacher))) == pytest.approx(expected, rel=1e-14)

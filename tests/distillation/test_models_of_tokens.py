@@ -146,7 +146,7 @@ def assert_padding_has_no_effect(models, objective, inputs, other, labels):
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
-def test_the_causal_loss_is_that_of_the_next_token(transformers, build):
+def test_the_causal_loss_is_the_loss_of_the_next_token(transformers, build):
     """Compared with the loss of transformers, and with the divergence computed directly."""
     models = pair(build, transformers)
     inputs, labels = causal_batch()
@@ -173,7 +173,7 @@ def test_padding_of_a_language_model_has_no_effect(transformers, build, labeled,
     assert_padding_has_no_effect(pair(build, transformers), objective, inputs, other, labels if labeled else None)
 
 
-def test_a_batch_without_labels_is_refused_as_a_step_and_adds_0_to_a_step(transformers):
+def test_a_batch_without_labels_is_refused_alone_and_adds_0_to_a_step_with_labels(transformers):
     inputs, labels = causal_batch()
     with Distiller(*pair(gpt2, transformers), Objective.preset("causal"), (inputs, labels)) as found:
         empty = (inputs, np.full_like(labels, -100))
@@ -193,7 +193,7 @@ def test_distillation_of_a_language_model_decreases_the_loss(transformers):
     assert found.history[-1]["loss"] < 0.9 * found.history[0]["loss"]
 
 
-def test_the_accuracy_of_a_causal_model_is_that_of_the_next_token(transformers):
+def test_the_accuracy_of_a_causal_model_is_the_accuracy_of_the_next_token(transformers):
     student, teacher = pair(gpt2, transformers)
     inputs, labels = causal_batch()
     events = []

@@ -199,13 +199,13 @@ def test_mutual_learning_runs_in_bf16_with_an_average_of_the_weights():
     assert np.isfinite([record["loss"] for trained in found for record in trained.history]).all()
 
 
-def test_without_labels_the_only_term_is_that_of_the_peers():
+def test_without_labels_the_only_term_compares_the_peers():
     found = distill_mutually([linear(0), linear(1)], ArrayData(samples()[0], None), training=ONE_STEP)
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 9])
-def test_a_resumed_run_ends_with_the_same_bits(stop_at):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
     """With dropout, batch statistics, averaged weights, balance and accumulation, all of which have state."""
     objective = Objective((Term("kd", Ramp(0.1, 1.0, 2), temperature=2.0), Term("dist", 0.5)), balance="gradient")
     training = Training(epochs=3, ema_decay=0.9, gradient_accumulation_steps=2)
@@ -280,7 +280,7 @@ def test_students_that_cannot_learn_from_each_other_are_refused(students, senten
             2,
             "The term 'ofa' compares 'auto'",
         ),
-        ((Term("kd", adapter="linear"),), 2, "The term 'kd' compares 'logits'"),
+        ((Term("kd", adapter="linear"),), 2, "The term 'kd' has the adapter 'linear'.*Leave out `adapter`"),
         ((Term("kd", teacher=0),), 2, "The term 'kd' has teacher=0, and mutual learning has no teachers"),
         ((Term("fitnet"),), 3, "'fitnet' cannot combine the outputs of several peers, and there are 3"),
     ],
@@ -291,7 +291,7 @@ def test_terms_that_cannot_compare_peers_are_refused(terms, count, sentence):
 
 
 def test_different_classes_and_invalid_labels_are_refused_before_training():
-    with pytest.raises(ShapeError, match="The student returns 3 classes, the teacher 5 classes"):
+    with pytest.raises(ShapeError, match="The student returns 3 classes; the teacher returns 5 classes"):
         distill_mutually([linear(0), linear(1, classes=5)], one_batch())
     inputs, targets = samples()
     with pytest.raises(DataError, match="Sample 0 has the label 7"):

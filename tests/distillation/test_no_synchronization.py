@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,16 +15,16 @@ from torch.overrides import TorchFunctionMode
 from kirsch.data.batches import Batch
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
+from kirsch.distillation.step import TargetCheck
 from kirsch.distillation.term import Term
+from kirsch.errors import DataError
 
 N, L, D, K = 6, 5, 4, 3
 READING = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "nonzero"}
-LABEL_CHECKS = "labels.py"
-"""The losses on labels check the labels of each step."""
 
 
 class RecordReads(TorchFunctionMode):
-    """Records the lines of Kirsch, except the checks of labels, that read values of tensors."""
+    """Records the lines of Kirsch that read values of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -32,8 +33,7 @@ class RecordReads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in READING:
             frames = [(Path(f.filename), f.lineno) for f in traceback.extract_stack() if "/src/kirsch/" in f.filename]
-            if not any(path.name == LABEL_CHECKS for path, _ in frames):
-                self.lines += [f"{path.parent.name}/{path.name}:{line}" for path, line in frames[-1:]]
+            self.lines += [f"{path.parent.name}/{path.name}:{line}" for path, line in frames[-1:]]
         return func(*args, **(kwargs or {}))
 
 
@@ -72,11 +72,11 @@ def test_a_step_with_given_counts_reads_no_values(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_term_that_needs_labels_reads_values_in_its_formula_only(case):
+def test_a_step_of_a_term_that_needs_labels_reads_no_values(case):
     build, inputs, targets, options = CASES[case]
-    objective = Objective((Term("dkd", 0.5),), label_weight=0.0, **options)
+    objective = Objective((Term("dkd", 0.5),), label_weight=0.5, **options)
     _, lines = second_step(build, objective, inputs, targets)
-    assert not any(line.startswith("distillation/") for line in lines)
+    assert lines == []
 
 
 def second_step(build, objective, inputs, targets):
@@ -85,6 +85,7 @@ def second_step(build, objective, inputs, targets):
         counts = distiller.counts([(inputs, targets)])
         batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
         distiller.step(distiller.module, batch, 0.0)
+        distiller.step.check(Batch(inputs, targets))
         with RecordReads() as reads:
             output = distiller.step(distiller.module, batch, 0.0, batch_counts=counts)
     return output, reads.lines
@@ -97,3 +98,20 @@ def test_counting_in_the_step_reads_values():
         with RecordReads() as reads:
             distiller.step(distiller.module, batch, 0.0)
     assert any(line.startswith("distillation/masks.py") for line in reads.lines)
+
+
+def test_a_step_checks_labels_that_were_not_checked_before():
+    with Distiller(classifier(0), classifier(1), Objective.kd(), (INPUTS, LABELS)) as distiller:
+        batch = Batch(torch.from_numpy(INPUTS), torch.full((N,), K))
+        with pytest.raises(DataError, match=f"Sample 0 has the label {K}"):
+            distiller.step(distiller.module, batch, 0.0)
+
+
+def test_one_batch_with_targets_on_an_accelerator_turns_the_checks_in_the_step_on():
+    targets = TargetCheck(Objective.kd(), (K,))
+    assert not targets.all_checked
+    targets(Batch(INPUTS, LABELS))
+    assert targets.all_checked
+    targets(Batch(INPUTS, SimpleNamespace(device=SimpleNamespace(type="cuda"))))
+    targets(Batch(INPUTS, LABELS))
+    assert not targets.all_checked

@@ -24,7 +24,9 @@ def test_an_objective_of_labels_has_no_terms():
 
 
 def test_an_objective_can_be_stored_as_json():
-    objective = Objective((Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), 0.2, 0.05)
+    objective = Objective(
+        (Term("kd", 0.3, temperature=2.0), Term("kd", 0.5, temperature=1.0)), label_weight=0.2, label_smoothing=0.05
+    )
     content = json.loads(json.dumps(objective.to_dict()))
     terms = tuple(Term(**term) for term in content.pop("terms"))
     assert Objective(terms, **content) == objective
@@ -41,7 +43,7 @@ def test_an_objective_can_be_stored_as_json():
         ({"terms": (Term("kd", 0.0),), "label_weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_an_invalid_value_is_an_error_that_names_it(options, sentence):
+def test_an_invalid_value_raises_an_error_that_names_the_value(options, sentence):
     with pytest.raises(UsageError, match=f"The objective is invalid: {sentence}"):
         Objective(**options)
 

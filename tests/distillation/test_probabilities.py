@@ -138,7 +138,7 @@ def test_logits_that_are_all_at_least_0_are_accepted(activation):
 
 
 YES = np.random.default_rng(3).random((N, K)) < 0.4
-BINARY = Objective((Term("binary-kd", 0.5),), 0.5, label_loss="binary")
+BINARY = Objective((Term("binary-kd", 0.5),), label_weight=0.5, label_loss="binary")
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Hardsigmoid()])
@@ -277,8 +277,10 @@ def test_a_sigmoid_is_accepted_for_regression():
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "wsld", "ofa"])
 def test_declared_probabilities_are_distilled_like_the_logits(name):
-    objective = Objective((Term(name, 0.7, temperature=2.0 if name != "ofa" else None),), 0.3)
-    declared = Objective(objective.terms, 0.3, student_outputs="probabilities", teacher_outputs="probabilities")
+    objective = Objective((Term(name, 0.7, temperature=2.0 if name != "ofa" else None),), label_weight=0.3)
+    declared = Objective(
+        objective.terms, label_weight=0.3, student_outputs="probabilities", teacher_outputs="probabilities"
+    )
     expected = distill(PLAIN, net(), dataset(), objective=objective, **QUIET)
     found = distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=declared, **QUIET)
     assert_close_weights(found.model, expected.model)
@@ -289,16 +291,16 @@ def test_declared_probabilities_are_distilled_like_the_logits(name):
 def test_student_and_teacher_outputs_are_declared_separately():
     objective = Objective.kd(2.0)
     expected = distill(PLAIN, net(), dataset(), objective=objective, **QUIET).model
-    one = Objective(objective.terms, objective.label_weight, teacher_outputs="probabilities")
+    one = Objective(objective.terms, label_weight=objective.label_weight, teacher_outputs="probabilities")
     assert_close_weights(distill(PLAIN, net(nn.Softmax(-1)), dataset(), objective=one, **QUIET).model, expected)
-    other = Objective(objective.terms, objective.label_weight, student_outputs="probabilities")
+    other = Objective(objective.terms, label_weight=objective.label_weight, student_outputs="probabilities")
     assert_close_weights(distill(SOFT, net(), dataset(), objective=other, **QUIET).model, expected)
 
 
 def test_the_outputs_of_several_teachers_are_declared_as_a_tuple():
     objective = Objective.kd(2.0)
     expected = distill(PLAIN, [net(), net(seed=4)], dataset(), objective=objective, **QUIET).model
-    mixed = Objective(objective.terms, objective.label_weight, teacher_outputs=("logits", "probabilities"))
+    mixed = Objective(objective.terms, label_weight=objective.label_weight, teacher_outputs=("logits", "probabilities"))
     assert_close_weights(
         distill(PLAIN, [net(), net(nn.Softmax(-1), seed=4)], dataset(), objective=mixed, **QUIET).model, expected
     )
@@ -310,7 +312,11 @@ def test_the_outputs_of_several_teachers_are_declared_as_a_tuple():
 def test_declared_outputs_of_a_sigmoid_are_distilled_like_the_logits():
     data = dataset(YES.astype(np.float64))
     declared = Objective(
-        BINARY.terms, 0.5, label_loss="binary", student_outputs="probabilities", teacher_outputs="probabilities"
+        BINARY.terms,
+        label_weight=0.5,
+        label_loss="binary",
+        student_outputs="probabilities",
+        teacher_outputs="probabilities",
     )
     expected = distill(PLAIN, net(), data, objective=BINARY, **QUIET)
     found = distill(net(nn.Sigmoid(), seed=1), net(nn.Sigmoid()), data, objective=declared, **QUIET)
@@ -395,7 +401,7 @@ def test_a_student_that_ends_in_a_softmax_learns_if_its_outputs_are_declared():
     hooks = TrainingHooks(event=lambda _event: None)
     training = Training(epochs=20, learning_rate=0.3)
     teacher = fit(net(), dataset(), training=training).model
-    objective = Objective((Term("kd", 0.9, temperature=4.0),), 0.1, student_outputs="probabilities")
+    objective = Objective((Term("kd", 0.9, temperature=4.0),), label_weight=0.1, student_outputs="probabilities")
     found = kirsch.distill(
         SOFT, teacher, dataset(), objective=objective, training=training, validation=samples(1), hooks=hooks
     )

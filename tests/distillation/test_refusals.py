@@ -76,7 +76,7 @@ def distilled(term, student=None, teacher=None):
         ("auto[7]", UsageError, r"There are 1 stages shared by student and teacher, and the index is 7"),
     ],
 )
-def test_an_unknown_layer_is_an_error_that_names_the_known_ones(layer, error, sentence):
+def test_an_unknown_layer_raises_an_error_that_names_the_known_layers(layer, error, sentence):
     with pytest.raises(error, match=sentence):
         distilled(Term("fitnet", 1.0, student_layer=layer))
 

@@ -49,7 +49,7 @@ def test_relational_angles_in_closed_form(framework):
 
 
 def test_sp_in_closed_form(framework):
-    """The products of orthogonal samples are the identity; those of equal samples are rows (1, 1) / √2 or / 2."""
+    """Products of orthogonal samples are the identity, of equal samples rows (1, 1) / √2 or (1, 1) / 2."""
     difference, same = np.eye(2), np.ones((2, 1))
     tilt = 1 / math.sqrt(2)
     rows = ((1 - tilt) ** 2 + tilt**2) * 2 / 4
@@ -184,7 +184,7 @@ def test_rkd_is_invariant_to_an_offset_even_in_single_precision(name, framework)
 
 
 @pytest.mark.parametrize("name", ANY_WIDTH)
-def test_features_are_flattened_to_one_vector_a_sample(name, framework):
+def test_features_are_flattened_to_one_vector_per_sample(name, framework):
     cube = et.reshape(8, 7, 1, 1)
     assert loss_value(name, es, cube, framework) == loss_value(name, es, et, framework)
 

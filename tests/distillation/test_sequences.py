@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from kirsch.distillation.losses import soft_target
 from kirsch.distillation.losses.sequences import (
     TargetLimits,
-    align_causal,
     count_most_frequent,
     ctc_frames,
     filter_targets,
@@ -26,62 +24,8 @@ from kirsch.testing import LOSS_CHECKS
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.standard_normal((2, 2, 6, 5))  # logits (N, L, K)
-# A prompt of two tokens and an answer of three; a prompt of one, an answer of two, and padding.
+# Sample 0: a prompt of two tokens and an answer of three. Sample 1: a prompt of one, an answer of two, and padding.
 LABELS = np.array([[-100, -100, 4, 1, 3, -100], [-100, 2, 0, -100, -100, -100]])
-
-
-# ------------------------------------------------------------------------------------------------ alignment
-
-
-def test_causal_logits_are_aligned_with_the_next_token(framework):
-    logits, labels, mask = align_causal(framework(STUDENT), framework(LABELS))
-    np.testing.assert_array_equal(logits, STUDENT[:, :5])
-    np.testing.assert_array_equal(labels, LABELS[:, 1:])
-    np.testing.assert_array_equal(mask, [[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
-
-
-def test_student_and_teacher_are_aligned_in_one_call():
-    sides, _, mask = align_causal({"student": STUDENT, "teacher": TEACHER}, LABELS)
-    expected = soft_target(align_causal(STUDENT, LABELS)[0], align_causal(TEACHER, LABELS)[0], mask=mask)
-    assert soft_target(sides["student"], sides["teacher"], mask=mask) == expected
-
-
-def test_causal_cross_entropy_equals_that_of_pytorch():
-    """The causal models of transformers drop the last logits and the first label, and ignore labels of -100."""
-    logits, labels, mask = align_causal(torch.from_numpy(STUDENT), torch.from_numpy(LABELS))
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    value = -F.log_softmax(logits, -1)[mask].gather(-1, labels[mask][:, None]).mean()
-    assert float(value) == pytest.approx(float(expected), rel=1e-14)
-
-
-def test_an_unshifted_mask_is_off_by_one_at_both_ends_of_an_answer():
-    """The first token of an answer is predicted at the last position of the prompt, position 1, which has no label."""
-
-    def shifted(student):
-        sides, _, mask = align_causal([student, TEACHER], LABELS)
-        return soft_target(*sides, mask=mask)
-
-    def unshifted(student):
-        return soft_target(student, TEACHER, mask=LABELS != -100)
-
-    assert shifted(STUDENT) != pytest.approx(unshifted(STUDENT), rel=1e-3)
-
-    first = STUDENT.copy()
-    first[0, 1] += np.arange(5)  # another prediction of the first token of the answer
-    assert shifted(first) != pytest.approx(shifted(STUDENT), rel=1e-3)
-    assert unshifted(first) == unshifted(STUDENT)  # the loss ignores it
-
-    after = STUDENT.copy()
-    after[0, 4] += np.arange(5)  # another prediction after the answer, where there is no label
-    assert shifted(after) == shifted(STUDENT)
-    assert unshifted(after) != pytest.approx(unshifted(STUDENT), rel=1e-3)  # the loss includes padding
-
-
-def test_labels_with_other_positions_than_the_logits_are_refused():
-    with pytest.raises(ShapeError, match=r"The labels have shape \(2, 5\); the logits have positions \(2, 6\)"):
-        align_causal(STUDENT, LABELS[:, 1:])
-    with pytest.raises(ShapeError, match=r"shape \(2, 1\); \(N, L\) with L of at least 2 is needed"):
-        align_causal(STUDENT[:, :1], LABELS[:, :1])
 
 
 def test_mask_from_lengths_is_true_up_to_each_length(framework):
@@ -132,7 +76,7 @@ def test_ctc_frames_with_all_blanks_kept_equals_soft_targets():
 # Two classes: the teacher's probability of blank is 3/4, 1/2 and 1/4; the student's is 1/2.
 FRAMES = np.log([[[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]])
 UNIFORM = np.zeros((1, 3, 2))
-DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # of the first frame, and of the last
+DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # of the first and of the last frame
 
 
 @pytest.mark.parametrize(

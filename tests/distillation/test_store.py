@@ -12,7 +12,7 @@ from kirsch import ops
 from kirsch.data.augment import apply, sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, reading
-from kirsch.distillation.store.record import fields_of, index_type, pack_records, record_values
+from kirsch.distillation.store.record import fields_of, index_type, pack_records, values_of
 from kirsch.errors import DataError, ShapeError, UsageError
 
 
@@ -155,12 +155,12 @@ def test_records_of_extreme_logits_are_finite():
     scores = np.array([[0.0, -1e6, 3e5, -np.float32(3e38)]], np.float32)
     for keep in (TopK(1), TopK(3), TopK(4), Dense()):
         fields = fields_of(keep, 4, (), {})
-        record = pack_records(np.dtype(fields), record_values(keep, {"logits": scores}, 1.0), np.zeros(1, np.uint64))
+        record = pack_records(np.dtype(fields), values_of(keep, {"logits": scores}, 1.0), np.zeros(1, np.uint64))
         assert all(np.isfinite(record[name]).all() for name in record.dtype.names)
 
 
 def test_equal_classes_are_stored_in_ascending_order():
-    result = record_values(TopK(3), {"logits": np.zeros((2, 3), np.float32)}, 1.0)
+    result = values_of(TopK(3), {"logits": np.zeros((2, 3), np.float32)}, 1.0)
     assert result["indices"].tolist() == [[0, 1, 2]] * 2
     np.testing.assert_allclose(result["log_p"], -np.log(3), rtol=1e-6)
 
@@ -172,7 +172,7 @@ def test_the_divergence_from_stored_outputs_has_the_rounding_error_of_16_bits(te
     random = np.random.default_rng(2)
     teacher, student = (sharpness * random.standard_normal((64, 50)) for _ in range(2))
     kind = np.dtype(fields_of(TopK(6), 50, (), {}))
-    record = pack_records(kind, record_values(TopK(6), {"logits": teacher}, temperature), np.zeros(64, np.uint64))
+    record = pack_records(kind, values_of(TopK(6), {"logits": teacher}, temperature), np.zeros(64, np.uint64))
     log_t, log_s = ops.log_softmax(teacher / temperature), ops.log_softmax(student / temperature)
 
     def with_tail(log_p, indices):

@@ -18,7 +18,7 @@ from torch import nn
 from distillation.stores import IDS, content, data, network, tiny_store
 from kirsch import files
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, building
+from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, record
 from kirsch.distillation.store.record import pack_records
 from kirsch.errors import OutputError, StoreError
 
@@ -83,7 +83,7 @@ torch.set_num_threads(1)
 sys.path[:0] = [{tests!r}]
 from distillation.stores import tiny_store
 from kirsch import files
-from kirsch.distillation.store import building
+from kirsch.distillation.store import record
 folder, fault = Path(sys.argv[1]), sys.argv[2]
 
 
@@ -107,7 +107,7 @@ def kill_after(count, function, early=False):
 
 
 if fault == "in a range":
-    building.pack_records = kill_after(5, building.pack_records)
+    record.pack_records = kill_after(5, record.pack_records)
 elif fault == "before a range has its name":
     os.fsync = kill_after(5, os.fsync)
 elif fault == "before the specification is written":
@@ -194,11 +194,11 @@ def test_records_of_unknown_origin_are_not_continued(tmp_path):
 
 def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_path, monkeypatch):
     def overtaken(*args):
-        monkeypatch.setattr(building, "pack_records", pack_records)
+        monkeypatch.setattr(record, "pack_records", pack_records)
         tiny_store(tmp_path / "s")
         return pack_records(*args)
 
-    monkeypatch.setattr(building, "pack_records", overtaken)
+    monkeypatch.setattr(record, "pack_records", overtaken)
     tiny_store(tmp_path / "s").verify()
     assert content(tmp_path / "s") == content(store_folder)
 

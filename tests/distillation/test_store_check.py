@@ -64,6 +64,8 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
     store = TeacherStore.open(store_folder)
     with pytest.raises(StoreError, match=r"the number of classes \(classes: stored 12, given 9\)"):
         store.check(network(9), data())
+    with pytest.raises(StoreError, match=r"the logits without the classes \(positions: stored \(\), given \(1,\)\)"):
+        store.check(network(), data(), outputs=lambda inputs: {"logits": np.zeros((len(inputs), 1, K))})
     with pytest.raises(UsageError, match=r"`samples` .* is 0; expected a whole number of at least 1"):
         store.check(network(), data(), samples=0)
 
@@ -76,9 +78,10 @@ def test_check_refuses_outputs_of_other_shapes(store_folder):
     [
         ({"views": 0}, "`views` .* is 0; expected a whole number of at least 1"),
         ({"seed": -1}, "`seed` .* is -1; expected a whole number"),
-        ({"temperature": 0.0}, "temperature is 0.0; a number above 0"),
+        ({"temperature": 0.0}, "`temperature` .* is 0.0; expected a number above 0"),
         ({"temperature": float("nan")}, "`temperature` .* is nan; expected a finite number"),
         ({"temperature": 2.0, "keep": Dense()}, r"temperature is 2.0, but Dense\(\) stores no probabilities"),
+        ({"inputs": data(None), "temperature": 2.0, "keep": Dense()}, "without a transform .*; temperature is 2.0"),
         ({"ranges": (2, 2)}, r"`ranges` is \(2, 2\); expected \(i, n\) with 0 <= i < n"),
         ({"range_size": 0}, "`range_size` .* is 0; expected a whole number of at least 1"),
         ({"inputs": data(views=3)}, "views is 2, and the data has 3"),

@@ -47,7 +47,7 @@ def predicted(model, inputs):
 
 
 @pytest.mark.parametrize("classes", [256, 257, 65_536, 65_537])
-def test_the_loss_with_a_store_of_many_classes_is_that_with_its_teacher(tmp_path, classes):
+def test_the_loss_with_a_store_of_many_classes_equals_the_loss_with_its_teacher(tmp_path, classes):
     """Class numbers have as few bytes as possible, and PyTorch supports few operations on unsigned types."""
     teacher, student = net(classes), net(classes, 1)
     store = build_store(tmp_path / "store", teacher, data(), keep=TopK(4), temperature=2.0)
@@ -57,7 +57,7 @@ def test_the_loss_with_a_store_of_many_classes_is_that_with_its_teacher(tmp_path
 
 
 class Writer(nn.Module):
-    """A language model that sees one token."""
+    """A language model whose logits depend on one token only."""
 
     def __init__(self, words, seed=0):
         super().__init__()
@@ -70,7 +70,7 @@ class Writer(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_with_a_store_of_a_language_model_is_that_with_its_teacher(tmp_path, masked):
+def test_the_loss_with_a_store_of_a_language_model_equals_the_loss_with_its_teacher(tmp_path, masked):
     words = np.random.default_rng(1).integers(0, 300, (8, 6))
     labels = words.copy()
     labels[:, 4:] = -100 if masked else labels[:, 4:]
@@ -89,7 +89,7 @@ def test_the_loss_with_a_store_of_a_language_model_is_that_with_its_teacher(tmp_
 SHAKEN = Noise(0.5)
 
 
-def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
+def test_the_seed_of_a_store_is_the_seed_that_its_records_were_built_with(tmp_path):
     """The data may state the seed; two different seeds are refused."""
     given = data(SHAKEN, seed=5)
     store = build_store(tmp_path / "store", net(), given, keep=Dense(), views=2)
@@ -103,7 +103,7 @@ def test_the_seed_of_a_store_is_that_of_its_records(tmp_path):
     assert build_store(tmp_path / "none", net(), data(SHAKEN), keep=Dense()).specification.seed == 0
 
 
-def test_a_store_of_other_views_than_those_of_the_data_is_refused(tmp_path):
+def test_a_store_whose_views_differ_from_the_views_of_the_data_is_refused(tmp_path):
     store = build_store(tmp_path / "store", net(), data(SHAKEN), keep=Dense(), views=2, seed=5)
     for given, sentence in (
         (data(SHAKEN, seed=7), r"the seed of the augmentation \(seed: stored 5, given 7\)"),
@@ -118,7 +118,7 @@ def test_a_store_of_other_views_than_those_of_the_data_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"seed: stored 5, given 7"):
         store.check(net(), data(SHAKEN, seed=7))
     learned(net(seed=1), store, data(SHAKEN, views=2, seed=5))
-    learned(net(seed=1), store, data(SHAKEN))  # which leaves it to the store
+    learned(net(seed=1), store, data(SHAKEN))  # data without seed and views takes both from the store
 
 
 def bound(store, batch, objective=None):
@@ -218,7 +218,7 @@ def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_
     store = build_store(tmp_path / "store", net(), data(), keep=keep)
     for teacher in (net(), store):
         with pytest.raises(
-            ShapeError, match=rf"The student returns {classes} classes, the teacher 5 classes\. Soft targets"
+            ShapeError, match=rf"The student returns {classes} classes; the teacher returns 5 classes\. Soft targets"
         ):
             learned(net(classes, 1), teacher, data(targets=LABELS % 4))
 
@@ -252,7 +252,7 @@ def sorted_rows(count=2000):
 
 @pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])
 def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
-    """Of data in the order of its labels, 1,024 samples from the first on are of three classes of five."""
+    """The data is sorted by label: its first 1,024 samples are of only three of the five classes."""
     given, events = sorted_rows(), []
     hooks = TrainingHooks(event=events.append)
 

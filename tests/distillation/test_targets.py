@@ -55,10 +55,10 @@ def in_memory_and_batches(inputs, targets):
     [
         (
             lambda y: 2 * y - 1,
-            r"has the target -1; .* values -1 to 1\. .* They are -1 and 1: give \(targets \+ 1\) / 2",
+            r"has the target -1; .* values -1 to 1\. .* The targets are -1 and 1: give \(targets \+ 1\) / 2",
         ),
-        (lambda y: y + 1, r"has the target 2; .* They are 1 and 2: give targets - 1"),
-        (lambda y: 255 * y, r"has the target 255; .* They are 0 and 255: give targets / 255"),
+        (lambda y: y + 1, r"has the target 2; .* The targets are 1 and 2: give targets - 1"),
+        (lambda y: 255 * y, r"has the target 255; .* The targets are 0 and 255: give targets / 255"),
         (lambda y: np.where(y > 0, np.nan, y), r"has the target nan; .* Give -100 where a label is missing"),
         (lambda y: 100 * y, r"has the target 100; .* from 0 \(no\) to 1 \(yes\)"),
         (lambda y: (2 * y - 1).astype(np.int8), r"has the target -1; the targets are int8"),
@@ -122,7 +122,7 @@ def test_numbers_that_are_not_finite_are_refused(value):
 
 
 def test_regression_targets_of_another_shape_are_refused():
-    with pytest.raises(DataError, match=r"one number for each output, here of shape \(3,\) a sample"):
+    with pytest.raises(DataError, match=r"one number for each output, here of shape \(3,\) per sample"):
         fit(net(), ArrayData(X, X[:, :2]), objective=REGRESSION, training=ONCE)
     with pytest.raises(DataError, match=r'For class numbers take label_loss="cross-entropy"'):
         fit(net(), ArrayData(X, CLASSES), objective=REGRESSION, training=ONCE)
@@ -170,8 +170,8 @@ MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 
         (MASKS + 1, K, r"The labels go from 1 to 3: give targets - 1"),
         (MASKS[:, None], K, r"\(40, 1, 4, 5\) .* Remove the axis of length 1: targets\[:, 0\], as int64"),
         (MASKS[..., None], K, r"\(40, 4, 5, 1\) .* Remove the axis of length 1: targets\[\.\.\., 0\], as int64"),
-        (np.moveaxis(np.eye(K)[MASKS], -1, 1), K, r"They are one-hot: give targets\.argmax\(1\)"),
-        (MASKS[:, :2, :2], K, r"The labels are 2×2 a sample and the logits 4×5"),
+        (np.moveaxis(np.eye(K)[MASKS], -1, 1), K, r"The targets are one-hot: give targets\.argmax\(1\)"),
+        (MASKS[:, :2, :2], K, r"The labels are 2×2 per sample and the logits 4×5"),
         (CLASSES, K, "labels of whole samples, and the model returns a prediction for each pixel"),
         (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student_layer="logits"\)'),
         (MASKS.astype(np.float32), K, "integers stored as floats"),
@@ -224,7 +224,7 @@ def test_a_single_logit_is_refused_by_the_cross_entropy_with_a_fix(model, target
 
 
 def test_labels_of_minus_one_and_one_are_refused_with_a_fix():
-    with pytest.raises(DataError, match=r"They are -1 and 1: give \(targets \+ 1\) // 2"):
+    with pytest.raises(DataError, match=r"The targets are -1 and 1: give \(targets \+ 1\) // 2"):
         fit(net(2), ArrayData(X, 2 * (CLASSES > 0) - 1), training=ONCE)
 
 
@@ -242,14 +242,16 @@ def test_losses_of_pixels_are_summed_over_channels_and_averaged_over_pixels():
     assert float(binary_label(outputs[:, :1], labels[:, 0])) == pytest.approx(float(single))
 
 
-def test_the_fix_for_images_of_numbers_works():
+def test_the_fix_for_a_regression_of_pixels_works():
     images = RANDOM.standard_normal((N, 2, 4, 5))
     data = ArrayData(IMAGES, images)
     for term in ("kd", "binary-kd"):
         with pytest.raises(ShapeError, match=r'"fitnet", student_layer="logits"') as caught:
-            distill(pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), 0.0), check_teacher=False)
+            distill(
+                pixels(2), pixels(2, 1), data, objective=Objective((Term(term),), label_weight=0.0), check_teacher=False
+            )
         assert "pixel-kd" in str(caught.value)
-    objective = Objective((Term("fitnet", 1.0, student_layer="logits"),), 1.0, label_loss="squared-error")
+    objective = Objective((Term("fitnet", 1.0, student_layer="logits"),), label_weight=1.0, label_loss="squared-error")
     hooks = TrainingHooks(event=lambda event: None)
     found = distill(pixels(2), pixels(2, 1), data, objective=objective, training=ONCE, check_teacher=False, hooks=hooks)
     assert set(found.history[0]["terms"]) == {"label", "fitnet"}

@@ -81,7 +81,7 @@ def test_teachers_of_pixels_are_combined_over_the_axis_of_classes():
 
 
 @pytest.mark.parametrize(
-    ("loss", "way"),  # numbers carry no confidence
+    ("loss", "way"),  # numbers do not show how confident a teacher is
     [
         (loss, way)
         for loss in ("kd", "binary-kd", "logit-l2")
@@ -103,7 +103,7 @@ def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
 
 def test_confidence_is_refused_for_losses_on_numbers():
     objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
-    with pytest.raises(UsageError, match="compares real numbers, which carry no confidence"):
+    with pytest.raises(UsageError, match="compares real numbers, which do not show how confident"):
         trained(objective)
 
 

@@ -345,7 +345,7 @@ def test_a_mask_of_another_shape_is_refused(name, framework):
 
 
 def test_invalid_inputs_of_relations_are_refused():
-    with pytest.raises(ShapeError, match=r"states of 3 layers; two are needed\. Pass a layer twice for one"):
+    with pytest.raises(ShapeError, match=r"states of 3 layers; two are needed\. Pass a single layer twice"):
         token_fsp([STATES] * 3, [OTHERS] * 3)
     with pytest.raises(ShapeError, match="The student has 2 arrays, the teacher 1"):
         token_nst([STATES] * 2, [OTHERS])

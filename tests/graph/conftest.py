@@ -57,7 +57,7 @@ class Network:
         return x
 
     def graph(self, name="Net", values=math.nan):
-        """The default for `values` is not callable, since the analysis must not read the values of weights."""
+        """Return the graph. `values` is not callable by default: the analysis must not read the values of weights."""
         return Graph(name, self.facts, self.tensors, tuple(self.tensors), (), values, lambda model: True)
 
 
@@ -98,7 +98,7 @@ def heads():
 
 @pytest.fixture(scope="session")
 def shuffle():
-    """Build a shuffle of 4 channels in 2 rows, added to its input, so that channels can only be removed by orbits."""
+    """Add 4 channels to their shuffle in 2 rows, so that a channel can only be removed with its orbit."""
 
     def build():
         net = Network()

@@ -66,7 +66,7 @@ def test_attributes_that_keep_their_value_are_not_returned():
         (lambda width: width // 3, 4, 12),
     ],
 )
-def test_the_new_value_is_searched_up_to_the_present_one(compute, required, value):
+def test_the_new_value_is_searched_up_to_the_present_value(compute, required, value):
     assert solve([demand(required, compute, WIDTH)], kept).get(WIDTH, PRESENT[WIDTH]) == value
 
 
@@ -76,7 +76,7 @@ def test_a_present_value_that_meets_the_demand_is_kept():
     assert solve([half], kept) == {}
 
 
-def test_two_attributes_of_one_size_are_solved_if_another_demand_determines_one():
+def test_two_attributes_of_one_size_are_solved_if_another_demand_determines_one_of_them():
     demands = [demand(8, lambda heads, each: heads * each, HEADS, EACH), demand(2, lambda heads: heads, HEADS)]
     assert solve(demands, kept) == {HEADS: 2}
     demands = [demand(6, lambda heads, each: heads * each, HEADS, EACH), demand(2, lambda heads: heads, HEADS)]
@@ -136,7 +136,7 @@ def test_a_demand_without_a_solution_raises_with_its_line_and_attribute():
     assert_raises(
         [demand(5, lambda width: width * 2, WIDTH)],
         "No value of `block.width` fits the plan. net.py:8 requires 5; the code would give 24. "
-        "Exclude its layers, compute the size from the shape of the tensor, or trace the model with "
+        "Exclude the layers of this size, compute the size from the shape of the tensor, or trace the model with "
         "kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code.",
     )
 
@@ -145,16 +145,16 @@ def test_a_demand_on_two_undetermined_attributes_raises_and_names_both():
     assert_raises(
         [demand(8, lambda heads, each: heads * each, HEADS, EACH, operation=Operation("aten.view"))],
         "No value of `block.heads`, `block.each` fits the plan. aten.view requires 8; the code would give 12. "
-        "Exclude its layers, compute the size from the shape of the tensor, or trace the model with "
+        "Exclude the layers of this size, compute the size from the shape of the tensor, or trace the model with "
         "kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code.",
     )
 
 
-def test_a_size_of_another_axis_that_does_not_fit_raises():
+def test_a_demand_that_the_size_of_another_axis_does_not_meet_raises():
     assert_raises(
         [demand(5, lambda size: size, sizes=(np.array([6]),))],
         "No value of a size read at run time fits the plan. net.py:8 requires 5; the code would give 6. "
-        "Exclude its layers, compute the size from the shape of the tensor, or trace the model with "
+        "Exclude the layers of this size, compute the size from the shape of the tensor, or trace the model with "
         "kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code.",
     )
 

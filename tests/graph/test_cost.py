@@ -30,7 +30,7 @@ def model(*terms, components=8):
 
 
 def test_the_cost_of_two_layers_in_closed_form(chain):
-    """3 → 5 → 2 with biases, on one row, then with 3 of the 5 units."""
+    """Layers 3 → 5 → 2 with biases on one row; then 3 of the 5 units are kept."""
     graph = chain(5).graph()
     assert graph.cost == Cost(parameters=3 * 5 + 5 + 5 * 2 + 2, macs=3 * 5 + 5 * 2, activations=0)
     keep = graph.keep({"first": (0, 4)})
@@ -47,7 +47,7 @@ def test_removed_rows_and_columns_of_a_view_multiply(heads):
 
 
 def test_a_channel_that_is_repeated_in_an_output_counts_each_time():
-    """(C, 2) flattened, without channel 1, which is repeated over 2 positions."""
+    """Three channels of two positions each are flattened, and channel 1 is removed."""
     flat = np.array([0, 0, 1, 1, 2, 2])
     prices = model(CostTerm("activations", "", 5.0, (flat,)), CostTerm("activations", "", 1.0, ()))
     assert prices.price(np.ones(8, bool)) == Cost(0, 0, 5 * 6 + 1)
@@ -55,7 +55,7 @@ def test_a_channel_that_is_repeated_in_an_output_counts_each_time():
 
 
 def test_an_axis_that_occurs_twice_counts_squared():
-    """As for a covariance matrix of channels."""
+    """An example is the covariance matrix of channels."""
     channels = np.arange(4)
     prices = model(CostTerm("macs", "", 10.0, (channels, channels)))
     assert prices.price(np.arange(8) != 2).macs == 10 * 3 * 3

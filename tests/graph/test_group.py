@@ -186,10 +186,10 @@ def test_a_head_is_removed_from_all_layers_with_tied_heads(network):
 
 @pytest.mark.parametrize(("extra", "expected"), [(1, [[0, 1], [2, 3]]), (2, [])])
 def test_a_removed_cell_is_covered_by_the_slab_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
-    """Four channels (2, 2) are placed beside (2, extra) others in a second grid. A row of the four (0, 1) is removed.
+    """Four channels form a grid (2, 2). A second grid has the same two rows with `extra` further channels each.
 
-    In the second grid it is covered by its row, which adds `extra` cells, or by two columns, which add one cell each.
-    Two columns are all four channels, a single unit and hence not a group.
+    If a row of the first grid is removed, the second grid can lose its row, which adds `extra` cells, or two columns,
+    which add one cell each. Two columns contain all four channels: a single unit, which is not a group.
     """
     monkeypatch.setitem(GRID_UNIT_KINDS, "four", ("row", "column"))
     net = network()
@@ -205,7 +205,7 @@ def test_a_removed_cell_is_covered_by_the_slab_that_adds_the_fewest_cells(networ
 
 
 def test_a_removed_cell_is_covered_by_another_slab_if_the_cheapest_is_frozen(network):
-    """As above with two others per row; the columns of the four are frozen, so a row of the wide grid is removed."""
+    """As above with two further channels per row. The columns are frozen, so a row of the wide grid is removed."""
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
     others = net.parameter("others.weight", 4).axes[0].reshape(2, 2)
@@ -232,7 +232,7 @@ def test_a_cell_in_frozen_slabs_only_is_in_no_unit(network):
 
 
 def test_a_cell_that_occurs_twice_in_a_grid_is_covered_twice(network):
-    """Rows (0, 0) and (1, 2): column 0 removes channel 0, which is in column 1 too, so its row is removed as well."""
+    """Rows (0, 0) and (1, 2): column 0 removes channel 0. It is also in column 1, so row 0 is removed, too."""
     net = network()
     a, b, c = net.parameter("layer.weight", 3).axes[0]
     rows = net.parameter("rows", 2).axes[0]
@@ -324,3 +324,8 @@ def test_units_of_a_group_are_distinct_and_not_empty(network):
         assert len(set(components)) == group.size > 1
         assert all(components)
         assert list(itertools.chain(*components)) == group.components.tolist()
+
+
+def test_a_group_prints_as_one_line_without_its_arrays():
+    group = Group("stem", "channel", np.arange(8), np.arange(0, 8, 2), (("stem.weight", 0), ("head.weight", 1)))
+    assert repr(group) == "<Group stem: 4 units of kind channel, in 2 layers>"

@@ -57,7 +57,7 @@ def test_equal_axes_are_tied_where_they_differ():
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_an_axis_that_meets_one_without_labels_is_frozen_at_the_operation(swapped):
+def test_an_axis_equated_with_an_axis_without_labels_is_frozen_at_the_operation(swapped):
     facts = Facts()
     axis = facts.fresh(3)
     facts.begin(Operation("add", "layer", "net.py:3"))

@@ -206,7 +206,7 @@ def test_the_fingerprint_depends_on_the_options_of_the_trace(chain):
         plan.check(plain)
 
 
-def test_the_costs_in_a_plan_are_replaced_by_counted_ones(graph):
+def test_the_costs_in_a_plan_are_replaced_by_counted_costs(graph):
     plan = plan_for(graph, removal(removed=(0, 1)))
     assert plan.after == Cost(500, 5, 3)
     counted = plan.priced(graph)
@@ -249,7 +249,7 @@ def test_the_error_for_a_latency_goal_names_the_alternatives(name):
         Goal(**{name: 5})
 
 
-def test_the_error_for_an_unknown_goal_lists_the_known_ones():
+def test_the_error_for_an_unknown_goal_lists_the_known_goals():
     with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, parameters\. Did you mean 'macs'\?"):
         Goal(mac=0.5)
 
@@ -262,7 +262,7 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_the_largest_value_of_an_integer_input_is_that_of_its_type(dtype):
+def test_an_integer_input_has_at_most_the_largest_value_of_its_type(dtype):
     def text(high):
         return replace(make_plan(removal()), inputs=(InputSpec("", (1, 4), dtype, high),)).to_json()
 

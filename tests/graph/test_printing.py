@@ -172,7 +172,7 @@ def test_a_plan_of_blocks_names_the_removed_blocks():
         ({"importance": "random", "keep_outputs": ["a", "b"]}, "random, round widths, all outputs of a, b"),
     ],
 )
-def test_the_first_line_of_a_plan_has_the_options_that_decide_most(method, text):
+def test_the_first_line_of_a_plan_has_its_main_options(method, text):
     assert str(plan(method=method)).splitlines()[0] == f"Net   {text}".rstrip()
 
 

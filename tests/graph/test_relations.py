@@ -59,7 +59,7 @@ def test_an_index_shared_by_three_tensors_ties_their_axes():
 
 
 def test_an_index_that_occurs_twice_on_one_tensor_ties_its_axes():
-    """As for the diagonal of a matrix."""
+    """An example is the diagonal of a matrix."""
     facts = Facts()
     x = labeled(facts, 3, 3)
     assert relations.relate(facts, [(x, "ii")], "i", (3,)).axes[0] is x.axes[0]
@@ -99,7 +99,7 @@ def test_elementwise_aligns_from_the_right():
     assert facts.freezes == []
 
 
-def test_elementwise_ties_all_of_several_tensors():
+def test_elementwise_ties_the_axes_of_all_operands():
     facts = Facts()
     a, b, c = (labeled(facts, 3) for _ in range(3))
     relations.elementwise(facts, [a, b, c], (3,))
@@ -112,7 +112,7 @@ def test_missing_axes_and_axes_of_size_one_tie_nothing_in_an_elementwise_operati
     x, other = labeled(facts, 3, 4), Tensor.of(shape)
     out = relations.elementwise(facts, [other, x], (3, 4))
     assert out.axes[1] is x.axes[1]
-    assert len(facts.freezes) == (shape == (3, 1))  # the axis of size 3 without labels freezes the one of x
+    assert len(facts.freezes) == (shape == (3, 1))  # the axis of size 3 without labels freezes the axis of x
 
 
 def test_an_elementwise_operation_with_an_unlabeled_axis_freezes_the_labeled_one():

@@ -1,4 +1,4 @@
-"""Axes whose sizes no value of an attribute can follow are tied or frozen before a plan is made."""
+"""If no value of an attribute fits an axis after pruning, the axis is tied or frozen before a plan is made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def layers(network):
 
 
 def add_demand(net, axis, leaves, compute=None, *, size=None):
-    """Demand that the size of an axis, or the constant 8 for None, is computed from attributes or another size."""
+    """Add the demand that attributes or another size give the size of an axis, or the constant 8 without an axis."""
     if size is not None:
         key = Size(size.tobytes())
         expression = Expression(lambda values: compute(values[key]), (), (size,), plain=compute is identity)

@@ -28,9 +28,10 @@ def test_the_text_has_the_verdict_the_error_and_the_tolerance():
     assert verification(math.nan).text == "not equal to the masked original: error nan, allowed 1e-04"
 
 
-def test_the_text_counts_the_statistics_that_follow_the_kept_width():
+def test_the_text_counts_the_operations_with_statistics_over_the_kept_units():
     assert verification(0.0, statistics=("mean", "layer_norm_1")).text == (
-        "equal to the masked original: error 0e+00, allowed 1e-04; statistics of 2 operations follow the kept width"
+        "equal to the masked original: error 0e+00, allowed 1e-04; "
+        "statistics of 2 operations computed over the kept units"
     )
 
 

@@ -190,5 +190,5 @@ def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
 
 
 def test_thirty_rounds_give_the_tenth_to_the_twenty_first_ratio():
-    """Conover 1999, table A3, and the docstring."""
+    """As in Conover 1999, table A3, and in the docstring of `interleaved`."""
     assert median_ratio(np.arange(1.0, 31.0)) == Ratio(15.5, 10, 21)

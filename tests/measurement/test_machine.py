@@ -24,7 +24,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd sve crc32\nCPU implementer\t: 0x41\n
 
 @pytest.fixture
 def cpuinfo(tmp_path, monkeypatch):
-    """Replace the content of /proc/cpuinfo."""
+    """Return a function that replaces the content of /proc/cpuinfo."""
 
     def write(text):
         (tmp_path / "cpuinfo").write_text(text)
@@ -68,7 +68,7 @@ def test_the_load_is_the_average_of_the_last_minute_or_none(monkeypatch):
     assert machine.load() is None
 
 
-def test_a_version_is_that_of_the_installed_package_or_none():
+def test_the_version_of_a_package_is_the_installed_version_or_none():
     assert machine.version_of("numpy") == metadata.version("numpy")
     assert machine.version_of("no-such-package-as-this") is None
 

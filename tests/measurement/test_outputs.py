@@ -1,4 +1,4 @@
-"""Outputs are told apart: probabilities, probabilities times a number, and outputs without a predicted class."""
+"""Probabilities, probabilities times a number, and outputs without a predicted class are recognized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_non_negative_rows_with_the_sum_1_are_probabilities(shape):
     assert not are_probabilities(outputs)
 
 
-def test_a_single_row_of_another_sum_is_not_probabilities():
+def test_rows_of_which_one_has_another_sum_are_not_probabilities():
     outputs = rows(4, 0.5, 0.5)
     outputs[2] = 0.25
     assert not are_probabilities(outputs)

@@ -1,4 +1,4 @@
-"""An altered plan file is refused with file and field, or is applied with recomputed costs."""
+"""An altered plan is applied with recomputed costs, or raises an error that names the file and the field."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_text_that_is_not_a_plan_is_refused(tmp_path, text, sentence):
 
 
 @pytest.mark.parametrize(("path", "value"), APPLIED, ids=lambda value: str(value)[:40])
-def test_an_edited_plan_is_applied_and_its_costs_are_those_of_the_model(path, value):
+def test_an_edited_plan_is_applied_and_its_costs_are_the_costs_of_the_pruned_model(path, value):
     found = prune_with_verification(MODEL, Plan.from_json(altered(path, value)))
     assert (found.plan.after.parameters, found.plan.after.macs) == count(found.model, IMAGE)
     assert found.plan.before == PLAN.before
@@ -328,7 +328,7 @@ def test_an_invalid_second_plan_of_a_saved_model_is_named(tmp_path):
         kirsch.load(tmp_path / "small", lambda: copy.deepcopy(MODEL))
 
 
-def test_integers_outside_an_embedding_table_are_an_error_of_the_inputs(tmp_path):
+def test_integers_outside_an_embedding_table_raise_an_error_about_the_inputs(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     plan = kirsch.plan(kirsch.trace(model, torch.randint(0, 9, (1, 4))), kirsch.Goal(macs=0.7), round_to=1)

@@ -52,7 +52,7 @@ def test_a_goal_that_only_the_smallest_model_meets_is_met(ranking):
     assert (plan.before.macs, plan.after.macs) == (60, 6)
 
 
-def test_the_cost_of_a_plan_is_that_of_the_pruned_model():
+def test_the_cost_of_a_plan_is_the_cost_of_the_pruned_model():
     model = network()
     assert (kirsch.trace(model, IMAGE).cost.parameters, kirsch.trace(model, IMAGE).cost.macs) == count(model, IMAGE)
     plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.5))
@@ -92,7 +92,7 @@ def test_the_norm_decides_which_unit_is_the_smallest(norm, removed):
 
 
 @pytest.mark.parametrize("norm", [1, 2])
-def test_an_empty_parameter_has_no_importance(norm):
+def test_an_empty_parameter_does_not_change_the_importances(norm):
     class Joined(nn.Module):
         """A model with empty parameters, like YOLOS with one layer, which has no intermediate position embeddings."""
 
@@ -150,9 +150,7 @@ def test_auto_is_halved_until_the_goal_is_met_closely(goal, kept):
 
 def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.55), ranking="local", round_to=32)
-    reason = (
-        "points below the goal of 55.0%. round_to=32 rounds the widths. It may come closer with a smaller round_to."
-    )
+    reason = "below the goal of 55.0%. round_to=32 rounds the widths. The plan may come closer with a smaller round_to."
     assert any(note.endswith(reason) for note in plan.notes)
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), round_to=1)  # one of three units is a third of the MACs
@@ -160,7 +158,7 @@ def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     assert any(note.endswith(reason) for note in plan.notes)
 
 
-def test_a_plan_close_to_its_goal_has_no_note_on_it():
+def test_a_plan_close_to_its_goal_has_no_note_on_the_goal():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
     assert not any("below the goal" in note for note in plan.notes)
 
@@ -235,7 +233,7 @@ def test_options_out_of_range_are_named_together():
 
 @pytest.mark.parametrize("ranking", ["global", "local"])
 def test_no_axis_becomes_empty_if_several_groups_share_it(ranking):
-    """Two layers share an axis of a third: each may lose all units, and one of them must keep a unit."""
+    """Two layers share an axis of a third layer: each may lose all units, but one of them must keep a unit."""
 
     class Shared(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""`exclude` keeps the parameters of layers, `keep_outputs` their outputs, and the notes say what that costs."""
+"""`exclude` keeps the parameters of layers, `keep_outputs` keeps their outputs, and notes state the cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Net(nn.Module):
-    """Two convolutions, a wide last one, and a classifier that reads it."""
+    """Two convolutions, a wide convolution `last`, and a classifier of its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def test_a_layer_that_keeps_its_outputs_may_lose_inputs(model):
     assert small.last.in_channels < 16
 
 
-def test_other_layers_may_lose_outputs_beside_kept_ones(model):
+def test_other_layers_may_lose_outputs_if_one_layer_keeps_its_outputs(model):
     _, small = pruned(model, keep_outputs=["features.0"], round_to=1)
     assert small.features[0].out_channels == 16
     assert small.features[2].out_channels < 16
@@ -66,7 +66,7 @@ def test_globs_name_the_layers_within_a_module(model):
     assert {removal.name for removal in plan.groups} == {"last"}
 
 
-def test_the_outputs_of_a_transposed_convolution_are_those_of_its_second_axis():
+def test_the_outputs_of_a_transposed_convolution_are_on_the_second_axis_of_its_weight():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1)
@@ -115,7 +115,7 @@ def test_a_note_says_that_an_exclusion_of_the_classifiers_outputs_has_no_effect(
     assert any(note.startswith("keep_outputs=['classifier'] has no effect") for note in plan.notes)
 
 
-def test_a_plan_without_exclusions_has_no_note_on_them(model):
+def test_a_plan_without_exclusions_has_no_note_on_exclusions(model):
     plan, _ = pruned(model)
     assert not any(re.match("(exclude|keep_outputs)=", note) for note in plan.notes)
 

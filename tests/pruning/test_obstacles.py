@@ -1,4 +1,4 @@
-"""The error for an unreachable goal names the causes, and options that reach the goal."""
+"""The error for an unreachable goal names the causes and the options that reach the goal."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
 def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
     error = refused(graph, kirsch.Goal(parameters=0.001))
     assert re.search(
-        r"No options reach it; with round_to=1 and with min_keep=0\.001: parameters 0\.1% .* least", error.fix
+        r"No options reach the goal; with round_to=1 and with min_keep=0\.001: parameters 0\.1% .* least", error.fix
     )
     assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why
 
@@ -107,7 +107,7 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
-def test_the_cause_of_a_product_of_activations_is_that_of_the_layers_inside_its_module():
+def test_the_cause_of_a_product_of_activations_is_the_cause_of_the_layers_inside_its_module():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -143,7 +143,7 @@ def test_options_for_which_the_importance_fails_are_not_suggested():
         model[2].weight[0, 0] = torch.nan
     graph = kirsch.trace(model, torch.randn(1, 4))
     error = refused(graph, kirsch.Goal(parameters=0.1), exclude=["2"])
-    assert "It is reached" not in error.fix
+    assert "is reached with" not in error.fix
     assert "The parameter '2.weight' of Sequential holds NaN" in error.fix
 
 

@@ -42,7 +42,7 @@ def class_options(options: type[PlanOptions] = PlanOptions) -> dict[str, Any]:
 
 
 def recipe_options() -> dict[str, Any]:
-    """Return the default of each option of the step prune; the seed of the recipe is that of the step."""
+    """Return the default of each option of the step prune; the step uses the seed of the recipe."""
     defaults = {name: field.default for name, field in Prune.model_fields.items() if name != "goal"}
     return defaults | {"seed": Recipe.model_fields["seed"].default}
 

@@ -55,7 +55,7 @@ def edited(plan, **changes):
 def test_the_result_is_verified_and_has_a_note_on_optimizers(case):
     found = prune_with_verification(*case)
     assert found.verification.passed
-    assert any("make a new one" in note for note in found.notes)
+    assert any("make a new optimizer" in note for note in found.notes)
 
 
 def test_the_result_prints_cost_verification_and_notes(case):
@@ -205,7 +205,7 @@ def test_a_model_pruned_twice_is_saved_and_loaded(case, tmp_path):
 
 
 class Filling(nn.Module):
-    """Replaces a buffer in its first run by one of another shape."""
+    """Replaces a buffer in its first run by a buffer of another shape."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ def test_a_folder_without_plan_or_weights_is_refused(case, tmp_path, name):
         lambda folder: (folder / "notes.txt").write_text("pruned"),
     ],
 )
-def test_a_folder_with_other_files_than_those_of_save_is_refused_although_its_manifest_lists_them(
+def test_a_folder_with_files_that_save_did_not_write_is_refused_although_its_manifest_lists_them(
     case, tmp_path, change
 ):
     folder = kirsch.save(kirsch.prune(*case), tmp_path / "small")
@@ -299,7 +299,7 @@ def test_an_additional_file_in_the_folder_is_refused(case, tmp_path):
 
 @pytest.mark.parametrize("change", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m[1].half() and m])
 def test_a_loaded_model_has_the_types_of_the_saved_model(case, tmp_path, change):
-    """`build` makes single precision, as most code does."""
+    """`build` returns a model in single precision, as most code does."""
     small = change(kirsch.prune(*case))
     kirsch.save(small, tmp_path / "small")
     loaded = kirsch.load(tmp_path / "small", build)

@@ -122,7 +122,7 @@ def test_a_plan_without_stored_inputs_is_loaded_with_example_inputs(tmp_path):
 
 
 def test_a_mapping_that_is_not_a_dict_is_passed_as_keywords(tmp_path):
-    """Such as the BatchEncoding of a tokenizer of transformers."""
+    """An example is the BatchEncoding of a tokenizer of transformers."""
     inputs = collections.UserDict(x=X, y=Y)
     small = pruned(net(lambda x, y: x + y), inputs)
     kirsch.save(small, tmp_path / "small")
@@ -319,7 +319,7 @@ def test_loading_from_a_path_without_a_saved_model_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path, sentence in (
         (tmp_path / "nowhere", r"nowhere does not exist\..*Check the path"),
-        (tmp_path / "file", r"file is a file\..*Give its folder"),
+        (tmp_path / "file", r"file is a file\..*Give the folder of the file"),
         (tmp_path, r"does not contain a model of kirsch\.save\. Give a folder written by kirsch\.save"),
     ):
         with pytest.raises(CheckpointError, match=sentence):

@@ -91,7 +91,7 @@ def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tm
     with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.*teacher_outputs="):
         kirsch.compress(model, data, HALF, recover=training, folder=tmp_path / "run")
     objective = kirsch.Objective(
-        kirsch.Objective.kd().terms, 0.1, student_outputs="probabilities", teacher_outputs="probabilities"
+        kirsch.Objective.kd().terms, label_weight=0.1, student_outputs="probabilities", teacher_outputs="probabilities"
     )
     found = kirsch.compress(model, data, HALF, recover=training, objective=objective, folder=tmp_path / "stated")
     assert found.model is not None
@@ -259,7 +259,16 @@ def test_distill_without_student_is_refused(trained, tmp_path):
         ({"max_drop": 1.0}, r"`max_drop` of kirsch\.compress is 1\.0; expected a number of at least 0 and below 1"),
         ({"task": "classify"}, r"no task 'classify'"),
         ({"min_keep": 2.0}, r"`min_keep` of .*Prune is 2\.0; expected a number above 0 and up to 1"),
-        ({"excluded": ["head"]}, r"has no argument 'excluded'\..* Did you mean 'exclude'"),
+        (
+            {"excluded": ["head"]},
+            r"compress has no argument 'excluded'\. Arguments: model, .*Options of the plan: .*Did you mean 'exclude'",
+        ),
+        ({"training": TRAINING}, r"no argument 'training'\..* Give recover=kirsch\.Training\(\.\.\.\)\."),
+        ({"epochs": 3}, r"no argument 'epochs'\..* Give recover=kirsch\.Training\(epochs=\.\.\.\)\."),
+        (
+            {"excluded": ["head"], "steps": [Prune(goal=HALF)]},
+            r"kirsch\.compress has no argument 'excluded'",
+        ),
         ({"goal": None}, r"`goal` of kirsch\.compress is missing\. Give kirsch\.Goal\(macs=0\.5\), or steps"),
         (
             {"steps": [Prune()], "exclude": ["head"]},

@@ -166,7 +166,7 @@ def test_commented_recipe_explains_the_objective_key():
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [r"line 3: steps\[0\].recover: temperature and weight cannot be combined with another objective than kd"],
+            [r"line 3: steps\[0\].recover: temperature and weight can only be combined with the objective kd"],
         ),
     ],
 )
@@ -238,7 +238,7 @@ def test_steps_take_an_objective_by_name_or_object(job):
     assert step.objective_for(SimpleNamespace(outputs={}, model_name="student")) == objective
     read = Distill.model_validate(step.model_dump(mode="json"))
     assert read.objective == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
-    with pytest.raises(UsageError, match="temperature cannot be combined with another objective than kd"):
+    with pytest.raises(UsageError, match="temperature can only be combined with the objective kd"):
         Recover(temperature=2.0, objective="dkd")
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)

@@ -72,7 +72,7 @@ GROUPS = [
 ]
 
 
-def test_the_length_of_a_bar_is_the_width_of_the_layer_and_its_colored_part_the_kept_units():
+def test_the_length_of_a_bar_shows_the_width_of_the_layer_and_its_colored_part_shows_the_kept_units():
     svg = charts.removed_bars(LAYERS, GROUPS)
     bars = numbers(r'<rect x="230" y="([\d.]+)" width="([\d.]+)" height="14" class="(?:gone|kept)"', svg)
     (y_b, width_b), (_, kept_b), (y_a, width_a), (_, kept_a), (y_c, width_c), (_, kept_c) = bars
@@ -139,7 +139,7 @@ def test_a_single_epoch_is_a_centered_dot(value, share):
     assert points_of(svg) == []
 
 
-def test_a_curve_without_values_is_described_as_such():
+def test_the_description_of_a_curve_without_values_says_no_value():
     svg = charts.curve("x", [1, 2], [None, math.nan], share=False)
     assert "<desc>x: no value</desc>" in svg
     assert points_of(svg) == []
@@ -181,7 +181,7 @@ def model(name, value, cost, *, chosen=False, timed=True):
     }
 
 
-def test_the_front_connects_the_models_that_no_other_beats_in_accuracy_and_cost():
+def test_the_front_connects_the_models_that_no_other_model_beats_in_accuracy_and_cost():
     models = [
         model("big", 0.95, 100),
         model("dominated", 0.90, 50),
@@ -196,7 +196,7 @@ def test_the_front_connects_the_models_that_no_other_beats_in_accuracy_and_cost(
     assert "small: 80.0 % at 10.0 µs" in svg
 
 
-def test_each_model_is_a_point_with_its_interval_and_the_chosen_one_is_marked():
+def test_each_model_is_a_point_with_its_interval_and_the_chosen_model_is_marked():
     svg = str(charts.trade_off([model("a", 0.9, 100), model("b", 0.8, 10, chosen=True)]))
     lines = numbers(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)" class="span"', svg)
     circles = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', svg)

@@ -195,7 +195,7 @@ def test_the_table_of_models_has_all_costs(page, metrics):
     assert "Models without a measured latency are listed in the table only." in page(metrics).words
 
 
-def test_latency_is_shown_as_not_measured_if_no_model_has_one(page, metrics):
+def test_latency_is_shown_as_not_measured_if_no_model_has_a_latency(page, metrics):
     for model in metrics["models"]:
         model["latency"] = None
     metrics["measured"] |= dict.fromkeys(("runtime", "threads", "batch", "rounds", "aa", "load_before", "load_after"))
@@ -281,7 +281,7 @@ def test_classes_are_listed_by_loss_of_accuracy_and_bins_by_model(page, metrics)
     ]
 
 
-def test_no_class_is_listed_if_none_lost_accuracy(page, metrics):
+def test_no_class_is_listed_if_no_class_lost_accuracy(page, metrics):
     metrics["quality"]["lost"] = [{"name": "cat", "before": 0.5, "after": 0.5, "n": 4}]
     part = section(page(metrics), "Quality")
     assert "None of 1 classes lost accuracy." in part.words
@@ -412,7 +412,7 @@ def test_a_plan_without_groups_and_layers_is_rendered(page, metrics):
     metrics["removals"][0] |= {"groups": [], "layers": [], "blockers": []}
     part = section(page(metrics), "Removed units")
     assert part.all("svg") == []
-    assert "No blockers: only inputs and outputs of the model are fixed." in part.words
+    assert "No blockers: only inputs and outputs of the model are frozen." in part.words
 
 
 # ------------------------------------------------------------------------------------------- paths
@@ -553,7 +553,7 @@ def test_the_contrast_of_counts_in_a_confusion_matrix_is_at_least_4_5(theme):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_contrast_of_kept_units_with_removed_ones_and_the_page_is_at_least_3(theme):
+def test_the_contrast_of_kept_units_with_removed_units_and_the_page_is_at_least_3(theme):
     """WCAG 2.2, criterion 1.4.11: graphics need a contrast of 3 : 1 with adjacent colors."""
     palette = palettes()[theme]
     assert contrast(palette["accent"], palette["paper"]) >= 3

@@ -29,7 +29,7 @@ MODES = {
 
 STOPPED = "The command was stopped by SIGINT."
 CLOSED = 141
-"""Exit code if the reader of the standard output has closed it: the exit code of a shell for SIGPIPE."""
+"""Exit code if the reader of the standard output has closed it. Shells use the same code for SIGPIPE."""
 
 # typer has no public name for the base class of its errors, and its module differs between versions.
 CommandLineError: type[Exception] = next(
@@ -40,9 +40,9 @@ app = typer.Typer(
     name="kirsch",
     help="Distill, prune, export and measure neural networks, with verification.",
     epilog=(
-        "Exit codes: 0 done, goals met; 2 usage or recipe; 3 a goal missed, or verify of an unfinished run; "
-        "4 model, data or checkpoint; 5 environment; 6 numerical failure; 75 and 130 stopped, checkpoint saved; "
-        "1 a bug of Kirsch."
+        "Exit codes: 0 done, goals met; 2 wrong usage or recipe; 3 done, but a goal is missed, or verify found an "
+        "unfinished run; 4 model, data or checkpoint cannot be loaded, or verify found damage; "
+        "5 packages, memory or disk; 6 numerical failure; 75 and 130 stopped, checkpoint saved; 1 a bug of Kirsch."
     ),
     add_completion=False,
     rich_markup_mode=None,
@@ -118,7 +118,7 @@ def _register(run: Callable[..., int], function: Callable[..., int]) -> None:
     parameters = [*list(signature.parameters.values())[1:], *modes]
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     # typer reads the signature, older versions read the annotations.
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # a protocol of Python
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect.signature
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
     app.command(function.__name__)(run)
 
@@ -128,24 +128,29 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        help="An input: 1,3,224,224, 1,24:int64 or name=1,24:int64; may be repeated. Default: inputs of the model.",
+        help="Shape of an input, such as 1,3,224,224, with its type (1,24:int64) and name (mask=1,24:int64); "
+        "may be repeated. Default: inputs that the model states.",
     ),
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
-Macs = Annotated[float | None, typer.Option("--macs", help="MACs to keep at most, as a fraction: 0.5.")]
-Parameters = Annotated[float | None, typer.Option("--parameters", help="Parameters to keep at most, as a fraction.")]
+Macs = Annotated[float | None, typer.Option("--macs", help="Limit of the MACs, as a fraction of the original: 0.5.")]
+Parameters = Annotated[
+    float | None, typer.Option("--parameters", help="Limit of the parameters, as a fraction of the original.")
+]
 BlockData = Annotated[
     str,
     typer.Option(
         "--data",
-        help="With --kinds block: data source of a recipe to rank blocks on. Default: the inputs.",
+        help="With --kinds block: data source, as in a recipe, to rank blocks on. Default: the example inputs.",
         metavar="SOURCE",
     ),
 ]
 PrunedFolder = Annotated[
     str,
-    typer.Option("--pruned", help="Folder of kirsch prune: use its model; MODEL is the original.", metavar="FOLDER"),
+    typer.Option(
+        "--pruned", help="Use the pruned model in this folder of kirsch prune; MODEL is its original.", metavar="FOLDER"
+    ),
 ]
 Run = Annotated[str, typer.Argument(help="Folder of a run.")]
 
@@ -197,13 +202,13 @@ def trace(
     session: Session,
     model: Model,
     explain: Annotated[
-        str, typer.Option("--explain", help="Show the layers tied to this layer, and why.", metavar="LAYER")
+        str, typer.Option("--explain", help="Show the layers coupled to this layer, and why.", metavar="LAYER")
     ] = "",
     inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Show removable groups of a model, and what blocks the rest."""
+    """Show the groups of units of a model, and what freezes the rest."""
     from kirsch.cli import networks
 
     return networks.show_trace(networks.load_model(model, inputs or [], weights, seed=seed), explain, session.terminal)
@@ -237,7 +242,7 @@ def prune(
     session: Session,
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the pruned model.", metavar="FOLDER")],
-    plan_file: Annotated[str, typer.Option("--plan", help="A plan of kirsch plan.", metavar="FILE")] = "",
+    plan_file: Annotated[str, typer.Option("--plan", help="A plan file of kirsch plan.", metavar="FILE")] = "",
     macs: Macs = None,
     parameters: Parameters = None,
     inputs: Inputs = None,
@@ -318,15 +323,15 @@ def store(
     folder: Annotated[str, typer.Argument(help="Folder of the store.")],
     model: Annotated[str, typer.Option("--model", help="The teacher, in the form of MODEL of trace.")] = "",
     weights: Weights = "random",
-    data: Annotated[str, typer.Option("--data", help="A data source of a recipe; the training part is used.")] = "",
+    data: Annotated[str, typer.Option("--data", help="Data source, as in a recipe; its training part is used.")] = "",
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="Option of the data: train=45000; may be repeated.")
+        list[str] | None, typer.Option("--option", help="Option of the data source: train=45000; may be repeated.")
     ] = None,
     keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store, or dense.")] = "10",
     views: Annotated[int, typer.Option("--views", help="Augmented views of each sample.", min=1)] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the stored probabilities.")] = 1.0,
     part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4.")] = "",
-    samples: Annotated[int, typer.Option("--samples", help="Views that check compares.", min=1)] = 256,
+    samples: Annotated[int, typer.Option("--samples", help="For check: number of views to compare.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples of one batch of the teacher.", min=1)] = 256,
     seed: Seed = 0,
 ) -> int:
@@ -342,7 +347,7 @@ def store(
 def methods(
     session: Session,
     name: Annotated[str, typer.Argument(help="A preset or a loss to show in full.")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="Write all as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write all presets and losses as Markdown.")] = False,
 ) -> int:
     """List objectives and losses of distillation."""
     from kirsch.cli.methods import methods as show

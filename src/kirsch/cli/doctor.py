@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kirsch import __version__
-from kirsch.errors import SurroundingsError
+from kirsch.errors import RequirementError
 from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Package:
     """A package that Kirsch can use.
 
     Args:
-        name: of the package.
+        name: name of the package.
         extra: the extra of Kirsch that installs the package.
         needed: versions that Kirsch works with, such as ">=2.10".
         found: installed version, None if the package is missing.
@@ -56,13 +56,14 @@ def packages() -> list[Package]:
     """Return all packages that Kirsch can use, with their installed versions.
 
     Raises:
-        SurroundingsError: Kirsch runs from its source without being installed.
+        RequirementError: Kirsch runs from its source without being installed.
     """
     try:
         requirements = [Requirement(text) for text in metadata.requires("kirsch") or ()]
     except metadata.PackageNotFoundError as error:
-        raise SurroundingsError(
-            "The package kirsch is not installed; only its source was found.", fix="Run `pip install -e .` there."
+        raise RequirementError(
+            "The package kirsch is not installed; only its source was found.",
+            fix="Run `pip install -e .` in the folder of the source.",
         ) from error
     return [
         Package(requirement.name, extra, str(requirement.specifier), _version(requirement.name))
@@ -73,7 +74,7 @@ def packages() -> list[Package]:
 
 
 def _belongs(requirement: Requirement, extra: str) -> bool:
-    """Return whether this extra, and not the core, asks for the requirement."""
+    """Return whether the requirement belongs to this extra. The requirements of the core belong only to `CORE`."""
     marker = requirement.marker
     in_core = marker is None or marker.evaluate({"extra": ""})
     return in_core if extra == CORE else not in_core and marker is not None and marker.evaluate({"extra": extra})

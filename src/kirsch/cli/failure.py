@@ -38,7 +38,7 @@ def report_error(error: BaseException, terminal: Terminal, folder: Path | None =
         error: any exception. An exception that `failures.translate` does not know is reported as a bug of Kirsch.
         terminal: output.
         folder: folder of the run, if there is one; the traceback is written there.
-        subcommand: that failed; empty if the command line names none.
+        subcommand: the subcommand that failed; empty if the command line names none.
 
     Returns:
         The exit code.
@@ -61,7 +61,7 @@ def report_error(error: BaseException, terminal: Terminal, folder: Path | None =
 
 
 def _write_json(terminal: Terminal, content: dict[str, Any]) -> bool:
-    """Return whether an error could be written to the standard output, which may be the cause of the error."""
+    """Write an error as JSON, and return whether that worked: the standard output may be the cause of the error."""
     try:
         terminal.write_json({"error": content})
     except OutputError:
@@ -101,7 +101,7 @@ def _bug(error: BaseException, path: Path | None) -> KirschError:
     return KirschError(
         f"A bug of Kirsch: {error_text(error)}",
         f"The traceback is in {path}." if path else "The traceback could not be written to a file.",
-        "Report it with the traceback; --debug shows it here.",
+        "Report the bug with its traceback; --debug shows the traceback here.",
     )
 
 

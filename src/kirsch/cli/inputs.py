@@ -31,8 +31,8 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
     if names and len(names) < len(specs):
         raise UsageError(
             "Some of the inputs have names, and some have none.",
-            "All inputs are passed to the forward either by position or by name.",
-            f"Name each: --input name={','.join(map(str, specs[0].shape))}.",
+            "The inputs are passed to `forward` either all by position or all by name.",
+            f"Name each input: --input name={','.join(map(str, specs[0].shape))}.",
         )
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -42,7 +42,7 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
 
 
 def example_inputs(model: Any, specs: Sequence[InputSpec]) -> Any:
-    """Return arrays of the framework: normal random numbers, integers of 0 and 1, and ones for masks."""
+    """Return example inputs of the model: normal random floats, random integers 0 and 1, and ones for masks."""
     framework = framework_of(model)
     values = framework.analysis.inputs_like(specs, model)
     if isinstance(values, dict):

@@ -18,7 +18,7 @@ LOADERS = tuple(
     os.path.join(*parts)  # noqa: PTH118 - ends of paths
     for parts in (("frameworks", "find.py"), ("recipes", "models.py"), ("kirsch", "references.py"))
 )
-"""Files of Kirsch that import frameworks, models and sources of data."""
+"""Files of Kirsch that import frameworks, models and data sources, as the ends of their paths."""
 AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{MESSAGE}", "exit_code": {INTERRUPTED}}}}}\n'
 
 
@@ -26,8 +26,8 @@ AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{MESSAGE}", "exit_code"
 def interruptible(stdout: TextIO) -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt within the block, and end the process at once after the block.
 
-    During the import of a framework or of the model's file, Ctrl-C ends the process at once, too: C++ code of the
-    import would abort the process on the exception.
+    During the import of a framework or of the model's file, Ctrl-C ends the process at once, too, because a
+    KeyboardInterrupt in C++ code of the import would abort the process.
 
     Args:
         stdout: stream for a result in JSON.
@@ -46,7 +46,7 @@ def interruptible(stdout: TextIO) -> Iterator[None]:
             signal.signal(signal.SIGINT, interrupt)
         yield
     except Exception:
-        if received:  # C code replaces the exception during an import
+        if received:  # C code of an import may replace the KeyboardInterrupt
             raise KeyboardInterrupt from None
         raise
     finally:

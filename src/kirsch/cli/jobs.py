@@ -23,18 +23,18 @@ RUNS, METRICS, REPORT = Path("runs"), "metrics.json", "report.html"
 DEFAULT = BUILTIN / "digits.yaml"
 
 NOT_FINISHED = 3
-"""Exit code of `verify` for an undamaged run that is not finished, so that some files have no hash yet."""
+"""Exit code of `verify` for an undamaged run that is not finished: some of its files have no hash yet."""
 
 
 def read(path: str, changes: Sequence[str]) -> tuple[Recipe, Path]:
-    """Return a recipe with the changes of environment and command line, and the base folder of its relative paths."""
+    """Return a recipe, changed by environment variables and `--set`, and the base folder of its relative paths."""
     if not path:
         return read_recipe(DEFAULT, changes, os.environ), Path()
     return read_recipe(Path(path), changes, os.environ), Path(path).parent
 
 
 def folder_for(recipe: Recipe, run: str) -> Path:
-    """Return the named run folder, or a new one in runs/."""
+    """Return the run folder `run`, or a new folder in runs/ if `run` is empty."""
     from kirsch.recipes.runner import new_folder_name
 
     return Path(run) if run else RUNS / new_folder_name(recipe)
@@ -82,11 +82,15 @@ def _run_with_progress(work: Callable[..., Outcome], folder: Path, terminal: Ter
 
 
 def dry_run(recipe: Recipe, base: Path, run: str, terminal: Terminal) -> int:
-    """Show what a recipe would do. Only if a run folder is named, recipe and plan are written to it."""
+    """Show what a recipe would do. If a run folder is named, the recipe and its plans are written to it."""
     from kirsch.recipes.forecast import forecast
 
     if run and Path(run).is_dir() and any(Path(run).iterdir()):  # a recipe in this folder must not be replaced
-        raise OutputError(f"The folder {run} is not empty.", "A dry run writes to a new one.", "Choose another folder.")
+        raise OutputError(
+            f"The folder {run} is not empty.",
+            "A dry run writes only to a new or empty folder.",
+            "Choose another folder.",
+        )
     content = forecast(recipe, base=base, folder=Path(run) if run else None)
     terminal.result(forecast_lines(content, run), content)
     return 0
@@ -98,7 +102,10 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
     train = "a loader" if data["train"] is None else f"{data['train']:,}"
     samples = f"{train} for training, {data['validation']:,} for validation, {data['test']:,} for testing"
     lines: list[Line] = [
-        [Piece(content["name"], "strong"), Piece("   a dry run: a few steps are run to estimate the time")],
+        [
+            Piece(content["name"], "strong"),
+            Piece("   a dry run: a few training steps are timed, and nothing else is trained"),
+        ],
         [Piece(f"{'goal':<13}{content['goal']}")],
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],
@@ -137,7 +144,9 @@ def init(path: str, terminal: Terminal) -> int:
     """Write a recipe with a comment on each key; an existing file is not replaced."""
     target = Path(path)
     if target.exists():
-        raise OutputError(f"{target} exists.", "It is not replaced.", "Give another file name: kirsch init FILE.")
+        raise OutputError(
+            f"{target} already exists.", "It is not replaced.", "Give another file name: kirsch init FILE."
+        )
     files.check_writable(target.parent)
     files.write_text(target, commented(read_recipe(DEFAULT)))
     lines = [[Piece(f"{'recipe':<13}{target}")], [Piece(f"{'next':<13}kirsch compress {target}")]]
@@ -155,9 +164,9 @@ def report(folder: Path, terminal: Terminal) -> int:
     damaged = [altered[name] for name in (METRICS, files.MANIFEST) if name in altered]
     if damaged:
         raise CheckpointError(
-            f"The report of {folder} cannot be written, since its metrics are damaged.",
+            f"The report of {folder} cannot be written, because the metrics of the run are damaged.",
             f"{damaged[0]}.",
-            f"Restore them: kirsch resume {folder}",
+            f"Restore the metrics: kirsch resume {folder}",
         )
     target = folder / REPORT
     manifest.update_file(folder, REPORT, render(metrics))
@@ -195,7 +204,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
     progress = f"{len(checked.done)} of {len(checked.steps)} steps are done"
     plural = "s" * (checked.folders != 1)
     verified = f"{checked.files} files in {checked.folders} folder{plural} have the sha256 of their manifests"
-    unverified = f"{', '.join(checked.uncovered)}: they have no hash until the run ends"
+    unverified = f"{', '.join(checked.uncovered)}: no hash is stored for them until the run ends"
     lines: list[Line] = [
         [
             Piece(f"{'not finished':<13}", "warning"),
@@ -220,5 +229,5 @@ def _metrics(folder: Path) -> dict[str, Any]:
         raise LoadError(
             f"{folder} has no {METRICS}.",
             f"{error.strerror}: the run is not finished, or this is not a run folder.",
-            f"Finish it: kirsch resume {folder}",
+            f"Finish the run: kirsch resume {folder}",
         ) from error

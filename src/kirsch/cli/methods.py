@@ -29,14 +29,20 @@ def methods(name: str, terminal: Terminal, *, markdown: bool) -> int:
         _show(name, catalog, terminal)
         return 0
     lines: list[Line] = [
-        [Piece("presets", "strong"), Piece("   objective: NAME in a recipe, Objective.preset", "faint")]
+        [Piece("presets", "strong"), Piece("   objective: NAME in a recipe, Objective.preset(NAME) in Python", "faint")]
     ]
     for preset in catalog["presets"]:
         lines += [
             [Piece(f"  {preset['name']:<20}{preset['formula']}")],
             [Piece(f"  {'':<20}{preset['what']}", "faint")],
         ]
-    lines += [[], [Piece("losses", "strong"), Piece("   of terms; kirsch methods NAME shows one in full", "faint")]]
+    lines += [
+        [],
+        [
+            Piece("losses", "strong"),
+            Piece("   for the terms of an objective; kirsch methods NAME shows the full documentation", "faint"),
+        ],
+    ]
     lines += [
         [Piece(f"  {loss['name']:<20}{loss['takes']:<11}"), Piece(loss["what"], "faint")] for loss in catalog["losses"]
     ]

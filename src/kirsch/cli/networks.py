@@ -103,9 +103,9 @@ class PlanRequest:
         return self.options.get("kinds") == [BLOCK] and not self.data
 
     def plan(self, loaded: LoadedModel) -> Plan:
-        """Return the plan for a model. Its method has a description of the weights."""
+        """Return the plan for a model. Its `method["weights"]` describes the weights that ranked the units."""
         if self.macs is None and self.parameters is None:
-            raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give --macs 0.5.")
+            raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give a limit: --macs 0.5.")
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
@@ -115,7 +115,7 @@ class PlanRequest:
         return replace(plan, method=plan.method | {"weights": loaded.weights})
 
     def notes(self) -> list[str]:
-        """Return notes on the choice of the options."""
+        """Return a note if blocks were ranked on the example inputs."""
         if not self.on_example_inputs or self.options.get("importance") == "random":
             return []
         return ["The blocks were ranked on the example inputs; --data SOURCE ranks them on data."]
@@ -128,7 +128,7 @@ def load_model(reference: str, inputs: Sequence[str], weights: str, *, pruned: s
         reference: "package.module:callable", "file.py:callable" or "timm:NAME".
         inputs: example inputs, such as "1,3,224,224" or "input_ids=1,24:int64"; empty uses the inputs of the model.
         weights: "random", "pretrained" (timm only), or a safetensors file.
-        pruned: folder of `kirsch prune`; its model is returned, and the reference is the original.
+        pruned: folder written by `kirsch prune`; the model in it is returned, and `reference` is its original.
         seed: seed of random weights.
     """
     if pruned and weights != RANDOM:
@@ -172,7 +172,7 @@ def model_of(reference: str, weights: str, *, seed: int = 0) -> Any:
 
 
 def show_trace(loaded: LoadedModel, layer: str, terminal: Terminal) -> int:
-    """Show the groups and blockers of a model, or the layers tied to one layer."""
+    """Show the groups and blockers of a model, or the layers coupled to one layer."""
     graph = trace(loaded.model, loaded.inputs)
     if layer:
         text = graph.explain(layer).splitlines()
@@ -249,7 +249,7 @@ def show_prune(
 
 
 def show_export(loaded: LoadedModel, output: str, terminal: Terminal) -> int:
-    """Export a model to an ONNX file, and compare the outputs of both."""
+    """Export a model to an ONNX file, and compare the outputs of model and file."""
     artifact = export(loaded.model, _output_file(output), example_inputs=loaded.inputs)
     content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": loaded.weights}
     terminal.result([*artifact.parts(), *loaded.weights_parts()], content)
@@ -305,7 +305,7 @@ def _random_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:
     """Return a note if the units of a plan were ranked by random weights of the model."""
     if not loaded.random or plan.method.get("weights") != loaded.weights:
         return []
-    return ["The units were ranked by random weights: a trained model needs a plan of its own."]
+    return ["The units were ranked by random weights. Make a new plan for the trained model."]
 
 
 def _other_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:
@@ -313,9 +313,8 @@ def _other_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:
     plan_weights = plan.method.get("weights", loaded.weights)
     if plan_weights == loaded.weights:
         return []
-    return [
-        f"The units of the plan were ranked by other weights: {plan_weights}. Now {loaded.weights}. Make a new plan."
-    ]
+    text = "The units of the plan were ranked by other weights than those of the model"
+    return [f"{text}: for the plan, {plan_weights}; for the model, {loaded.weights}. Make a new plan."]
 
 
 def _output_file(output: str) -> Path:

@@ -25,24 +25,25 @@ PATHS = {
     "model": "MODEL",
     "data": "--data",
 }
-"""Parameter with a path, or with a reference that may begin with a path → its name on the command line."""
+"""Name on the command line of each parameter that is a path, or a reference such as file.py:callable."""
 
 MAX_SHOWN_LENGTH = 60
-"""Characters of a path that an error repeats."""
+"""Largest number of characters of a path that an error shows."""
 
 IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+"""Errors of the system for a path that no file can have."""
 NAME_MAX = 255
 """Largest length of a name in bytes on usual file systems."""
 
 
 def check_paths(options: Mapping[str, Any]) -> None:
-    """Refuse impossible paths.
+    """Raise an error for a path that no file can have.
 
     Args:
-        options: of a subcommand, by parameter name.
+        options: values of the options of a subcommand, by parameter name.
 
     Raises:
-        UsageError: a path is impossible; the message names the option.
+        UsageError: no file can have the path; the message names the option.
     """
     for name, option in PATHS.items():
         text = options.get(name)
@@ -56,16 +57,17 @@ def _check(text: str, option: str) -> None:
         raise UsageError(
             f"{option} {shown!a} is not valid text.",
             f"Its bytes are not {sys.getfilesystemencoding()}; PyTorch and ONNX Runtime cannot open such a file.",
-            "Rename it, or set PYTHONUTF8=1 where the name is UTF-8 and the locale is not.",
+            "Rename the file, or set PYTHONUTF8=1 if the name is UTF-8 and the locale is not.",
         )
+    number: int | None = None
     try:
         os.lstat(text)
-        impossible = False
     except ValueError as error:  # NUL, or characters outside the encoding of the file system
         raise UsageError(f"{option} {shown!r} is not a path.", f"{error}.", "Give another name.") from error
     except OSError as error:
         # If a parent folder does not exist yet, the system has not checked the rest of the path.
-        impossible = error.errno in IMPOSSIBLE or any(len(os.fsencode(part)) > NAME_MAX for part in Path(text).parts)
-    if impossible:
-        what = f"{option} {shown!r} is not a possible path."
-        raise UsageError(what, f"{os.strerror(errno.ENAMETOOLONG)}.", "Give a shorter name.")
+        too_long = any(len(os.fsencode(part)) > NAME_MAX for part in Path(text).parts)
+        number = errno.ENAMETOOLONG if too_long else error.errno
+    if number in IMPOSSIBLE:
+        fix = "Give a shorter name." if number == errno.ENAMETOOLONG else "Give another name."
+        raise UsageError(f"{option} {shown!r} is not a possible path.", f"{os.strerror(number)}.", fix)

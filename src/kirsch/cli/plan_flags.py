@@ -13,11 +13,11 @@ from kirsch.pruning.options import PlanOptions
 
 
 def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter `**options` of a subcommand with a flag for each option of a plan that it does not have."""
+    """Replace the parameter `**options` of a subcommand with flags for the options of a plan that it does not name."""
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     flags = [_flag(name) for name in PlanOptions.model_fields if name not in signature.parameters]
-    function.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]  # a protocol of Python
+    function.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]  # read by inspect.signature
     return function
 
 
@@ -25,7 +25,7 @@ def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `kirsch.plan` whose flags differ from the defaults.
 
     Raises:
-        UsageError: a flag of one value has several, or a weight is not a number.
+        UsageError: a flag that takes one value is repeated, or a weight is not a number.
     """
     options = {name: _value(name, value) for name, value in flags.items() if value is not None and value != []}
     return {name: value for name, value in options.items() if value != PlanOptions.model_fields[name].default}
@@ -52,7 +52,7 @@ def _flag(name: str) -> inspect.Parameter:
 
 
 def _types(annotation: Any) -> set[Any]:
-    """Return the types in an annotation, those of the values of a `Literal` included, without None."""
+    """Return the types in an annotation except None; for a `Literal`, the types of its values."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return {type(value) for value in arguments}
@@ -64,7 +64,7 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Return the value of an option; several texts become a dict if they have the form KIND=NUMBER."""
+    """Return the value of an option for the value of its flag. Texts of the form KIND=NUMBER become a dict."""
     if not isinstance(value, list):
         return value
     kinds, flag = _types(PlanOptions.model_fields[name].annotation), f"--{name.replace('_', '-')}"

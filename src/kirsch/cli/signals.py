@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from kirsch.errors import Stopped
 
-KINDS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
-"""Errors by signal name; some systems do not have all signals."""
+ERRORS: dict[str, type[Stopped]] = {"SIGINT": Interrupted, "SIGTERM": Preempted, "SIGHUP": Preempted}
+"""Error for each signal, by name. Some systems do not have all of these signals."""
 
 
 class Stop:
-    """Stop request; a call returns the error to raise, or None.
+    """Stop request. A call returns the error that ends the run, or None.
 
     Args:
-        folder: folder of the run, for the fix of the error.
+        folder: folder of the run, named in the error.
         at_once: called before a second signal ends the process.
         end: ends the process with an exit code.
     """
@@ -45,7 +45,7 @@ class Stop:
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """Handle a signal; see `signal.signal`."""
         name = signal.Signals(number).name
-        kind = KINDS[name]
+        kind = ERRORS[name]
         if self._error is not None:
             self._at_once()
             self._end(kind.exit_code)
@@ -63,7 +63,7 @@ def stop_on_signals(folder: Path, at_once: Callable[[], None] = lambda: None) ->
     Ignored signals stay ignored, as `nohup` and shells with background processes expect.
     """
     stop = Stop(folder, at_once)
-    numbers = [getattr(signal, name) for name in KINDS if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ERRORS if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     handled = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in handled:

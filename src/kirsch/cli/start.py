@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code.
 
     Args:
-        arguments: of the command line, without the program name. None: arguments of the process, which then belongs to
-            the command, so that Ctrl-C may end the process at once.
+        arguments: command line without the program name. None: the command line of the process; the process then
+            belongs to the command, and Ctrl-C may end it at once.
     """
     owns_process = arguments is None
     # An ignored signal stays ignored.
@@ -41,7 +41,7 @@ def _prepare_exit(code: int) -> None:
         redirect_stdout()
         sys.stdout = sys.stderr
     if code == INTERRUPTED:
-        # Python would end by the signal if an import of C code received it, even if the exception was handled.
+        # If C code received SIGINT during an import, Python would end by the signal, even if the exception was handled.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -33,8 +33,8 @@ class TeacherArguments:
     Args:
         model, weights: as for the subcommands on a model.
         data: data source of a recipe.
-        options: of the source, each "key=value".
-        seed: seed of the data and of the augmentation.
+        options: options of the data source, each "key=value".
+        seed: seed of random weights, of the data and of the augmentation.
         batch_size: samples of one batch of the teacher.
     """
 
@@ -93,10 +93,14 @@ class BuildOptions:
     def options(self) -> dict[str, Any]:
         """Return the arguments of `build_store`."""
         if self.keep != "dense" and not re.fullmatch("[0-9]{1,9}", self.keep):
-            raise UsageError(f"--keep is {self.keep!r}.", fix="Give a number of classes, or dense.")
+            raise UsageError(
+                f"--keep {self.keep!r} is not a number of classes.", fix="Write --keep 10, or --keep dense."
+            )
         share = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.part or "1/1")
         if share is None or not 1 <= int(share[1]) <= int(share[2]):
-            raise UsageError(f"--part is {self.part!r}.", "The form is i/n, from 1/n to n/n.", "Write --part 1/4.")
+            raise UsageError(
+                f"--part {self.part!r} is not a part.", "The form is i/n, from 1/n to n/n.", "Write --part 1/4."
+            )
         return {
             "keep": Dense() if self.keep == "dense" else TopK(int(self.keep)),
             "views": self.views,
@@ -119,7 +123,7 @@ def run_action(
     if action == "verify":
         store.verify()
         count = store.specification.views * store.specification.ranges
-        lines: list[Line] = [[Piece(f"{'sound':<13}", "good"), Piece(f"{count} ranges have their sha256")]]
+        lines: list[Line] = [[Piece(f"{'sound':<13}", "good"), Piece(f"all {count} ranges have their stored sha256")]]
         terminal.result(lines, {"store": str(folder), "sound": True, "ranges": count})
         return 0
     _show_info(store, terminal)
@@ -164,8 +168,9 @@ def _check(store: TeacherStore, source: TeacherArguments, samples: int, terminal
     """Compare a store with its hashes and with the current outputs of the teacher.
 
     Raises:
-        StoreError: the store is stale or damaged, or the outputs of the teacher differ.
-        UsageError: the store has the outputs of a callable.
+        StoreError: the store is damaged or was built for another teacher or other data, or its outputs differ from
+            the teacher's.
+        UsageError: the store was built with `outputs=`, a callable that the command line cannot name.
     """
     if store.specification.outputs is not None:
         raise UsageError(
@@ -181,7 +186,7 @@ def _check(store: TeacherStore, source: TeacherArguments, samples: int, terminal
     if not comparison.agrees:
         raise StoreError(
             f"The store {store.folder} and the teacher do not agree.",
-            f"Compared {text}.",
+            f"Compared: {text}.",
             "The teacher's code may have changed; build the store again.",
         )
     top = "" if comparison.top1_agreement is None else f", the same top class in {comparison.top1_agreement:.1%}"

@@ -58,7 +58,7 @@ def stdout_for_result() -> Iterator[TextIO]:
 
 
 def redirect_stdout() -> None:
-    """Redirect the standard output to the standard error, or to the null device if that is closed."""
+    """Redirect the standard output to the standard error, or to the null device if the standard error is closed."""
     try:
         os.dup2(STDERR, STDOUT)
     except OSError:

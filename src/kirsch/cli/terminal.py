@@ -50,7 +50,7 @@ class Terminal:
         self.mode = mode
         self._stdout = Display(stdout or sys.stdout)
         self._stderr = Display(stderr or sys.stderr)
-        self._display = self._stderr if mode.json else self._stdout  # of the progress
+        self._display = self._stderr if mode.json else self._stdout  # for progress
 
     @property
     def is_interactive(self) -> bool:
@@ -63,7 +63,7 @@ class Terminal:
         return self._display.width
 
     def progress(self, *lines: Line) -> None:
-        """Write lines on the progress, except in quiet mode."""
+        """Write lines that show progress, except in quiet mode."""
         if not self.mode.quiet:
             _write(self._display, *lines)
 
@@ -76,7 +76,7 @@ class Terminal:
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Write a JSON object to the standard output, in one line."""
-        with _write_errors():  # ASCII can be written in any encoding, and has no control characters of a terminal
+        with _write_errors():  # `json.dumps` returns ASCII, which every encoding has, and escapes control characters
             self._stdout.stream.write(json.dumps(content, default=str) + "\n")
             self._stdout.stream.flush()
 

@@ -44,6 +44,10 @@ class Batch:
     view: int = 0
     seeds: NDArray[np.uint64] | None = None
 
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Batch: {len(self)} samples, {_parts_text(self.inputs, self.targets)}>"
+
     @classmethod
     def of(cls, value: Any) -> Batch:
         """Convert a batch of a loader to a `Batch`.
@@ -62,6 +66,10 @@ class Batch:
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(_first_array(self.inputs))
+
+
+def _parts_text(inputs: Any, targets: Any) -> str:
+    return f"inputs: {summary(inputs)}, targets: {'none' if targets is None else summary(targets)}"
 
 
 def batches_of(data: Any, name: str = "the data") -> Iterator[Batch]:
@@ -165,6 +173,11 @@ class ArrayData(SeededData):
     ids: Any = None
     views: Count | None = None
     seed: Seed | None = None
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        parts = _parts_text(self.inputs, self.targets)
+        return f"<kirsch.ArrayData: {self.samples} samples in batches of {self.batch_size}, {parts}>"
 
     def __post_init__(self) -> None:
         self._make_arrays()

@@ -54,6 +54,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Split: {len(self)} samples, inputs: {summary(self.inputs)}, labels: {summary(self.labels)}>"
+
 
 @checked
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,11 @@ class DataSet:
             )
         if not self.classes:
             object.__setattr__(self, "classes", _classes(self))
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        sizes = ", ".join(f"{'?' if size is None else size} {part}" for part, size in self.sizes.items())
+        return f"<kirsch.DataSet {self.name}: {len(self.classes)} classes, samples: {sizes}>"
 
     def _check_split(self, part: str, split: Split) -> None:
         if not len(split):

@@ -130,7 +130,8 @@ class Measurement(Printable):
         parameters: number of trainable parameters; None for a file.
         macs: multiply-accumulates of one sample, counted during a run of the model; None for a file.
         bytes: size of the ONNX file in bytes.
-        latency: latency of one call with one sample.
+        latency: latency of one call.
+        batch: number of samples per call; 1 unless the batch size of the file is fixed.
         accuracy: accuracy on the given data; None without data.
         aa: speedup of the file over itself (A/A), which shows the noise of the measurement.
         runtime, threads: runtime with its version, and its number of threads.
@@ -141,6 +142,7 @@ class Measurement(Printable):
     macs: int | None
     bytes: int
     latency: Latency
+    batch: int
     accuracy: Rate | None
     aa: Ratio
     runtime: str
@@ -175,7 +177,7 @@ class Measurement(Printable):
         if self.accuracy is not None:
             rows += [["accuracy", figures.interval(self.accuracy.value, self.accuracy.low, self.accuracy.high)]]
         rows += [
-            ["runtime", f"{self.runtime}, {threads}, batch 1"],
+            ["runtime", f"{self.runtime}, {threads}, batch {self.batch}"],
             ["noise", f"A/A {figures.ratio(aa.value, aa.low, aa.high)}: the same file against itself"],
         ]
         rows += [[Piece("not measured", "warning"), text] for text in self.not_measured]
@@ -188,6 +190,7 @@ class Measurement(Printable):
             "macs": self.macs,
             "bytes": self.bytes,
             "latency": self.latency.to_dict(),
+            "batch": self.batch,
             "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
             "aa": self.aa.to_dict(),
             "runtime": self.runtime,
@@ -309,6 +312,7 @@ def _measure_file(
         macs=counts[1],
         bytes=path.stat().st_size,
         latency=comparison.latencies["model"],
+        batch=comparison.batch,
         accuracy=measured_accuracy,
         aa=comparison.aa,
         runtime=comparison.runtime,

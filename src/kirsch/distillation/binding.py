@@ -29,7 +29,7 @@ LOGITS = ("logits", "output.logits")
 """Names of the layer whose values are the logits of a model."""
 
 GATHERED = ("stages", "relations")
-"""Kinds of tensors that are lists: all layers of a term make one pair."""
+"""Kinds of values that are lists: a loss compares all layers of a term at once, not one pair after another."""
 
 
 def bind(
@@ -50,15 +50,15 @@ def bind(
         student, teachers: models.
         inputs: a few samples.
         seed: of the initial weights of adapters.
-        recorded: the outputs in a store for these samples, instead of teachers.
+        recorded: the outputs that a store holds for these samples; they take the place of teachers.
 
     Raises:
         UnknownNameError: a model has no such layer, or the store no such record.
         ShapeError: no adapter joins two layers, or student and teacher return different numbers of classes.
-        UsageError: student and teacher have different numbers of layers, or there is no such teacher.
+        UsageError: a term names different numbers of layers of student and teacher, or a teacher that does not exist.
     """
     if recorded is None and not teachers:
-        raise UsageError("The objective has terms, and there is no teacher.", fix="Give one, or Objective.labels().")
+        raise UsageError("The objective has terms, and there is no teacher.", fix="Give a teacher, or no terms.")
     layers: list[tuple[int, Any, Any]] = []
     for number, term in enumerate(objective.terms):
         if not any(ends(term.weight)):
@@ -134,7 +134,7 @@ def _check_all_used(objective: Objective, terms: Sequence[int], teachers: int) -
             raise UsageError(
                 f"Teacher {index} (of {teachers}, counted from 0) is not used by any term of the objective.",
                 "Terms on features use the first teacher, unless they name another one.",
-                f"Leave it out, or add a term with teacher={index}.",
+                f"Leave this teacher out, or add a term with teacher={index}.",
             )
 
 
@@ -143,19 +143,19 @@ def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]
     shapes = [tuple(values.shape) for values in logits]
     if len(set(shapes)) > 1:
         raise ShapeError(
-            f"The teachers return logits of shape {', '.join(str(shape[1:]) for shape in shapes)} a sample.",
-            "Only teachers of the same classes can be combined.",
+            f"The teachers return logits of the shapes {', '.join(str(shape[1:]) for shape in shapes)} per sample.",
+            "Only teachers with the same classes can be combined.",
             "Name one of them for the term: teacher=0.",
         )
     if term.loss.activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
-            f"The term {term.name!r} compares real numbers, which carry no confidence of the teachers.",
-            fix='Set teachers="probabilities", which is the mean for numbers, or name one for the term: teacher=0.',
+            f"The term {term.name!r} compares real numbers, which do not show how confident a teacher is.",
+            fix='Set teachers="probabilities", which averages numbers, or name one teacher for the term: teacher=0.',
         )
     if term.adapter is not None and objective.teachers == "sum":
         raise UsageError(
-            f"The term {term.name!r} has an adapter for one teacher, and {len(logits)} teachers are summed.",
-            fix='Set teachers="probabilities", or name one of them for the term: teacher=0.',
+            f"The term {term.name!r} has an adapter for one teacher, but compares with each of {len(logits)} teachers.",
+            fix='Set teachers="probabilities", or name one teacher for the term: teacher=0.',
         )
 
 
@@ -241,7 +241,7 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
 
 def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], index: int, seed: int) -> Any:
     loss = get_loss(term.loss)
-    # By default no adapter for outputs: other numbers of classes are an error.
+    # By default, outputs get no adapter, so that different numbers of classes raise an error.
     if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
@@ -294,18 +294,18 @@ def refuse_classes(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...
         raise ShapeError(
             f"The student has a vocabulary of {student_shape[-1]:,}, the teacher one of {teacher_shape[-1]:,}.",
             "Soft targets need the same tokens with the same ids.",
-            "Use one tokenizer for both models, resize an embedding to the vocabulary of the other, or train the "
-            "student on text that the teacher generates.",
+            "Use one tokenizer for both models, resize the embedding of one model to the vocabulary of the other, or "
+            "train the student on text that the teacher generates.",
         )
     raise ShapeError(
-        f"The student returns {_classes(student_shape[1:])}, the teacher {_classes(teacher_shape[1:])}.",
+        f"The student returns {_classes(student_shape[1:])}; the teacher returns {_classes(teacher_shape[1:])}.",
         "Soft targets need the same classes in the same order.",
         "Give one of them a head for the classes of the other.",
     )
 
 
 def _check_class_names(student_names: Sequence[str], teacher_names: Sequence[str]) -> None:
-    """Refuse class names in a different order. Names without a shared one may be translations, and are accepted."""
+    """Refuse class names in a different order. If no name is shared, they may be translations, and are accepted."""
     student, teacher = ([name.lower() for name in names] for names in (student_names, teacher_names))
     differ = [index for index, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b]
     if differ and set(student) & set(teacher):
@@ -319,7 +319,7 @@ def _check_class_names(student_names: Sequence[str], teacher_names: Sequence[str
 
 
 def _classes(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} classes" if len(shape) == 1 else f"logits of shape {shape} a sample"
+    return f"{shape[0]} classes" if len(shape) == 1 else f"logits of shape {shape} per sample"
 
 
 def _shape(values: Any) -> str:

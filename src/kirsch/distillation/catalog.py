@@ -38,14 +38,18 @@ objective:
 
 PRESETS_HEAD = """## Presets
 
-`Objective.preset("dkd")`, or `objective: dkd` in a recipe. The number before a loss is its weight, T is the
-temperature, "labels" is the label loss, and an arrow shows a number that changes during training.
+`Objective.preset("dkd")`, or `objective: dkd` in a recipe. The number before a loss is its weight, and
+"labels" is the label loss. The parentheses show the temperature T, the layers, the adapter, and options of the loss.
+The layers are `auto` (all stages), `auto[-2]` (the second-to-last stage), `penultimate` (the input of the classifier),
+`hidden[-1]` (the last hidden states), or a path with wildcards. "→" shows a number that changes during training; "↔"
+connects a layer of the student with a different layer of the teacher.
 """
 
 LOSSES_HEAD = """## Losses
 
 The column "takes" names the kind of tensors that a loss compares; `kirsch.distillation.losses.loss` lists their shapes.
-Options are shown with their defaults.
+Options are shown with their defaults. The option `convention` selects the scaling of a paper or of another library;
+`kirsch methods NAME` describes the choices.
 """
 
 

@@ -23,7 +23,7 @@ from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
-"""A function (results of the links before it, hooks, whether to check its teachers) → trained model."""
+"""Trains one model: a function (results of the links before, hooks, whether to check the teachers) → result."""
 
 MIN_MODELS = 2
 
@@ -45,20 +45,20 @@ def distill_chain(
     """Distill a teacher into assistants and a student, each trained on the outputs of the model before it.
 
     A link is the training of one model. An interrupted chain can be resumed from any state that `hooks.save` received:
-    give it as `hooks.resume`, with the same arguments. The state contains the finished links, which are not trained
-    again, and the current one; the result has the same bits as without an interruption. Its size is the sum of all
-    links.
+    pass the state as `hooks.resume`, and otherwise the same arguments. The state contains the finished links, which are
+    not trained again, and the current link, so it grows with each link. The result is bit-identical to that of an
+    uninterrupted chain.
 
     Args:
         models: teacher, assistants and student, usually from the largest to the smallest. Copies of all but the first
             are trained. The first may be any teacher that `distill` takes.
         data: see `distill`.
-        learn_from: "previous": each model learns from the one before. "all": from all models before it, the nearest
-            first, combined as in `Objective.teachers`; terms on features use the nearest.
+        learn_from: "previous": each model learns from the model before it. "all": each model learns from all models
+            before it, combined as in `Objective.teachers`; terms on features use the nearest of them.
         objective: one for all links, or one for each; by default `Objective.kd()`.
         training: one for all links, or one for each; by default `Training()`.
         validation, regularizers, check_teacher, progress: see `distill`.
-        hooks: of the whole chain, see `distill`. Events have the number of their "link", from 1 on.
+        hooks: of the whole chain, see `distill`. The field "link" of events is the number of the link, from 1.
 
     Returns:
         One `Trained` for each link, the last for the student.
@@ -66,14 +66,15 @@ def distill_chain(
     Raises:
         UsageError: there are fewer than two models, a model occurs twice, or the number of objectives or of training
             settings is not the number of links.
-        CheckpointError: the state to resume from is not of this chain.
+        CheckpointError: the state to resume from belongs to another chain.
         Stopped: `hooks.stop` returned an error; `hooks.save` has been called.
 
     Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without randomly
-        dropped teachers; with "probabilities" the gradient of soft targets is that of the mean divergence.
+        dropped teachers. With `Objective(teachers="probabilities")`, the soft-target loss has the gradient of the mean
+        of its values for each teacher.
     """
     if len(models) < MIN_MODELS:
-        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give both.")
+        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give two or more.")
     _check_distinct(models)
     first, students = models[0], models[1:]
     if learn_from == "all" and isinstance(first, TeacherStore):
@@ -98,7 +99,7 @@ def distill_chain(
                 hooks=link_hooks,
                 regularizers=regularizers,
                 check_teacher=check and check_teacher,
-                progress=False,  # the hooks show it
+                progress=False,  # the hooks show the progress
             )
 
         return train
@@ -120,7 +121,7 @@ def born_again(
     regularizers: Sequence[Regularizer] = (),
     progress: bool | None = None,
 ) -> list[Trained]:
-    """Train generations of one architecture, each from new random weights and with the last one as its teacher.
+    """Train generations of one architecture, each from new random weights, with the previous generation as teacher.
 
     `ensemble([trained.model for trained in result])` combines the generations. An interrupted run can be resumed like
     `distill_chain`.
@@ -130,9 +131,9 @@ def born_again(
             training are seeded with `training.seed` + g.
         data: see `distill`.
         generations: number of generations that have a teacher, >= 1.
-        teacher: of the first generation. None: the first teacher is one more generation, trained on labels only; it is
+        teacher: of the first generation. None: one more generation, trained on labels only, is the first teacher; it is
             the first item of the result.
-        objective: by default `Objective.kd()`. A generation without a teacher uses its label loss.
+        objective: by default `Objective.kd()`. A generation without a teacher uses only its label loss.
         training, validation, hooks, regularizers, progress: see `distill_chain`.
 
     Returns:
@@ -154,7 +155,7 @@ def born_again(
         raise UsageError(
             "`build` returns the same weights each time.",
             "Each generation needs new random weights.",
-            "Remove the seed or the loading of weights from it.",
+            "Remove the seed, or the loading of weights, from `build`.",
         )
     common: dict[str, Any] = {"validation": validation, "regularizers": regularizers, "progress": False}
 
@@ -183,12 +184,12 @@ def born_again(
 
 @dataclasses.dataclass
 class _Combination:
-    """Combines the outputs of several models to logits.
+    """Combines the outputs of several models into logits.
 
     Args:
         way: see `Objective.teachers`.
         activation: that converts logits to probabilities.
-        outputs: of the models; None: logits, which is checked on the first outputs.
+        outputs: kind of the models' outputs. None: logits; the first outputs are checked.
     """
 
     way: str
@@ -199,7 +200,7 @@ class _Combination:
         if self.outputs == "probabilities":
             values = [to_logits(value, self.activation) for value in values]
         elif self.outputs is None and self.activation != "identity" and type(values[0]).__name__ == "Tensor":
-            # Not while the model is traced: the tensors of a trace have another type and no values.
+            # Skipped while the model is traced: the tensors of a trace have another type and no values.
             for index, value in enumerate(values):
                 if kind_of_outputs(host(ops.upcast(value)), {self.activation}) == "softmax":
                     raise UsageError(
@@ -226,11 +227,11 @@ def ensemble(
         combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
         activation: that converts logits to probabilities: "softmax" over classes, "sigmoid" for independent labels, or
             "identity" for real numbers, which are averaged.
-        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; outputs of the first run that
-            look like probabilities are an error.
+        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; outputs of
+            the first run that look like probabilities raise an error.
 
     Returns:
-        A model of their framework, in inference mode. With "probabilities", the softmax of its logits is the mean of
+        A model of the same framework, in inference mode. With "probabilities", the softmax of its logits is the mean of
         the models' probabilities, up to rounding.
 
     Raises:
@@ -284,7 +285,7 @@ def _run(links: Sequence[Link], hooks: TrainingHooks) -> list[Trained]:
 def _link_hooks(
     hooks: TrainingHooks, index: int, finished: Sequence[TrainingState], latest: list[TrainingState]
 ) -> TrainingHooks:
-    """Return the hooks of one link. They add its number to events, and the finished links to saved states.
+    """Return the hooks of one link, which add its number to events, and the finished links to saved states.
 
     Args:
         hooks: of the chain.
@@ -320,7 +321,7 @@ def _packed(states: Sequence[TrainingState]) -> TrainingState:
 
 
 def _unpacked(state: TrainingState, links: int) -> list[TrainingState]:
-    """Return the states of the links in a state of `_packed`."""
+    """Return the states of the links from a state that `_packed` returned."""
     values = state.values.get("links", [])
     if not 1 <= len(values) <= links:
         raise CheckpointError(

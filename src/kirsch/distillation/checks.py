@@ -1,4 +1,4 @@
-"""Checks before training: the first batch of the data, and settings that exclude each other."""
+"""Checks before training: the first batch of the data, and combinations of settings."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
         return []
     unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
-        f"The batches have no targets, so that the label loss is left out, and {type(model).__name__} has no argument "
-        f"{' or '.join(unknown)}. If that entry holds the targets, name it labels; otherwise remove it."
+        f"The batches have no targets, so the label loss is left out. They contain {' and '.join(unknown)}, which "
+        f"{type(model).__name__} does not take. If this entry holds the targets, name it labels; otherwise remove it."
     )
     return [text] if unknown else []
 
@@ -77,7 +77,7 @@ def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) 
     Raises:
         DataError: the model normalizes over the samples of a batch.
     """
-    if isinstance(data, SeededData):  # a single last sample joins the batch before
+    if isinstance(data, SeededData):  # a single last sample is added to the batch before it
         return
     size, samples = getattr(data, "batch_size", None), _length(getattr(data, "sampler", None))
     if isinstance(size, int) and samples is not None:
@@ -120,13 +120,13 @@ def split_relations(objective: Objective, training: Training) -> list[str]:
 
 def late_ramps(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each weight that has not reached its end value when the run ends."""
-    weights = [("the labels", objective.label_weight)]
-    weights += [(f"the term {term.record_name!r}", term.weight) for term in objective.terms]
+    weights = [("the labels", objective.label_weight, "the objective: label_weight")]
+    weights += [(f"the term {term.record_name!r}", term.weight, "the term: weight") for term in objective.terms]
     return [
-        f"The weight of {name} reaches {weight.end:g} after {weight.after + weight.epochs:g} epochs, and the run ends "
-        f"after {training.epochs}, at {weight.at(training.epochs):.3g}. Train for longer, or give the term "
-        f"weight=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
-        for name, weight in weights
+        f"The weight of {name} reaches {weight.end:g} after {weight.after + weight.epochs:g} epochs, but the run ends "
+        f"after {training.epochs} epochs, at the weight {weight.at(training.epochs):.3g}. Train for longer, or set "
+        f"in {option}=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
+        for name, weight, option in weights
         if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
     ]
 

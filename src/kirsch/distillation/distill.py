@@ -46,26 +46,26 @@ def distill(
 
     Args:
         student: the model to train; a copy is trained.
-        teacher: the model to learn from, run in inference mode, without gradient, on the same augmented samples. Or a
-            list of teachers, which the objective combines; or a `TeacherStore` with the outputs of a teacher.
+        teacher: the model to learn from, which is run in inference mode, without gradient, on the same augmented
+            samples. Or a list of teachers, which the objective combines; or a `TeacherStore` with outputs of a teacher.
         data: `ArrayData`, `GeneratedData`, a DataLoader, or another iterable of batches that can be iterated once per
             epoch. A batch is inputs, (inputs, targets), (inputs, targets, ids), or a dict with "labels", see
             `Batch.of`. Samples without a target, or with the target `objective.ignore_index`, have no label loss. All
-            targets of `ArrayData` are checked before training, those of other data batch by batch.
+            targets of `ArrayData` are checked before training, the targets of other data batch by batch.
         objective: the losses and their weights; by default `Objective.kd()`.
         training: by default `Training()`.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: callbacks for events, stopping and checkpoints.
         regularizers: further terms, such as `kirsch.Slimming(1e-4)`.
-        check_teacher: refuse a teacher that is not better than predictions that do not depend on the inputs.
-        progress: show a line for each epoch and a bar while it runs, on the standard error; warnings become lines, too.
-            None: only on a terminal and in a notebook.
+        check_teacher: raise an error if the teacher is no better than predictions that ignore the inputs.
+        progress: show a line for each epoch and a bar during the epoch, on the standard error; warnings are shown as
+            lines, too. None: only on a terminal and in a notebook.
 
     Returns:
         The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
 
     Raises:
-        UsageError: student and teacher are one object, a model does not run on the first batch, or it returns
+        UsageError: student and teacher are one object, a model does not run on the first batch, or a model returns
             probabilities that the objective does not declare.
         ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
         UnknownNameError: a model has no such layer.
@@ -148,7 +148,7 @@ def fit(
 
 
 def to_validation(validation: Any) -> Any:
-    """Return a validation as a callable, as an iterable of batches that can be iterated again, or None.
+    """Return a validation as a callable, as an iterable of batches that can be iterated more than once, or None.
 
     Raises:
         UsageError: the validation is of another type.
@@ -185,7 +185,7 @@ def with_validation(
         hooks: their own `validate` has precedence.
         framework: of the students.
         validation: as `to_validation` returns it.
-        objective: its label loss takes the targets.
+        objective: supplies the label loss.
         students: models to check the validation with.
 
     Raises:

@@ -19,6 +19,7 @@ from kirsch.frameworks.training import LossOutput, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from kirsch.data.batches import Batch
     from kirsch.distillation.objective import Objective
@@ -29,7 +30,10 @@ LABEL = "label"
 """Name of the label loss in records."""
 
 Features = Mapping[str, list[Any]]
-"""By adapter name of a term: a list with the teacher's feature, or with one for each teacher if losses are summed."""
+"""The teachers' features of each term, by adapter name.
+
+The list has one feature, or one for each teacher if the losses of several teachers are summed.
+"""
 
 
 class DistillationLoss:
@@ -38,7 +42,7 @@ class DistillationLoss:
     Args:
         objective: the weight and kind of the label loss, and how several teachers are combined.
         terms: bound to the layers of student and teachers.
-        positions_of: mask of the inputs of a model of sequences → mask of its hidden states.
+        positions_of: function: mask of the inputs of a model of sequences → mask of its hidden states.
     """
 
     def __init__(
@@ -86,22 +90,25 @@ class DistillationLoss:
         batch_counts: Mapping[str, int] | None = None,
         factors: Mapping[str, float] | None = None,
         regularization: Mapping[str, Any] | None = None,
+        targets_checked: bool = False,
     ) -> LossOutput:
         """Return the loss of one batch.
 
         Args:
-            student: `features` by layer; `adapted`, the pair of features that an adapter returns, and `adapter_losses`,
-                the loss of the adapter itself, both by adapter name.
+            student: outputs of the student with adapters: `features` by layer; `adapted`, the pair of features that an
+                adapter returns, by adapter name; `adapter_losses`, the loss of an adapter itself, by adapter name.
             features: of the teachers, see the method `features`.
             batch: the batch of student and teachers.
             epoch: number of epochs done.
-            step_counts: counts of all batches of the step; None: the batch is the step.
+            step_counts: counts of all batches of the optimizer step. None: the step has only this batch.
             batch_counts: counts of the batch; None: count here, which synchronizes with the device of the batch.
             factors: by name of a term, a factor of its weight; 1 if left out.
             regularization: further terms of the student, by name.
+            targets_checked: the targets of the batch are known to be valid. Otherwise the losses on labels check them,
+                which synchronizes with the device of the batch.
 
         Raises:
-            DataError: no label of the step counts.
+            DataError: all labels of the step are masked.
             UsageError: a loss takes labels, and the batch has none.
         """
         counts = self.counts([batch]) if batch_counts is None else batch_counts
@@ -112,12 +119,19 @@ class DistillationLoss:
         fractions = {name: count / total[name] if count else 0.0 for name, count in counts.items()}
         terms: dict[str, Any] = {}
         adapter_losses: dict[str, Any] = {}
+
+        def value_checks(*, of_labels: bool) -> AbstractContextManager[None]:
+            """No mask is empty, since its count is above 0, so that only labels need checks."""
+            return nullcontext() if of_labels and not targets_checked else ops.without_value_checks()
+
         if fractions["labels"]:  # the mean over no labels is not defined
-            self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
+            with value_checks(of_labels=True):
+                self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
         for term in self.active(epoch):
             if fraction := fractions[term.mean_over]:
                 weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
-                loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
+                with value_checks(of_labels="labels" in term.step_keywords):
+                    loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
             if term.adapter_name in student.adapter_losses:
                 add(
@@ -148,7 +162,8 @@ class DistillationLoss:
                 logits, labels, mask=masks.label_mask, label_smoothing=self.objective.label_smoothing
             )
         except (IndexError, RuntimeError):
-            check_labels(labels, tuple(logits.shape[1:]), self.objective)  # only the first batch was checked
+            # Raises an error that names the problem: not every batch was checked before.
+            check_labels(labels, tuple(logits.shape[1:]), self.objective)
             raise
         terms[LABEL] = weight * fraction * masks.mean_over_samples(loss)
 
@@ -178,13 +193,11 @@ class DistillationLoss:
             options["mask"] = mask
         if "epoch" in names:
             options["epoch"] = epoch
-        # Labels are checked in each step. No mask is empty, since its count is above 0: do not wait for the device.
-        with nullcontext() if "labels" in names else ops.without_value_checks():
-            loss = term.loss(student, teacher, **options)
+        loss = term.loss(student, teacher, **options)
         return masks.mean_over_samples(loss) if "labels" in names else loss
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in some batches, over which the means of the terms go.
+        """Return the numbers of samples, labels and positions in some batches: the denominators of the means.
 
         Counting batches on the host before they are moved to an accelerator avoids synchronizing with it.
         """
@@ -219,8 +232,8 @@ def top_k_record_loss(
     if unsupported:
         raise UsageError(
             f"The term {term.name!r} has the options {', '.join(sorted(unsupported))}.",
-            "A store of the largest logits does not support them.",
-            "Build the store with Dense(), or leave them out.",
+            "A store of the largest logits does not support these options.",
+            "Build the store with Dense(), or leave the options out.",
         )
     stored = record["indices"].shape[-1]
     if options.get("k", stored) != stored:

@@ -29,7 +29,7 @@ from kirsch.distillation.teachers import (
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
-from kirsch.frameworks.training import LossOutput, share_warnings, shares_of
+from kirsch.frameworks.training import GradientShares, LossOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,13 +51,13 @@ class Distiller:
                     optimizer.step()
 
     Args:
-        student: the model to train; not a copy. It has hooks until `close`.
+        student: the model to train. It is trained in place, and keeps forward hooks until `close`.
         teacher: a model, a list of models, or a `TeacherStore`. Copies of models run on the device of the student, in
             inference mode and without gradient. An objective without terms needs no teacher.
         objective: the weighted terms.
-        example_batch: a batch like those of the training; a few of its samples are run to find shapes.
+        example_batch: a batch with the form of the training batches; a few of its samples are run to find shapes.
         seed: of the initial weights of adapters.
-        regularizers: further terms of the student alone, see `kirsch.distill`.
+        regularizers: further loss terms that depend on the student only, see `kirsch.distill`.
         warn: called with each warning.
 
     Attributes:
@@ -65,14 +65,14 @@ class Distiller:
         module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
         step: returns the loss of a batch; a `kirsch.frameworks.training.LossFunction`.
         rows: the layers that are compared, with shapes and adapters.
-        shares: the share of each term in the gradient on the first batch of the epoch.
 
     Raises:
-        UsageError: student and teacher are one object, a store lacks what a term needs, a model does not run on the
-            batch, or it returns probabilities instead of logits.
+        UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
+            run on the batch, or a model returns probabilities instead of logits.
         ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
         UnknownNameError: a model has no such layer.
-        DataError: the label loss does not take the targets, or inputs and targets of the batch are ambiguous.
+        DataError: the label loss does not take the targets, or it is unclear which elements of the batch are inputs and
+            which are targets.
     """
 
     @checked
@@ -142,10 +142,9 @@ class Distiller:
             self._logits_shape,
         )
         self.rows: list[dict[str, Any]] = table(terms)
-        self.shares: dict[str, float] = {}
+        self._gradient_shares = GradientShares()
         self._checked_epoch: int | None = None
-        self._first_shares: dict[str, float] = {}
-        self._warn, self._warned = warn, set[str]()
+        self._warn = warn
         self.check_labels(first.targets)
 
     @checked
@@ -159,16 +158,17 @@ class Distiller:
     ) -> LossOutput:
         """Run student and teachers on a batch and return the loss; call `.total.backward()`.
 
-        On the first batch of each epoch in training mode, the gradient of each term is computed by itself: one without
-        gradient is an error, `shares` is set, and `balance="gradient"` sets the factors of the terms.
+        On the first batch of each epoch in training mode, the gradient of each term is computed separately. A term
+        without gradient raises an error. `shares` is updated. If the objective has `balance="gradient"`, the factors of
+        its terms are updated.
 
         Args:
-            batch: as `kirsch.Batch.of` takes it, such as (inputs, targets) or a dict with "labels"; of
-                numpy or of the framework, on any device.
+            batch: a batch that `kirsch.Batch.of` accepts, such as (inputs, targets) or a dict with "labels". Its arrays
+                are those of numpy or of the framework, on any device.
             epoch: number of epochs done, for weights and temperatures that change during training.
-            step_counts: `counts` of all batches of the step; the losses of the batches then add up to the loss of one
-                large batch. None: the batch is the step.
-            module: the wrapped module, `DistributedDataParallel(distiller.module)`; by default `module` itself.
+            step_counts: for gradient accumulation: the result of `counts` for all batches of the optimizer step. The
+                losses of these batches then add up to the loss of one large batch. None: the step has one batch.
+            module: for distributed training: `DistributedDataParallel(distiller.module)`. None: `distiller.module`.
 
         Raises:
             NumericError: a term gives the student no gradient.
@@ -176,7 +176,8 @@ class Distiller:
         """
         model = self.module if module is None else module
         converted = Batch.of(batch)
-        # The returned warnings are for loaders; a custom loop selects the batches with targets itself.
+        # The returned warning, about batches without targets after batches with targets, is ignored: a custom loop
+        # chooses its batches.
         self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
         counts = self.step.counts([converted])  # before the batch is moved to the device of the student
         placed = self._framework.inference.to_device(converted, self.student)
@@ -184,23 +185,22 @@ class Distiller:
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
-                self._check_gradients(norms, int(epoch))
+                self._checked_epoch = int(epoch)
+                self.step.balance(norms)
+                for sentence in self._gradient_shares.update(norms):
+                    self._warn(sentence)
         return output
 
-    def _check_gradients(self, norms: dict[str, float], epoch: int) -> None:
-        self._checked_epoch, self.shares = epoch, shares_of(norms)
-        self._first_shares = self._first_shares or self.shares
-        self.step.balance(norms)
-        for name, sentence in share_warnings(self.shares, self._first_shares).items():
-            if name not in self._warned:
-                self._warned.add(name)
-                self._warn(sentence)
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each term in the gradient on the first batch of the last epoch; empty before."""
+        return self._gradient_shares.latest
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
         """Return the numbers of samples, labels and positions in some batches, for `step_counts`.
 
-        Processes that share a step sum their counts, by name.
+        In distributed training, sum the counts of all processes by name, and pass the sums as `step_counts`.
         """
         return self.step.counts([Batch.of(batch) for batch in batches])
 
@@ -208,7 +208,7 @@ class Distiller:
         """Check targets.
 
         Raises:
-            DataError: the label loss does not take them.
+            DataError: the label loss does not take the targets.
         """
         if self._logits_shape is not None:
             check_labels(targets, self._logits_shape, self._objective)
@@ -234,18 +234,21 @@ class Distiller:
         return self.train(mode=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save beside those of student and optimizer: adapters, factors, and gradient shares."""
+        """Return the state of the distiller: adapters, factors of the terms, and gradient shares.
+
+        Save it together with the states of the student and the optimizer.
+        """
         return {
             "adapters": self.module.adapter_state(),
             "balance": self.step.state(),
             "checked_epoch": self._checked_epoch,
             "shares": dict(self.shares),
-            "first_shares": dict(self._first_shares),
+            "first_shares": dict(self._gradient_shares.first),
         }
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of `state_dict`.
+        """Restore a state that `state_dict` returned.
 
         Raises:
             CheckpointError: the state belongs to another objective or to models of other shapes.
@@ -253,7 +256,7 @@ class Distiller:
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise CheckpointError(
-                f"`state` has no {missing[0]!r}.", fix="Give what `state_dict` of a distiller returned."
+                f"`state` has no {missing[0]!r}.", fix="Give a state that `Distiller.state_dict` returned."
             )
         expected, saved = self.module.adapter_state(), state["adapters"]
         different = sorted(expected.keys() ^ saved.keys())
@@ -265,8 +268,8 @@ class Distiller:
             )
         self.module.load_adapter_state(saved)
         self.step.restore(state["balance"])
-        self._checked_epoch, self.shares = state["checked_epoch"], dict(state["shares"])
-        self._first_shares = dict(state["first_shares"])
+        self._checked_epoch = state["checked_epoch"]
+        self._gradient_shares.restore(state["shares"], state["first_shares"])
 
     def close(self) -> None:
         """Remove the hooks from student and teachers; the next call adds them again."""
@@ -292,7 +295,10 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
-    """Refuse a student with another number of classes than a store of the largest logits."""
+    """Refuse a store of the largest logits whose teacher has a different number of classes than the student.
+
+    A store of all logits is checked when the terms are bound, by the shape of its logits.
+    """
     compared = any(term.layers == ("logits", "logits") for term in objective.terms)
     if compared and store.specification.k and store.specification.classes != shape[-1]:
         refuse_classes(shape, (*shape[:-1], store.specification.classes or 0))

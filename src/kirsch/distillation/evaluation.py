@@ -13,6 +13,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
+from kirsch.distillation.masks import shift_labels, shift_logits
 from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
@@ -28,16 +29,19 @@ if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Framework
 
 ENOUGH = 32
-"""Fewest samples on which a teacher that is no better than chance is an error."""
+"""Smallest number of samples for which a teacher that is no better than chance raises an error, not a warning."""
 
 FEW_OTHERS = 3
-"""Samples outside the most frequent class of which a useful teacher is expected to predict one correctly."""
+"""Smallest number of samples outside the most frequent class for the comparison with chance.
+
+A useful teacher is expected to predict at least one of them correctly.
+"""
 
 WANTED_OTHERS = 8
-"""Samples outside the most frequent class after which a loader is no longer read."""
+"""Number of samples outside the most frequent class after which a loader is no longer read."""
 
 MOST_SAMPLES = 1024
-"""Samples on which a teacher is evaluated."""
+"""Largest number of samples in memory, or of one batch, that are evaluated. A loader is read until it is reached."""
 
 NOT_EVALUATED = (
     "The teacher was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
@@ -49,6 +53,7 @@ CHECKED = ("cross-entropy", "binary", "squared-error")
 """Label losses with a metric."""
 
 LEAST_SPREAD = 1e-9
+"""Differences up to this number count as rounding errors."""
 
 
 def evaluate_teacher(
@@ -62,13 +67,13 @@ def evaluate_teacher(
 ) -> dict[str, Any]:
     """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
 
-    A `TeacherStore` is evaluated on its first view of the data that it was built from. A teacher within two standard
-    deviations of chance gives a warning.
+    A `TeacherStore` is evaluated on the first view of the data from which it was built. A classifier that is at most
+    two standard deviations better than chance, or that predicts one class for all samples, gives a warning.
 
     Args:
         framework: of the teacher.
         teacher: a model or a store.
-        data, validation: see `distill`; the validation is used if there is one.
+        data, validation: see `distill`; the data is used only if there are no validation batches.
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
         warn: called with each warning.
         place: index of the teacher among several.
@@ -84,7 +89,7 @@ def evaluate_teacher(
     except DataError:
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
-        return {}  # targets that nothing is learned from need not be what the label loss takes
+        return {}  # the objective does not use the targets, so they may have any form
     if not found:
         return {}
     if objective.label_loss == "squared-error":
@@ -99,7 +104,7 @@ class EvaluatedBatch:
     """Predictions and targets of the labeled samples or positions of a batch.
 
     Args:
-        outputs: predicted class numbers, or logits or numbers with the classes on the last axis.
+        outputs: predicted class numbers; for binary labels, logits (..., K); for regression, predicted values (..., K).
         targets: of the same samples or positions.
         classes: number of classes.
     """
@@ -145,7 +150,7 @@ def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None])
 
 
 def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate binary labels, compared with the same prediction for every sample."""
+    """Evaluate predictions of binary labels, and compare their accuracy with chance."""
     outputs, _ = _rows_of(found)
     labels = _summaries_by_label(found)
     if not labels:
@@ -183,7 +188,7 @@ def _rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any
 
 
 def _summaries_by_label(found: Sequence[EvaluatedBatch]) -> list[PredictionSummary]:
-    """Return the summary of each binary label that is known for any sample."""
+    """Return a summary of the predictions of each binary label, without labels that no sample has."""
     outputs, targets = _rows_of(found)
     return [
         PredictionSummary.of((outputs[known, label] > 0).astype(int), (targets[known, label] > 1 / 2).astype(int))
@@ -193,11 +198,11 @@ def _summaries_by_label(found: Sequence[EvaluatedBatch]) -> list[PredictionSumma
 
 
 def _mean(labels: Sequence[PredictionSummary], name: str) -> float:
-    """Return a property of several labels, averaged over all predictions."""
+    """Return a metric, averaged over the predictions of all labels."""
     return float(sum(getattr(label, name) * label.n for label in labels) / sum(label.n for label in labels))
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------------ regression
 
 
 def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
@@ -271,7 +276,7 @@ def _live(
 
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
-    """Return the inputs of some samples; inputs that are not arrays stay."""
+    """Return the inputs of some samples; inputs that are not arrays are returned unchanged."""
     return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
 
 
@@ -303,7 +308,7 @@ def evaluated_batch(
     Args:
         outputs: of the model, a numpy array.
         targets: as the label loss of the objective takes them.
-        objective: the label loss, the number that marks a missing label, and whether positions predict the next token.
+        objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
         stated: "probabilities" if the objective says that the model returns probabilities.
 
     Raises:
@@ -330,21 +335,21 @@ def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tup
             fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
-        predicted, targets = predicted[:, :-1], targets[:, 1:]
+        predicted, targets = shift_logits(predicted), shift_labels(targets)
     counts = targets.astype(np.int64) != objective.ignore_index
     return predicted[counts], targets[counts]
 
 
 class Validation:
-    """Computes metrics of a model on labeled batches; a `TrainingHooks.validate`.
+    """Computes metrics of a model on labeled batches, for `TrainingHooks.validate`.
 
     The metric follows from the label loss: accuracy of classes, with the balanced accuracy if classes are uneven;
-    accuracy of binary labels; R² of numbers.
+    accuracy of binary labels; R² of a regression.
 
     Args:
         framework: of the model.
-        batches: that can be iterated more than once.
-        objective: the label loss, the number that marks a missing label, and whether positions predict the next token.
+        batches: an iterable of labeled batches that can be iterated more than once.
+        objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
     """
 
     def __init__(self, framework: Framework, batches: Any, objective: Objective) -> None:
@@ -357,7 +362,7 @@ class Validation:
         Raises:
             DataError: no sample of the validation has a label.
         """
-        # A loader that shuffles draws from the random state of the run.
+        # `seeded` protects the random state of the run, from which a shuffling loader would draw.
         found = self._framework.training.seeded(
             lambda: [self._evaluate(model, batch, n) for n, batch in self._labeled()], 0
         )
@@ -400,7 +405,7 @@ class Validation:
         """Check the targets of the first batch before training.
 
         Raises:
-            DataError: the label loss does not take them.
+            DataError: the label loss does not take the targets.
         """
         number, first = self._framework.training.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
@@ -412,7 +417,7 @@ class Validation:
         if last is None or not last.constant or last.most_frequent == last.n:
             return ""
         return (
-            f"The trained model predicts class {last.first} for all {last.n} samples of the validation, which has more "
-            f"classes: accuracy {last.accuracy:.1%}, balanced accuracy {last.balanced:.1%}. It has not learned "
-            "to tell the classes apart; lower the learning rate, train longer, or balance the classes."
+            f"The trained model predicts class {last.first} for all {last.n} samples of the validation, although they "
+            f"have different labels: accuracy {last.accuracy:.1%}, balanced accuracy {last.balanced:.1%}. The model "
+            "has not learned to tell the classes apart; lower the learning rate, train longer, or balance the classes."
         )

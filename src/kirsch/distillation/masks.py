@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from kirsch.distillation.term import BoundTerm
 
 
+def shift_logits(logits: Any) -> Any:
+    """Return the values of all positions but the last, whose output predicts no token of the sequence."""
+    return logits[:, :-1]
+
+
+def shift_labels(labels: Any) -> Any:
+    """Return the values of all positions but the first: in a causal model, position i predicts the token at i + 1."""
+    return labels[:, 1:]
+
+
 class BatchMasks:
     """Labels of a batch as the losses take them, and the masks that follow from labels and padding.
 
     For causal language models, logits at position i belong to the label at position i + 1: both are shifted here.
-    Nothing but `count` reads values of arrays, so that a training step does not wait for its device.
+    Only `count` reads values of arrays, so that a training step does not wait for its device.
 
     Args:
         batch: inputs and targets, on one device.
         objective: for `causal`, `ignore_index` and the label loss.
-        positions_of: mask of the inputs, shape (N, T) → mask of the hidden states, shape (N, L).
+        positions_of: function: mask of the inputs, shape (N, T) → mask of the hidden states, shape (N, L).
         labeled: count "labeled" of the batch, see `count`; None if only counts are needed.
     """
 
@@ -42,13 +52,13 @@ class BatchMasks:
     def labels(self) -> Any:
         """The targets, shifted if the objective is causal; None without targets.
 
-        The first token after padding on the left is not a label.
+        The first token after padding on the left is not a label, because no token predicts it.
         """
         labels = self.batch.targets
         if not self._causal or labels is None:
             return labels
-        mask, labels = self.padding.get("attention_mask"), labels[:, 1:]
-        return labels if mask is None else ops.where(mask[:, :-1] != 0, labels, self._ignore_index)
+        mask, labels = self.padding.get("attention_mask"), shift_labels(labels)
+        return labels if mask is None else ops.where(shift_logits(mask) != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
@@ -56,7 +66,7 @@ class BatchMasks:
             return logits
         if isinstance(logits, Mapping):
             return {name: self.shifted(value) for name, value in logits.items()}
-        return logits[:, :-1]
+        return shift_logits(logits)
 
     @cached_property
     def label_mask(self) -> Any:
@@ -71,23 +81,23 @@ class BatchMasks:
         return self.labels is not None and self._labeled != 0
 
     def mean_over_samples(self, loss: Any) -> Any:
-        """Return a mean over the labeled samples as a mean over all samples, so that parts of a batch add up to it.
+        """Convert a mean over the labeled samples to a mean over all samples; losses of parts of a batch then add up.
 
-        Means over the labeled positions of sequences and images stay.
+        Means over the labeled positions of sequences and images are returned unchanged.
         """
         if self.label_mask is None or len(self.labels.shape) > 1 or self._labeled is None:
             return loss
         return loss * (self._labeled / self.labels.shape[0])
 
     def _are_real(self, labels: Any) -> bool:
-        """Return whether labels are real numbers, none of which stands for no label, and not class numbers."""
+        """Return whether labels are real numbers, for which `ignore_index` has no meaning, instead of class numbers."""
         return "float" in ops.dtype(labels) or self._label_loss == "squared-error"
 
     # ------------------------------------------------------------------------------------------------ padding
 
     @cached_property
     def padding(self) -> Mapping[str, Any]:
-        """The inputs of a model of sequences by name; `attention_mask` is that of the hidden positions."""
+        """The inputs of a model of sequences by name, with the mask of the hidden states as `attention_mask`."""
         inputs = self.batch.inputs if isinstance(self.batch.inputs, Mapping) else {}
         mask = inputs.get("attention_mask")
         return inputs if mask is None else {**inputs, "attention_mask": self._positions_of(mask)}
@@ -95,10 +105,10 @@ class BatchMasks:
     def tokens(self, stack: str, *, across: bool = False) -> Any:
         """Return the mask of the positions that are not padding, shape (N, L); None if the batch has none.
 
-        For the decoder of an encoder-decoder, it is the mask of the labels if there is no `decoder_attention_mask`.
+        For the decoder of an encoder-decoder without `decoder_attention_mask`, this is the mask of the labels.
 
         Args:
-            stack: "encoder" or "decoder" of an encoder-decoder, else empty.
+            stack: "encoder" or "decoder" for a layer of an encoder-decoder, else empty.
             across: return the mask of the pairs of a query in the decoder and a key in the encoder, shape
                 (N, queries, keys), or (N, queries, 1) if no key is padding.
         """
@@ -116,15 +126,15 @@ class BatchMasks:
     def unlabeled_positions(self) -> Any:
         """Mask of the positions whose logits are compared, for sequences without labels."""
         mask = self.tokens("")
-        return mask if mask is None or not self._causal else mask[:, 1:] * mask[:, :-1]
+        return mask if mask is None or not self._causal else shift_labels(mask) * shift_logits(mask)
 
     # ------------------------------------------------------------------------------------------------ terms
 
     def mask_of(self, term: BoundTerm, student: Any) -> Any:
         """Return the mask of a term; None if all samples and positions are compared.
 
-        Logits of sequences and pixels are compared where there is a label. Logits of samples are compared with and
-        without a label, unless the loss takes labels.
+        Logits of sequences and pixels are compared only where there is a label. Logits of samples without a label are
+        compared, too, unless the loss takes labels.
 
         Args:
             term: the term.
@@ -142,15 +152,15 @@ class BatchMasks:
         return mask
 
     def count(self, mean_over: str, example: BoundTerm | None, *, sequences: bool) -> int:
-        """Return the number of items of the batch that the mean of a loss goes over.
+        """Return the number of items of the batch over which a loss is averaged.
 
         Reads values of arrays, which synchronizes with their device.
 
         Args:
-            mean_over: "samples"; "labels": samples, or positions with a label; "labeled": samples or positions with a
-                label; or `BoundTerm.mean_over` of the example.
+            mean_over: "samples"; "labels": all samples, or the positions with a label; "labeled": the samples or
+                positions with a label; or `BoundTerm.mean_over` of the example.
             example: a term whose mean goes over positions or pairs.
-            sequences: whether samples without labels are sequences, each position of which counts.
+            sequences: whether the samples are sequences, so that without labels each position counts.
         """
         samples = len(self.batch)
         if mean_over == "labeled":

@@ -42,7 +42,7 @@ def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[
     shared = [size for size in student_sizes if size in teacher_sizes]
     if shared:
         return [(student_sizes[size], teacher_sizes[size]) for size in shared]
-    # A network with feature maps has few stages, a transformer many layers: these are reduced to the smaller number.
+    # A network with feature maps has few stages, a transformer many layers: the longer list is reduced.
     same_kind = bool(student_sizes) == bool(teacher_sizes)
     count = len(student_stages) if same_kind else min(len(student_stages), len(teacher_stages))
     student_paths, teacher_paths = ([path for path, _ in found] for found in (student_stages, teacher_stages))
@@ -57,10 +57,10 @@ def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Si
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: str) -> list[tuple[str, Size | None]]:
     """Return path and map size of each stage, from the first to the last; the size is None for layers of tokens.
 
-    The last feature map of each size ends a stage. Two kinds of maps end none: maps inside of a block that changes the
-    size (such as an expansion before a stride), and maps inside of a module that outputs tokens (such as a patch
-    embedding). If many modules without feature maps follow the last one, the stages are the longest list of numbered
-    modules that output tokens.
+    The last feature map of each size ends a stage. Two kinds of maps do not end a stage: maps inside of a block that
+    changes the size (such as an expansion before a stride), and maps inside of a module that outputs tokens (such as a
+    patch embedding). If more modules that output tokens follow the last stage than there are feature maps, the stages
+    are instead the longest list of numbered modules that output tokens.
 
     Args:
         shapes: path and output shape of modules, in the order in which they finish.
@@ -70,7 +70,8 @@ def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: 
     Raises:
         UsageError: there are no stages.
     """
-    shapes = [(path, shape) for path, shape in shapes if shape[:1] == image[:1]]  # not windows, whose axis 0 is larger
+    # Windows of images are left out: their axis 0 is larger than the number of samples.
+    shapes = [(path, shape) for path, shape in shapes if shape[:1] == image[:1]]
     shape_of = dict(shapes)
     maps: dict[str, Shape] = {}
     others: dict[str, Shape] = {}  # other outputs with an axis of positions
@@ -118,7 +119,10 @@ def _parents(path: str) -> list[str]:
 
 
 def _within_blocks(maps: Mapping[str, Shape]) -> set[str]:
-    """Return the maps whose size differs from the output of a block around them that has exactly two sizes."""
+    """Return the maps whose size differs from the output of the block that contains them.
+
+    A block is a module whose maps have exactly two sizes.
+    """
     sizes_within: dict[str, set[Shape]] = {}
     for path, size in maps.items():
         for parent in _parents(path):
@@ -159,7 +163,7 @@ def _longest_list(shapes: Sequence[tuple[str, Shape]]) -> list[str]:
 
 
 def by_depth(layers: Sequence[str], count: int) -> list[str]:
-    """Return `count` of the layers, evenly spaced: the last of each part.
+    """Return `count` of the layers, evenly spaced: the last layer of each of `count` equal parts.
 
     For the hidden states of a transformer, which begin with the embedding `hidden[0]`, the embedding is kept.
 
@@ -171,7 +175,7 @@ def by_depth(layers: Sequence[str], count: int) -> list[str]:
     if len(layers) < count:
         raise UsageError(
             f"The student has {count} layers to match, and the teacher only {len(layers)}: {', '.join(layers[:6])}.",
-            fix="Name the layers of both, in pairs.",
+            fix="Name the layers of student and teacher, in pairs.",
         )
     if layers[0].endswith("hidden[0]") and count > 1:
         return [layers[round(index * (len(layers) - 1) / (count - 1))] for index in range(count)]

@@ -23,10 +23,9 @@ from kirsch.distillation.checks import (
     split_relations,
 )
 from kirsch.distillation.distill import to_validation, with_validation
-from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, check_training, logit_layers, logits_converter
-from kirsch.distillation.step import TargetCheck, balanced, regularization
+from kirsch.distillation.probabilities import Logits, logit_layers, logits_converter
+from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
@@ -56,18 +55,18 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. For soft targets, "probabilities" has the gradient of the mean divergence to each peer, as in
-    the paper.
+    `Objective.teachers`. With `teachers="probabilities"`, the soft-target loss has the gradient of the mean of its
+    values for each peer, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their
             initial weights must differ.
         data: see `distill`.
         objective: its terms compare logits; by default the preset "dml".
-        training: one for all students. `max_grad_norm` limits the norm of all gradients together.
+        training: settings for all students. `max_grad_norm` limits the norm of all gradients together.
         validation: see `distill`; each student is evaluated.
-        hooks: of the run, which has one state to save and resume. In events and states, the names of terms and metrics
-            begin with the index of the student: "0.kd", "1.accuracy".
+        hooks: of the run of all students, which has one state to save and resume. In events and states, the names of
+            terms and metrics begin with the index of the student: "0.kd", "1.accuracy".
         regularizers: further terms of each student.
         progress: see `distill`.
 
@@ -80,7 +79,8 @@ def distill_mutually(
         ShapeError: the students return different numbers of classes.
         DataError, NumericError: see `distill`.
 
-    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2; there the students may take turns.
+    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2, where students may also
+        be updated in turn.
     """
     objective, validation = objective or Objective.preset("dml"), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
@@ -95,7 +95,7 @@ def distill_mutually(
     first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
-    losses, logits, shape = [], [], ()
+    steps, logits = [], []
     for index, student in enumerate(students):
         check_last_batch(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
@@ -108,7 +108,9 @@ def distill_mutually(
                 framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
             )
         )
-        losses.append(DistillationLoss(objective, terms))
+        steps.append(
+            DistillationStep(framework.features, objective, terms, regularizers=regularizers, logits_shape=shape)
+        )
     hooks = _validating_each(framework.features, with_validation(hooks, framework, validation, objective, students))
     warnings = split_relations(objective, training) + late_ramps(objective, training)
     warnings += missing_targets(framework.inference, students[0], first, objective)
@@ -116,7 +118,7 @@ def distill_mutually(
         hooks.warn(text)
     outputs = [_logits_layer(index) for index in range(len(students))]
     module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
-    step = MutualStep(framework.features, losses, logits, TargetCheck(objective, shape), regularizers)
+    step = MutualStep(framework.features, steps, logits)
     trained = framework.training.train(module, data, step, training, hooks)
     return [
         _trained_student(trained, index, model) for index, model in enumerate(framework.features.members(trained.model))
@@ -132,7 +134,7 @@ def _check_students(inference: Inference, students: Sequence[Any]) -> None:
             raise UsageError(
                 f"Students {one} and {other} have the same initial weights.",
                 "Their outputs would be equal, so that they could not learn from each other.",
-                "Build each with a different seed.",
+                "Build each student with a different seed.",
             )
 
 
@@ -148,7 +150,13 @@ def _check_terms(objective: Objective, students: int) -> None:
             fix='Give an objective that compares logits, such as Objective.preset("dml").',
         )
     for term in objective.terms:
-        if term.layers != ("logits", "logits") or term.adapter not in ("auto", "none"):
+        if term.adapter not in ("auto", "none") and term.layers == ("logits", "logits"):
+            raise UsageError(
+                f"The term {term.record_name!r} has the adapter {term.adapter!r}.",
+                "Mutual learning compares the logits of the students, which need no adapter.",
+                "Leave out `adapter`.",
+            )
+        if term.layers != ("logits", "logits"):
             raise UsageError(
                 f"The term {term.record_name!r} compares {term.student_layer!r} with {term.layers[1]!r}.",
                 "Mutual learning compares the logits of the students.",
@@ -181,25 +189,12 @@ class MutualStep:
 
     Args:
         features: of the framework of the students.
-        losses: for each student, the loss with the other students as teachers.
+        steps: for each student, its step, whose loss has the other students as teachers.
         logits: for each student, the function that converts its outputs to logits; None if they are logits.
-        check: checks the targets of each batch.
-        regularizers: further terms of each student.
     """
 
-    def __init__(
-        self,
-        features: Features,
-        losses: Sequence[DistillationLoss],
-        logits: Sequence[Logits | None],
-        check: TargetCheck,
-        regularizers: Sequence[Regularizer] = (),
-    ) -> None:
-        self._features, self._losses, self._logits = features, losses, logits
-        self._check, self._regularizers = check, regularizers
-        self._factors: list[dict[str, float]] = [{} for _ in losses]
-        self._epoch = 0.0
-        self._unchecked = True  # until the first step in training mode
+    def __init__(self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[Logits | None]) -> None:
+        self._features, self._steps, self._logits = features, steps, logits
 
     def __call__(
         self,
@@ -211,32 +206,20 @@ class MutualStep:
         batch_counts: Mapping[str, int] | None = None,
     ) -> LossOutput:
         """Return the sum of the losses of all students; see `LossFunction`."""
-        self._epoch = epoch
         values = module(batch.inputs, {}, batch.ids).features
         outputs = [values[_logits_layer(index)] for index in range(len(self._logits))]
         logits = [
             output if convert is None else convert({"logits": output})["logits"]
             for output, convert in zip(outputs, self._logits, strict=True)
         ]
-        if self._unchecked and module.training:
-            for loss, student_logits in zip(self._losses, logits, strict=True):
-                layers = logit_layers(loss.objective, loss.terms, None)
-                check_training({"logits": student_logits}, layers, loss.objective)
-            self._unchecked = False
         students = self._features.members(self._features.student_of(module))
         total: Any = 0.0
         terms: dict[str, Any] = {}
-        for index, (loss, student) in enumerate(zip(self._losses, students, strict=True)):
+        for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
-            output = loss(
-                _Logits({"logits": logits[index]}),
-                loss.features(peers, epoch),
-                batch,
-                epoch,
-                step_counts,
-                batch_counts=batch_counts,
-                factors=self._factors[index],
-                regularization=regularization(self._regularizers, student),
+            features, own = step.loss.features(peers, epoch), _Logits({"logits": logits[index]})
+            output = step.loss_of(
+                own, features, student, batch, epoch, step_counts, batch_counts, training=module.training
             )
             total = total + output.total
             terms |= {_prefixed(index, name): value for name, value in output.terms.items()}
@@ -244,27 +227,26 @@ class MutualStep:
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Return the counts of the batches, which are the same for all students."""
-        return self._losses[0].counts(batches)
+        return self._steps[0].counts(batches)
 
     def check(self, batch: Batch) -> list[str]:
         """Refuse targets that the label loss does not take; see `LossFunction`."""
-        return self._check(batch)
+        warnings = [step.check(batch) for step in self._steps]
+        return warnings[0]  # they are equal
 
     def balance(self, norms: dict[str, float]) -> None:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""
-        for index, loss in enumerate(self._losses):
-            if loss.objective.balance == "gradient":
-                weights = loss.weights(self._epoch, self._factors[index])
-                names = [term.name for term in loss.terms]
-                self._factors[index] |= balanced(_of_student(index, norms), weights, names)
+        for index, step in enumerate(self._steps):
+            step.balance(_of_student(index, norms))
 
     def state(self) -> dict[str, Any]:
-        """Return the factors of the terms of each student."""
-        return {"students": [dict(factors) for factors in self._factors]}
+        """Return the state of the step of each student."""
+        return {"students": [step.state() for step in self._steps]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self._factors = [dict(factors) for factors in state["students"]]
+        for step, stored in zip(self._steps, state["students"], strict=True):
+            step.restore(stored)
 
 
 def _logits_layer(index: int) -> str:

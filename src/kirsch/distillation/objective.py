@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
@@ -35,14 +35,15 @@ class Objective:
         label_loss: name of a loss in `LABEL_LOSSES`.
         causal: position i of a sequence predicts token i + 1: logits and labels are shifted by one position.
         ignore_index: label of masked positions, and of samples without a label. They add nothing to the label loss. The
-            loss is a mean over all samples of a batch, or, for labels of positions or pixels, over those with a label.
+            label loss of one class number per sample is averaged over all samples; for sequences and images, over the
+            positions with a label.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
         teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
-            mean of their logits; "confidence": the mean of their probabilities, weighted by each one's confidence;
-            "sum": one loss for each teacher, summed.
+            mean of their logits; "confidence": the mean of their probabilities, weighted by the confidence of each
+            teacher; "sum": one loss for each teacher, summed.
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
-            log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities are an
+            log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
         teacher_outputs: the same for the teachers; a tuple has one entry for each teacher.
 
@@ -54,6 +55,7 @@ class Objective:
     made_by: ClassVar[str] = "kirsch.Objective.kd()"
 
     terms: tuple[Term, ...] = ()
+    _: KW_ONLY
     label_weight: Number = 1.0
     label_smoothing: float = 0.0
     label_loss: str = "cross-entropy"
@@ -109,7 +111,7 @@ class Objective:
     @checked
     def labels(cls, label_smoothing: float = 0.0) -> Objective:
         """Return an objective of the label loss only, which needs no teacher."""
-        return cls((), 1.0, label_smoothing)
+        return cls((), label_smoothing=label_smoothing)
 
     @classmethod
     @checked
@@ -137,7 +139,7 @@ class Objective:
     @classmethod
     @checked
     def from_dict(cls, values: Mapping[str, Any]) -> Objective:
-        """Return the objective of data that `to_dict` returned.
+        """Return the objective from the data that `to_dict` returned.
 
         Raises:
             UnknownNameError: objectives have no such field.

@@ -60,7 +60,7 @@ def lskd() -> dict[str, Any]:
 
 @PRESETS.register("wsld")
 def wsld() -> dict[str, Any]:
-    """Weighted soft labels (`wsld`) with temperature 2 and weight 2.25, as on CIFAR-100, and label loss.
+    """Weighted soft labels (`wsld`) with temperature 2 and weight 2.25, the values for CIFAR-100, and label loss.
 
     Source: Zhou et al. 2021, arXiv:2102.00650, section 5.
     """
@@ -69,10 +69,10 @@ def wsld() -> dict[str, Any]:
 
 @PRESETS.register("fitnet")
 def fitnet() -> dict[str, Any]:
-    """Squared difference of the second-to-last stage, through a regressor, with weight 100, and label loss.
+    """Squared difference of the feature maps of the second-to-last stage (`fitnet`), weight 100, and label loss.
 
-    The paper first trains with this term only; here it is added to the label loss, as in Tian et al. 2020,
-    arXiv:1910.10699.
+    The student's maps pass through a trained regressor. The paper first trains with this term only; here it is added to
+    the label loss, as in Tian et al. 2020, arXiv:1910.10699.
 
     Source: Romero et al. 2015, arXiv:1412.6550.
     """
@@ -90,9 +90,9 @@ def at() -> dict[str, Any]:
 
 @PRESETS.register("reviewkd")
 def reviewkd() -> dict[str, Any]:
-    """Review of all stages (`reviewkd`) with weight 5 after a warm-up, as on CIFAR-100, and label loss.
+    """Knowledge review (`reviewkd`) of all stages with weight 5 after a warm-up of 20 epochs, and label loss.
 
-    The weight on ImageNet is 1.
+    Weight 5 is the paper's value for CIFAR-100; its value for ImageNet is 1.
 
     Source: Chen et al. 2021, arXiv:2104.09044, section 4.
     """
@@ -103,8 +103,8 @@ def reviewkd() -> dict[str, Any]:
 def crd() -> dict[str, Any]:
     """Contrastive loss of embeddings (`crd-batch`) with weight 0.8, soft-target loss and label loss.
 
-    The paper draws 16,384 negatives from a memory of all samples; here the negatives are the batch. The loss "crd" with
-    `adapter="crd-bank"` implements the paper.
+    The paper draws 16,384 negatives from a memory of all samples; here the other samples of the batch are the
+    negatives. The loss "crd" with `adapter="crd-bank"` implements the paper.
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 4.
     """
@@ -123,7 +123,7 @@ def rkd() -> dict[str, Any]:
 
 @PRESETS.register("ofa")
 def ofa() -> dict[str, Any]:
-    """Classification heads at all stages, trained on the teacher's probabilities (`ofa`), and label loss.
+    """One-for-all loss (`ofa`) of the logits, and of classification heads at all stages, and label loss.
 
     For student and teacher of different kinds, such as a convolutional network and a transformer.
 
@@ -171,8 +171,8 @@ def distilbert() -> dict[str, Any]:
 def tinybert() -> dict[str, Any]:
     """Squared differences of hidden states, embeddings and attention scores of layers at the same relative depth.
 
-    For models of transformers with `attn_implementation="eager"`. The second stage of the paper, on the logits, is the
-    soft-target loss with temperature 1.
+    For models of the library transformers with `attn_implementation="eager"`. The second stage of the paper, on the
+    logits, is the soft-target loss with temperature 1.
 
     Source: Jiao et al. 2020, arXiv:1909.10351, equations 7 to 10.
     """
@@ -187,7 +187,9 @@ def tinybert() -> dict[str, Any]:
 
 @PRESETS.register("minilm")
 def minilm() -> dict[str, Any]:
-    """Relations of queries, keys and values (`minilm`) of the last layer; widths and numbers of heads may differ.
+    """Relations of positions (`minilm`) in the queries, keys and values of the last layer; widths may differ.
+
+    The numbers of attention heads may differ, too.
 
     Source: Wang et al. 2021, arXiv:2012.15828 (MiniLMv2), section 3; 48 relation heads for large teachers, else 12.
     """
@@ -199,7 +201,7 @@ def minilm() -> dict[str, Any]:
 def funmatch() -> dict[str, Any]:
     """Soft-target loss with temperature 1 and no labels, for long training on strongly augmented samples.
 
-    Source: Beyer et al. 2022, arXiv:2106.05237: student and teacher see the same crop and the same mixup.
+    Source: Beyer et al. 2022, arXiv:2106.05237: student and teacher receive the same crop and the same mixup.
     """
     return {"terms": (Term("kd", 1.0, temperature=1.0),), "label_weight": 0.0}
 

@@ -28,7 +28,7 @@ ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "
 """Activation that each label loss applies to the logits of the student."""
 
 SIGMOID_COUNT, SIGMOID_MARGIN = 128, 0.02
-"""At least this many values, all from 0 to 1 and some this close to either end, are taken for outputs of a sigmoid."""
+"""Number of values from 0 to 1, and distance of some of them from 0 and from 1, that show outputs of a sigmoid."""
 
 ROUNDING = 1e-6
 
@@ -41,7 +41,8 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
         activation: "softmax": logarithms. "sigmoid": log p - log (1 - p).
 
     Returns:
-        An array of at least 32 bits. A probability of 0 is clipped to the smallest normal number and has no gradient.
+        An array with at least 32 bits per number. A probability of 0 is clipped to the smallest normal number and has
+        no gradient.
     """
     with ops.without_autocast(probabilities):
         p = ops.upcast(probabilities)
@@ -74,7 +75,7 @@ def declared_outputs(objective: Objective, teacher: int | None) -> str | None:
 
 @dataclass(frozen=True)
 class Logits:
-    """Converts probabilities at some layers of a model to logits; values at other layers stay.
+    """Converts probabilities at some layers of a model to logits; values at other layers are returned unchanged.
 
     Args:
         layers: the layers whose values are probabilities.
@@ -120,7 +121,7 @@ def logits_converter(
     Args:
         features: of the framework of the model.
         model: the student, or a teacher.
-        objective: may declare the outputs of the model; otherwise, outputs that look like probabilities are an error.
+        objective: may declare the outputs of the model; else, outputs that look like probabilities raise an error.
         layers: the layers at which losses take logits.
         inputs: a few samples for a dry run.
         teacher: index of the teacher; None for the student.
@@ -134,7 +135,7 @@ def logits_converter(
     if declared == "probabilities" and len(activations) > 1:
         raise UsageError(
             "The objective has losses that apply a softmax to the outputs and losses that apply a sigmoid.",
-            "Probabilities are converted to logits differently for each.",
+            "The conversion of probabilities to logits differs between the two.",
             "Give models that return logits.",
         )
     values = features.extract(model, layers, inputs)
@@ -184,8 +185,8 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
     Args:
         subject: the model, as the subject of a sentence.
         kind: see `kind_of_outputs`.
-        objective: its losses take the outputs.
-        field: of the objective, that declares the outputs of the model.
+        objective: has the losses that take the outputs.
+        field: name of the field of the objective that declares the outputs of the model.
     """
     description = {
         "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
@@ -202,8 +203,8 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
         fix += ', or use losses that apply a softmax: "cross-entropy" and "kd".'
     else:
         fix += (
-            f', or set Objective(..., {field}="probabilities") (in a recipe: outputs: probabilities of the model) to '
-            f'use their logarithms, or {field}="logits" to use them unchanged.'
+            f', or set Objective(..., {field}="probabilities") (in a recipe, the key outputs of the model) to use '
+            f'their logarithms, or {field}="logits" to use them unchanged.'
         )
     return UsageError(
         f"{subject} returns {description}.",
@@ -229,7 +230,7 @@ def _check_declared(subject: str, layer: str, values: NDArray[Any], activations:
 
 
 def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: Objective) -> None:
-    """Refuse a student that returns probabilities in training mode only; `logits_converter` runs it in inference mode.
+    """Refuse a student that returns probabilities in training mode only; `logits_converter` checks the inference mode.
 
     Args:
         values: outputs of the student in training mode, by layer.
@@ -237,7 +238,7 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
         objective: may declare the outputs of the student.
 
     Raises:
-        UsageError: the outputs are probabilities, and the objective does not declare its outputs.
+        UsageError: the outputs are probabilities, and the objective does not declare the outputs of the student.
     """
     activations = activations_of(objective)
     for layer in layers if declared_outputs(objective, None) is None and activations else ():
@@ -245,8 +246,8 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
         if kind not in ("", "inside"):
             error = not_logits("The student, in training mode,", kind, objective, "student_outputs")
             fix = (
-                "Let its forward return logits in training mode, as it does in inference mode, or set "
-                'student_outputs="logits" of the objective to use its outputs unchanged.'
+                "Let the forward of the student return logits in training mode, as in inference mode, or set "
+                'student_outputs="logits" in the objective to use the outputs unchanged.'
             )
             raise UsageError(error.what, error.why, fix)
 
@@ -258,8 +259,8 @@ def check_record(values: Any, objective: Objective) -> None:
         UsageError: the stored values, or the outputs that the objective declares, are probabilities.
     """
     fix = (
-        "Build the store from a teacher that returns logits, or with outputs= a callable that returns their logarithms "
-        'as "logits".'
+        "Build the store from a teacher that returns logits, or give build_store the argument outputs: a callable that "
+        'returns the logarithms of the probabilities as "logits".'
     )
     if declared_outputs(objective, 0) == "probabilities":
         raise UsageError(
@@ -280,7 +281,7 @@ def logits_converters(
     """Return, for each teacher, the function that converts its outputs to logits, or None; see `logits_converter`.
 
     Raises:
-        UsageError: `teacher_outputs` has another number of entries than there are teachers; and see `logits_converter`.
+        UsageError: the number of entries of `teacher_outputs` is not the number of teachers, or see `logits_converter`.
     """
     declared = objective.teacher_outputs
     if isinstance(declared, (tuple, list)) and len(declared) != len(teachers):

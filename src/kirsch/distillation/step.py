@@ -1,4 +1,4 @@
-"""One step of distillation: teachers, student with adapters, loss. Every training loop calls it."""
+"""One training step of distillation: run the teachers and the student with adapters, and compute the loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.annotations import Regularizer
     from kirsch.data.batches import Batch
+    from kirsch.distillation.distillation_loss import Features as TeacherFeatures
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
     from kirsch.distillation.term import BoundTerm
@@ -32,26 +33,33 @@ class TargetCheck:
     Args:
         objective: the label loss and the terms.
         logits_shape: of one sample; None leaves the targets unchecked.
+
+    Attributes:
+        all_checked: whether the targets of every batch so far were checked; False before the first batch.
     """
 
     def __init__(self, objective: Objective, logits_shape: tuple[int, ...] | None) -> None:
         self._objective, self._logits_shape = objective, logits_shape
         self._had_targets, self._warned = False, False
+        self._any_unchecked, self.all_checked = False, False
 
     def __call__(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
-        """Return a warning if batches without targets follow batches with targets, once a run.
+        """Return a warning if batches without targets follow batches with targets, once per run.
 
         Args:
             batch: of a loader.
             on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Raises:
-            DataError: the label loss does not take the targets, or there are none and no other term.
+            DataError: the label loss does not take the targets, or the batch has no targets and the objective no terms.
         """
         if batch.targets is not None:
             self._had_targets = uses_labels(self._objective)
-            if self._logits_shape is not None:
-                check_batch(batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device)
+            checked = self._logits_shape is not None and check_batch(
+                batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device
+            )
+            self._any_unchecked |= not checked
+            self.all_checked = not self._any_unchecked
             return []
         if not self._objective.terms:
             raise DataError(
@@ -70,11 +78,11 @@ class DistillationStep:
 
     Args:
         features: of the framework of student and teachers.
-        objective: the weights of labels and terms.
+        objective: the label loss and the weights of the terms.
         terms: of the objective, bound to the layers of the models.
         teacher_source: the outputs of the teachers for a batch; None without terms.
         regularizers: further terms of the student alone.
-        positions_of: mask of the inputs of a model of sequences → mask of its hidden positions.
+        positions_of: function: mask of the inputs of a model of sequences → mask of its hidden states.
         logits_shape: see `TargetCheck`.
     """
 
@@ -93,7 +101,7 @@ class DistillationStep:
         self._features, self._objective, self._teacher_source = features, objective, teacher_source
         self._regularizers, self._targets = regularizers, TargetCheck(objective, logits_shape)
         self._weights: dict[str, float] = {}
-        self._unchecked = logit_layers(objective, terms, None)  # of the student, until its first step in training mode
+        self._unchecked = logit_layers(objective, terms, None)  # checked in the first step in training mode
 
     def __call__(
         self,
@@ -110,7 +118,30 @@ class DistillationStep:
         features = self.loss.features(outputs, epoch)
         adapted = {term.adapter_name: features[term.adapter_name][0] for term in active if term.adapter is not None}
         student = module(batch.inputs, adapted, batch.ids)
-        if self._unchecked and getattr(module, "training", True):
+        model, training = self._features.student_of(module), getattr(module, "training", True)
+        return self.loss_of(student, features, model, batch, epoch, step_counts, batch_counts, training=training)
+
+    def loss_of(
+        self,
+        student: Any,
+        features: TeacherFeatures,
+        model: Any,
+        batch: Batch,
+        epoch: float,
+        step_counts: Mapping[str, int] | None,
+        batch_counts: Mapping[str, int] | None,
+        *,
+        training: bool,
+    ) -> LossOutput:
+        """Return the loss of a batch on which student and teachers have run.
+
+        Args:
+            student, features: outputs of the student and features of the teachers, see `DistillationLoss`.
+            model: the student, for the regularizers.
+            batch, epoch, step_counts, batch_counts: see `LossFunction`.
+            training: whether the student is in training mode.
+        """
+        if self._unchecked and training:
             check_training(student.features, self._unchecked, self._objective)
             self._unchecked = []
         self._weights = self.loss.weights(epoch, self.factors)
@@ -122,11 +153,12 @@ class DistillationStep:
             step_counts,
             batch_counts=batch_counts,
             factors=self.factors,
-            regularization=regularization(self._regularizers, self._features.student_of(module)),
+            targets_checked=self._targets.all_checked,
+            regularization=regularization(self._regularizers, model),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions over which the means of the terms go."""
+        """Return the numbers of samples, labels and positions in some batches: the denominators of the means."""
         return self.loss.counts(batches)
 
     def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
@@ -136,7 +168,7 @@ class DistillationStep:
     def balance(self, norms: dict[str, float]) -> None:
         """Scale the terms so that the norms of their gradients are in proportion to their weights.
 
-        The reference is the gradient of the labels, or of the first term without them.
+        The reference is the gradient of the label loss, or of the first term if there is no label loss.
         """
         if self._objective.balance == "gradient":
             self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
@@ -146,7 +178,7 @@ class DistillationStep:
         return {"factors": dict(self.factors)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore the factors from a state that `state` returned."""
         self.factors = dict(state.get("factors", {}))
 
 
@@ -164,7 +196,7 @@ def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Se
 
 
 def regularization(regularizers: Sequence[Regularizer], student: Any) -> dict[str, Any]:
-    """Return the values of regularizers for a student, by name of their class."""
+    """Return the values of regularizers for a student, by class name."""
     values: dict[str, Any] = {}
     for regularizer in regularizers:
         add(values, type(regularizer).__name__, regularizer(student))

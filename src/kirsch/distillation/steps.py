@@ -33,7 +33,7 @@ TEMPERATURE, WEIGHT = 4.0, 0.9
 """Defaults of soft targets."""
 
 TRIAL_BATCHES = 3
-"""Training steps that are timed to estimate the time of a step."""
+"""Number of batches on which training is timed, to estimate the time of a step of the job."""
 
 
 FORMS = "Give the name of a preset such as dkd, {preset: at, label_weight: 0.5} or {terms: [{loss: kd, weight: 0.9}]}."
@@ -60,7 +60,8 @@ def _objective(fields: dict[str, Any]) -> Objective:
         raise UsageError(f"The objective has {found}.", fix=FORMS)
     if "preset" in fields:
         names = [name for name in fields if name != "preset"]
-        changes = Objective.from_dict({"label_weight": 1.0, **{name: fields[name] for name in names}})  # makes `Ramp`s
+        # `from_dict` converts dicts to `Ramp`.
+        changes = Objective.from_dict({"label_weight": 1.0, **{name: fields[name] for name in names}})
         return Objective.preset(fields["preset"], **{name: getattr(changes, name) for name in names})
     if not isinstance(fields["terms"], (list, tuple)):
         raise UsageError(f"The terms of the objective are {fields['terms']!r}; expected a list.", fix=FORMS)
@@ -241,8 +242,8 @@ class Distill(TrainingStep):
         numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
         if self.objective != "kd" and numbers:
             raise UsageError(
-                f"{' and '.join(numbers)} cannot be combined with another objective than kd.",
-                fix="Remove them, and set such numbers in the objective.",
+                f"{' and '.join(numbers)} can only be combined with the objective kd.",
+                fix="Set them in the objective instead.",
             )
 
     def objective_for(self, job: Job) -> Objective:
@@ -262,7 +263,7 @@ class Distill(TrainingStep):
         )
 
     def preview(self, job: Job) -> None:
-        """Check that both models have the layers of the objective, that shapes fit, and that labels are valid."""
+        """Check that the models have the layers of the objective, that shapes fit, and that labels are valid."""
         student = _apart(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
             require_deterministic(model, (job.example,))
@@ -309,7 +310,7 @@ class Distill(TrainingStep):
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the trained weights."""
         del record
-        model = copy.deepcopy(job.model)  # may be a model of an earlier step
+        model = copy.deepcopy(job.model)  # the result of an earlier step must not change
         _load_weights(model, folder)
         self._put(job, model)
 
@@ -347,7 +348,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 def _gradient_share(trained: Trained) -> str:
     """Return the largest share of a teacher term in the gradient.
 
-    The share is that of the first batch, or of the last epoch if all terms start with weight 0.
+    The share is taken from the first batch; if all terms start with weight 0, from the last epoch.
     """
     for shares in (trained.first_batch.get("gradient_shares", {}), trained.history[-1]["gradient_shares"]):
         terms = {name: share for name, share in shares.items() if name != "label"}

@@ -56,7 +56,7 @@ def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> N
     """
     if objective.causal and len(shape) == 1:
         raise UsageError(
-            f"The objective is causal, and the student returns logits of shape {shape} a sample.",
+            f"The objective is causal, and the student returns logits of shape {shape} per sample.",
             "A causal objective compares the logits of each position with the next token.",
             "Leave causal out, or give a model of sequences.",
         )
@@ -81,8 +81,8 @@ def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> N
         )
 
 
-def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on_any_device: bool = False) -> None:
-    """Refuse the targets of one batch by their values. The number of positions may differ from batch to batch.
+def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on_any_device: bool = False) -> bool:
+    """Refuse targets of one batch that the label loss does not take. The number of positions may differ per batch.
 
     Args:
         labels: targets of the batch, or None.
@@ -90,14 +90,20 @@ def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on
         objective: the label loss and the terms.
         on_any_device: also check targets on an accelerator, which synchronizes with it.
 
+    Returns:
+        Whether the targets were checked. False if they are on an accelerator and `on_any_device` is False.
+
     Raises:
         DataError: see `check_labels`.
     """
     on_accelerator = getattr(getattr(labels, "device", None), "type", "cpu") != "cpu"
-    if labels is None or (on_accelerator and not on_any_device):
-        return
+    if labels is None:
+        return True
+    if on_accelerator and not on_any_device:
+        return False
     if _uses_targets(objective, targets := host(labels)):
         check_evaluable(targets, shape, objective)
+    return True
 
 
 def check_evaluable(targets: NDArray[Any], shape: tuple[int, ...], objective: Objective) -> None:
@@ -137,7 +143,7 @@ def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Obj
         raise DataError(
             f"The targets are {targets.dtype}, with a largest value of {largest}; the model returns {classes} classes.",
             "Larger class numbers have overflowed in that type.",
-            "Make the targets int64 where they are read.",
+            "Read the targets as int64.",
         )
     wrong = ((targets < 0) | (targets >= classes)) & _is_labeled(targets, objective.ignore_index)
     if wrong.any():
@@ -158,7 +164,7 @@ def _single_class_error(targets: NDArray[Any], shape: tuple[int, ...]) -> DataEr
     elif values <= {0, MASK_LEVEL}:
         fix = f"For binary labels give targets / {MASK_LEVEL}, and {binary}."
     return DataError(
-        f"The model returns one logit for each {'sample' if len(shape) < 2 else 'position'}, shape {shape} a sample; "  # noqa: PLR2004 - (1,) or none
+        f"The model returns one logit for each {'sample' if len(shape) < 2 else 'position'}: shape {shape} per sample; "  # noqa: PLR2004 - (1,) or none
         f"the targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
         'The label loss "cross-entropy" applies a softmax over classes, which is always 1 for a single class.',
         fix,
@@ -186,7 +192,7 @@ def positions_and_classes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]
 
 
 def _is_labeled(targets: NDArray[Any], ignore_index: int) -> NDArray[np.bool_]:
-    """Return True where a target is not the ignored label, compared in a type that can hold both."""
+    """Return True where a target is not the ignored label, compared as 64-bit integers."""
     labeled: NDArray[np.bool_] = targets.astype(np.int64) != ignore_index
     return labeled
 
@@ -197,19 +203,19 @@ def _first_sample(wrong: NDArray[np.bool_]) -> int:
 
 
 def out_of_range(targets: NDArray[Any], wrong: NDArray[np.bool_], classes: int, ignore_index: int) -> DataError:
-    """Return the error for class numbers some of which, where `wrong` is true, are not classes of the model."""
+    """Return the error for class numbers that are not classes of the model where `wrong` is true."""
     values, wrong_values = (set(np.unique(array).tolist()) for array in (targets, targets[wrong]))
     fix = f"Correct the labels, or give the model a larger head; {ignore_index} stands for no label."
     if values <= {0, MASK_LEVEL} and classes == len((0, MASK_LEVEL)):
         fix = f"These look like masks of 0 and {MASK_LEVEL}: give (targets == {MASK_LEVEL}) as integers."
     elif values == {-1, 1} and classes == len((-1, 1)):
-        fix = "They are -1 and 1: give (targets + 1) // 2."
+        fix = "The targets are -1 and 1: give (targets + 1) // 2."
     elif wrong_values == {MASK_LEVEL} and ignore_index != MASK_LEVEL:
         fix = f"If {MASK_LEVEL} marks pixels without a label, give the objective ignore_index={MASK_LEVEL}."
     elif wrong_values == {classes} and targets.min() == 1:
         fix = f"The labels go from 1 to {classes}: give targets - 1."
     elif targets.dtype == np.int8 and targets.min() < 0:
-        fix = "int8 goes to 127: if there were larger labels, make them int64 where they are read."
+        fix = "int8 holds numbers up to 127: if there are larger labels, read the targets as int64."
     return DataError(
         f"Sample {_first_sample(wrong)} has the label {int(targets[wrong][0])}.",
         f"The model returns {classes} classes, so labels go from 0 to {classes - 1}.",
@@ -224,8 +230,8 @@ def not_class_numbers(targets: NDArray[Any], shape: tuple[int, ...]) -> DataErro
     expected = f"(N, {', '.join(map(str, positions))})" if positions else "(N,)"
     return DataError(
         f"The targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
-        f'The label loss "cross-entropy" takes class numbers: one integer a {item}, shape {expected}, '
-        f"since the model returns logits of shape {shape} a sample.",
+        f'The label loss "cross-entropy" takes class numbers: one integer per {item}, shape {expected}, '
+        f"because the model returns logits of shape {shape} per sample.",
         _class_number_fix(targets, shape),
     )
 
@@ -234,7 +240,7 @@ def _class_number_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:  # 
     """Return the fix for targets that are not class numbers, from their values and shape."""
     positions, _ = positions_and_classes(shape)
     if targets.dtype.kind not in "biuf":
-        return "Give numbers: turn class names into class numbers."
+        return "Convert class names to class numbers."
     finite = targets[np.isfinite(targets)] if targets.dtype.kind == "f" else targets
     integral = bool(finite.size == targets.size and (finite == np.round(finite)).all())
     binary = bool(integral and np.isin(finite, (0, 1)).all())
@@ -275,14 +281,14 @@ def _reshape_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
             return f'For class numbers take label_loss="cross-entropy" and the term "{kd}".'
     elif positions:
         return _positions_fix(targets, shape)
-    return f"Give one target for each logit, or a model with outputs of shape {targets.shape[1:]} a sample."
+    return f"Give one target for each logit, or a model with outputs of shape {targets.shape[1:]} per sample."
 
 
 def _positions_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     """Return the fix for targets whose shape is not that of the pixels or positions of the logits."""
     (positions, classes), dense = positions_and_classes(shape), len(shape) >= KHW
     if _has_single_pixel(shape) and targets.ndim <= len("NK"):
-        return "The model returns one prediction a sample, with axes of length 1: let it return outputs.flatten(1)."
+        return "The model returns one prediction per sample, with axes of length 1: let it return outputs.flatten(1)."
     if not dense and classes > 1 and targets.shape[1:] == shape[1:]:
         return "If the classes of the logits lie on axis 1, let the model return outputs.transpose(1, 2)."
     for axis, text in ((1, "targets[:, 0]"), (targets.ndim - 1, "targets[..., 0]")):
@@ -291,16 +297,16 @@ def _positions_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
             return f"Remove the axis of length 1: {text}{', as int64' * (classes > 1)}."
     if targets.ndim == 1:
         fix = (
-            ": give it a head that pools, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), or give masks"
+            ": give the model a head that pools, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), or give masks"
             if dense
-            else ": give one label for each position, or a model with one prediction a sample"
+            else ": give one label for each position, or a model with one prediction per sample"
         )
         item = "pixel" if dense else "position"
         return f"These are labels of whole samples, and the model returns a prediction for each {item}{fix}."
     if targets.ndim == len(positions) + 1:
         sizes = ("×".join(map(str, sizes)) for sizes in (targets.shape[1:], positions))
-        return "The labels are {} a sample and the logits {}: resize one to the size of the other.".format(*sizes)
-    return f"Give targets of shape (N, {', '.join(map(str, shape))}), or a model with outputs of their shape."
+        return "The labels are {} per sample and the logits {}: resize one to the size of the other.".format(*sizes)
+    return f"Give targets of shape (N, {', '.join(map(str, shape))}), or a model with outputs of the targets' shape."
 
 
 _TO_AXIS_1 = "targets.permute(0, 3, 1, 2) of a tensor, targets.transpose(0, 3, 1, 2) of an array"
@@ -308,9 +314,8 @@ _TO_AXIS_1 = "targets.permute(0, 3, 1, 2) of a tensor, targets.transpose(0, 3, 1
 
 def _regression_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     """Return the fix for real numbers."""
-    outputs = (
-        "" if _fits(targets, shape) else f", with a model whose outputs have shape {targets.shape[1:] or (1,)} a sample"
-    )
+    found = targets.shape[1:] or (1,)
+    outputs = "" if _fits(targets, shape) else f", with a model whose outputs have shape {found} per sample"
     return (
         'For regression take label_loss="squared-error" and a term on the outputs such as '
         f'Term("fitnet", student_layer="logits"){outputs}.'
@@ -318,13 +323,13 @@ def _regression_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
 
 
 def _type_fix(targets: NDArray[Any], shape: tuple[int, ...], *, integral: bool) -> str:
-    """Return the fix for targets that have the shape of class numbers, and another type."""
+    """Return the fix for targets that have the shape of class numbers, but another type."""
     if targets.dtype == bool:
         return "Give integers: targets.astype(numpy.int64), or targets.long() of a tensor."
     if np.isnan(targets).any():
         return "Leave out samples whose target is NaN, or give -100 where a label is missing, as integers."
     if integral:
-        return "They are integers stored as floats: give targets.astype(numpy.int64), or targets.long()."
+        return "The targets are integers stored as floats: give targets.astype(numpy.int64), or targets.long()."
     return _regression_fix(targets, shape)
 
 
@@ -335,25 +340,25 @@ def _class_axis_fix(targets: NDArray[Any], shape: tuple[int, ...], axis: int, *,
     sums_to_1 = bool((abs(targets.sum(axis) - 1) < SUM_TOLERANCE).all())
     probabilities = finite and bool((targets >= 0).all()) and sums_to_1
     if binary and probabilities:
-        return f"They are one-hot: give targets.argmax({axis})."
+        return f"The targets are one-hot: give targets.argmax({axis})."
     if probabilities:
         return (
-            "They are soft labels, as mixed samples have. The teacher computes soft targets for mixed inputs: give "
-            f"label_weight=0 and leave the targets out, or give hard labels: targets.argmax({axis})."
+            "The targets are soft labels, like those of mixed samples. The teacher computes soft targets for mixed "
+            f"inputs: give label_weight=0 and leave the targets out, or give hard labels: targets.argmax({axis})."
         )
     if binary or (finite and targets.min() >= 0 and targets.max() <= 1):
         return (
-            "They look like multi-label targets, one binary label for each class: take "
+            "The targets look like multi-label targets, one binary label for each class: take "
             f'label_loss="binary" and {_binary_term(shape)}{move}.'
         )
     return f"{_regression_fix(targets, targets.shape[1:] if move else shape)[:-1]}{move}."
 
 
 def _columns_fix(targets: NDArray[Any], shape: tuple[int, ...], *, integral: bool) -> str:
-    """Return the fix for targets (N, D), such as (N, 1), where the model returns one prediction a sample."""
+    """Return the fix for targets (N, D), such as (N, 1), where the model returns one prediction per sample."""
     if (columns := targets.shape[1]) > 1:
         return (
-            f"These are {columns} binary labels a sample: give the model as many outputs, and take "
+            f"These are {columns} binary labels per sample: give the model as many outputs, and take "
             'label_loss="binary" with "binary-kd". If they are a mask of the inputs, give a dict that names the inputs '
             'and the targets: {"input_ids": ..., "attention_mask": ..., "labels": ...}.'
         )
@@ -380,7 +385,7 @@ def _check_binary(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
-            f'The label loss "binary" takes a target from 0 to 1 for each logit, here of shape {shape} a sample.',
+            f'The label loss "binary" takes a target from 0 to 1 for each logit, here of shape {shape} per sample.',
             "Give one target for each logit; -100 stands for no label." if fits else _reshape_fix(targets, shape),
         )
     wrong = ~((targets >= 0) & (targets <= 1)) & (targets != IGNORED)  # NaN is not in any range
@@ -392,11 +397,11 @@ def _check_binary(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     if np.isnan(value):
         fix = f"Give {IGNORED} where a label is missing."
     elif values <= {-1, 1}:
-        fix = "They are -1 and 1: give (targets + 1) / 2."
+        fix = "The targets are -1 and 1: give (targets + 1) / 2."
     elif values <= {1, 2}:
-        fix = "They are 1 and 2: give targets - 1."
+        fix = "The targets are 1 and 2: give targets - 1."
     elif values <= {0, MASK_LEVEL}:
-        fix = f"They are 0 and {MASK_LEVEL}: give targets / {MASK_LEVEL}."
+        fix = f"The targets are 0 and {MASK_LEVEL}: give targets / {MASK_LEVEL}."
     elif MASK_LEVEL in values and values <= {0, 1, MASK_LEVEL}:
         fix = f"If {MASK_LEVEL} marks pixels without a label, give {IGNORED} there."
     raise DataError(
@@ -412,7 +417,7 @@ def _check_regression(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
-            f'The label loss "squared-error" takes one number for each output, here of shape {shape} a sample.',
+            f'The label loss "squared-error" takes one number for each output, here of shape {shape} per sample.',
             "Give numbers of the shape of the model's outputs." if fits else _reshape_fix(targets, shape),
         )
     wrong = ~np.isfinite(targets) if targets.dtype.kind == "f" else np.zeros(targets.shape, np.bool_)

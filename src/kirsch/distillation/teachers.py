@@ -39,7 +39,7 @@ class TeacherSource(Protocol):
         """Return for each teacher its values by layer, without gradient, on the device of the batch."""
 
     def close(self) -> None:
-        """Remove hooks, until the next call."""
+        """Remove the hooks; the next call adds them again."""
 
 
 class LiveTeachers:
@@ -81,7 +81,7 @@ class LiveTeachers:
 
 
 class StoredTeacher:
-    """The outputs of a teacher that a store holds.
+    """The outputs of a teacher, read from a store.
 
     Args:
         inference: of the framework of the student.
@@ -116,7 +116,7 @@ class StoredTeacher:
         if self._store.specification.augmented and batch.seeds is None:
             raise UsageError(
                 "The store holds augmented samples, and the batches have no augmentation seeds.",
-                "They may not be the views that the teacher received.",
+                "The views in the batches may differ from the views that the teacher received.",
                 "Use kirsch.distill, or the batches of ArrayData.epoch; from a loader of your own, give "
                 "Batch(inputs, targets, ids, view, seeds).",
             )
@@ -164,8 +164,8 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
         if term.layers[1] == "logits" and stored.k:
             if isinstance(term.temperature, Ramp):
                 raise UsageError(
-                    f"The temperature of {term.record_name!r} changes during training; the store has only "
-                    f"{stored.temperature:g}.",
+                    f"The temperature of {term.record_name!r} changes during training; the store holds probabilities "
+                    f"for the temperature {stored.temperature:g} only.",
                     fix="Build the store with Dense(), or give a constant temperature.",
                 )
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
@@ -186,7 +186,7 @@ def combined(
             classes is the normalized geometric mean of the probabilities and not a mixture. "confidence": the mean of
             the probabilities, weighted for each sample, or label, by the softmax over teachers of their negative
             entropies.
-        temperature: that softens the probabilities.
+        temperature: temperature of the softened probabilities.
         activation: of the loss: "softmax", "sigmoid", or "identity" for real numbers, which are averaged.
         axis: of the classes.
 
@@ -203,7 +203,7 @@ def combined(
         axis = 0
     else:
         softened, plain = ([ops.log_softmax(x / divisor, axis) for x in logits] for divisor in (temperature, 1.0))
-    log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) of labels
+    log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) for binary labels
     if way == "confidence":
         unsoftened = ops.stack(plain)
         entropy = -ops.sum(ops.exp(unsoftened) * unsoftened, axis=axis if axis < 0 else axis + 1, keepdims=True)

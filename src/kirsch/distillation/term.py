@@ -15,7 +15,7 @@ from kirsch.errors import UnknownNameError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
-"""In the paths of cross-attention modules of transformers."""
+"""Found in the paths of the cross-attention modules of transformers."""
 
 STACK = re.compile(r"encoder|decoder|cross")
 """The first match in a path is the stack of a layer: `decoder.layers.0.encoder_attn` is in the decoder."""
@@ -63,7 +63,8 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
     """Return the problem as text if the number is not finite or leaves its range, else None."""
     if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
         return (
-            f"{name} changes over {number.epochs} epochs after {number.after}; more than 0 after at least 0 are needed"
+            f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; epochs must be above 0, and "
+            "after at least 0"
         )
     for value in ends(number):
         if not isinstance(value, (int, float)):
@@ -131,7 +132,7 @@ class Term:
 
     @property
     def _on_attention_weights(self) -> bool:
-        """Whether a side is attention that a model returns, which is after the softmax."""
+        """Whether a layer is the attention that a model returns: attention weights, after the softmax."""
         names = [LayerName.read(text) for text in texts([*self.layers])]
         return any(name.layered and name.layered[2] == "attention" for name in names)
 
@@ -168,7 +169,7 @@ class Term:
 class BoundTerm:
     """One loss between one layer of the student and one layer of the teacher.
 
-    A term whose layers are a pattern is bound to several pairs of layers.
+    If the layers of a term are a pattern, there is one bound term for each pair of layers.
 
     Args:
         name: of the term in records. A second term of the same name has "#2" appended.
@@ -228,9 +229,10 @@ class BoundTerm:
 
     @cached_property
     def mean_over(self) -> str:
-        """Items over which the mean of the loss goes; the batches of a step are weighted by their number.
+        """Items over which the loss is averaged. A batch has a weight in its step that is the number of its items.
 
-        "labels" (samples, or positions with a label), "samples", or positions or pairs of positions of a stack.
+        "labels" (samples, or positions with a label), "samples", or the positions or pairs of positions of a stack,
+        such as "positions of decoder".
         """
         if self.on_logits:
             return "labels"

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
+from kirsch import figures
 from kirsch.annotations import AtLeastZero, Count, Fraction, Positive, Seed
 from kirsch.arguments import checked
 from kirsch.errors import DataError, UsageError
 from kirsch.options import Options
+from kirsch.progress import epoch_text
+from kirsch.tables import Part, Piece, Printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -242,6 +245,33 @@ def share_warnings(shares: Mapping[str, float], began: Mapping[str, float]) -> d
     return found
 
 
+class GradientShares:
+    """Shares of the terms in the gradient, measured on the first batch of each epoch.
+
+    Attributes:
+        latest: the last shares, by term.
+        first: the shares of the first batch of the run.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.first: dict[str, float] = {}
+        self._warned: set[str] = set()
+
+    def update(self, norms: Mapping[str, float]) -> list[str]:
+        """Record the shares of gradient norms, given by term. Return warnings, once for each term."""
+        self.latest = shares_of(norms)
+        self.first = self.first or self.latest
+        found = share_warnings(self.latest, self.first)
+        new = [sentence for name, sentence in found.items() if name not in self._warned]
+        self._warned |= found.keys()
+        return new
+
+    def restore(self, latest: Mapping[str, float], first: Mapping[str, float]) -> None:
+        """Continue with the shares of an earlier part of the run."""
+        self.latest, self.first = dict(latest), dict(first)
+
+
 def require_labels(counts: Mapping[str, int], step: str) -> None:
     """Refuse a step without targets.
 
@@ -252,16 +282,42 @@ def require_labels(counts: Mapping[str, int], step: str) -> None:
         raise DataError(f"All targets of {step} are masked.", fix="Check the mask and the labels of the data.")
 
 
-@dataclass
-class Trained:
+MOST_EPOCHS = 10
+"""Number of epochs that a printed result of a training shows."""
+
+
+@dataclass(repr=False)
+class Trained(Printable):
     """Result of a training run.
 
     Args:
         model: trained model, in inference mode.
-        history: one dict per epoch: epoch, loss, parts, learning_rate, seconds, and the validation metrics.
+        history: one dict per epoch: epoch, loss, terms, gradient_shares, learning_rate, seconds, and the validation
+            metrics.
         first_batch: shares of the terms in loss and gradient at the first batch.
     """
 
     model: Any
     history: list[dict[str, Any]] = field(default_factory=list)
     first_batch: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<kirsch.Trained: {type(self.model).__name__}, {self._epochs}>"
+
+    @property
+    def _epochs(self) -> str:
+        return f"{len(self.history)} epoch{'s' * (len(self.history) != 1)}"
+
+    def parts(self) -> list[Part]:
+        """Return the name of the model, a line for each of the last epochs, and the shares of the gradient."""
+        lines: list[Part] = [[Piece(type(self.model).__name__, "strong"), Piece(f"   {self._epochs}")]]
+        shown = self.history[-MOST_EPOCHS:]
+        if len(shown) < len(self.history):
+            lines.append([Piece(f"the first {len(self.history) - len(shown)} epochs are in `history`", "faint")])
+        lines += [[Piece(epoch_text({**record, "epochs": len(self.history)}))] for record in shown]
+        shares = self.first_batch.get("gradient_shares", {})
+        if len(shares) > 1:
+            text = ", ".join(f"{name} {figures.percent(share, 0)}" for name, share in shares.items())
+            lines.append([Piece(f"gradient on the first batch: {text}")])
+        return lines

@@ -1,7 +1,7 @@
 """New values of the integers in the model's code after pruning.
 
-A view with the size `self.heads` demands that the attribute equals the number of indices kept on that axis. The
-attribute is set to the value that meets all its demands.
+`x.view(n, self.heads, -1)` demands that `self.heads` equals the number of indices that are kept on the second axis of
+the view. Each attribute is set to the value that meets all its demands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 COMPARISON = "comparison"
-"""Name of the operation of a demand that a comparison in the code makes."""
+"""Name of the operation if a comparison in the code makes the demand."""
 
 AS_GRAPH = "trace the model with kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code"
 
@@ -36,8 +36,8 @@ def solve(
         conditions: comparisons in the model's code whose results must not change.
 
     Raises:
-        PlanError: no value of an attribute meets its demands, or the result of a comparison would change; names the
-            attribute and the line.
+        PlanError: no value of an attribute meets its demands, or the result of a comparison would change; the message
+            names the attribute and the line.
     """
     present: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
     values = _solved_values(demands, kept)
@@ -50,7 +50,7 @@ def solve(
                 f"No value of {demand.names} fits the plan.",
                 f"{demand.operation.source or demand.operation.name} requires {required}; the code would give "
                 f"{computed}.",
-                f"Exclude its layers, compute the size from the shape of the tensor, or {AS_GRAPH}.",
+                f"Exclude the layers of this size, compute the size from the shape of the tensor, or {AS_GRAPH}.",
             )
     for condition in broken(demands, conditions, kept):
         raise _changed_comparison(condition, kept)
@@ -64,7 +64,7 @@ def _changed_comparison(demand: Demand, kept: Callable[[Labels], int]) -> PlanEr
     return PlanError(
         f"The plan changes the result of a comparison at {demand.operation.source or 'an operation of the graph'}.",
         f"The comparison reads {', '.join(operands)}.",
-        f"Remove another number of units, e.g. with round_to, exclude the layers that it reads, or {AS_GRAPH}.",
+        f"Remove another number of units, e.g. with round_to, exclude the layers of these sizes, or {AS_GRAPH}.",
     )
 
 
@@ -84,7 +84,7 @@ def broken(demands: Sequence[Demand], conditions: Sequence[Demand], kept: Callab
 
 
 def _solved_values(demands: Sequence[Demand], kept: Callable[[Labels], int]) -> dict[object, int]:
-    """Return the values of all attributes and sizes that meet the demands, as far as possible."""
+    """Return values of all attributes and sizes; they meet all demands that can be met."""
     values: dict[object, int] = {leaf: value for demand in demands for leaf, value in demand.expression.leaves}
     values |= {Size(axis.tobytes()): kept(axis) for demand in demands for axis in demand.expression.sizes}
     solved = set[object]()
@@ -108,7 +108,7 @@ def _computed(demand: Demand, values: Mapping[object, int]) -> int | None:
 
 
 def _determined(demands: Sequence[Demand], solved: Container[object]) -> dict[Leaf, list[Demand]]:
-    """Return the attributes that are the only unsolved one of some demands, with these demands."""
+    """Return each attribute that is the only unsolved attribute of a demand, with all such demands."""
     determined: dict[Leaf, list[Demand]] = {}
     for demand in demands:
         unsolved = [leaf for leaf, _ in demand.expression.leaves if leaf not in solved]
@@ -118,10 +118,11 @@ def _determined(demands: Sequence[Demand], solved: Container[object]) -> dict[Le
 
 
 def _value(leaf: Leaf, demands: Sequence[Demand], values: dict[object, int], kept: Callable[[Labels], int]) -> int:
-    """Return the value of an attribute that meets the demands; the present value if none does, as `solve` reports.
+    """Return the value of an attribute that meets the demands. If there is none, return the present value.
 
-    If only numbers that must not change determine the attribute, it keeps its relation to the sizes: it stays equal to
-    one, or the same multiple. Any other value is taken only if no second one fits: every size is divisible by 1.
+    If all demands require constants, as in `size // self.each == 4`, several values can fit. They are tried in this
+    order: the new size if the attribute equals a size, the present value, and the present value times the ratio of a
+    new to an old size. Any other value is used only if it is the only one that fits: 1 divides every size.
     """
     present, required = values[leaf], [_required(demand, kept) for demand in demands]
 

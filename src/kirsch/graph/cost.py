@@ -1,4 +1,4 @@
-"""Cost of a plan, counted without building the pruned model: sums of products of kept counts."""
+"""Cost of a plan, counted without building the pruned model: sums of products of the numbers of kept labels."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class CostModel:
 def _array_index(
     labels: Labels, index: dict[bytes, int], arrays: list[NDArray[np.int64]], component: NDArray[np.int64]
 ) -> int:
-    """Return the index in `arrays` of the components of some labels, after adding them if they are new."""
+    """Return the index in `arrays` of the components of some labels. New components are appended to `arrays`."""
     components = component[labels]
     key = components.tobytes()
     if key not in index:

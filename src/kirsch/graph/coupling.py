@@ -1,8 +1,8 @@
 """Components: sets of labels that are removed together, and which of them are frozen.
 
 All equalities are solved at once. If all marginals of a grid axis are frozen, the cells along that axis are tied and
-the axis is dropped. Grids that split the same cells into the same slabs are merged. Both steps add ties and are
-repeated until nothing changes.
+the axis is dropped. A slab of a grid is the set of all cells with one index on one axis. Grids that split the same
+cells into the same slabs are merged. Both steps add ties and are repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ def solve(
 
 
 def _causes(freezes: Sequence[Freeze], fixed_grids: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
-    """Return the first fact that froze each component. Cells of a grid without a free axis take that of a marginal."""
+    """Return the first freeze of each component; for cells of a grid without a free axis, the freeze of a marginal."""
     why: dict[int, Freeze] = {}
     for freeze in freezes:
         for frozen in np.unique(component[freeze.labels]).tolist():
             why.setdefault(frozen, freeze)
-    for grid in fixed_grids:  # in the order of fixing: marginals that are cells of an earlier grid have their cause
-        longest_first = sorted(grid.marginals, key=len, reverse=True)  # the 3 of (3, heads, width) explains least
+    for grid in fixed_grids:  # a marginal that is a cell of an earlier grid already has a cause
+        # A short axis, such as the 3 of (3, heads, width), explains least.
+        longest_first = sorted(grid.marginals, key=len, reverse=True)
         marginals = component[np.concatenate(longest_first)].tolist()
         causes = [why[marginal] for marginal in marginals if marginal in why]
         for cell in np.unique(component[grid.cells]).tolist() if causes else ():
@@ -101,8 +102,8 @@ def equalities(facts: Facts) -> NDArray[np.int64]:
 def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
     """Return the component of each label after adding ties; components are numbered by their first labels.
 
-    Every round links each tied component to the smallest component that it is tied to, for all ties at once: one round
-    for a chain of ties, two for a star.
+    Every round links each tied component to the smallest component that it is tied to, for all ties at once. A chain
+    of ties needs one round, a star needs two.
     """
     if not ties:
         return component

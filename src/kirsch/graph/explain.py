@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 SHOWN = 4
-"""Number of operations shown of a chain; of a longer chain the first and the last are shown."""
+"""Largest number of operations shown of a chain. Of a longer chain, the first two and the last two are shown."""
 
 
 class CoupledGraph(Protocol):
@@ -78,7 +78,7 @@ def _describe_group(graph: CoupledGraph, group: Group, layer_axes: list[Paramete
         if key not in layer_axes:
             layer, _, parameter = _axis_text(key).rpartition(".")
             chain = f"by {_chain_text(paths[key])}" if key in paths else "by a number in the code that sets both sizes"
-            # The path to a bias goes through the weight of its layer; the shorter text, that of the weight, is shown.
+            # The path to a bias goes through the weight of its layer. The shorter text, for the weight, is shown.
             chains[layer] = min(chains.get(layer, chain), chain, key=len)
             indices.setdefault(layer, []).append(parameter)
     lines = [
@@ -111,7 +111,7 @@ def _chain_text(operations: list[Operation]) -> str:
 
 
 def _reason(graph: CoupledGraph, key: ParameterAxis) -> str:
-    """Return why an axis outside all groups stays."""
+    """Return the reason why an axis that is in no group cannot be pruned."""
     component, why = graph.coupling.component, graph.coupling.why
     freezes = [why[c] for c in np.unique(component[graph.axes[key]]).tolist() if c in why]
     if not freezes:

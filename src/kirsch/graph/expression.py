@@ -36,7 +36,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a tensor axis, read at run time, so that it follows the kept labels.
+    """The size of a tensor axis that the code reads at run time: it changes with the kept labels.
 
     Args:
         labels: bytes of the axis' label array, which are hashable.

@@ -3,7 +3,7 @@
 equality    two labels are removed together;
 freeze      a label cannot be removed, with the reason;
 grid        an array of labels (*cells*) with one *marginal* label per index of each axis. A cell is removed exactly if
-            one of its marginals is. A reshape (C) -> (A, B) adds a grid, so that the kept cells remain a product;
+            one of its marginals is removed. A reshape (C) -> (A, B) adds a grid, so that whole rows or columns are cut;
 mark        the role of labels in an operation, such as heads of an attention or units of a recurrent state;
 demand      an integer in the model's code must equal the number of kept labels;
 condition   the result of a comparison in the model's code must not change;
@@ -67,7 +67,7 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Grid:
-    """An array of cells whose kept part must be a product.
+    """An array of cells of which exactly those are kept whose marginals are all kept.
 
     Args:
         cells: labels of the cells, n axes.
@@ -219,7 +219,7 @@ class Facts:
         self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def choose(self, expression: Expression, *, holds: bool) -> None:
-        """Record a question by which the model's code chooses between two ways, for the message of a failed cut."""
+        """Record a comparison that only chooses a branch, so its result may change. Errors of the removal name it."""
         self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:

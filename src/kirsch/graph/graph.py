@@ -131,12 +131,15 @@ class Graph(Printable):
         )
 
     def parts(self) -> list[Part]:
-        """Return the groups as a tree with their costs, the residual blocks, and what blocks the rest."""
+        """Return the groups as a tree with their costs, the residual blocks and the blockers."""
         shapes = (spec.shape for spec in tensors(self.inputs))
         return layout.graph_parts(self.model_name, self.cost, shapes, self.group_costs(), self.blocks, self.blockers)
 
     def group_costs(self) -> list[GroupCost]:
-        """Return the cost of each group. Groups share costs, so the sum exceeds the cost of the model."""
+        """Return the cost of each group.
+
+        A weight belongs to the groups of both of its axes, so the sum can exceed the cost of the model.
+        """
         total, costs = self.cost, []
         for group in self.groups:
             without = self.prices.price(self.keep({group.name: tuple(range(group.size))}))
@@ -147,7 +150,7 @@ class Graph(Printable):
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
         """Solve the facts and find the groups.
 
-        Axes whose sizes the integers in the model's code cannot follow are tied or frozen, until none is left.
+        Axes are tied or frozen until the integers in the model's code can be set for every choice of units.
         """
         equal = coupling.equalities(self.facts)
         ties: list[tuple[Labels, Labels]] = []
@@ -183,7 +186,7 @@ class Graph(Printable):
 
     @cached_property
     def prices(self) -> CostModel:
-        """Cost model, which counts the cost of any choice of units."""
+        """Cost model of the graph; it counts the cost of any choice of units."""
         return CostModel(self.facts.terms, self.coupling.component)
 
     @cached_property
@@ -257,7 +260,7 @@ class Graph(Printable):
         return constants.solve(self.facts.demands, kept_count, self.facts.conditions)
 
     def turned(self, keep: NDArray[np.bool_]) -> list[str]:
-        """Lines of the comparisons that choose another way in the model's code when units go."""
+        """Return the lines of code whose comparisons choose another branch if units are removed."""
         component = self.coupling.component
         kept = lambda labels: int(keep[component[labels]].sum())  # noqa: E731 - as above
         found = constants.broken(self.facts.demands, self.facts.choices, kept)
@@ -308,7 +311,7 @@ class Graph(Printable):
         return free
 
     def frozen_by(self, name: str) -> list[Freeze]:
-        """Return the facts that keep any part of a parameter from being removed, inputs and outputs last.
+        """Return the freezes of a parameter of which no part can be removed, those by inputs and outputs last.
 
         Empty if a part of the parameter can be removed.
         """

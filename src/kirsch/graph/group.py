@@ -39,6 +39,10 @@ class Group:
     starts: NDArray[np.int64]
     footprint: tuple[ParameterAxis, ...]
 
+    def __repr__(self) -> str:
+        """Return one line."""
+        return f"<Group {self.name}: {self.size} units of kind {self.kind}, in {len(self.layers)} layers>"
+
     @property
     def size(self) -> int:
         """Number of units."""
@@ -139,7 +143,7 @@ class _Footprints:
         hashes = np.zeros(len(coupling.frozen), np.int64)
         numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
         for number, labels in zip(numbers, axes.values(), strict=True):
-            hashes[coupling.component[labels]] += number  # once, however often a component occurs; wraps around
+            hashes[coupling.component[labels]] += number  # adds once, however often a component occurs; may wrap around
         self.on_parameter = hashes != 0
         _, first, self._footprint = np.unique(hashes, return_index=True, return_inverse=True)
         self._axes: list[list[int]] = [[] for _ in first]
@@ -166,8 +170,8 @@ class _Footprints:
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
     """Return the kind and components of the units of grids.
 
-    Each marginal that is not itself a cell gives a unit: the smallest set with that marginal that keeps every grid a
-    product.
+    Each marginal that is not itself a cell gives a unit: the smallest set of components that contains the marginal and
+    can be removed so that the kept part of every grid is a product.
     """
     cells = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
@@ -190,8 +194,9 @@ def _grid_unit_kind(coupling: Coupling, grid: Grid, axis: int) -> str:
 class _Closure:
     """Extends sets of removed components until the kept part of every grid is a product.
 
-    Removing a marginal removes its slab of cells. A removed cell must lie in a removed slab of every grid that contains
-    the cell; where it does not, the slab that adds the fewest cells is removed too.
+    Removing a marginal removes its slab: all cells with this index on the axis of the marginal. A removed cell must lie
+    in a removed slab of every grid that contains the cell. In a grid where it does not, the slab that adds the fewest
+    cells is removed, too.
     """
 
     def __init__(self, coupling: Coupling) -> None:
@@ -290,7 +295,7 @@ class _Closure:
         return self._cheapest_slab(grid, grid.cells[tuple(uncovered[0])]) if len(uncovered) else uncovered[:, 0]
 
     def _cheapest_slab(self, grid: Grid, cell: np.int64) -> NDArray[np.int64] | None:
-        """Return the marginals whose removal removes a cell with the fewest others; None if all are frozen."""
+        """Return the marginals that remove a cell with the fewest other cells; None if all choices are frozen."""
         best: tuple[int, NDArray[np.int64]] | None = None
         indices = np.argwhere(grid.cells == cell)
         for axis, marginal in enumerate(grid.marginals):

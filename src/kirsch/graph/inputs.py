@@ -62,9 +62,9 @@ class NestedInput:
 
 
 Input: TypeAlias = InputSpec | InputValue | NestedInput
-"""An example input as a plan stores it: tensors without their values, all other inputs with them."""
+"""An example input as a plan stores it: tensors without values, all other inputs with their values."""
 
-KINDS = ("list", "tuple", "dict")
+CONTAINERS = ("list", "tuple", "dict")
 """Kinds of containers in a plan."""
 TENSOR, VALUE, NESTED = ({"name", "shape", "dtype", "high"}, {"name", "value"}, {"name", "kind", "items"})
 """Fields of each kind of entry."""
@@ -100,8 +100,8 @@ def read(entry: Any) -> Input:
     if fields == VALUE:
         return InputValue(name, _value(entry["value"]))
     kind, items = entry["kind"], tuple(map(read, _required(entry, "items", list, "a list")))
-    if kind not in KINDS:
-        raise ValueError(f"'kind' is {kind!r}, which is not one of {', '.join(KINDS)}")
+    if kind not in CONTAINERS:
+        raise ValueError(f"'kind' is {kind!r}, which is not one of {', '.join(CONTAINERS)}")
     names = [item.name for item in items]
     if kind == "dict" and len(set(names)) < len(names):
         raise ValueError(f"the input {name!r} is a dict with a repeated key: {', '.join(names)}")

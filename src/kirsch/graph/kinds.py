@@ -1,9 +1,9 @@
-"""Kinds of units: what the indices of an axis are to the operations that use them."""
+"""Kinds of units: the role of the indices of an axis in the operations that use the axis."""
 
 from __future__ import annotations
 
 KINDS = {
-    "expert": "one of several weights of which a router selects the k with the largest scores, with its score",
+    "expert": "one of several weights, and its score; a router selects the k weights with the largest scores",
     "kv group": "query heads that share keys and values: repeated heads, or the first axis of a grid of heads",
     "head in kv group": "the second axis of a grid of heads",
     "head": "an index shared by two activations that are multiplied, such as queries and keys",
@@ -29,7 +29,7 @@ GRID_UNIT_KINDS = {
 """Kind of a grid → kinds of the units on its first axis and on all other axes."""
 
 UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "chunk"])
-"""Kinds whose units are parts with a width of their own, such as heads. Runtimes do not compute them in blocks."""
+"""Kinds of parts with a width of their own, such as heads. Runtimes do not need a multiple of them, unlike channels."""
 
 BLOCK = "block"
 """Kind of a residual block, a module that can be replaced by the identity. A block is not a unit of a group."""

@@ -175,7 +175,7 @@ def plan_parts(
 
     Args:
         title: the first line.
-        sizes: name of each group → number of its units, and of those that are removed.
+        sizes: name of each group → (number of units, number of removed units).
         blocks: paths of the removed blocks.
         cost: the cost, as `cost_table` returns it.
         texts: the notes.
@@ -211,7 +211,7 @@ def cost_table(before: Cost, after: Cost, goal: Mapping[str, float]) -> Table:
 
 
 def method_text(method: Mapping[str, Any], *, of_blocks: bool) -> str:
-    """Return the options of a plan that decide most, as one line.
+    """Return the main options of a plan as one line.
 
     Args:
         method: the options, as a plan stores them; any of them may be missing.

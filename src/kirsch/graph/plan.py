@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Argument names that ask for a limit on the time."""
+"""Names of arguments that would limit the time."""
 NO_LATENCY = "latency goals do not exist yet."
 WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
 IN_PLACE_OF_LATENCY = (
@@ -184,7 +184,7 @@ class Plan(Printable):
     def parts(self) -> list[Part]:
         """Return a bar for each group, the cost before and after, and the notes.
 
-        A plan without its graph, as one from JSON, shows only the groups that lose units.
+        A plan without its graph, such as a plan from JSON, shows only the groups that lose units.
         """
         removed = {removal.name: len(removal.removed) for removal in self.groups}
         groups = self.graph.groups if self.graph is not None else self.groups
@@ -377,7 +377,7 @@ class Plan(Printable):
             )
 
     def check_cost(self, graph: Graph) -> None:
-        """Check that the cost of the original in the plan is that of the graph.
+        """Check that the plan states the cost of the original as counted on the graph.
 
         MACs and activations depend on the inputs and are compared only if the example inputs are the same.
 

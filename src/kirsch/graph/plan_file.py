@@ -30,7 +30,7 @@ from kirsch.json_schema import (
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
 MOST_NUMBERS = 1 << 28
-"""Largest number of elements in all example inputs, which are drawn when the plan is applied: 1 GiB of float32."""
+"""Largest number of elements in all example inputs: 1 GiB of float32. They are drawn when the plan is applied."""
 
 LARGEST = {
     "bool": 1,
@@ -77,7 +77,7 @@ def _input(value: Any, path: str) -> Any:
     return value
 
 
-NESTED = record({"name": text(), "kind": one_of(inputs.KINDS), "items": array(_input)})
+NESTED = record({"name": text(), "kind": one_of(inputs.CONTAINERS), "items": array(_input)})
 _PLANNED = (*KINDS, BLOCK)
 COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
 PLAN = record(
@@ -188,7 +188,8 @@ def _check_inputs(entries: list[dict[str, Any]]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"inputs has two inputs of the same name, {max(names, key=names.count)!r}")
     tensors = list(inputs.tensors(map(inputs.read, entries)))
-    if sum(math.prod(size or 1 for size in tensor.shape) for tensor in tensors) > MOST_NUMBERS:  # as strides count them
+    # A size of 0 counts as 1, as in the strides of an array.
+    if sum(math.prod(size or 1 for size in tensor.shape) for tensor in tensors) > MOST_NUMBERS:
         shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
         raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers; sizes of 0 count as 1")
     for index, tensor in enumerate(tensors):

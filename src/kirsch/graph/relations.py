@@ -70,7 +70,8 @@ def permute(tensor: Tensor, order: Sequence[int]) -> Tensor:
 def reshape(facts: Facts, tensor: Tensor, shape: Sequence[int], kind: str = "view") -> Tensor:
     """Return the tensor reshaped to `shape`.
 
-    Both shapes are split into the shortest runs of axes with equal products; each run is merged and split by itself.
+    Both shapes are split into the shortest runs of axes with equal products of sizes. Each run is merged and split
+    separately.
     """
     axes: list[Axis] = [None] * len(shape)
     for old, new in _matching_runs(tensor.shape, shape):
@@ -86,7 +87,7 @@ def reshape(facts: Facts, tensor: Tensor, shape: Sequence[int], kind: str = "vie
 
 
 def _matching_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Return the shortest runs of axes of two shapes with equal products; axes of size 1 are left out."""
+    """Return the shortest runs of axes of two shapes with equal products of sizes, without axes of size 1."""
     olds = [axis for axis, size in enumerate(before) if size != 1]
     news = [axis for axis, size in enumerate(after) if size != 1]
     runs: list[tuple[list[int], list[int]]] = []
@@ -125,7 +126,7 @@ def concat(facts: Facts, tensors: Sequence[Tensor], dim: int, shape: Sequence[in
 
 
 def gather(facts: Facts, tensor: Tensor, dim: int, index: NDArray[np.int64]) -> Tensor:
-    """Return the tensor at these indices of axis `dim`, which may repeat, leave out and reorder indices.
+    """Return the tensor with the given indices of axis `dim`, in any order, with repeats or omissions.
 
     A single selected index is frozen, since an axis of size 1 has no labels.
     """

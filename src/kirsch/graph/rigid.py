@@ -1,9 +1,9 @@
 """Ties and freezes of axes whose sizes are set by integers in the model's code.
 
-`x.reshape(n, c, heads, c // heads)` on an axis that does not change keeps `c` from changing. Two axes whose sizes come
-from one attribute must lose the same number of units. Whether the code can follow every choice of units is tested on
-random choices: sizes are sums and products of kept counts, so a demand that holds for a few very different choices
-holds for all.
+If `x.reshape(n, c, heads, c // heads)` is applied to a frozen axis, `c` must keep its value. Two axes whose sizes come
+from one attribute must lose the same number of units. Random choices of units show which demands the attributes cannot
+meet: sizes are sums and products of numbers of kept labels, so a demand that is met for a few very different choices is
+met for all.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 TRIALS = 8
-"""Number of random choices. A demand that fails for none of them by chance is still checked when a plan is made."""
+"""Number of random choices. If a demand fails for none of them by chance, it is still checked for each plan."""
 
 
 def code_constraints(
     demands: Sequence[Demand], conditions: Sequence[Demand], coupling: Coupling, groups: Sequence[Group]
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
-    """Return the ties, or else the freezes, that failing demands need; both empty if no demand fails.
+    """Return the ties that failing demands need, or the freezes if no tie helps; both empty if no demand fails.
 
-    A tie may be enough for other demands, so nothing is frozen while something can be tied. A condition that holds for
-    some choices is left to the check of the plan; one that holds for none is treated as a demand.
+    A tie may be enough for other demands, too, so nothing is frozen while something can be tied. A condition that holds
+    for some choices is checked for each plan. A condition that holds for no choice is treated as a demand.
     """
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
@@ -76,8 +76,8 @@ def _failing(
 ) -> list[Demand]:
     """Return the demands that fail for a random choice, and the conditions that fail whenever a size they read changes.
 
-    A condition must also fail for at least one of the choices. A comparison that holds for the present attributes at
-    another size, such as `width % heads == 0`, is treated as a condition.
+    A condition must also fail for at least one of the choices. A demand that is a comparison of sizes and attributes
+    with a number, such as `width % heads == 0`, is treated as a condition.
     """
     failing: dict[int, Demand] = {}
     both = [*demands, *conditions]

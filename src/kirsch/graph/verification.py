@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 UNUSUAL_LAYERS = "the unusual layers"
-"""Words of an error that `kirsch.prune` replaces with the names of the layers, once these are found."""
+"""Placeholder in an error: `kirsch.prune` replaces it with the names of the layers that it finds."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Verification(Printable):
         tolerance: largest error that is allowed.
         reason: reason for the tolerance.
         power: largest difference between the outputs of the masked and the unmasked original, relative to the larger of
-            both, 0 to 2. With power 0 the mask has no effect, and the comparison verifies nothing.
-        statistics: operations with statistics over a pruned axis, such as layer normalization. They were evaluated over
-            the kept units, so the pruned model differs from a plainly masked one.
+            the two, 0 to 2. With power 0 the mask has no effect, and the comparison verifies nothing.
+        statistics: operations with statistics over a pruned axis, such as layer normalization. In the masked original,
+            too, they are computed over the kept units only.
         unseen: pruned modules that do not affect any output on the example inputs, such as the queries and keys of a
             single token. A wrong cut of these modules would not be detected.
-        reweighted: path of each module that computes its weight from its parameters, such as spectral normalization,
-            and whose weight for the kept units changes → RMS of the new weight relative to the old one.
+        reweighted: modules whose weight is computed from parameters, as in spectral normalization, and changes for the
+            kept units: module path → RMS of the new weight relative to the old weight.
     """
 
     error: float
@@ -61,7 +61,7 @@ class Verification(Printable):
         """Return the result in one sentence, for the terminal and the report."""
         verdict = "equal to" if self.passed else "not equal to"
         statistics, modules = len(self.statistics), len(self.reweighted)
-        notes = f"; statistics of {statistics} operations follow the kept width" if statistics else ""
+        notes = f"; statistics of {statistics} operations computed over the kept units" if statistics else ""
         notes += f"; the computed weights of {modules} modules change" if modules else ""
         return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{notes}"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_VARIATION = 1e-6
-"""Least fraction of the squared norm of the reference that varies over the samples."""
+"""Smallest fraction of the squared norm of the reference that must come from differences between samples."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Agreement:
         n: number of samples.
         max_error: largest absolute difference.
         relative: norm of the difference divided by the norm of the reference.
-        centered: the same after subtracting the mean over samples from both; a large constant would hide differences.
+        centered: as `relative`, after subtracting from both sets their mean over the samples. Otherwise a large
+            constant would hide differences.
     """
 
     same_labels: int
@@ -43,7 +44,7 @@ class Agreement:
 
 
 def agreement(reference: NDArray[Any], outputs: NDArray[Any]) -> Agreement:
-    """Compare outputs with those of a reference.
+    """Compare outputs with reference outputs.
 
     Args:
         reference: outputs of the model, shape (N, K), K classes.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 4
 TIGHT, LOOSE = 1e-5, 5e-3
-"""Tolerance of the sum of a row of probabilities, for fewer than `FEW_ROWS` rows and for more (16-bit rounding)."""
+"""Tolerances of the sum of a row of probabilities: `LOOSE`, for 16-bit rounding, from `FEW_ROWS` rows on."""
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:

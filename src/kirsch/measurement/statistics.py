@@ -50,7 +50,7 @@ def rate(hits: int, n: int) -> Rate:
 
 @dataclass(frozen=True)
 class Paired:
-    """Comparison of two models on the same samples, each of which a model predicts correctly or not.
+    """Comparison of the correct predictions of two models on the same samples.
 
     Args:
         lost: number of samples that only the first predicts correctly.

@@ -42,7 +42,7 @@ BLOCK_IMPORTANCES: Registry[BlockImportance] = Registry("importance of blocks")
 def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
     """Return one minus the mean cosine similarity of input and output of each block, over all positions.
 
-    Runs the model once per batch. 0 is a block that does not change the direction of its input.
+    Runs the model once per batch. A block that does not change the direction of its input has importance 0.
 
     Source: Men et al. 2024, arXiv:2403.03853, equation 1 (block influence).
     """
@@ -62,7 +62,7 @@ def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, f
 
 @BLOCK_IMPORTANCES.register("change")
 def change(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, float]:
-    """Return the L2 change of the model's outputs when each block is removed, relative to their L2 norm.
+    """Return for each block the L2 change of the model's outputs without the block, relative to their L2 norm.
 
     Runs the model once per block and batch.
     """
@@ -93,7 +93,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
     important first.
 
     Raises:
-        GoalError: the goal is not reached by removing all blocks; the message has the least reachable cost.
+        GoalError: removing all blocks does not reach the goal; the message has the least reachable cost.
         UnknownNameError: an importance or a block to exclude is unknown.
         UsageError: the importance needs data, or is not finite, for instance since the model returns NaN for the data.
     """
@@ -103,7 +103,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
     if not goal.met_by(least, graph.cost):
         raise GoalError(
             f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
-            f"It has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
+            f"The model has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
             f"{_fix(graph, goal, options.exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
     name = options.importance_name
@@ -143,7 +143,7 @@ def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: 
     if not_finite:
         raise UsageError(
             f"The importance {name!r} of the block {not_finite[0]!r} is {scores[not_finite[0]]}.",
-            "It must be a finite number.",
+            "An importance must be a finite number.",
             "Check the weights and the data.",
         )
     return scores
@@ -152,8 +152,8 @@ def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: 
 def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
     """Return a sentence on whether the goal is reached by removing all blocks."""
     if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
-        return "It is reached if no block is excluded."
-    return "Removing all of them does not reach it; plans of other kinds reduce widths." if graph.blocks else ""
+        return "The goal is reached if no block is excluded."
+    return "Removing all blocks does not reach the goal; plans of other kinds reduce widths." if graph.blocks else ""
 
 
 def _check_data(batches: Sequence[Any], importance: str) -> None:
@@ -166,7 +166,7 @@ def _check_data(batches: Sequence[Any], importance: str) -> None:
 
 def _runner(graph: Graph) -> ModelRunner:
     if graph.runner is None:
-        raise UsageError("This graph cannot run its model.", "It was not created by kirsch.trace.")
+        raise UsageError("This graph cannot run its model.", "The graph was not created by kirsch.trace.")
     return graph.runner
 
 

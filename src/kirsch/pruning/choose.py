@@ -48,21 +48,21 @@ def plan(
     keep_outputs: Names = (),
     seed: Seed = 0,
 ) -> Plan:
-    """Return the units to remove from a traced model, so that its cost is at most the goal, and close to it.
+    """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
 
     The outputs of the model keep their sizes in every plan: its last layer needs no exclusion.
 
     Args:
-        graph: of `kirsch.trace`.
+        graph: result of `kirsch.trace`.
         goal: fractions of the original cost.
         data: only for kinds="block": calibration inputs in the form of the example inputs, or a list of such batches.
-        importance: name of the importance that ranks the units: "magnitude" (the default) or "random". Of blocks:
-            "influence" (the default; one minus the cosine similarity of a block's input and output), "change" (change
-            of the model's outputs when the block is removed; one run per block) or "random".
+        importance: name of the importance that ranks the units: "magnitude" (the default) or "random". For
+            kinds="block": "influence" (the default; one minus the cosine similarity of a block's input and output),
+            "change" (change of the model's outputs when the block is removed; one run per block) or "random".
         norm: 1 or 2, the norm of "magnitude".
         ranking: "global" ranks all units together; "local" removes the same fraction of each group.
-        round_to: the number of kept units of each group is a multiple of this number, since runtimes compute in blocks
-            and other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
+        round_to: the number of kept units of each group is a multiple of this number. Runtimes compute in blocks, so
+            other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
             1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
@@ -74,14 +74,14 @@ def plan(
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
-            Layers before them keep the units that they read, too. Of blocks: paths of the blocks that are kept.
+            The units that these layers read are kept, too. For kinds="block": paths of the blocks that are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
         seed: seed of the importance "random".
 
     Returns:
-        A `Plan`. Its `notes` say what `exclude` and `keep_outputs` cost, and why its cost is more than 1 % of the
-        original below the goal, if it is.
+        A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
+        cost of the plan is more than 1 % of the original below the goal.
 
     Raises:
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
@@ -183,7 +183,7 @@ class _ScoreCache:
         self._cache: dict[str, NDArray[np.float64]] = {}
 
     def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
-        """Return one finite number per unit, divided by the weight of the kind."""
+        """Return the importance of each unit, divided by the weight of its kind."""
         if group.name not in self._cache:
             own = self._options
             self._cache[group.name] = _importance_scores(self._graph, group, own.importance_name, own.norm, own.seed)

@@ -14,10 +14,10 @@ LAYERS = 3
 """Number of layers that a note names."""
 
 INSTEAD = {
-    "exclude": "keep_outputs in place of exclude keeps only the outputs of the layers, and lets their inputs shrink. ",
+    "exclude": "keep_outputs in place of exclude keeps all outputs of the layers, but lets the layers lose inputs. ",
     "keep_outputs": "",
 }
-OUTPUTS = "The outputs of the model are always kept, without an exclusion."
+OUTPUTS = "The outputs of the model are always kept and need no exclusion."
 
 
 def exclusion_notes(graph: Graph, options: PlanOptions) -> list[str]:
@@ -30,7 +30,7 @@ def exclusion_notes(graph: Graph, options: PlanOptions) -> list[str]:
         if kept:
             notes.append(f"{option}={list(patterns)} {_cost_of(graph, kept)}. {INSTEAD[option]}{OUTPUTS}")
         elif patterns and not any(why.option == option for why in found.values()):
-            notes.append(f"{option}={list(patterns)} has no effect: these units are kept without it. {OUTPUTS}")
+            notes.append(f"{option}={list(patterns)} has no effect: these units are kept anyway. {OUTPUTS}")
     return notes
 
 

@@ -40,15 +40,17 @@ IMPORTANCES: Registry[Importance] = Registry("importance")
 def magnitude(graph: Graph, group: Group, *, norm: int, seed: int) -> NDArray[np.float64]:
     """Return the magnitude of the weights of each unit, relative to the other units of the group.
 
-    For each weight with two or more axes that contains slices of the units, of producers and consumers alike, the
-    magnitude of a slice is the mean of |w| (norm 1) or the root of the mean of w² (norm 2). The magnitudes of each
-    weight are divided by their mean over the units, and averaged over the weights: 1 is an average unit in any layer.
+    The magnitude of a slice of a weight is the mean of |w| (norm 1) or the root of the mean of w² (norm 2). It is
+    computed for the slices of the units in all weights with two or more axes: of layers that produce the units and of
+    layers that read them. The magnitudes of each weight are divided by their mean over the units, and averaged over the
+    weights: an average unit has magnitude 1 in any layer.
 
     Source: Li et al. 2017, arXiv:1608.08710 (norm 1 of filters); the average over coupled layers after Fang et al.
         2023, arXiv:2301.12900, section 3.2.
     """
     del seed
-    not_empty = {name for name in graph.parameters if 0 not in graph.tensors[name].shape}  # an empty one has no mean
+    # An empty parameter has no mean.
+    not_empty = {name for name in graph.parameters if 0 not in graph.tensors[name].shape}
     parameters = [(name, axis) for name, axis in group.footprint if name in not_empty]
     weights = [(name, axis) for name, axis in parameters if len(graph.tensors[name].shape) > 1] or parameters
     total = np.zeros(group.size)

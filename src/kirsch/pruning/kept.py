@@ -36,7 +36,7 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
     Args:
         small: result of `kirsch.prune` or `kirsch.load`, pruned once or several times, trained further or not.
         original: the model before pruning.
-        example_inputs: only needed if a plan does not store its own.
+        example_inputs: only needed if a plan does not store its example inputs.
 
     Returns:
         The modules in the order of the original's operations, except modules that run several times, that return
@@ -59,7 +59,7 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
             why = "lost residual blocks" if plan.blocks else "is a traced program"
             raise UsageError(
                 f"This {type(small).__name__} {why}, so that its layers have other names than in the original.",
-                fix="Name the layers of both models in your own terms.",
+                fix="Write terms that name the layers of both models, instead of kirsch.recovery.",
             )
         graph = graph_of(original, plan, None if plan.inputs else example_inputs)
         plan.check(graph)

@@ -44,9 +44,9 @@ def changes(stated: Plan, counted: Plan) -> list[str]:
         notes.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")
     if stated.configuration not in ({}, counted.configuration):
         result = (
-            f"The model without the removed units has {_configuration_text(counted.configuration)}, which is used."
+            f"The pruned model has {_configuration_text(counted.configuration)}, which is used."
             if counted.configuration
-            else "It does not describe the model without the removed units, and is not used."
+            else "This configuration does not describe the pruned model, and is not used."
         )
         notes.append(f"{stated.title} states the configuration {_configuration_text(stated.configuration)}. {result}")
     return notes
@@ -83,7 +83,7 @@ def missed_notes(plan: Plan) -> list[str]:
 
 
 def landing_note(plan: Plan) -> str:
-    """Return a note with the reason why a plan is far below its goal; empty if it is close."""
+    """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
     if not plan.goal or not plan.groups or "round_to" not in plan.method:
         return ""
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
@@ -94,7 +94,7 @@ def landing_note(plan: Plan) -> str:
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
     why = "A single unit of its groups costs that much." if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
-    fix = f" It may come closer with {' or '.join(better)}." if better else ""
+    fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
     return f"{name} are {value:.1%} of the original, {distance}. {why}{fix}"
 

@@ -33,7 +33,7 @@ MAX_PATTERNS = 20
 
 @dataclass(frozen=True)
 class Least:
-    """The least cost that plans with some options reach, and the components that are kept then."""
+    """The least cost that plans with some options reach, and the components that such a plan keeps."""
 
     cost: Cost
     keep: NDArray[np.bool_]
@@ -51,10 +51,10 @@ def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[
     """Return the error for a goal that no plan with these options reaches.
 
     Args:
-        graph: of the model.
+        graph: graph of the model.
         goal: the goal that is missed.
-        options: of the plan.
-        least: returns the least that plans with some options reach.
+        options: options of the plan.
+        least: takes options, and returns the least cost that plans with these options reach.
     """
     reached = least(options)
 
@@ -80,7 +80,7 @@ def reachable(goal: Goal, least: Cost, original: Cost) -> str:
     }
     if any(limit >= 1 for limit in limits.values()):
         return "With these options nothing can be removed."
-    return f"Or use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}, which is reached."
+    return f"Or use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}, which can be reached."
 
 
 # --------------------------------------------------------------------------------------- causes of the remaining cost
@@ -167,7 +167,7 @@ def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str])
     single = [next((change for change in family if not shortfall(change)), None) for family in families]
     sufficient = [change.words for change in single if change is not None]
     if sufficient:
-        return f"It is reached with {', or with '.join(sufficient)}."
+        return f"The goal is reached with {', or with '.join(sufficient)}."
     for size in range(2, len(families) + 1):
         for chosen in itertools.combinations(families, size):
             changes = [family[-1] for family in chosen]
@@ -176,11 +176,11 @@ def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str])
             for index, family in enumerate(chosen):  # use the smallest sufficient change of each family
                 trials = [[*changes[:index], change, *changes[index + 1 :]] for change in family]
                 changes = next(trial for trial in trials if not shortfall(_joined(options, trial)))
-            return f"It is reached with {_joined(options, changes).words}."
+            return f"The goal is reached with {_joined(options, changes).words}."
     if not families:
         return "No option of kirsch.plan allows more units to be removed."
     loosest = _joined(options, [family[-1] for family in families])
-    return f"No options reach it; with {loosest.words}: {shortfall(loosest)}."
+    return f"No options reach the goal; with {loosest.words}: {shortfall(loosest)}."
 
 
 def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[Change]]:
@@ -213,7 +213,7 @@ def _more_kinds(options: PlanOptions, graph: Graph) -> Iterator[Change]:
 
 
 def _fewer_excluded(options: PlanOptions) -> Iterator[Change]:
-    """Yield `keep_outputs` in place of `exclude`, fewer patterns, and none."""
+    """Yield changes of `exclude` and `keep_outputs`: `keep_outputs` in place of `exclude`, fewer or no patterns."""
     for pattern in options.exclude[:MAX_PATTERNS]:
         rest = tuple(other for other in options.exclude if other != pattern)
         outputs = (*options.keep_outputs, pattern)

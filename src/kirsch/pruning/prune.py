@@ -27,9 +27,9 @@ PLANS = "_kirsch_plans"
 """Attribute of a pruned model: the JSON of each plan that made it, so that `kirsch.save` can store them."""
 
 SHAPES = "_kirsch_shapes"
-"""Attribute of a pruned model: the shape of each parameter that the plans leave."""
+"""Attribute of a pruned model: the shape of each parameter after pruning by these plans."""
 
-OPTIMIZER_NOTE = "An optimizer of the original still has the original's parameters: make a new one."
+OPTIMIZER_NOTE = "An optimizer of the original still has the parameters of the original: make a new optimizer."
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,19 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 
     Args:
         model: the model of the plan, trained or not, in any mode and of any floating type.
-        plan: of `kirsch.plan`, `Plan.read` or `Plan.from_json`. Costs and the result of the goal are recomputed from
-            the removed units, so that they need not be adapted in a plan that is edited by hand.
+        plan: result of `kirsch.plan`, `Plan.read` or `Plan.from_json`. Its costs are recomputed from the removed units
+            and compared with its goal again, so they need not be corrected in a plan that is edited by hand.
         example_inputs: only needed if the plan comes from JSON and could not store its inputs.
         verify: compare the outputs of the result with those of the masked original before it is returned.
 
     Returns:
         The pruned model. Mode, hooks, types, devices and requires_grad are those of the original. An optimizer of the
-        original still has the original's parameters; make a new one.
+        original still has the parameters of the original; make a new optimizer.
 
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
-            `save_pretrained` raises an error; or computed weights of the kept units changed.
+            `save_pretrained` raises an error; or kept units have computed weights, as in spectral normalization, that
+            changed.
 
     Raises:
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
@@ -93,7 +94,7 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     """
     result = prune_with_verification(model, plan, example_inputs=example_inputs, verify=verify)
     for text in result.warnings:
-        warnings.warn(text, stacklevel=3)  # the caller of the argument check
+        warnings.warn(text, stacklevel=3)  # the caller of `prune`; `checked` is in between
     return result.model
 
 
@@ -133,7 +134,7 @@ def _check_inputs(model: Any, plan: Plan) -> None:
         raise ModelError(
             f"{plan.title} cannot be applied: the {plan.model} does not run on the inputs of the plan.",
             error_text(error),
-            "Correct shape, dtype and high of its inputs, or give example_inputs.",
+            "Correct shape, dtype and high of the inputs in the plan, or give example_inputs.",
         ) from error
 
 
@@ -174,9 +175,8 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     shapes = getattr(model, SHAPES, None)
-    changed = shapes is not None and shapes != framework.inference.parameter_shapes(
-        model
-    )  # then no plan restores this model
+    # If the model was changed after an earlier pruning, no plan restores it: `save` compares with the earlier shapes.
+    changed = shapes is not None and shapes != framework.inference.parameter_shapes(model)
     setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
@@ -272,7 +272,7 @@ def graph_of(model: Any, plan: Plan, example_inputs: Any) -> Graph:
             raise PlanError(
                 f"{plan.title} cannot be applied: {error.what}",
                 error.why,
-                f"{error.fix} Check its tracing options.".strip(),
+                f"{error.fix} Check the tracing options of the plan.".strip(),
             ) from error
         if example_inputs is not None:
             raise

@@ -125,7 +125,7 @@ class Chooser:
         """Return the smallest choice that meets the goal, by bisection over a threshold.
 
         Args:
-            local: the threshold is the removed fraction of each group, instead of the importance of removed units.
+            local: whether the threshold is the removed fraction of each group, or the importance of removed units.
         """
         if local:
             thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})

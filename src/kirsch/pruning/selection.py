@@ -68,7 +68,7 @@ def multiple(group: Group, options: PlanOptions, fineness: int) -> int:
 
 
 def exclusions(graph: Graph, options: PlanOptions) -> dict[str, Exclusion]:
-    """Return what keeps all units of a group, by group name; `exclude` comes before `keep_outputs`.
+    """Return the exclusion that keeps all units of a group, by group name; `exclude` precedes `keep_outputs`.
 
     Raises:
         UnknownNameError: a pattern matches no layer, parameter or group.
@@ -84,7 +84,7 @@ def exclusions(graph: Graph, options: PlanOptions) -> dict[str, Exclusion]:
 
 
 def _with_parameters(graph: Graph, pattern: str) -> list[str]:
-    """Return the groups with a parameter that the pattern names, or that shares its values with one."""
+    """Return the groups with a parameter that the pattern names, or that is tied to such a parameter."""
     names = {name for name in graph.tensors if matches(name, pattern)}
     names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
     if not names:

@@ -36,7 +36,7 @@ PRUNED = "model"
 
 
 def plan_file(key: str) -> str:
-    """Return the name of the plan of a step in the run folder: "plan.json", or "plan-2.json" of the second."""
+    """Return the file name of the plan of a step: "plan.json", or "plan-2.json" for the second step."""
     return f"{key.replace('prune', 'plan')}.json"
 
 
@@ -85,7 +85,7 @@ class Prune(PlanOptions, Step):
         return graph, choose(graph, goal, data=data, **options)
 
     def _calibration(self, job: Job) -> Any:
-        """Return the samples on which blocks are ranked; a loader that shuffles gives the same ones each time."""
+        """Return the samples on which blocks are ranked; a shuffling loader gives the same samples each time."""
         training = framework_of(job.model).training
         return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
 

@@ -77,7 +77,7 @@ def _require_unchanged(model: Any) -> None:
 
 @checked
 def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = None) -> Any:
-    """Return a saved model with the same bits and types, in inference mode.
+    """Return a saved model in inference mode, with exactly the saved weights and types.
 
     The mode is not stored. A model in training mode would apply dropout and update the statistics of its batch
     normalization in its first forward. `kirsch.distill` sets training mode itself; in your own training loop, call
@@ -103,7 +103,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         raise CheckpointError(
             f"{source} is a file." if source.exists() else f"The folder {source} does not exist.",
             "A model is loaded from a folder that kirsch.save wrote.",
-            f"Give its folder, {source.parent}." if source.exists() else "Check the path.",
+            f"Give the folder of the file, {source.parent}." if source.exists() else "Check the path.",
         )
     if not (source / files.MANIFEST).exists() and not (source / _plan_name(1)).exists():
         raise CheckpointError(
@@ -184,7 +184,7 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
             raise
         raise PlanError(
             error.what,
-            f"{error.why} The plan follows the branches that its example inputs took, and does not store their values.",
+            f"{error.why} The values of the example inputs selected the branches of the plan, and are not stored.",
             "Give these inputs: kirsch.load(folder, build, example_inputs=...).",
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
 from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
-from kirsch.errors import UsageError
+from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
@@ -26,6 +27,7 @@ from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal, MaxDrop
 from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
+from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.manifest import REPORT
 from kirsch.recipes.recipe import DataSection, ModelSection, Recipe
 from kirsch.recipes.runner import Materials, new_folder_name, run
@@ -136,6 +138,7 @@ def compress(
             together with `steps`.
         KirschError: a step failed; the run folder keeps the finished steps.
     """
+    _refuse_unknown(plan_options)
     if distill is not None and student is None:
         raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
     if steps is None:
@@ -229,6 +232,22 @@ def _usual_steps(
     if recover is not None:
         steps.append(Recover(objective=chosen, **settings(recover)))
     return [*steps, Export(), Measure()]
+
+
+def _refuse_unknown(plan_options: dict[str, Any]) -> None:
+    """Raise an error for keywords that are not options of a plan."""
+    arguments = [name for name in inspect.signature(compress).parameters if name != "plan_options"]
+    options = list(PlanOptions.model_fields)
+    for name in plan_options:
+        if name not in options:
+            fix = nearest(name, [*arguments, *options])
+            if name in ("training", *Training.model_fields):
+                fix = f"Give recover=kirsch.Training({'...' if name == 'training' else f'{name}=...'})."
+            raise UsageError(
+                f"kirsch.compress has no argument {name!r}.",
+                f"Arguments: {', '.join(arguments)}. Options of the plan: {', '.join(options)}.",
+                fix or "Leave it out.",
+            )
 
 
 def _refuse_beside_steps(

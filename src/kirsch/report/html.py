@@ -28,7 +28,7 @@ def render(metrics: dict[str, Any]) -> str:
     """Return the report of a run as HTML.
 
     Args:
-        metrics: content of metrics.json; a section whose block is None is left out.
+        metrics: content of metrics.json. A section is left out if its part of the metrics is None or empty.
 
     Returns:
         HTML with an inline style sheet, without scripts and external references. All texts of the run are escaped.

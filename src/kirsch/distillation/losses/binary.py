@@ -14,7 +14,7 @@ def binary_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, 
     """Return the KL divergence of the softened Bernoulli distribution of each class, times temperature².
 
     The divergence is summed over classes and averaged over samples or positions. It suits heads with a sigmoid: several
-    labels a sample, or a single binary output.
+    labels per sample, or a single binary output.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating, or (N,) for a single binary output;

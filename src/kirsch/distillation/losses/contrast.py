@@ -12,9 +12,10 @@ from kirsch.distillation.losses.loss import check_same_shape, loss
 def noise_contrast(student: Any, teacher: Any) -> Any:
     """Return the noise-contrastive loss that identifies each sample's embedding among negatives, in both directions.
 
-    The inputs are the outputs of the adapter "crd-bank": logits x = log(score / (K / rows)) for one positive, in column
-    0, and K negatives, where `rows` is the number of embeddings from which the negatives are drawn and K / rows is the
-    expected score of noise. The probability that a pair is positive is score / (score + K / rows) = sigmoid(x).
+    The inputs are the outputs of the adapter "crd-bank": logits of one positive, in column 0, and of K negatives. A
+    logit is x = log(score / (K / rows)), where `rows` is the number of embeddings from which the negatives are drawn,
+    and K / rows is the expected score of noise. The probability that a pair is positive is score / (score + K / rows) =
+    sigmoid(x).
 
     Args:
         student: logits of the student's embeddings with the teacher's, shape (N, 1 + K).
@@ -27,8 +28,8 @@ def noise_contrast(student: Any, teacher: Any) -> Any:
     Raises:
         ShapeError: the shapes differ.
 
-    Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, with Z fixed as in the authors' code, which adds 1e-7
-        to its denominators. Weight 0.8 beside soft targets, and K = 16384, in the paper.
+    Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, with Z fixed as in the authors' code; that code also
+        adds 1e-7 to denominators. The paper uses weight 0.8 beside soft targets, and K = 16384.
     """
     check_same_shape(student, teacher, "logits of positives and negatives")
     return _binary_cross_entropy(student) + _binary_cross_entropy(teacher)

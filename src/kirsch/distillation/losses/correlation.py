@@ -45,7 +45,7 @@ def correlated(
 
     Returns:
         Scalar, from 0 to 2 T² (inter + intra); 0 if the softened outputs agree, up to a convention's constant.
-        The correlation counts as 0 where one side is constant, and as 1 where both are.
+        The correlation counts as 0 where one side is constant, and as 1 where both sides are.
 
     Raises:
         ShapeError: the shapes differ.
@@ -101,7 +101,7 @@ def _centered(matrix: Any, axis: int, rows: Any) -> Any:
 def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, mask: Any = None) -> Any:
     """Return ‖P_s P_sᵀ - P_t P_tᵀ‖² / N: the squared difference of the inner products of samples' softened outputs.
 
-    There is no factor T², as in the published weights. The products decrease faster with T than such a factor corrects.
+    There is no factor T², so that the published weights apply. The products decrease faster with T than T² corrects.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher. The positions of
@@ -152,11 +152,11 @@ def multi_level(
 ) -> Any:
     """Return the sum of `kd`, `batch-correlation` and `class-correlation` over several temperatures.
 
-    With two views of an image (weak and strong augmentation), call the loss once a view, with the teacher's logits of
-    that view. Three details of the published code are left out. First, its selection of confident samples and classes
-    multiplies a mean that was already taken, which selects nothing and halves the loss; here every sample counts, and
-    `mask` selects. Second, its terms for the strong view at temperatures 2 and 6 use the weak view. Third, its
-    correlations of the strong view are computed and not added.
+    With two views of an image (weak and strong augmentation), call the loss once for each view, with the teacher's
+    logits of that view. Three details of the published code are left out. First, the code selects confident samples and
+    classes after the mean is taken, which selects nothing and halves the loss; here every sample counts, and `mask`
+    selects samples. Second, the terms for the strong view at temperatures 2 and 6 use the weak view. Third, the
+    correlations of the strong view are computed, but not added to the loss.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
@@ -188,7 +188,7 @@ def multi_level(
 
 
 def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any, Any]:
-    """Return both softened outputs (N, K) of samples or positions, 0 where masked, and the mask (N,), None for all."""
+    """Return the softened outputs (N, K) of both sides, 0 where masked, and the mask (N,), which is None for all."""
     check_temperature(temperature)
     check_same_shape(student, teacher)
     p_s, p_t = (ops.exp(ops.log_softmax(ops.zero_masked(logits, mask) / temperature)) for logits in (student, teacher))

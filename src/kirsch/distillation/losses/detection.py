@@ -1,7 +1,7 @@
 """Losses of detectors: feature maps, logits and boxes of dense heads, and sets of queries.
 
-Boxes are (center x, center y, width, height), relative to the image size, so that both terms of a box have a similar
-magnitude.
+Boxes are (center x, center y, width, height), relative to the image size, so that the absolute difference
+and the GIoU of two boxes have a similar magnitude.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def detection_response(
 
     Each class is a Bernoulli distribution, as in heads with a sigmoid; in a softmax the background, which fills most
     cells, would dominate. The weight of a class in a cell is |p_teacher - p_student|, so that the many cells without
-    objects add little, and objects predicted by only one of the two add as much as each other. The gradient flows
-    through the weight, too, as in the authors' code. Boxes are compared in the cells where the teacher detects an
-    object.
+    objects add little, and an object that only the student predicts adds as much as one that only the teacher predicts.
+    The gradient flows through the weight, too, as in the authors' code. Boxes are compared in the cells where the
+    teacher detects an object.
 
     Args:
         student, teacher: dict of "logits", the logits before a sigmoid, (N, Q, K), and "boxes" relative to the image
@@ -105,8 +105,9 @@ def detection_response(
         ShapeError: the shapes differ, or the number of boxes is not the number of cells.
         UsageError: an option is out of range, or a side is not a dict of "logits" and "boxes".
 
-    Source: classes: Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the cells to which the labels
-        assign an object. The box weights are those of DETR (arXiv:2005.12872). The threshold is Kirsch's own choice.
+    Source: classes: Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the number of cells to which
+        the labels assign an object. The box weights are those of DETR (arXiv:2005.12872). The threshold is Kirsch's own
+        choice.
     """
     _check_weights(box_weight=box_weight, giou_weight=giou_weight)
     if not 0 <= threshold <= 1:
@@ -138,7 +139,7 @@ def detr(
     giou_weight: float = 2.0,
     empty_weight: float = 0.1,
 ) -> Any:
-    """Return the distance of the teacher's predictions to the student's predictions matched to them.
+    """Return the distance of each prediction of the teacher from the student's prediction that is matched with it.
 
     Queries have no order, so query i of student and teacher may belong to different objects. The matching minimizes
     this loss, and no gradient flows through it. The weight of a pair is the teacher's confidence in an object. The
@@ -146,8 +147,8 @@ def detr(
 
     Args:
         student, teacher: dict of "logits", the logits, (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q
-            may differ: of a student with more queries, the unmatched ones learn from labels alone; a student with fewer
-            learns from the teacher's most confident queries.
+            may differ: if the student has more queries, its unmatched queries learn from labels alone; if it has fewer,
+            it learns from the teacher's most confident queries.
         classes: "softmax", whose last class is "no object" (DETR), or "sigmoid" for independent classes (Deformable
             DETR, DINO).
         class_weight: weight of the divergence of the classes, >= 0.
@@ -156,8 +157,8 @@ def detr(
         empty_weight: smallest weight of the classes of a pair, >= 0, for pairs without an object.
 
     Returns:
-        Scalar, >= 0: the weighted mean of the divergences of the classes plus that of the distances of the boxes; 0 if
-        the teacher's predictions are among the student's, in any order.
+        Scalar, >= 0: the weighted mean of the divergences of the classes plus the weighted mean of the distances of the
+        boxes; 0 if the teacher's predictions are among the student's, in any order.
 
     Raises:
         ShapeError: samples or classes differ, the number of boxes is not the number of queries, or "no object" is the
@@ -198,7 +199,7 @@ def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, 
     """Return the `count` queries with the highest confidence, or all if there are fewer.
 
     Without this selection, a student with fewer queries would be matched to the teacher's least confident queries,
-    because these have the lowest costs.
+    because the costs of these queries are the lowest.
     """
     confident = ops.convert_to_numpy(confidence(side["logits"], classes))
     order = np.argsort(-confident, axis=-1, kind="stable")[:, :count]  # (N, count)
@@ -284,7 +285,7 @@ def _check_weights(**weights: float) -> None:
 
 
 def _check_sets(student: dict[str, Any], teacher: dict[str, Any]) -> None:
-    """Raise an error unless both have logits and boxes of the same samples and classes, with one box a query."""
+    """Raise an error unless both sides have logits and boxes of the same samples and classes, one box per query."""
     for role, side in (("student", student), ("teacher", teacher)):
         missing = [name for name in ("logits", "boxes") if not isinstance(side, dict) or name not in side]
         if missing:

@@ -52,17 +52,17 @@ def jensen_shannon(
     convention: str = "kirsch",
     mask: Any = None,
 ) -> Any:
-    """Return the generalized Jensen-Shannon divergence, between soft targets (beta 0) and the reverse KL (beta 1).
+    """Return the generalized Jensen-Shannon divergence: the forward KL at beta 0, the reverse KL at beta 1.
 
     With M = (1 - β) p_s + β p_t it is [β KL(p_t ‖ M) + (1 - β) KL(p_s ‖ M)] / [β (1 - β)], times temperature². At β = 0
-    and β = 1 it has its limits, KL(p_t ‖ p_s) and KL(p_s ‖ p_t), so a schedule can move β from 0 to 1.
+    and β = 1 the value is the limit, KL(p_t ‖ p_s) or KL(p_s ‖ p_t), so a schedule can move β from 0 to 1.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         beta: share of the teacher in the mixture, 0 to 1.
         temperature: > 0.
-        convention: "kirsch", or "trl", which omits the division by β (1 - β) and the factor T². The latter approaches 0
-            for β → 0 and β → 1, and jumps to the full divergence at β = 0 and β = 1.
+        convention: "kirsch", or "trl", which omits the division by β (1 - β) and the factor T². With "trl", the loss
+            approaches 0 for β → 0 and β → 1, and jumps to the full divergence at β = 0 and β = 1.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
@@ -74,8 +74,8 @@ def jensen_shannon(
         UnknownNameError: the convention is unknown.
         DataError: the mask is false everywhere.
 
-    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, as in TRL, with β = 0.5 (text is sampled at temperature
-        0.9 there). The limits are derived in Huszár 2015, arXiv:1511.05101.
+    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, as in TRL, with β = 0.5 (TRL samples text at temperature
+        0.9). The limits are derived in Huszár 2015, arXiv:1511.05101.
     """
     check_temperature(temperature)
     check_convention(convention, ("kirsch", "trl"))

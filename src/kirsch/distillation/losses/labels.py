@@ -110,7 +110,7 @@ def binary_label(student: Any, targets: Any, *, mask: Any = None, label_smoothin
         label_smoothing: fraction of each target that is replaced by 1/2; 0 <= fraction < 1.
 
     Returns:
-        Scalar in nats, >= 0. A sample counts if one of its targets does.
+        Scalar in nats, >= 0. A sample counts if any of its targets counts.
 
     Raises:
         ShapeError: the targets have another shape.
@@ -164,7 +164,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
 
 def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Check class numbers; return them with 0 in place of masked labels, and the mask; None if all count.
+    """Check class numbers. Return them with 0 in place of masked labels, and the mask, which is None if all count.
 
     Args:
         student: logits, shape (N, K) or (N, L, K).

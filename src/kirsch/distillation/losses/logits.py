@@ -18,8 +18,8 @@ class Convention:
     Args:
         temperature_squared: multiply the divergence by temperature².
         mean_over_classes: average over classes instead of summing, which makes the loss K times smaller.
-        entropy_kept: compute the cross-entropy to the soft targets. It is larger by their entropy and has the same
-            gradient.
+        entropy_kept: compute the cross-entropy with the soft targets. It is larger than the divergence by the entropy
+            of the targets, and has the same gradient.
         floor: lower bound to which probabilities are clipped.
     """
 
@@ -38,12 +38,12 @@ CONVENTIONS = {
     "modelopt": Convention(mean_over_classes=True),  # LogitsDistillationLoss
     "modelopt-megatron": Convention(temperature_squared=False),  # LogitsKLLoss
     "deit": Convention(mean_over_classes=True),  # soft distillation
-    "neural-compressor": Convention(mean_over_classes=True),  # of PyTorch
+    "neural-compressor": Convention(mean_over_classes=True),  # its loss for PyTorch
     "textbrewer": Convention(temperature_squared=False, entropy_kept=True),  # kd_ce_loss
     "trl": Convention(temperature_squared=False),  # generalized_jsd_loss, beta = 0
     "distillkit": Convention(),
     "keras": Convention(floor=1e-7),  # LogitsDistillation(loss=KLDivergence())
-    "paddleslim": Convention(temperature_squared=False, entropy_kept=True),  # soft_label, both of one temperature
+    "paddleslim": Convention(temperature_squared=False, entropy_kept=True),  # soft_label, equal temperatures
     "huggingface": Convention(),  # DistilBERT
     "distill-whisper": Convention(),
 }
@@ -74,7 +74,8 @@ def soft_target(
 
     Returns:
         Scalar in nats, >= 0 up to rounding; 0 if the softened outputs agree. The gradient for the student's logits
-        is T (p_student - p_teacher) / N. With a convention that keeps the entropy, the minimum is that entropy.
+        is T (p_student - p_teacher) / N. With a convention that keeps the entropy, the minimum is the
+        entropy of the soft targets.
 
     Raises:
         ShapeError: the shapes differ.
@@ -139,7 +140,7 @@ def squared_logits(
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 if the logits agree. Unlike a softmax, the loss also sees a constant added to all logits.
+        Scalar, >= 0; 0 if the logits agree. Unlike a softmax, the loss depends on a constant added to all logits.
 
     Raises:
         ShapeError: the shapes differ.
@@ -184,7 +185,7 @@ def pixel_soft_target(student: Any, teacher: Any, *, temperature: float = 1.0, m
 def softened(
     student: Any, teacher: Any, *, temperature: float, standardize: bool = False, mask: Any = None
 ) -> tuple[Any, Any]:
-    """Return the logarithms of both softmaxes at a temperature, with masked logits set to zero."""
+    """Return the log-softmax of student and teacher at a temperature, with masked logits set to zero."""
     student, teacher = ops.zero_masked(student, mask), ops.zero_masked(teacher, mask)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
@@ -192,7 +193,7 @@ def softened(
 
 
 def standardized(logits: Any) -> Any:
-    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the latter."""
+    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the deviation."""
     centered = logits - ops.mean(logits, -1)[..., None]
     return centered / (ops.standard_deviation(logits) + 1e-7)
 

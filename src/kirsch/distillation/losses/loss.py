@@ -23,7 +23,7 @@ Takes = Literal["logits", "values", "pixels", "maps", "features", "tokens", "att
 - values: outputs of a regression, (N, D) or (N,); the labels are then numbers of the same shape
 - pixels: logits of each pixel, (N, K, H, W)
 - maps: feature maps of a convolution, (N, C, H, W)
-- features: one vector a sample, (N, ...)
+- features: one vector per sample, (N, ...)
 - tokens: hidden states of a sequence, (N, L, D)
 - attention: attention scores or weights, (N, heads, L, L)
 - relations: several arrays (N, L, D), which the loss relates to each other
@@ -44,10 +44,10 @@ TOKEN_KINDS = ("tokens", "attention", "relations")
 """Kinds that belong to the positions of a sequence, so that a mask of positions applies."""
 
 CHANNEL_KINDS = ("pixels", "maps", "stages")
-"""Kinds with an axis of channels or classes before the height and the width, or, by another convention, behind them."""
+"""Kinds with an axis of channels or classes before the height and the width, or, by another convention, after them."""
 
 Over = Literal["samples", "positions", "pairs", "contents"]
-"""Elements that the mean of a loss runs over. It decides the weights when several batches make one step:
+"""Elements over which a loss is averaged. If a step has several batches, their weights are the numbers of elements:
 
 - samples; for logits of sequences and pixels, the positions that are not masked
 - positions of a sequence; for attention, the queries
@@ -62,7 +62,7 @@ positions; `mask`, True where a position counts; `epoch`, the number of epochs d
 
 
 class Loss(Protocol):
-    """A registered loss. It takes student, teacher and keywords; only those of `STEP_ARGUMENTS` may lack a default."""
+    """A registered loss of student, teacher and keywords. Only keywords in `STEP_ARGUMENTS` may lack a default."""
 
     name: str
     takes: Takes
@@ -101,10 +101,10 @@ def loss(
 ) -> Callable[[Callable[..., Any]], Loss]:
     """Decorate a function to register it as a loss.
 
-    The decorated function receives arrays of at least 32 bits, runs without autocast, and gets the teacher's values
-    without gradient, and pixels, maps and stages with their channels on axis 1. It uses operators and the functions of
-    `kirsch.ops`, which work on the arrays of all libraries, and no methods of arrays. Its Python code does not depend
-    on the values of arrays, so that a compiler can trace it; values are checked by `ops.raise_if`.
+    The decorated function runs without autocast. It receives arrays of at least 32 bits, the teacher's values without
+    gradient, and pixels, maps and stages with their channels on axis 1. It must use only operators and the functions of
+    `kirsch.ops`, which work on the arrays of all libraries, never methods of arrays. Its Python code must not depend on
+    the values of arrays, so that a compiler can trace it; check values with `ops.raise_if`.
 
     Args:
         name: the name in objectives.
@@ -114,10 +114,11 @@ def loss(
         learned: the teacher's side passes through a trained module, such as an embedding, so the gradient must reach
             that module. The teacher itself runs without gradient in any case.
         relational: the loss relates the samples of a batch to each other, so its value depends on the batch size.
-        over: elements that the mean runs over; by default positions if `takes` is a kind of sequences, else samples.
+        over: elements over which the loss is averaged; by default positions if `takes` is one of `TOKEN_KINDS`, else
+            samples.
         activation: activation by which the outputs of several teachers are combined; by default "identity" if the loss
-            takes values, else "softmax". With "softmax" a single class is an error; with the others, (N,) counts as
-            (N, 1).
+            takes values, else "softmax". With "softmax", a single class raises an error; with the other activations,
+            arrays (N,) are treated as (N, 1).
         least_at_teacher: the loss has its minimum where the student equals the teacher; False if the minimum also
             depends on the labels.
 
@@ -165,7 +166,7 @@ def loss(
 
 
 def _channels_first(side: Any, axis: int | None) -> Any:
-    """Return arrays with the channels moved to axis 1, those without positions, such as (N, C), unchanged."""
+    """Return arrays with the channels moved to axis 1; arrays without positions, such as (N, C), are unchanged."""
 
     def move(array: Any) -> Any:
         source = ops.channel_axis(array) if axis is None else axis
@@ -294,7 +295,7 @@ def check_same_samples(student: Any, teacher: Any, noun: str = "features") -> No
 
 
 def check_maps(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError unless both are feature maps (N, C, H, W) of the same samples."""
+    """Raise a ShapeError unless student and teacher are feature maps (N, C, H, W) of the same samples."""
     for role, maps in (("student", student), ("teacher", teacher)):
         if len(maps.shape) != len("NCHW"):
             raise ShapeError(

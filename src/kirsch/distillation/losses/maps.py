@@ -22,7 +22,7 @@ from kirsch.distillation.losses.loss import (
 from kirsch.errors import ShapeError, UsageError
 
 STANDARD_MARGIN = -math.sqrt(2 / math.pi)
-"""Mean of the negative half of a standard normal distribution: a channel after a newly initialized batch norm."""
+"""Mean of the negative values of a standard normal distribution, which a newly initialized batch norm gives."""
 
 
 @loss("fitnet", takes="maps")
@@ -50,7 +50,7 @@ def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, conven
     """Return the distance of the attention maps: the mean over channels of |activation|^power, scaled to norm 1.
 
     Args:
-        student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, the larger map is averaged.
+        student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, larger maps are average-pooled.
         power: > 0; exponent of the activations before channels are averaged.
         convention: "mean" is the squared difference, averaged over samples and positions, as in the authors' code and
             RepDistiller; "paper" is the norm of the difference, averaged over samples, as in equation 2 and
@@ -88,7 +88,7 @@ def neuron_selectivity(student: Any, teacher: Any) -> Any:
     channels with channels or of positions with positions. The smaller of the two matrices is computed.
 
     Args:
-        student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, the larger map is averaged.
+        student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, larger maps are average-pooled.
 
     Returns:
         Scalar, >= 0 up to rounding, averaged over samples; 0 if the channels agree, in any order.
@@ -117,8 +117,8 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 
     Args:
         student, teacher: maps before the ReLU, shape (N, C, H, W), floating.
-        margin: > 0; required distance of the student's values from 0. The loss is above 0 for a student that equals the
-            teacher if values of the teacher are nearer to 0.
+        margin: > 0; required distance of the student's values from 0. If values of the teacher are nearer to 0,
+            the loss is above 0 even for a student that equals the teacher.
         convention: "torchdistill" sums over channels and positions and averages over samples; "repdistiller"
             multiplies this by 3 / 1000.
 
@@ -149,8 +149,8 @@ def factor_transfer(
     """Return |difference|^power of the factors, scaled to norm 1, averaged over all elements.
 
     Args:
-        student, teacher: factors, or the maps themselves, shape (N, C, H, W), floating; sizes may differ for
-            "repdistiller", where the larger map is averaged.
+        student, teacher: factors (the outputs of the adapter "factor"), or the maps themselves, shape (N, C, H, W),
+            floating. For "repdistiller", sizes may differ; larger maps are average-pooled.
         power: > 0; 1 or 2 in the paper.
         activity_power: > 0; exponent of the activations before channels are averaged, for "repdistiller".
         convention: "repdistiller" averages the factors over channels, as "at" does; "paper" compares all values of a
@@ -183,7 +183,7 @@ def factor_transfer(
 def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, convention: str = "sum") -> Any:
     """Return the partial squared distance to the teacher's maps, which are clipped from below at a margin.
 
-    Where the teacher is at most 0, a student below the clipped teacher adds nothing, because a ReLU maps both to 0.
+    Where the teacher is at most 0, a student below the clipped teacher adds nothing: a ReLU maps both values to 0.
 
     Args:
         student, teacher: maps before the ReLU, shape (N, C, H, W), floating.
@@ -246,7 +246,7 @@ def margins(mean: Any, std: Any) -> Any:
 
 @loss("hcl", takes="maps")
 def hierarchical_context(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) -> Any:
-    """Return the mean squared difference of the maps and of pooled maps, each smaller size with half the weight.
+    """Return the mean squared difference of the maps, and of maps pooled to smaller sizes with weights 1/2, 1/4, ...
 
     Args:
         student, teacher: shape (N, C, H, W), floating.
@@ -339,10 +339,10 @@ def pearson(student: Any, teacher: Any, *, eps: float = 1e-6) -> Any:
 
 @loss("mgd", takes="maps")
 def generation(student: Any, teacher: Any, *, convention: str = "sum") -> Any:
-    """Return the squared difference of the maps generated from the student's masked maps and the teacher's maps.
+    """Return the squared difference of the teacher's maps and the maps generated from the student's masked maps.
 
     Args:
-        student, teacher: shape (N, C, H, W), floating; the student's are the output of the generator.
+        student, teacher: shape (N, C, H, W), floating; the student's maps are the output of the generator.
         convention: "sum" sums over channels and positions and averages over samples; "modelopt" averages over all
             elements.
 

@@ -12,10 +12,10 @@ from kirsch.errors import ShapeError, UsageError
 
 @loss("bounded-regression", takes="values")
 def bounded_regression(student: Any, teacher: Any, *, labels: Any, margin: float = 0.0, mask: Any = None) -> Any:
-    """Return the student's squared error where it is not below the teacher's squared error by a margin, else 0.
+    """Return the student's squared error, or 0 where it is at least `margin` below the teacher's squared error.
 
-    The teacher's outputs are not a target, because a regression output is unbounded. Its error is a bound below which
-    the student's error no longer counts.
+    The teacher's outputs are not used as targets, because they are unbounded and may be far from the true values. The
+    teacher's error is a bound: a student's error below the bound does not count.
 
     Args:
         student, teacher: outputs, shape (N, D) or (N,), floating; no gradient reaches the teacher.

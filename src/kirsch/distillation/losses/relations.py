@@ -78,8 +78,8 @@ def relational_distance(student: Any, teacher: Any, *, unit: bool = False) -> An
 def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
     """Return the Huber loss of the cosines of the angles of all triples of samples, averaged over triples.
 
-    The cosines are computed from the pairwise distances, and these from inner products, so the differences of samples
-    (N² D numbers) are never stored, only N³ numbers. Distances and products have 64 bits.
+    The cosines are computed from the pairwise distances, which are computed from inner products. This stores N³
+    numbers, but never the differences of samples, which have N² D numbers. Distances and products have 64 bits.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
@@ -125,7 +125,7 @@ def relational(
 
 
 def _squared_distances(features: Any, *, unit: bool) -> Any:
-    """Return the squared distances of all pairs, (N, N), with 0 for those that are only rounding errors.
+    """Return the squared distances of all pairs, (N, N), with 0 for distances that are only rounding errors.
 
     The features are centered and have 64 bits, because the difference of products loses digits for samples that are
     close to each other and far from the mean. With `unit` they are scaled to norm 1 first.
@@ -169,7 +169,7 @@ def _huber(difference: Any) -> Any:
 
 @loss("pkt", takes="features", widths="any", relational=True)
 def probabilistic(student: Any, teacher: Any, *, eps: float = 1e-7) -> Any:
-    """Return the divergence of the cosine similarities of each sample with all samples, as probabilities.
+    """Return the KL divergence of the cosine similarities of each sample to all samples, normalized to probabilities.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
@@ -200,10 +200,10 @@ def _probabilities(features: Any, eps: float) -> Any:
 
 @loss("cc", takes="features", learned=True, relational=True)
 def correlation(student: Any, teacher: Any) -> Any:
-    """Return the mean inner product of |student - teacher| of each sample and of the next one in the batch.
+    """Return the mean inner product of |student - teacher| of a sample with that of the next sample in the batch.
 
-    This is the formula of the authors' code, and depends on the order of the batch. The equations of the paper are
-    "cc-kernel".
+    This is the formula of the authors' code, and depends on the order of the batch. The loss "cc-kernel" implements the
+    equations of the paper.
 
     Args:
         student, teacher: embeddings, shape (N, ...), floating; both receive a gradient.

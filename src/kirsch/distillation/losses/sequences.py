@@ -23,40 +23,6 @@ IGNORE = -100
 BLANK_MODES = ("keep", "drop", "weight")
 
 
-# ------------------------------------------------------------------------------------------------ alignment
-
-
-def align_causal(logits: Any, labels: Any, ignore_index: int = IGNORE) -> tuple[Any, Any, Any]:
-    """Return logits, labels and mask of a causal model, whose output at position i predicts token i + 1.
-
-    The mask is shifted with the labels. An unshifted mask would leave out the first token of each answer and count one
-    prediction after its end.
-
-    Args:
-        logits: shape (N, L, K), or a list or dict of such arrays, such as those of student and teacher.
-        labels: token numbers, shape (N, L), at the positions of the tokens in the input; `ignore` for masked tokens.
-        ignore: label of prompts and padding.
-
-    Returns:
-        Logits (N, L - 1, K), labels (N, L - 1), and a mask (N, L - 1), true where the label counts.
-
-    Raises:
-        ShapeError: logits and labels have different positions, or there is only one position.
-    """
-
-    def drop_last(array: Any) -> Any:
-        if tuple(array.shape[:2]) != tuple(labels.shape):
-            raise ShapeError(
-                f"The labels have shape {tuple(labels.shape)}; the logits have positions {tuple(array.shape[:2])}."
-            )
-        return array[:, :-1]
-
-    if len(labels.shape) != 2 or labels.shape[1] < 2:  # noqa: PLR2004 - (N, L), where a token predicts the next
-        raise ShapeError(f"The labels have shape {tuple(labels.shape)}; (N, L) with L of at least 2 is needed.")
-    aligned = labels[:, 1:]
-    return ops.map_arrays(drop_last, logits), aligned, aligned != ignore_index
-
-
 def mask_from_lengths(lengths: Any, length: int) -> Any:
     """Return a mask, shape (N, length), that is true at the first `lengths[n]` positions of sequence n.
 
@@ -94,12 +60,12 @@ def ctc_frames(
 ) -> Any:
     """Return the KL divergence of each frame's softened outputs, times temperature², averaged over unmasked frames.
 
-    A CTC model predicts blank in most frames, so most of the loss may come from blanks. Leaving them out helps in some
-    tasks and harms in others; compare on your data.
+    A CTC model predicts blank in most frames, so most of the loss may come from blanks. Leaving out blanks helps in
+    some tasks and harms in others; compare on your data.
 
     Args:
         student, teacher: logits of frames, shape (N, L, K).
-        temperature: > 0; not applied to the probability of blank used by `blank`.
+        temperature: > 0; not applied to the probability of blank that the option `blank` uses.
         blank: "keep" gives all frames the same weight. "drop" leaves out frames in which the teacher's probability of
             blank is above `threshold`. "weight" weights each frame by the teacher's probability of the other classes.
             With "drop" and "weight" the mean depends on the whole batch, so the mean of several batches differs from
@@ -160,8 +126,8 @@ def _check_blank(blank: str, blank_class: int, threshold: float, classes: int) -
 class TargetLimits:
     """Limits on sequences that a teacher generated, for use as training targets.
 
-    The defaults are Kirsch's own choice, for languages with similar lengths. Inspect the dropped targets before relying
-    on them.
+    The defaults are Kirsch's own choice, for languages with texts of similar length. Inspect the dropped targets before
+    relying on the limits.
 
     Args:
         min_length_ratio, max_length_ratio: tokens of the target divided by tokens of the source.
@@ -302,6 +268,6 @@ def _problem(
 
 
 def count_most_frequent(tokens: Sequence[Hashable], ngram: int) -> int:
-    """Return the number of occurrences, overlapping ones included, of the most frequent n-gram; 0 if too short."""
+    """Return the number of occurrences, overlapping ones included, of the most frequent n-gram; 0 without n-grams."""
     ngrams = Counter(tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1))
     return max(ngrams.values(), default=0)

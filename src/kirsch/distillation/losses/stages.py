@@ -18,7 +18,7 @@ EXTRA_DIRECTIONS = 3
 def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
     """Return the squared difference of the flow matrices (FSP), summed over pairs of successive stages.
 
-    A flow matrix holds the inner products, over positions, of the channels of one stage and those of the next.
+    A flow matrix holds the inner products, over positions, of the channels of one stage and the channels of the next.
 
     Args:
         student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ. The larger
@@ -53,11 +53,11 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
 
 
 def _check_stages(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError unless both are two or more stages with the same samples and channels."""
+    """Raise a ShapeError unless student and teacher have the same number of stages, samples and channels."""
     if len(student) != len(teacher) or len(student) < len("ab"):
         raise ShapeError(
             f"The student has {len(student)} stages, the teacher {len(teacher)}.",
-            "A relation between stages needs the same number of stages in both, at least two.",
+            "Relations between stages need the same number of stages in student and teacher, at least two.",
         )
     for number, (maps_s, maps_t) in enumerate(zip(student, teacher, strict=True)):
         check_maps(maps_s, maps_t)
@@ -74,7 +74,7 @@ def _flow_matrix(low: Any, high: Any) -> Any:
 
 
 def _max_pool_pair(low: Any, high: Any) -> tuple[Any, Any]:
-    """Return both maps at the smaller height and width; larger maps are pooled by the maximum."""
+    """Return two maps at the smaller height and width; larger maps are pooled by the maximum."""
     size = min(low.shape[2], high.shape[2]), min(low.shape[3], high.shape[3])
     return _adaptive_max_pool(low, size), _adaptive_max_pool(high, size)
 
@@ -104,8 +104,8 @@ def singular_vectors(student: Any, teacher: Any, *, count: int = 1, convention: 
         count: >= 1; number of singular vectors of the teacher to compare.
         convention: the sign of a singular vector is arbitrary, and the kernel depends on it. "signed" makes the largest
             entry of each of the teacher's vectors positive; "repdistiller" keeps the sign of the linear algebra
-            library, so the value depends on the machine; "mdistiller" does so, too, and uses the width of the map in
-            place of the channels.
+            library, so the value depends on the machine; "mdistiller" also keeps this sign, and uses the width of the
+            map in place of the channels.
 
     Returns:
         Scalar, >= 0, summed over pairs of stages, averaged over samples; 0 if the vectors agree.
@@ -196,8 +196,8 @@ def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) 
     """Return the sum of the hierarchical context losses (`hcl`) of all stages.
 
     Args:
-        student, teacher: a list of maps (N, C, H, W), one a stage; the student's are the outputs of the adapter
-            "review".
+        student, teacher: a list of maps (N, C, H, W), one for each stage; the student's maps are the outputs of the
+            adapter "review".
         sizes: as in `hcl`.
 
     Returns:

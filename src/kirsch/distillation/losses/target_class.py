@@ -24,7 +24,7 @@ def decoupled(
     standardize: bool = False,
     mask: Any = None,
 ) -> Any:
-    """Return soft targets with separate weights for the labeled class and for the other classes.
+    """Return the soft-target loss with separate weights for the labeled class and for the other classes.
 
     alpha · KL of (p_label, 1 - p_label) + beta · KL of the softmax over the other classes, times temperature². In
     plain soft targets the second term has the weight 1 - p_label of the teacher, near 0 where the teacher is confident.
@@ -78,15 +78,16 @@ def _label_and_others(logits: Any, labeled: Any) -> tuple[Any, Any, Any]:
 
 @loss("ofa", least_at_teacher=False)
 def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, mask: Any = None) -> Any:
-    """Return the mean of -Σ ((p_t + y)^power - y) log p_s: cross-entropy to the teacher, sharpened at the label.
+    """Return the cross-entropy with the teacher's probabilities, in which the label has more weight.
 
-    A power above 1 raises the weight of the label where the teacher is confident in it. The loss is meant for a teacher
+    The loss is the mean of -Σ ((p_t + y)^power - y) log p_s, where y is 1 for the label and 0 for other classes. A
+    power above 1 raises the weight of the label where the teacher is confident in it. The loss is meant for a teacher
     of another architecture.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         labels: class numbers, shape (N,) or (N, L); those equal to -100 do not count.
-        power: > 0; 1 is the cross-entropy to the teacher's output.
+        power: > 0; 1 is the cross-entropy with the teacher's probabilities.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
@@ -113,7 +114,7 @@ def one_for_all(student: Any, teacher: Any, *, labels: Any, power: float = 1.5, 
 
 @loss("wsld", least_at_teacher=False)
 def weighted_soft_labels(student: Any, teacher: Any, *, labels: Any, temperature: float = 1.0, mask: Any = None) -> Any:
-    """Return the cross-entropy to the softened teacher, weighted by the student's loss on the label, times T².
+    """Return the cross-entropy with the softened teacher, weighted by the student's loss on the label, times T².
 
     The weight of a sample is 1 - exp(-CE_student / CE_teacher), with the cross-entropies of the label at temperature 1.
     No gradient flows through the weight.

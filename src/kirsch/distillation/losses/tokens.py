@@ -23,7 +23,7 @@ MASKED_SCORE = -1e30
 """Attention score of a masked key: its weight is exactly 0, and the logarithm of the weight is finite."""
 
 PADDING_SCORES = {None: -1e2, "textbrewer": -1e-3}
-"""Attention scores at or below this value count as padding, by convention, and are set to 0."""
+"""Attention scores at or below this value count as padding, by convention of a loss."""
 
 
 # ------------------------------------------------------------------------------------------------ hidden states
@@ -182,7 +182,7 @@ def attention_mse(student: Any, teacher: Any, *, convention: str | None = None, 
     Args:
         student, teacher: scores before the softmax, or weights after it, shape (N, heads, queries, keys).
         convention: None sets scores of -100 and below, which mark padding and later positions, to 0. "textbrewer" sets
-            scores of -0.001 and below to 0 if there is no mask, and none if there is one.
+            scores of -0.001 and below to 0 if there is no mask; with a mask it changes no scores.
         mask: shape (N, L), true where a position counts, or (N, queries, keys), for pairs; None counts all.
 
     Returns:
@@ -221,7 +221,7 @@ def attention_ce(
 
     Returns:
         Scalar in nats, >= 0. The minimum, for equal attention, is the mean entropy of the teacher's attention. With
-        "textbrewer" and masked keys the minimum is lower, at a student that gives masked keys less weight.
+        "textbrewer" and masked keys, a student that gives masked keys less weight has a lower loss.
 
     Raises:
         ShapeError: the shapes differ.
@@ -298,10 +298,11 @@ def minilm(
     pairs: Sequence[tuple[int, int]] | None = None,
     mask: Any = None,
 ) -> Any:
-    """Return the KL divergence of the relations between positions in the queries, keys or values of a layer.
+    """Return the KL divergence of the similarities between positions in the queries, keys or values of a layer.
 
-    Each array is split into relation heads, independently of the attention heads of the layer, so widths and numbers of
-    attention heads may differ. The relation of two arrays A and B is softmax(A Bᵀ / √d), with d the width of a head.
+    The similarities, called relations, of two arrays A and B are softmax(A Bᵀ / √d), with d the width of a head. Each
+    array is split into relation heads, independently of the attention heads of the layer, so widths and numbers of
+    attention heads may differ.
 
     Args:
         student, teacher: arrays of one layer with their heads concatenated, such as [queries, keys, values], each
@@ -384,7 +385,7 @@ def _pair_mask(mask: Any, attention: Any) -> Any:
 
 
 def _query_mask(mask: Any, like: Any) -> Any:
-    """Return a mask (N, heads, queries); with (N, queries, keys) a query counts if any of its keys does."""
+    """Return a mask (N, heads, queries); for a mask (N, queries, keys), a query counts if any of its keys counts."""
     if mask is None:
         return None
     counts = mask != 0 if len(mask.shape) == len("NL") else ops.any(mask != 0, -1)
@@ -419,6 +420,4 @@ def _check_same_positions(student: Sequence[Any], teacher: Sequence[Any]) -> Non
 
 def _check_two_layers(layers: Sequence[Any]) -> None:
     if len(layers) != 2:  # noqa: PLR2004 - a flow matrix has two layers
-        raise ShapeError(
-            f"There are states of {len(layers)} layers; two are needed.", fix="Pass a layer twice for one."
-        )
+        raise ShapeError(f"There are states of {len(layers)} layers; two are needed.", fix="Pass a single layer twice.")

@@ -25,14 +25,15 @@ def top_k(
             - "bucket": they form one more class with the sum of their probabilities. The loss is never above the
               divergence of all classes, and 0 only if the mass of the tail agrees, too.
             - "zero": the teacher's tail probabilities become 0, and the k others are divided by their sum.
-            - "renormalized": the same for the student, so the loss does not depend on the student's tail mass.
+            - "renormalized": as "zero", for the student, too, so the loss does not depend on the student's tail mass.
             - "uniform": the teacher's tail mass is spread evenly over the classes of the tail.
         temperature: > 0; applied before the k classes are selected.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
         Scalar in nats, >= 0 up to rounding; 0 if the student's probabilities equal the teacher's after the treatment of
-        the tail. For "bucket" and "renormalized" these are the teacher's probabilities themselves.
+        the tail. A student that equals the teacher has loss 0 with "bucket" and "renormalized", but in general not with
+        "zero" and "uniform".
 
     Raises:
         ShapeError: the shapes differ.
@@ -40,9 +41,10 @@ def top_k(
         UnknownNameError: the tail is unknown.
         DataError: the mask is false everywhere.
 
-    Source: "bucket" is the loss of TRL and DistillKit with a server or a store ("symmetric uniform" there); "zero" is
-        from DistillKit, "renormalized" from NVIDIA's Model Optimizer for Megatron. "uniform" is Wu et al. 2022
-        (TinyViT), arXiv:2207.10666, less the entropy of the targets, with k = 10 for ImageNet-1k, 100 for ImageNet-22k.
+    Source: "bucket" as TRL computes it with a teacher server, and DistillKit, as "symmetric uniform", with stored
+        logits; "zero" is from DistillKit, "renormalized" from NVIDIA's Model Optimizer for Megatron. "uniform" is the
+        loss of Wu et al. 2022 (TinyViT), arXiv:2207.10666, minus the entropy of the targets; k is 10 for ImageNet-1k,
+        100 for ImageNet-22k.
     """
     check_temperature(temperature)
     check_same_shape(student, teacher)
@@ -68,7 +70,7 @@ def stored_top_k(
     stored_temperature: float = 1.0,
     mask: Any = None,
 ) -> Any:
-    """Return the soft-target loss from stored outputs of a teacher: its k most probable classes, times temperature².
+    """Return the soft-target loss, times temperature², from the stored k most probable classes of a teacher.
 
     Args:
         student: logits, shape (N, K) or (N, L, K), floating.
@@ -111,7 +113,7 @@ def stored_top_k(
         ops.detach(ops.upcast(log_tail)),
     )
     with ops.without_autocast(student):
-        indices = ops.cast(indices, "int64")  # of any width: 8 bits cannot be compared with 1000 classes
+        indices = ops.cast(indices, "int64")  # 8 bits cannot be compared with 1000 classes
         _check_classes(indices, student.shape[-1], mask)
         indices, log_p, log_tail = (ops.zero_masked(array, mask) for array in (indices, log_p, log_tail))
         log_p, log_tail = ops.cast_like(log_p, student), ops.cast_like(log_tail, student)

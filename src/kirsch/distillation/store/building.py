@@ -11,18 +11,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from kirsch import files
-from kirsch.annotations import Between, Count, Seed
+from kirsch.annotations import Between, Count, Positive, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.augment import sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.probabilities import kind_of_outputs
+from kirsch.distillation.store import record
 from kirsch.distillation.store import specification as spec
-from kirsch.distillation.store.description import description
 from kirsch.distillation.store.reading import TeacherStore
-from kirsch.distillation.store.record import LOGITS, Keep, TopK, pack_records, record_values
-from kirsch.distillation.store.running import Outputs, TeacherRunner
-from kirsch.distillation.store.specification import Specification, range_file
+from kirsch.distillation.store.record import LOGITS, Keep, Outputs, TeacherRunner, TopK
+from kirsch.distillation.store.specification import RangeFile, Specification
 from kirsch.errors import OutputError, StoreError, UsageError
 from kirsch.frameworks.find import framework_of
 
@@ -41,7 +40,7 @@ def build_store(
     outputs: Outputs | None = None,
     views: Count = 1,
     seed: Seed | None = None,
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
     batch_size: Count = 256,
     ranges: tuple[Annotated[int, Between(0)], Count] = (0, 1),
     range_size: Count | None = None,
@@ -81,85 +80,62 @@ def build_store(
         OutputError: the folder cannot be written, or the disk has too little space.
     """
     folder, (share, shares) = Path(folder), ranges
-    seed = seed if seed is not None else data.seed or 0
     if share >= shares:
         raise UsageError(f"`ranges` is {ranges}; expected (i, n) with 0 <= i < n.")
     runner = TeacherRunner(teacher, data, outputs, batch_size)
-    specification = _specify(runner, data, keep, views, seed, temperature, range_size)
+    seed = seed if seed is not None else data.seed or 0
+    specification = _specify(runner, keep, views, seed, temperature, range_size)
     _begin(folder, data, specification, shares)
-    assigned = list(specification.all_ranges())[share::shares]
-    for done, (view, number) in enumerate(assigned, start=1):
-        if range_file(folder, view, number).is_file():
+    assigned = list(specification.files(folder))[share::shares]
+    for done, file in enumerate(assigned, start=1):
+        if file.path.is_file():
             continue
-        _build_range(folder, runner, data, specification, view, number)
+        _build_range(file, runner, specification)
         if event is not None:
-            event({"event": "range", "view": view, "range": number, "done": done, "of": len(assigned)})
-        error = stop() if stop is not None else None
-        if error is not None:
+            event({"event": "range", "view": file.view, "range": file.number, "done": done, "of": len(assigned)})
+        if stop is not None and (error := stop()) is not None:
             raise error
-    if _missing(folder, specification):
+    if not all(file.path.is_file() for file in specification.files(folder)):
         return None
     files.remove_temporary(folder)  # of processes that were killed
     return TeacherStore.open(folder)
 
 
-def _check_options(data: ArrayData, keep: Keep | None, views: int, seed: int, temperature: float) -> None:
-    """Raise a UsageError that names all options that do not fit the data or each other."""
-    problems = []
-    if data.augment is None and views > 1:
-        problems.append(f"views is {views}, but without a transform all views are equal")
-    options = {"views": (views, data.views), "seed": (seed, data.seed)} if data.augment is not None else {}
-    problems += [
-        f"{name} is {value}, and the data has {data_value}"
-        for name, (value, data_value) in options.items()
-        if data_value not in (None, value)
-    ]
-    if temperature <= 0:
-        problems.append(f"temperature is {temperature}; a number above 0 is needed")
-    elif temperature != 1 and not isinstance(keep, TopK):
-        problems.append(
-            f"temperature is {temperature}, but {keep} stores no probabilities; set the temperature in training"
-        )
-    if problems:
-        raise UsageError("The store cannot be built: " + "; ".join(problems) + ".")
-
-
 def _specify(
-    runner: TeacherRunner,
-    data: ArrayData,
-    keep: Keep | None,
-    views: int,
-    seed: int,
-    temperature: float,
-    range_size: int | None,
+    runner: TeacherRunner, keep: Keep | None, views: int, seed: int, temperature: float, range_size: int | None
 ) -> Specification:
     """Return the specification of the store; the teacher is run on one batch to determine the shapes."""
-    _check_options(data, keep, views, seed, temperature)
+    data, options = runner.data, {"views": views, "seed": seed}
+    different = [
+        f"{name} is {options[name]}, and the data has {value}"
+        for name, value in spec.view_options(data).items()
+        if options[name] != value
+    ]
+    if different:
+        raise UsageError(f"The store cannot be built: {'; '.join(different)}.")
     trial = runner(np.arange(min(runner.batch_size, data.samples)), seed, 0)
     if (keep is None) != (LOGITS not in trial):
         raise UsageError(
             f"The outputs {'have no' if keep is not None else 'have'} {LOGITS!r}, and `keep` is {keep!r}.",
             fix="Use TopK(k) or Dense() if the outputs have logits, and keep=None if they have none.",
         )
-    _check_not_probabilities(runner, trial, data, keep)
-    *positions, classes = trial[LOGITS].shape[1:] if keep is not None else (None,)
-    ids = _ids_on_disk(data)
+    if keep is not None:
+        _check_not_probabilities(runner, trial, keep)
+    ids = data.sample_ids.astype("<i8")
     try:
         specification = Specification(
             samples=data.samples,
             views=views,
-            range_size=range_size or 1,
             seed=seed,
+            range_size=range_size or 1,
             temperature=temperature,
-            classes=classes,
             k=keep.k if isinstance(keep, TopK) else None,
-            positions=tuple(positions),
-            features={name: array.shape[1:] for name, array in trial.items() if name != LOGITS},
-            transform=description(data.augment),
-            outputs=description(runner.outputs),
+            **record.shapes_of(trial),
+            transform=spec.description(data.augment),
+            outputs=spec.description(runner.outputs),
             teacher_sha256=framework_of(runner.teacher).inference.fingerprint(runner.teacher),
             data_sha256=spec.data_hash(data),
-            ids_sha256=None if ids is None else hashlib.sha256(ids).hexdigest(),
+            ids_sha256=None if np.array_equal(ids, np.arange(len(ids))) else hashlib.sha256(ids.tobytes()).hexdigest(),
         )
     except ValidationError as error:
         raise UsageError("The store cannot be built.", spec.problem(error)) from error
@@ -168,60 +144,48 @@ def _specify(
     return specification.model_copy(update={"range_size": range_size or default_size})
 
 
-def _check_not_probabilities(
-    runner: TeacherRunner, outputs: dict[str, Any], data: ArrayData, keep: Keep | None
-) -> None:
+def _check_not_probabilities(runner: TeacherRunner, outputs: dict[str, Any], keep: Keep) -> None:
     """Raise a UsageError if the outputs to be stored as logits are probabilities."""
-    shape = kind_of_outputs(outputs[LOGITS], {"softmax"}) if keep is not None else ""
-    if shape == "softmax" or (
-        isinstance(keep, TopK) and shape and runner.returns_probabilities(data.rows(slice(len(outputs))))
-    ):
+    kind = kind_of_outputs(outputs[LOGITS], {"softmax"})
+    refused = kind == "softmax"
+    if kind and not refused and isinstance(keep, TopK) and runner.outputs is None:
+        inputs = runner.data.rows(slice(len(outputs[LOGITS])))
+        refused = framework_of(runner.teacher).features.is_squashed(runner.teacher, LOGITS, inputs)
+    if refused:
         raise UsageError(
             f"The teacher, a {type(runner.teacher).__name__}, returns probabilities: its outputs are from 0 to 1"
-            + (" and sum to 1 for each sample." if shape == "softmax" else "."),
+            + (" and sum to 1 for each sample." if kind == "softmax" else "."),
             "A store needs logits, because the distillation loss applies the softmax.",
             'Pass the teacher without its last activation, or a callable `outputs` that returns {"logits": the '
             "logarithms of the probabilities}.",
         )
 
 
-def _ids_on_disk(data: ArrayData) -> bytes | None:
-    """Return the ids as they are stored, or None if they are 0, 1, 2, ... and need no file."""
-    ids = data.sample_ids.astype("<i8")
-    return None if np.array_equal(ids, np.arange(len(ids))) else ids.tobytes()
-
-
-def _missing(folder: Path, specification: Specification) -> list[tuple[int, int]]:
-    return [place for place in specification.all_ranges() if not range_file(folder, *place).is_file()]
-
-
 def _begin(folder: Path, data: ArrayData, specification: Specification, shares: int) -> None:
     """Start or continue a store with this specification, after a check of the free disk space."""
-    missing = _missing(folder, specification)
-    files.check_writable(folder, sum(specification.file_bytes(number) for _, number in missing) // shares)
+    missing = [file.size_bytes for file in specification.files(folder) if not file.path.is_file()]
+    files.check_writable(folder, sum(missing) // shares)
     if not (folder / spec.NAME).is_file():
         if len(missing) < specification.views * specification.ranges:
             raise StoreError(f"{folder} has records without a {spec.NAME}.", fix="Remove it, or choose another folder.")
-        ids = _ids_on_disk(data)
-        if ids is not None:
-            files.write_bytes(folder / spec.IDS, ids)
+        if specification.ids_sha256 is not None:
+            files.write_bytes(folder / spec.IDS, data.sample_ids.astype("<i8").tobytes())
         files.write_json(folder / spec.NAME, specification.model_dump(mode="json"))
-    spec.check_same(folder, spec.read(folder), {name: getattr(specification, name) for name in spec.DESCRIPTIONS})
+    given = {name: getattr(specification, name) for name in spec.DESCRIPTIONS}
+    Specification.read(folder).check_same(folder, given)
 
 
-def _build_range(
-    folder: Path, runner: TeacherRunner, data: ArrayData, specification: Specification, view: int, number: int
-) -> None:
-    first, end = specification.bounds(number)
-    records = np.empty(end - first, specification.fields)
-    for start in range(first, end, runner.batch_size):
-        indices = np.arange(start, min(start + runner.batch_size, end))
-        values = record_values(specification.keep, runner(indices, specification.seed, view), specification.temperature)
-        seeds = sample_seeds(specification.seed, view, data.sample_ids[indices])
-        records[indices - first] = pack_records(records.dtype, values, seeds)
-    path = range_file(folder, view, number)
+def _build_range(file: RangeFile, runner: TeacherRunner, specification: Specification) -> None:
+    chunks = []
+    for start in range(0, len(file.samples), runner.batch_size):
+        indices = np.array(file.samples[start : start + runner.batch_size])
+        outputs = runner(indices, specification.seed, file.view)
+        values = record.values_of(specification.keep, outputs, specification.temperature)
+        seeds = sample_seeds(specification.seed, file.view, runner.data.sample_ids[indices])
+        chunks.append(record.pack_records(np.dtype(specification.fields), values, seeds).tobytes())
+    records = b"".join(chunks)
     try:
-        files.write_chunks(path, (records.tobytes(), specification.digest(view, number, records)))
+        files.write_chunks(file.path, (records, specification.digest(file, records)))
     except OutputError:
-        if not path.is_file():  # else another process has built it, and removed temporary files
+        if not file.path.is_file():  # else another process has built it, and removed temporary files
             raise

@@ -17,11 +17,10 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.data.augment import sample_seeds
 from kirsch.data.batches import ArrayData
+from kirsch.distillation.store import record
 from kirsch.distillation.store import specification as spec
-from kirsch.distillation.store.description import description
-from kirsch.distillation.store.record import LOGITS, SEED, record_values
-from kirsch.distillation.store.running import Outputs, TeacherRunner
-from kirsch.distillation.store.specification import Specification, damaged, range_file
+from kirsch.distillation.store.record import LOGITS, SEED, Outputs, TeacherRunner
+from kirsch.distillation.store.specification import RangeFile, Specification, damaged
 from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.find import framework_of
 
@@ -63,19 +62,24 @@ class TeacherStore:
         specification: contents and origin of the store.
     """
 
+    made_by: ClassVar[str] = "kirsch.TeacherStore.open(folder)"
+
     def __init__(self, folder: Path, specification: Specification) -> None:
         self.folder, self.specification = folder, specification
-        self.record_bytes = specification.record_bytes
-        self.record_type = np.dtype(specification.fields)
+        self.record_bytes, self.record_type = specification.record_bytes, np.dtype(specification.fields)
+        self._names = [name for name, _, _ in specification.fields if name != SEED]
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
         self._verified: set[int] = set()
         self._ids: NDArray[Any] | None = None  # sorted; None for 0, 1, 2, ...
         if specification.ids_sha256 is not None:
-            ids = self._read_ids()
+            path = folder / spec.IDS
+            content = path.read_bytes() if path.is_file() else b""
+            digest = hashlib.sha256(content).hexdigest()
+            if len(content) != 8 * specification.samples or digest != specification.ids_sha256:
+                raise damaged(folder, f"{spec.IDS} is missing, or does not have its size and sha256")
+            ids = np.frombuffer(content, "<i8").astype(np.int64)
             self._order = np.argsort(ids, kind="stable")
             self._ids = ids[self._order]
-
-    made_by: ClassVar[str] = "kirsch.TeacherStore.open(folder)"
 
     @classmethod
     @checked
@@ -86,29 +90,20 @@ class TeacherStore:
             StoreError: there is no store, it is partial, or its files have other sizes than its specification states.
         """
         folder = Path(folder)
-        stored = spec.read(folder)
-        for view, number in stored.all_ranges():
-            path = range_file(folder, view, number)
-            if not path.is_file():
+        stored = Specification.read(folder)
+        for file in stored.files(folder):
+            if not file.path.is_file():
                 count, present = stored.views * stored.ranges, len(list(folder.glob("view-*.bin")))
                 raise StoreError(
                     f"The store {folder} is partial.",
-                    f"{count - present} of {count} ranges are missing, the first is {stored.place(view, number)}.",
+                    f"{count - present} of {count} ranges are missing, the first is {file}.",
                     "Build it again with the same arguments; existing ranges are kept.",
                 )
-            if path.is_symlink():
-                raise damaged(folder, f"{path.name} is a link")
-            found, expected = path.stat().st_size, stored.file_bytes(number)
-            if found != expected:
-                raise damaged(folder, f"{path.name} has {found} bytes, expected {expected}")
+            if file.path.is_symlink():
+                raise damaged(folder, f"{file.path.name} is a link")
+            if (found := file.path.stat().st_size) != file.size_bytes:
+                raise damaged(folder, f"{file.path.name} has {found} bytes, expected {file.size_bytes}")
         return cls(folder, stored)
-
-    def _read_ids(self) -> NDArray[Any]:
-        path = self.folder / spec.IDS
-        content, stored = path.read_bytes() if path.is_file() else b"", self.specification
-        if len(content) != 8 * stored.samples or hashlib.sha256(content).hexdigest() != stored.ids_sha256:
-            raise damaged(self.folder, f"{spec.IDS} is missing, or does not have its size and sha256")
-        return np.frombuffer(content, "<i8").astype(np.int64)
 
     @checked
     def read(
@@ -126,8 +121,7 @@ class TeacherStore:
             DataError: a sample or view is not in the store, or the teacher's sample was augmented with another seed.
             StoreError: the records belong to other samples, so the store is damaged.
         """
-        ids = np.asarray(ids)
-        view = self._checked_view(view)
+        ids, view = np.asarray(ids), self._checked_view(view)
         rows = self._rows(ids)
         order = np.argsort(rows)
         records = self._records(view, rows[order])
@@ -146,57 +140,22 @@ class TeacherStore:
                 f"View {view} of the store was augmented with the seed {self.specification.seed}.",
                 "Train with the seed and the views of the store, or build a store with those of the training.",
             )
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
+        places = np.argsort(order)
         return {name: records[name][places] for name in self._names}
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        """Names of the fields of a record but the seed."""
-        return (self.record_type.names or ())[1:]
-
     def _checked_view(self, view: int) -> int:
+        views = self.specification.views
         if not self.specification.augmented:
             return 0
-        views = self.specification.views
-        if view >= views:
-            raise DataError(
-                f"View {view} is not in the store {self.folder}, which has the views 0 to {views - 1}.",
-                fix=f"Pass the data as ArrayData(..., views={views}).",
-            )
-        return view
-
-    def _records(self, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the records of sorted rows of a view, by one lookup in each range that has some of them."""
-        numbers = rows // self.specification.range_size
-        offsets = rows - numbers * self.specification.range_size
-        edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(rows)]
-        records = np.empty(len(rows), self.record_type)
-        for first, end in itertools.pairwise(edges):
-            piece = self._map(view, int(numbers[first]))
-            np.take(piece, offsets[first:end], out=records[first:end], mode="clip")  # "raise" would copy `out`
-        return records
-
-    def _map(self, view: int, number: int) -> NDArray[Any]:
-        """Return the records of a range, which are mapped when they are first used."""
-        found = self._maps.get((view, number))
-        if found is None:
-            if len(self._maps) >= MAX_MAPPED:
-                self._maps.pop(next(iter(self._maps)))
-            found = self._maps[view, number] = self._content(view, number)[: -spec.DIGEST_BYTES].view(self.record_type)
-        return found
-
-    def _content(self, view: int, number: int) -> NDArray[np.uint8]:
-        """Return the bytes of the file of a range, mapped."""
-        path = range_file(self.folder, view, number)
-        try:
-            mapped = np.memmap(path, np.uint8, "r", shape=(self.specification.file_bytes(number),))
-        except (OSError, ValueError) as error:
-            raise damaged(self.folder, f"{path.name} cannot be read: {error}") from error
-        return mapped.view(np.ndarray)  # indexing a memmap takes longer than reading
+        if view < views:
+            return view
+        raise DataError(
+            f"View {view} is not in the store {self.folder}, which has the views 0 to {views - 1}.",
+            fix=f"Pass the data as ArrayData(..., views={views}).",
+        )
 
     def _rows(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Return the rows of the samples in the files."""
+        """Return the rows of the samples, in the order of the data."""
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise DataError(
                 f"The ids have shape {ids.shape} and type {ids.dtype}.", "Integers with one axis are needed."
@@ -213,6 +172,30 @@ class TeacherStore:
                 "Pass the data from which the store was built.",
             )
         return rows.astype(np.int64, copy=False)
+
+    def _records(self, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the records of sorted rows of a view, by one lookup in each range that has some of them."""
+        numbers, offsets = np.divmod(rows, self.specification.range_size)
+        edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(rows)]
+        records = np.empty(len(rows), self.record_type)
+        for first, end in itertools.pairwise(edges):
+            key = view, int(numbers[first])
+            if key not in self._maps:
+                if len(self._maps) >= MAX_MAPPED:
+                    self._maps.pop(next(iter(self._maps)))
+                self._maps[key], _ = self._map(self.specification.file(self.folder, *key))
+            # mode="raise", the default, would copy `out`
+            np.take(self._maps[key], offsets[first:end], out=records[first:end], mode="clip")
+        return records
+
+    def _map(self, file: RangeFile) -> tuple[NDArray[Any], bytes]:
+        """Return the records of a file, mapped, and their sha256."""
+        try:
+            mapped = np.memmap(file.path, np.uint8, "r", shape=(file.size_bytes,))
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder, f"{file.path.name} cannot be read: {error}") from error
+        content = mapped.view(np.ndarray)  # indexing a memmap takes longer than reading
+        return content[: -spec.DIGEST_BYTES].view(self.record_type), content[-spec.DIGEST_BYTES :].tobytes()
 
     @checked
     def require(
@@ -238,14 +221,13 @@ class TeacherStore:
         if teacher is not None:
             expected["teacher_sha256"] = framework_of(teacher).inference.fingerprint(teacher)
         if data is not None:
-            expected["data_sha256"] = spec.data_hash(data)
-            expected["transform"] = description(data.augment)
-            expected |= _view_options(data)
+            expected |= {"data_sha256": spec.data_hash(data), "transform": spec.description(data.augment)}
+            expected |= spec.view_options(data)
         if temperature is not None and stored.k:
             expected["temperature"] = float(temperature)
         if seed is not None and stored.augmented and expected.get("seed") in (None, stored.seed):
             expected["seed"] = seed
-        spec.check_same(self.folder, stored, expected)
+        stored.check_same(self.folder, expected)
 
     @checked
     def verify_once(self, view: View) -> None:
@@ -268,15 +250,14 @@ class TeacherStore:
             StoreError: a sha256 differs; the message names the views and samples.
         """
         changed = []
-        for view in range(self.specification.views) if views is None else map(self._checked_view, views):
-            for number in range(self.specification.ranges):
-                content = self._content(view, number)
-                records, digest = content[: -spec.DIGEST_BYTES], content[-spec.DIGEST_BYTES :].tobytes()
-                if self.specification.digest(view, number, records) != digest:
-                    changed.append((range_file(self.folder, view, number), self.specification.place(view, number)))
+        views = None if views is None else [self._checked_view(view) for view in views]
+        for file in self.specification.files(self.folder, views):
+            records, digest = self._map(file)
+            if self.specification.digest(file, records) != digest:
+                changed.append(f"{file.path.name} ({file})")
         if changed:
             more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-            listed = "; ".join(f"{path.name} ({place})" for path, place in changed[:MAX_LISTED])
+            listed = "; ".join(changed[:MAX_LISTED])
             raise damaged(self.folder, f"These files do not have their sha256: {listed}{more}")
 
     @checked
@@ -292,7 +273,7 @@ class TeacherStore:
         """Compare stored outputs with current outputs of the teacher, for samples evenly spread over all views.
 
         Args:
-            teacher, data, outputs: as passed to `build`.
+            teacher, data, outputs: as passed to `build_store`.
             samples: number of pairs of sample and view to compare, at most all.
             batch_size: number of samples in a batch of the teacher.
 
@@ -301,31 +282,22 @@ class TeacherStore:
             StoreError: the teacher's outputs have other names or shapes, or the data has other views or another seed.
         """
         runner, stored = TeacherRunner(teacher, data, outputs, batch_size), self.specification
-        spec.check_same(self.folder, stored, _view_options(data))
+        stored.check_same(self.folder, spec.view_options(data))
         pairs = stored.views * data.samples
         chosen = np.unique(np.linspace(0, pairs - 1, min(samples, pairs)).round().astype(np.int64))
-        largest = dict.fromkeys((name for name in self._names if name != "indices"), 0.0)
+        largest = {name: 0.0 for name in self._names if name != "indices"}
         agreed: list[bool] = []
         for view in range(stored.views):
             indices = chosen[chosen // data.samples == view] % data.samples
             for batch in (indices[start : start + batch_size] for start in range(0, len(indices), batch_size)):
-                record = self.read(data.sample_ids[batch], view)
-                current = runner(batch, stored.seed, view)
-                features = {name: array.shape[1:] for name, array in current.items() if name != LOGITS}
-                classes = current[LOGITS].shape[-1] if LOGITS in current else None
-                spec.check_same(self.folder, stored, {"classes": classes, "features": features})
-                values = record_values(stored.keep, current, stored.temperature, record.get("indices"))
-                for name in largest:
+                found, current = self.read(data.sample_ids[batch], view), runner(batch, stored.seed, view)
+                stored.check_same(self.folder, record.shapes_of(current))
+                values = record.values_of(stored.keep, current, stored.temperature, found.get("indices"))
+                for name, before in largest.items():
                     value = values[name].astype(np.float64)
-                    difference = np.abs(record[name] - value) / np.maximum(1, np.abs(value))
-                    largest[name] = max(largest[name], float(difference.max(initial=0.0)))
-                if stored.keep is not None:
-                    top_1 = record["indices"][..., 0] if "indices" in record else record["scores"].argmax(-1)
+                    difference = np.abs(found[name] - value) / np.maximum(1, np.abs(value))
+                    largest[name] = max(before, float(difference.max(initial=0.0)))
+                if LOGITS in current:
+                    top_1 = found["indices"][..., 0] if "indices" in found else found["scores"].argmax(-1)
                     agreed.extend((current[LOGITS].argmax(-1) == top_1).ravel().tolist())
         return StoreCheck(len(chosen), largest, float(np.mean(agreed)) if agreed else None)
-
-
-def _view_options(data: ArrayData) -> dict[str, Any]:
-    """Return the views and the seed of data with a transform, if they are set."""
-    options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,26 +1,33 @@
-"""Format of a record, which holds the teacher's outputs for one sample and view."""
+"""Records, which hold the teacher's outputs for one sample and view: their fields and values; running the teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import ops
 from kirsch.annotations import Count
 from kirsch.arguments import checked
+from kirsch.data.arrays import host
+from kirsch.errors import NumericError, UsageError
+from kirsch.frameworks.find import framework_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
-LOWEST = float(np.finfo(np.float16).min)
+    from kirsch.data.batches import ArrayData
+
+    Arrays = dict[str, NDArray[Any]]
+
+LARGEST = float(np.finfo(np.float16).max)
+LOWEST = -LARGEST
 """-65504, stored in place of log 0. Then p · log p is 0; with minus infinity, it would be NaN."""
 
 LOGITS, SEED = "logits", "seed"
-TOP_K, DENSE = ("indices", "log_p", "tail"), ("scores", "maximum")
-RESERVED = (SEED, *TOP_K, *DENSE)
+RESERVED = (SEED, "indices", "log_p", "tail", "scores", "maximum")
 """Names that a feature must not have."""
 
 
@@ -57,40 +64,84 @@ class Dense:
 
 Keep = TopK | Dense
 Shape = tuple[int, ...]
+Outputs = Callable[[Any], dict[str, Any]]
+"""Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and
+features."""
+
+
+@dataclass(frozen=True)
+class TeacherRunner:
+    """Runs a teacher in inference mode, or the callable `outputs` in its place, on augmented samples of the data."""
+
+    teacher: Any
+    data: ArrayData
+    outputs: Outputs | None
+    batch_size: int
+
+    def __call__(self, indices: NDArray[Any], seed: int, view: int) -> Arrays:
+        """Return the outputs by name for at most `batch_size` samples, with the augmentation of a seed and view.
+
+        Raises:
+            NumericError: an output is not finite, or a feature is too large for 16 bits.
+            UsageError: the outputs are not arrays with one row per sample.
+        """
+        batch = self.data.batch(indices, seed, view)
+        if self.outputs is None:
+            inference = framework_of(self.teacher).inference
+            outputs = {LOGITS: inference.predict(self.teacher, batch.inputs, batch_size=self.batch_size)}
+        else:
+            returned = self.outputs(batch.inputs)
+            if not isinstance(returned, dict) or not returned:
+                found = "an empty dict" if isinstance(returned, dict) else type(returned).__name__
+                raise UsageError(f"The callable `outputs` returned {found}.", fix="Return a dict of arrays by name.")
+            outputs = {str(name): host(ops.upcast(array)) for name, array in returned.items()}
+        for name, array in outputs.items():
+            if array.ndim < 1 + (name == LOGITS) or len(array) != len(batch) or not array.size:
+                raise UsageError(
+                    f"The output {name!r} has shape {array.shape} for {len(batch)} samples.",
+                    f"The first axis is that of the samples, and the last axis of {LOGITS!r} that of the classes.",
+                )
+            valid = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
+            if not valid.all():
+                sample = batch.ids[~valid.reshape(len(valid), -1).all(axis=1)][0]
+                problem = "are not finite" if name == LOGITS else f"are not finite, or beyond ±{LARGEST:.0f}"
+                raise NumericError(
+                    f"The teacher's {name} {problem} for sample {sample} in view {view}.",
+                    "The store has 16 bits for each.",
+                    "Check the teacher's weights and inputs; scale features in the callable.",
+                )
+        return outputs
+
+
+def shapes_of(outputs: Arrays) -> dict[str, Any]:
+    """Return the number of classes, the positions and the shapes of the features, as a `Specification` has them."""
+    *positions, classes = outputs[LOGITS].shape[1:] if LOGITS in outputs else (None,)
+    features = {name: array.shape[1:] for name, array in outputs.items() if name != LOGITS}
+    return {"classes": classes, "positions": tuple(positions), "features": features}
 
 
 def index_type(classes: int) -> str:
     """Return the smallest unsigned type that holds every class number, little-endian."""
-    return next(f"<u{size}" for size in (1, 2, 4) if classes <= 1 << 8 * size)
+    return np.min_scalar_type(classes - 1).newbyteorder("<").str
 
 
 def fields_of(
-    keep: Keep | None, classes: int | None, positions: Shape, features: Mapping[str, Shape]
+    keep: Keep | None, classes: int | None, positions: Shape, features: dict[str, Shape]
 ) -> list[tuple[str, str, Shape]]:
     """Return name, numpy type and shape of each field of a record.
 
-    Args:
-        keep: format of the logits; None if there are none.
-        classes: number of classes K; None if there are no logits.
-        positions: shape of the logits of one sample without the classes: () for (N, K), (L,) for (N, L, K).
-        features: shape of each feature for one sample.
+    The logits of a sample have the shape (*positions, classes); `keep` and `classes` are None if there are none.
     """
     logits: list[tuple[str, str, Shape]] = []
     if isinstance(keep, TopK) and classes is not None:
         top_k = (*positions, keep.k)
-        logits = [
-            ("indices", index_type(classes), top_k),
-            ("log_p", "<f2", top_k),
-            ("tail", "<f2", positions),
-        ]
+        logits = [("indices", index_type(classes), top_k), ("log_p", "<f2", top_k), ("tail", "<f2", positions)]
     elif classes is not None:
         logits = [("scores", "<f2", (*positions, classes)), ("maximum", "<f4", positions)]
     return [(SEED, "<u4", ()), *logits, *((name, "<f2", shape) for name, shape in features.items())]
 
 
-def record_values(
-    keep: Keep | None, outputs: Mapping[str, NDArray[Any]], temperature: float, indices: NDArray[Any] | None = None
-) -> dict[str, NDArray[Any]]:
+def values_of(keep: Keep | None, outputs: Arrays, temperature: float, indices: NDArray[Any] | None = None) -> Arrays:
     """Return the values of all fields but the seed, by field, before they are rounded to the types of the fields.
 
     Args:
@@ -99,16 +150,15 @@ def record_values(
         temperature: temperature of the log-probabilities.
         indices: classes to keep, shape (N, ..., k); by default the most probable ones.
     """
-    features = {name: array.astype(np.float32) for name, array in outputs.items() if name != LOGITS}
+    values = {name: array.astype(np.float32) for name, array in outputs.items()}
     if keep is None:
-        return features
-    logits = outputs[LOGITS].astype(np.float32)
+        return values
+    logits = values.pop(LOGITS)
     if isinstance(keep, Dense):
         maximum = logits.max(axis=-1)
-        return {"scores": np.maximum(logits - maximum[..., None], LOWEST), "maximum": maximum} | features
-    if indices is None:
-        indices = _top_k_indices(logits, keep.k)
-    return _log_probabilities(logits, indices, np.float32(temperature)) | features
+        return values | {"scores": np.maximum(logits - maximum[..., None], LOWEST), "maximum": maximum}
+    indices = _top_k_indices(logits, keep.k) if indices is None else indices
+    return values | _log_probabilities(logits, indices, np.float32(temperature))
 
 
 def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
@@ -119,7 +169,7 @@ def _top_k_indices(logits: NDArray[Any], k: int) -> NDArray[Any]:
     return np.take_along_axis(indices, order, axis=-1)
 
 
-def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> dict[str, NDArray[Any]]:
+def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature: np.float32) -> Arrays:
     """Return the log-probabilities of the given classes and of all other classes together; `LOWEST` stands for log 0.
 
     The exponentials are computed in a single pass over the classes, because a vocabulary may have 100,000.
@@ -144,16 +194,8 @@ def _log_probabilities(logits: NDArray[Any], indices: NDArray[Any], temperature:
     }
 
 
-def pack_records(
-    record_type: np.dtype[Any], values: Mapping[str, NDArray[Any]], seeds: NDArray[np.uint64]
-) -> NDArray[Any]:
-    """Return one record per sample, shape (N,).
-
-    Args:
-        record_type: numpy type of a record.
-        values: arrays by field, as returned by `record_values`.
-        seeds: augmentation seeds of the samples, of which the low 32 bits are stored.
-    """
+def pack_records(record_type: np.dtype[Any], values: Arrays, seeds: NDArray[np.uint64]) -> NDArray[Any]:
+    """Return one record per sample, shape (N,), with the low 32 bits of the augmentation seeds."""
     records = np.empty(len(seeds), record_type)
     records[SEED] = seeds.astype(np.uint32)
     for name, array in values.items():

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from types import MethodType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic import Field as Limit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kirsch import strict_json
+from kirsch.annotations import value_phrase
 from kirsch.distillation.store.record import RESERVED, Dense, Keep, Shape, TopK, fields_of
-from kirsch.errors import StoreError
+from kirsch.errors import StoreError, UsageError, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from kirsch.data.batches import ArrayData
@@ -32,30 +34,31 @@ LARGEST_RECORD = 2**31 - 1
 """Bytes; the limit of numpy types."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
-Sha256 = Annotated[str, Limit(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Limit(ge=1, le=2**40)]
-Axes = Annotated[tuple[Size, ...], Limit(max_length=8)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=2**40)]
+Axes = Annotated[tuple[Size, ...], Field(max_length=8)]
+FeatureName = Annotated[str, Field(min_length=1, max_length=500)]
 
-DESCRIPTIONS = {
-    "teacher_sha256": "the teacher's weights",
-    "outputs": "the callable that returns the outputs",
-    "data_sha256": "the data (inputs and ids)",
-    "transform": "the transform",
-    "temperature": "the temperature",
-    "seed": "the seed of the augmentation",
-    "views": "the number of views",
-    "samples": "the number of samples",
-    "range_size": "the size of the ranges",
-    "keep": "the format of the logits",
-    "classes": "the number of classes",
-    "positions": "the shape of the logits without the classes",
-    "features": "the features",
-}
-"""Descriptions of the properties of a store, for messages."""
+
+@dataclass(frozen=True)
+class RangeFile:
+    """File of the records of a range of samples of a view, in the order of the data, and their sha256.
+
+    `number` counts the ranges of the view, and `samples` are the indices of the samples in the data.
+    """
+
+    path: Path
+    view: int
+    number: int
+    samples: range
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"view {self.view}, samples {self.samples[0]} to {self.samples[-1]}"
 
 
 class Specification(BaseModel):
-    """Contents and origin of a store, as in `DESCRIPTIONS`. Processes that share a build agree on all of it.
+    """Contents and origin of a store; processes that share a build agree on all of it.
 
     `classes` is None without logits, and `k` None unless the largest k are kept; shapes are those for one sample. The
     last range may have fewer samples. `transform` and `outputs` are descriptions, None if there is none.
@@ -64,41 +67,65 @@ class Specification(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     kirsch_store: Literal[2] = 2
-    samples: Size
-    views: Annotated[int, Limit(ge=1, le=10**6)]
-    range_size: Size
-    seed: Annotated[int, Limit(ge=0)]
-    temperature: Annotated[float, Limit(gt=0)]
-    classes: Size | None
+    samples: Size = Field(description="the number of samples")
+    views: int = Field(ge=1, le=10**6, description="the number of views")
+    range_size: Size = Field(description="the size of the ranges")
+    seed: int = Field(ge=0, description="the seed of the augmentation")
+    temperature: float = Field(gt=0, description="the temperature")
+    classes: Size | None = Field(description="the number of classes")
     k: Size | None
-    positions: Axes
-    features: Annotated[dict[Annotated[str, Limit(min_length=1, max_length=500)], Axes], Limit(max_length=1000)]
-    transform: str | None
-    outputs: str | None
-    teacher_sha256: Sha256
-    data_sha256: Sha256
+    positions: Axes = Field(description="the shape of the logits without the classes")
+    features: dict[FeatureName, Axes] = Field(max_length=1000, description="the features")
+    transform: str | None = Field(description="the transform")
+    outputs: str | None = Field(description="the callable that returns the outputs")
+    teacher_sha256: Sha256 = Field(description="the teacher's weights")
+    data_sha256: Sha256 = Field(description="the data (inputs and ids)")
     ids_sha256: Sha256 | None
 
+    @classmethod
+    def read(cls, folder: Path) -> Specification:
+        """Read the specification of the store in a folder.
+
+        Raises:
+            StoreError: there is no store, or its specification cannot be read or is invalid.
+        """
+        path = folder / NAME
+        try:
+            return cls.model_validate_json(json.dumps(strict_json.read(path)))
+        except FileNotFoundError as error:
+            raise StoreError(f"There is no store in {folder}.", fix="Build one with kirsch.build_store.") from error
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
+        except ValueError as error:
+            fix = "Build the store again in another folder."
+            raise StoreError(f"{path} is damaged.", problem(error), fix) from error
+
     @model_validator(mode="after")
-    def _check_record(self) -> Self:
+    def _check(self) -> Self:
+        """Refuse contents that contradict each other; the error names all problems."""
+        problems = []
+        if self.views > 1 and not self.augmented:
+            problems.append(f"views is {self.views}, but without a transform all views are equal")
+        if self.temperature != 1 and self.k is None:
+            found = f"temperature is {self.temperature}, but {self.keep} stores no probabilities"
+            problems.append(f"{found}; set the temperature in training")
         if self.k is not None and self.k > (self.classes or 0):
-            raise ValueError(f"TopK({self.k}) needs {self.k} classes, and there are {self.classes}; use a smaller k")
+            problems.append(f"TopK({self.k}) needs {self.k} classes, and there are {self.classes}; use a smaller k")
         if reserved := set(RESERVED) & self.features.keys():
-            raise ValueError(
-                f"the feature name {min(reserved)!r} is reserved, as are {', '.join(RESERVED)}; rename the feature"
-            )
+            names = ", ".join(RESERVED)
+            problems.append(f"the feature name {min(reserved)!r} is reserved, as are {names}; rename the feature")
         if not self.features and self.classes is None:
-            raise ValueError("there are neither logits nor features")
+            problems.append("there are neither logits nor features")
         if self.record_bytes > LARGEST_RECORD:
-            raise ValueError(f"a record has {self.record_bytes} bytes, and the limit is {LARGEST_RECORD}; store less")
+            problems.append(f"a record has {self.record_bytes} bytes, and the limit is {LARGEST_RECORD}; store less")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property
     def keep(self) -> Keep | None:
         """Format of the logits."""
-        if self.k is not None:
-            return TopK(self.k)
-        return None if self.classes is None else Dense()
+        return TopK(self.k) if self.k else Dense() if self.classes else None
 
     @property
     def augmented(self) -> bool:
@@ -120,88 +147,70 @@ class Specification(BaseModel):
         """Number of ranges of samples in a view."""
         return -(-self.samples // self.range_size)
 
-    def bounds(self, number: int) -> tuple[int, int]:
-        """Return the index of the first sample of a range, and that after the last."""
-        return number * self.range_size, min((number + 1) * self.range_size, self.samples)
+    def file(self, folder: Path, view: int, number: int) -> RangeFile:
+        """Return the file of a range."""
+        path = folder / f"view-{view:04d}-range-{number:06d}.bin"
+        samples = range(self.samples)[number * self.range_size : (number + 1) * self.range_size]
+        return RangeFile(path, view, number, samples, len(samples) * self.record_bytes + DIGEST_BYTES)
 
-    def place(self, view: int, number: int) -> str:
-        """Return view and samples of a range, for messages."""
-        first, end = self.bounds(number)
-        return f"view {view}, samples {first} to {end - 1}"
-
-    def file_bytes(self, number: int) -> int:
-        """Return the size of the file of a range."""
-        first, end = self.bounds(number)
-        return (end - first) * self.record_bytes + DIGEST_BYTES
-
-    def all_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (view, range) of each range."""
-        return ((view, number) for view in range(self.views) for number in range(self.ranges))
+    def files(self, folder: Path, views: Iterable[int] | None = None) -> Iterator[RangeFile]:
+        """Yield the files of some views, by default of all."""
+        views = range(self.views) if views is None else views
+        return (self.file(folder, view, number) for view in views for number in range(self.ranges))
 
     @cached_property
     def _origin(self) -> bytes:
         return hashlib.sha256(json.dumps(self.model_dump(mode="json")).encode()).digest()
 
-    def digest(self, view: int, number: int, records: Any) -> bytes:
-        """Return the sha256 that the file of a range ends with; `records` is a buffer."""
-        digest = hashlib.sha256(self._origin + f"{view} {number} ".encode())
+    def digest(self, file: RangeFile, records: Any) -> bytes:
+        """Return the sha256 that a file ends with; `records` is a buffer."""
+        digest = hashlib.sha256(self._origin + f"{file.view} {file.number} ".encode())
         digest.update(records)
         return digest.digest()
 
-
-def range_file(folder: Path, view: int, number: int) -> Path:
-    """Path of the records of a range of samples in a view, in the order of the data, and their sha256."""
-    return folder / f"view-{view:04d}-range-{number:06d}.bin"
-
-
-def read(folder: Path) -> Specification:
-    """Read the specification of the store in a folder.
-
-    Raises:
-        StoreError: there is no store, or its specification cannot be read or is invalid.
-    """
-    path = folder / NAME
-    try:
-        content = json.dumps(strict_json.read(path))
-        return Specification.model_validate_json(content)
-    except FileNotFoundError as error:
-        fix = "Build one with kirsch.build_store."
-        raise StoreError(f"There is no store in {folder}.", fix=fix) from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read.", f"{error.strerror or error}.") from error
-    except ValueError as error:
-        why = problem(error) if isinstance(error, ValidationError) else f"{error}."
-        raise StoreError(f"{path} is damaged.", why, "Build the store again in another folder.") from error
+    def check_same(self, folder: Path, given: Mapping[str, Any]) -> None:
+        """Raise a StoreError that names each property of the store in a folder that differs from a given value."""
+        different = [
+            f"{DESCRIPTIONS[name]} ({name}: stored {_shown(name, getattr(self, name))}, given {_shown(name, value)})"
+            for name, value in given.items()
+            if getattr(self, name) != value
+        ]
+        if different:
+            raise StoreError(
+                f"The store {folder} is stale.",
+                f"It was built with another value of {'; '.join(different)}.",
+                "Pass the values it was built with, or build it in another folder.",
+            )
 
 
-def problem(error: ValidationError) -> str:
+DESCRIPTIONS = {name: field.description for name, field in Specification.model_fields.items() if field.description}
+DESCRIPTIONS["keep"] = "the format of the logits"
+"""Descriptions of the properties of a store, for messages."""
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{value[:12]}…" if name.endswith("_sha256") else f"{value}"
+
+
+def problem(error: ValueError) -> str:
     """Return a sentence on the first invalid property of a specification."""
+    if not isinstance(error, ValidationError):
+        return f"{error}."
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}."
 
 
-def check_same(folder: Path, stored: Specification, given: dict[str, Any]) -> None:
-    """Compare properties of a store with given values.
-
-    Raises:
-        StoreError: some differ; the message names each with both values.
-    """
-    different = [
-        f"{DESCRIPTIONS[name]} ({name}: stored {_format(name, getattr(stored, name))}, given {_format(name, value)})"
-        for name, value in given.items()
-        if getattr(stored, name) != value
-    ]
-    if different:
-        raise StoreError(
-            f"The store {folder} is stale.",
-            f"It was built with another value of {'; '.join(different)}.",
-            "Pass the values it was built with, or build it in another folder.",
-        )
+def damaged(folder: Path, found: str) -> StoreError:
+    """Return the error for a store with damaged files."""
+    return StoreError(
+        f"The store {folder} is damaged.",
+        f"{found}.",
+        "Delete the damaged files, which `verify` names, and build the store again with the same arguments.",
+    )
 
 
-def _format(name: str, value: Any) -> str:
-    return f"{value[:12]}…" if name.endswith("_sha256") else f"{value}"
+# ------------------------------------------------------------------------------------------------ data and transforms
 
 
 def data_hash(data: ArrayData) -> str:
@@ -213,10 +222,65 @@ def data_hash(data: ArrayData) -> str:
     return digest.hexdigest()
 
 
-def damaged(folder: Path, found: str) -> StoreError:
-    """Return the error for a store with damaged files."""
-    return StoreError(
-        f"The store {folder} is damaged.",
-        f"{found}.",
-        "Delete the damaged files, which `verify` names, and build the store again with the same arguments.",
+def view_options(data: ArrayData) -> dict[str, int]:
+    """Return the views and the seed of data with a transform, if they are set."""
+    options = {"views": data.views, "seed": data.seed} if data.augment is not None else {}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def description(value: Any) -> str | None:
+    """Return a text that is the same for two callables if both have the same name, version and fields.
+
+    Transforms of Kirsch describe themselves by their fields. A callable of the user declares a version, since its code
+    does not tell what it computes: it may call other code, or read values from its module.
+
+    Args:
+        value: a transform of Kirsch, a callable of the user with a version, or None.
+
+    Raises:
+        UsageError: a callable of the user has no version, or a field of a dataclass cannot be described.
+    """
+    if value is None:
+        return None
+    if isinstance(value, MethodType):
+        return f"{description(value.__self__)}.{value.__name__}"
+    if not is_dataclass(value) or isinstance(value, type):
+        return f"{name_of(value)} version {_version(value)}"
+    names = [field.name for field in fields(value)]
+    settings = ", ".join(f"{name}={_setting(value, name, getattr(value, name))}" for name in names)
+    if type(value).__module__.startswith("kirsch."):
+        return f"{type(value).__qualname__}({settings})"
+    return f"{name_of(value)}({settings}) version {_version(value)}"
+
+
+def _setting(owner: Any, name: str, value: Any) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_setting(owner, name, item) for item in value)})"
+    if callable(value):
+        return str(description(value))
+    raise UsageError(
+        f"The field `{name}` of {name_of(owner)} is {value_phrase(value)}, which a store cannot describe.",
+        fix="Use numbers, texts, transforms and tuples of these, or a class that is not a dataclass.",
     )
+
+
+def _version(value: Any) -> str | int:
+    """Return the version that a callable declares."""
+    version = getattr(value, "version", None)
+    settings = [name for name in getattr(value, "__dict__", {}) if name != "version"]
+    if isinstance(version, bool) or not isinstance(version, (str, int)) or version == "":
+        found = f"{value_phrase(version)} as version; expected a text or a whole number"
+        flaw = f"has {'no version' if version is None else found}"
+        fix = (
+            'Set `version` after the definition of a function, f.version = "1", and self.version = "1" in the '
+            "constructor of a class, or a class attribute of a dataclass. Change it whenever the result changes, also "
+            "by a setting."
+        )
+    elif settings and not is_dataclass(value) and isinstance(getattr(type(value), "version", None), (str, int)):
+        flaw = f"has the version {version!r} for all objects, which may differ in `{settings[0]}`"
+        fix = f'Set self.version in the constructor, such as f"{version} {settings[0]}={{{settings[0]}}}".'
+    else:
+        return version
+    raise UsageError(f"{name_of(value)} {flaw}.", "A store recognizes it by its version, not by its code.", fix)

@@ -45,7 +45,7 @@ def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6))
     result = prune_with_verification(model, plan)
     assert result.verification.power > 1e-3
-    assert "statistics of 1 operations follow the kept width" in result.verification.text
+    assert "statistics of 1 operations computed over the kept units" in result.verification.text
     kept = torch.nn.functional.linear(inputs, result.model.before.weight, result.model.before.bias)
     torch.testing.assert_close(result.model(inputs), result.model.after(kept * GATES[gate](kept)))
 

@@ -313,7 +313,7 @@ def test_the_configuration_is_unchanged_if_the_numbers_of_the_plan_do_not_fit():
     found = prune_with_verification(copy.deepcopy(model), kirsch.Plan.from_json(json.dumps(content)), verify=False)
     assert found.model.config.ffn is None
     assert found.plan.configuration == {}
-    assert_one_note(stated_notes(found), r"states the configuration ffn=\d+, .*\. It does not describe the model")
+    assert_one_note(stated_notes(found), r"states the configuration ffn=\d+, .*\. This configuration does not describe")
 
 
 @pytest.mark.parametrize("numbers_", [{"width": 5}, {"ffn": 20}])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kirsch.graph.inputs import Input
 
-KINDS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
+CONTAINERS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
 """Containers that plain data can rebuild; subclasses are not, since a model may depend on their other attributes."""
 LARGEST = 2**63 - 2
 """Largest random integer; the end of its range must be an int64."""
@@ -43,13 +43,13 @@ def _described(name: str, value: Any) -> Input | None:
         return InputSpec(name, tuple(value.shape), dtype, _highest(value)) if plain else None
     if storable(value):
         return InputValue(name, value)
-    if type(value) not in KINDS:
+    if type(value) not in CONTAINERS:
         return None
     keyed = isinstance(value, dict)
     pairs = list(value.items()) if keyed else [("", item) for item in value]
     items = [_described(key, item) if type(key) is str else None for key, item in pairs]
     stored = [item for item in items if item is not None]
-    return NestedInput(name, KINDS[type(value)], tuple(stored)) if len(stored) == len(items) else None
+    return NestedInput(name, CONTAINERS[type(value)], tuple(stored)) if len(stored) == len(items) else None
 
 
 def _highest(value: torch.Tensor) -> int:

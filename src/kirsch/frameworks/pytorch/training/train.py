@@ -34,7 +34,7 @@ from kirsch.frameworks.pytorch.training.optimizer import (
     separate_precision,
 )
 from kirsch.frameworks.pytorch.training.state import digest, load_arrays, to_array, to_tensor
-from kirsch.frameworks.training import Trained, TrainingState, require_labels, share_warnings, shares_of
+from kirsch.frameworks.training import GradientShares, Trained, TrainingState, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -124,8 +124,7 @@ class _Run:
         self.samples = 0  # of this epoch
         self.losses = EpochLosses(self.accelerator.device, {})
         self.last_batch: Any = None
-        self.shares: dict[str, float] = {}
-        self.warned: set[str] = set()  # loss terms
+        self.shares = GradientShares()
         if hooks.resume is not None:
             self._restore(hooks.resume)
         self.generator_states = [generator.get_state() for generator in self.generators]  # at the start of the epoch
@@ -176,9 +175,8 @@ class _Run:
             name = f"Batch {number + 1} of epoch {self.epoch + 1}"
             with naming(name):
                 batch = Batch.of(*loaded)
-                if not isinstance(self.batches, SeededData):  # its targets are checked before the training
-                    for text in self.loss.check(batch):
-                        self.hooks.warn(f"{name}: {text}")
+                for text in self.loss.check(batch):
+                    self.hooks.warn(f"{name}: {text}")
             if number == 0 and self.accelerator.num_processes > 1:
                 self._require_same(batch)
             if number >= completed:
@@ -298,17 +296,15 @@ class _Run:
     def _check_shares(self, loss: LossOutput) -> None:
         """Record the shares of the terms in loss and gradient, and warn of terms that are far too small or large."""
         norms = self._norms(loss)
-        self.shares = shares_of(norms)
+        warnings = self.shares.update(norms)
         self.loss.balance(norms)
         if not self.epoch:
             value = float(loss.total.detach())
             shares = {n: float(p.detach()) / value if value else 0.0 for n, p in loss.terms.items()}
-            self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares}
+            self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares.latest}
             self._emit({"event": "first_batch", **self.first_batch})
-        for name, sentence in share_warnings(self.shares, self.first_batch["gradient_shares"]).items():
-            if name not in self.warned:
-                self.warned.add(name)
-                self.hooks.warn(sentence, epoch=self.epoch + 1)
+        for sentence in warnings:
+            self.hooks.warn(sentence, epoch=self.epoch + 1)
 
     def _norms(self, loss: LossOutput) -> dict[str, float]:
         """Return the norm of each term's gradient over the batch. Gradients are summed over the processes."""
@@ -332,7 +328,7 @@ class _Run:
             "epoch": self.epoch + 1,
             "loss": means.pop("loss"),
             "terms": {name.removeprefix(PART): mean for name, mean in means.items()},
-            "gradient_shares": self.shares,
+            "gradient_shares": self.shares.latest,
             "learning_rate": learning_rate(self.training, self.epoch + 0.5),
             "seconds": seconds,
         }
@@ -386,7 +382,7 @@ class _Run:
         arrays |= {f"generator.{number}": to_array(state) for number, state in enumerate(self.generator_states)}
         values: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "samples": self.samples}
         values |= {"sums": self._sums(), "history": self.history}
-        values |= {"first_batch": self.first_batch, "shares": self.shares, "loss": self.loss.state()}
+        values |= {"first_batch": self.first_batch, "shares": self.shares.latest, "loss": self.loss.state()}
         values["settings"] = self._settings()
         return TrainingState(arrays, copy.deepcopy(values))
 
@@ -428,7 +424,8 @@ class _Run:
         self.samples = state.values["samples"]
         self.losses = EpochLosses(self.accelerator.device, state.values["sums"])
         self.history = list(state.values["history"])
-        self.first_batch, self.shares = dict(state.values["first_batch"]), dict(state.values["shares"])
+        self.first_batch = dict(state.values["first_batch"])
+        self.shares.restore(state.values["shares"], self.first_batch.get("gradient_shares", {}))
         self.loss.restore(state.values["loss"])
 
 
