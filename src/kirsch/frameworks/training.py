@@ -56,7 +56,10 @@ class Training(Options):
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
     milestones: tuple[Fraction, ...] = Field(
         (0.5, 0.75),
-        description="for multistep: ascending fractions of the run; at each, the learning rate is divided by 10",
+        description=(
+            "for multistep: ascending fractions of the run after the warm-up; at each, the learning rate is divided "
+            "by 10"
+        ),
     )
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
     max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")

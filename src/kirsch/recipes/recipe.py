@@ -55,10 +55,7 @@ class ModelSection(Options):
 
 
 class Recipe(Options):
-    """Recipe of a job, with references to models and data.
-
-    A reference is null if the model or data was passed to `kirsch.compress` as an object.
-    """
+    """Recipe of a job. A reference to a model or to data is null if the object was passed to `kirsch.compress`."""
 
     version: Literal[2] = Field(2, description="version of the format")
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
