@@ -66,10 +66,11 @@ def plan(
             1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
-        kinds: kinds of units that may be removed (see `kirsch.graph.kinds.KINDS`), ["head", "ffn unit"]. A dict sets
-            weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a kind
-            with weight 0 are kept; other kinds have weight 1. None: all kinds of units. "block" removes whole residual
-            blocks (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
+        kinds: a list, such as ["head", "ffn unit"]: only units of these kinds are removed (`kirsch.graph.kinds.KINDS`
+            defines the kinds). A dict, such as {"head": 2.0, "head dim": 0}: units of all kinds are removed.
+            Importances are divided by the weight of the kind, which is 1 for kinds that are not in the dict; units of a
+            kind with weight 0 are kept. None: all kinds, with weight 1. "block" removes whole residual blocks
+            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.

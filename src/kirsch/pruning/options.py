@@ -45,7 +45,11 @@ class PlanOptions(Options):
     )
     kinds: Kinds = Field(
         None,
-        description="kinds of units to remove (default: all), with or without a weight; or block: residual blocks",
+        description=(
+            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
+            "removed, more of the kinds with a weight above 1, none of those with weight 0; block: residual blocks; "
+            "default: all"
+        ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
@@ -62,10 +66,10 @@ class PlanOptions(Options):
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
-                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK))
+                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK), most=len(KINDS) + 1)
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
+                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS, most=len(KINDS))
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
