@@ -23,12 +23,15 @@ from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from kirsch.graph.cost import Cost
     from kirsch.graph.group import Group
+
+    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
+    """Returns the importance of each unit of a group, divided by the weight of its kind."""
 
 
 @checked
@@ -125,7 +128,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
     """Return the units to remove from the layers of a model."""
     scores = _ScoreCache(graph, options)
     for fineness in range(finest(options) + 1):
-        chooser = _chooser(graph, goal, options, scores, fineness)
+        chooser = _chooser(graph, goal, options, scores.get, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
             counts = chooser.refine(chooser.descend(local=options.ranking == "local"))
@@ -133,7 +136,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
                 break
     after = chooser.price(counts)
     if not goal.met_by(after, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
     name = options.importance_name
     reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
     _check_constants(graph, chooser.keep(counts))
@@ -149,17 +152,18 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
         tracing=graph.tracing,
         graph=graph,
     )
-    notes = (landing_note(chosen), *width_notes(chosen), *exclusion_notes(graph, options))
+    exclusions = exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores))
+    notes = (landing_note(chosen), *width_notes(chosen), *exclusions)
     return replace(chosen, notes=tuple(note for note in notes if note))
 
 
-def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache, fineness: int) -> Chooser:
+def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
     """Return the search over the groups that the options allow to change."""
     groups = removable_groups(graph, options)
     candidates = [
         Candidate(
             [groups[index] for index in indices],
-            [scores.get(groups[index], options) for index in indices],
+            [scores(groups[index], options) for index in indices],
             multiple(groups[indices[0]], options, fineness),
             options.min_keep,
         )
@@ -168,11 +172,16 @@ def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache
     return Chooser(graph, goal, candidates)
 
 
-def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> Least:
+def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Least:
     """Return the least cost that plans with these options reach."""
     chooser = _chooser(graph, goal, options, scores, finest(options))
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
+
+
+def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
+    """Return the importance 0 for each unit: the least cost hardly depends on which units are removed."""
+    return np.zeros(group.size)
 
 
 class _ScoreCache:
