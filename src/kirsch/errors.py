@@ -26,6 +26,7 @@ KirschError                    exit code
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,12 +83,13 @@ class UnknownNameError(UsageError):
         kind: kind of the named object, such as "importance".
         name: the unknown name.
         known: the known names.
+        most: number of known names that the message lists.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], most: int = 12) -> None:
         names = sorted(known)
         fix = nearest(name, names) or ("Give one of these." if names else "Leave it out.")
-        super().__init__(f"There is no {kind} {name!r}.", listing(names), fix)
+        super().__init__(f"There is no {kind} {name!r}.", listing(names, most), fix)
         self.name = name
 
 
@@ -184,8 +186,13 @@ def error_text(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the known name closest to `name`; empty if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """Return a sentence that suggests the known name closest to `name`; empty if none is close.
+
+    A name that contains a known name as a word is close, too: "attention head" suggests "head".
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = close or [other for other in names if other in re.split(r"[\s_-]+", name)]
     return f"Did you mean {close[0]!r}?" if close else ""
 
 

@@ -53,8 +53,9 @@ class PlanOptions(Options):
     kinds: Kinds = Field(
         None,
         description=(
-            "kinds of units that may be removed (default: all); a dict gives each kind a weight that divides its "
-            'importance, and weight 0 keeps the kind; "block" removes residual blocks instead'
+            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
+            "removed, more of the kinds with a weight above 1, none of those with weight 0; block: residual blocks; "
+            "default: all"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
@@ -72,10 +73,10 @@ class PlanOptions(Options):
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
-                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK))
+                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK), most=len(KINDS) + 1)
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
+                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS, most=len(KINDS))
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
