@@ -14,6 +14,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.steps import TrainingStep
 from kirsch.distillation.term import Ramp, Term
 from kirsch.frameworks.training import Training
+from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.options import Options
@@ -60,7 +61,7 @@ def page() -> str:
     for name in STEPS:
         parts += [f"### {name}\n", *_step(STEPS[name])]
     parts += ["## Plan\n", "Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`.\n"]
-    parts += [table(PlanOptions, flags=True), "`kirsch.Goal`, the goal of a plan:\n", table(Goal, flags=True)]
+    parts += [table(PlanOptions, flags=True), _kinds(), "`kirsch.Goal`, the goal of a plan:\n", table(Goal, flags=True)]
     parts += ["## Training\n", "`kirsch.Training`, and keys of the steps that train.\n", table(Training)]
     for kind, where in (
         (Objective, "`kirsch.Objective`, and the value of the key `objective`."),
@@ -69,6 +70,12 @@ def page() -> str:
     ):
         parts += [f"## {kind.__name__}\n", f"{_doc(kind).strip()} {where}\n", table(kind)]
     return "\n".join(parts)
+
+
+def _kinds() -> str:
+    """Return a sentence that lists the kinds of units."""
+    names = ", ".join(f"`{kind}`" for kind in (*KINDS, BLOCK))
+    return f"Kinds of units, explained in the [glossary](glossary.md#kinds-of-units): {names}.\n"
 
 
 def _step(step: type[Step]) -> list[str]:

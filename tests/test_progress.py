@@ -142,7 +142,7 @@ def test_the_verdict_has_one_line_for_each_goal_and_marks_the_missed_ones():
     ]
 
 
-def test_the_verdict_without_a_goal_is_done():
+def test_the_verdict_without_a_goal_says_that_none_was_set():
     assert plain(verdict_lines(END | {"items": []})[0]) == "goal         none was set"
 
 
@@ -180,7 +180,7 @@ def test_a_pipe_gets_one_line_per_epoch_and_step():
         ["1", "train"],
         ["3", "prune"],
     ]
-    assert lines[7:] == [""]  # the verdict is a result
+    assert lines[7:] == [""]  # the command writes the verdict
 
 
 def test_a_terminal_gets_one_line_per_epoch_and_a_bar():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 FORMAT_LIMIT = 2**31
-"""Limits from here on are those of number formats, and are not shown in errors."""
+"""Limits from this number on come from number formats, such as 2**53, and are not shown in errors."""
 
 MAX_VALUE_LENGTH = 40
 """Characters of a value that an error shows."""
@@ -36,11 +36,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Between:
-    """A range of a number. pydantic reads it, too, and refuses booleans and texts.
+    """The range of a number. pydantic reads this annotation, too, and then refuses booleans and texts.
 
     Args:
-        least, most: limits, which belong to the range.
-        exclusive: limits that do not belong to the range: "least", "most" or "both".
+        least, most: limits; they belong to the range unless `exclusive` names them.
+        exclusive: the limits that do not belong to the range: "least", "most" or "both".
     """
 
     least: float = -math.inf
@@ -76,7 +76,7 @@ class Between:
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """A single text is accepted, and converted to a tuple of one text; pydantic converts lists, too."""
+    """A single text is accepted, too, and converted to a tuple of one text. pydantic also converts lists to tuples."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of one text or several, for pydantic."""
@@ -121,7 +121,7 @@ Fraction = Annotated[float, Between(0, 1, exclusive="both")]
 Names = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several paths or patterns, such as ['fc', 'layer4.*'].")
 ]
-"""Paths of modules, names of parameters, or patterns of these."""
+"""One or several paths of modules, names of parameters, or patterns that match them."""
 
 
 WORDS: dict[Any, str] = {

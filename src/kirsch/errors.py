@@ -6,13 +6,13 @@ KirschError                    exit code
 │   ├── PlanError                    the plan does not fit the model, or is damaged
 │   ├── RecipeError                  one or more lines of a recipe are wrong
 │   ├── ShapeError                   two arrays do not fit together
-│   └── UnknownNameError             a name is not that of any registry entry, module or group
+│   └── UnknownNameError             no registry entry, module or group has this name
 ├── LoadError                  4     a model, data or checkpoint cannot be loaded
 │   ├── ModelError                   the model cannot be built, copied or traced
 │   ├── DataError                    the data is empty, damaged or out of range
 │   ├── CheckpointError              there is no valid checkpoint
 │   └── StoreError                   a store of teacher outputs is partial, stale or damaged
-├── SurroundingsError          5     something outside the model is missing
+├── RequirementError           5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
 │   ├── MemoryShortageError          the memory is not sufficient
 │   └── OutputError                  the output folder cannot be written
@@ -26,13 +26,14 @@ KirschError                    exit code
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_MESSAGE_LENGTH = 400
-"""Characters of another error's message that are repeated."""
+"""Largest number of characters that are repeated from the message of another error."""
 
 
 class KirschError(Exception):
@@ -76,18 +77,19 @@ class ShapeError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name is not that of any registry entry, module or group.
+    """No registry entry, module or group has this name.
 
     Args:
         kind: kind of the named object, such as "importance".
         name: the unknown name.
         known: the known names.
+        most: number of known names that the message lists.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], most: int = 12) -> None:
         names = sorted(known)
         fix = nearest(name, names) or ("Give one of these." if names else "Leave it out.")
-        super().__init__(f"There is no {kind} {name!r}.", listing(names), fix)
+        super().__init__(f"There is no {kind} {name!r}.", listing(names, most), fix)
         self.name = name
 
 
@@ -113,13 +115,13 @@ class StoreError(LoadError):
     """A store of teacher outputs is partial, stale or damaged."""
 
 
-class SurroundingsError(KirschError):
+class RequirementError(KirschError):
     """Something outside the model is missing."""
 
     exit_code = 5
 
 
-class MissingExtraError(SurroundingsError):
+class MissingExtraError(RequirementError):
     """An optional package is not installed.
 
     Args:
@@ -136,11 +138,11 @@ class MissingExtraError(SurroundingsError):
         )
 
 
-class MemoryShortageError(SurroundingsError):
+class MemoryShortageError(RequirementError):
     """The memory is not sufficient."""
 
 
-class OutputError(SurroundingsError):
+class OutputError(RequirementError):
     """The output folder cannot be written."""
 
 
@@ -184,8 +186,13 @@ def error_text(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the known name closest to `name`; empty if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """Return a sentence that suggests the known name closest to `name`; empty if none is close.
+
+    A name that contains a known name as a word is close, too: "attention head" suggests "head".
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = close or [other for other in names if other in re.split(r"[\s_-]+", name)]
     return f"Did you mean {close[0]!r}?" if close else ""
 
 

@@ -98,10 +98,13 @@ def test_a_model_without_groups_and_blockers_has_a_line_for_both():
 
 
 def test_twelve_blockers_are_shown_and_the_others_counted():
-    blockers = tuple(Blocker("a softmax spans it", f"b{i}", "net.py:3", "aten.softmax", 0.5 / 2**i) for i in range(15))
+    blockers = tuple(
+        Blocker("a softmax is computed over the axis", f"b{i}", "net.py:3", "aten.softmax", 0.5 / 2**i)
+        for i in range(15)
+    )
     found = shown(blockers=blockers)[4:]
     assert len(found) == 1 + 12 + 1
-    assert found[1] == "  50.0 %  b0   a softmax spans it  aten.softmax  net.py:3"
+    assert found[1] == "  50.0 %  b0   a softmax is computed over the axis  aten.softmax  net.py:3"
     assert found[-1].strip() == "and 3 more; `blockers` of the graph and --json list all"
 
 

@@ -92,20 +92,53 @@ def test_both_outputs_of_a_recurrent_layer_are_kept():
     assert [removal.name for removal in plan.groups] == ["into"]
 
 
-def test_a_note_says_what_an_exclusion_costs_and_names_the_alternative(model):
+def note_on(plan, option):
+    """Return the note of a plan on the option `exclude` or `keep_outputs`."""
+    (note,) = [note for note in plan.notes if note.startswith(f"{option}=")]
+    return note
+
+
+def test_a_note_compares_the_least_cost_with_and_without_an_exclusion_and_names_the_alternative(model):
     graph = kirsch.trace(model, IMAGE)
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), exclude=["classifier"])
-    (note,) = [note for note in plan.notes if note.startswith("exclude=")]
-    share = (16 * 4 * 4 * 64 + 64 * 5) / (graph.cost.macs / 2)  # the MACs of `last` and `classifier`, of one sample
-    part = (16 * 64 + 64 + 64 * 5) / graph.cost.parameters
-    assert f"{share:.1%} of the MACs and {part:.1%} of the parameters, in the layers `last`, `classifier`." in note
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), exclude=["classifier"], round_to=1, min_keep=0.25)
+    assert graph.cost.macs == macs(16, 16, 64)
+    least, otherwise = macs(4, 4, 64) / graph.cost.macs, macs(4, 4, 16) / graph.cost.macs
+    note = note_on(plan, "exclude")
+    assert "keeps units of the layers `last`, `classifier`: " in note
+    assert f"at least {least:.1%} of the MACs and " in note
+    assert f" remain, instead of {otherwise:.1%} and " in note
     assert "keep_outputs in place of exclude" in note
     assert "outputs of the model are always kept" in note
 
 
+def macs(first, second, last):
+    """Return the MACs of two samples in closed form, for the widths of the three convolutions."""
+    return 2 * (36 * 27 * first + 16 * 9 * first * second + 16 * second * last + last * 5)
+
+
+def test_the_cost_of_an_exclusion_excludes_what_other_options_keep(model):
+    graph = kirsch.trace(model, IMAGE)
+    options = {"round_to": 1, "min_keep": 0.25, "exclude": ["features.0"], "keep_outputs": ["last"]}
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), **options)
+    for option, otherwise in (("exclude", macs(4, 4, 64)), ("keep_outputs", macs(16, 4, 16))):
+        assert f"instead of {otherwise / graph.cost.macs:.1%}" in note_on(plan, option)
+
+
+def test_a_note_says_that_an_exclusion_of_units_that_another_option_keeps_has_no_effect(model):
+    plan, _ = pruned(model, 0.9, exclude=["last"], keep_outputs=["last"])
+    assert "has no effect" in note_on(plan, "keep_outputs")
+
+
+def test_the_cost_of_an_exclusion_needs_no_importance_of_the_excluded_layers(model):
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = torch.nan
+    plan = kirsch.plan(kirsch.trace(model, IMAGE), kirsch.Goal(macs=0.6), exclude=["classifier"])
+    assert "of the MACs" in note_on(plan, "exclude")
+
+
 def test_the_note_of_an_exclusion_stays_when_the_plan_is_applied(model):
     plan, _ = pruned(model, keep_outputs=["last"])
-    (note,) = [note for note in plan.notes if note.startswith("keep_outputs=")]
+    note = note_on(plan, "keep_outputs")
     result = prune_with_verification(model, kirsch.Plan.from_json(plan.to_json()))
     assert note in result.notes
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import UnknownNameError, UsageError
+from kirsch.graph.kinds import BLOCK, KINDS
 
+GLOSSARY = Path(__file__).parents[2] / "docs" / "glossary.md"
 WORDS = torch.randint(0, 20, (2, 6))
 
 
@@ -123,6 +127,28 @@ def test_an_unknown_kind_names_the_nearest(graph):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=["heads"])
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"channels": 8})
+
+
+@pytest.mark.parametrize("option", ["kinds", "round_to"])
+def test_the_error_for_an_unknown_kind_lists_all_kinds(graph, option):
+    options = {"kinds": ["wire"], "round_to": {"wire": 8}}
+    with pytest.raises(UnknownNameError) as caught:
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), **{option: options[option]})
+    expected = {*KINDS, BLOCK} if option == "kinds" else set(KINDS)
+    assert set(caught.value.why.removeprefix("Known: ").removesuffix(".").split(", ")) == expected
+
+
+@pytest.mark.parametrize(("words", "kind"), [("attention head", "head"), ("residual block", "block")])
+def test_a_kind_in_other_words_names_the_kind(graph, words, kind):
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{kind}'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=words)
+
+
+def test_the_glossary_lists_all_kinds_with_their_definitions():
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    found = dict(rows)
+    assert "replaced by the identity" in found.pop(BLOCK)
+    assert {kind: text[0].lower() + text[1:].rstrip(".") for kind, text in found.items()} == KINDS
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])

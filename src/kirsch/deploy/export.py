@@ -55,7 +55,7 @@ class Artifact(Printable):
         opset = f"   opset {details['opset']}" if onnx else ""
         rows: list[list[Cell]] = [["file", f"{self.path}   {figures.bytes_(self.bytes)}{opset}"]]
         if onnx:
-            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of the largest"
+            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of their largest value"
             rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
             rows.append([Piece("verified", "good"), text])
         rows.append(["sha256", self.sha256])
@@ -154,7 +154,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
         f"The batch of {path.name} is fixed at {size}, the size of the example inputs. {why_fixed} "
         "Run the file with batches of this size, or let the forward read the batch size from its input: x.shape[0]."
     )
-    warnings.warn(note, stacklevel=4)  # the caller of kirsch.export, past the check of its arguments
+    warnings.warn(note, stacklevel=4)  # the caller of kirsch.export; the check of its arguments adds a level
     return {**details, "notes": [*details["notes"], note]}
 
 

@@ -138,7 +138,7 @@ ONE_EPOCH = Training(epochs=1, learning_rate=1e-6)
 
 @STEPS.register("evaluate")
 class Evaluate(Step):
-    """Evaluate the given teacher. A job without a step `train` for the teacher begins with this step."""
+    """Evaluate the teacher without training. A job without a step `train` for the teacher begins with this step."""
 
     repeatable: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
@@ -236,7 +236,9 @@ class Distill(TrainingStep):
     temperature: Positive | None = Field(None, description="temperature of the objective kd; null: 4")
     weight: Share | None = Field(
         None,
-        description="weight of the soft-target loss of the objective kd; the label loss has 1 - weight; null: 0.9",
+        description=(
+            "weight of the soft-target loss of the objective kd; the label loss has the weight 1 - weight; null: 0.9"
+        ),
     )
 
     def check(self) -> None:

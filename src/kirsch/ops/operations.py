@@ -100,12 +100,12 @@ def amin(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
 
 
 def any(x: Any, axis: int | None = None) -> Any:
-    """Return whether any value along an axis, or of all, is true."""
+    """Return whether any value is true, along an axis or in the array."""
     return implementation_of(x).any(x, axis)
 
 
 def all(x: Any, axis: int | None = None) -> Any:
-    """Return whether all values along an axis, or all, are true."""
+    """Return whether all values are true, along an axis or in the array."""
     return implementation_of(x).all(x, axis)
 
 

@@ -23,12 +23,15 @@ from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from kirsch.graph.cost import Cost
     from kirsch.graph.group import Group
+
+    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
+    """Returns the importance of each unit of a group, divided by the weight of its kind."""
 
 
 @checked
@@ -66,10 +69,11 @@ def plan(
             1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
-        kinds: kinds of units that may be removed (see `kirsch.graph.kinds.KINDS`), ["head", "ffn unit"]. A dict sets
-            weights by kind, {"head": 2.0, "head dim": 0}: importances are divided by the weight, and units of a kind
-            with weight 0 are kept; other kinds have weight 1. None: all kinds of units. "block" removes whole residual
-            blocks (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
+        kinds: a list, such as ["head", "ffn unit"]: only units of these kinds are removed (`kirsch.graph.kinds.KINDS`
+            defines the kinds). A dict, such as {"head": 2.0, "head dim": 0}: units of all kinds are removed.
+            Importances are divided by the weight of the kind, which is 1 for kinds that are not in the dict; units of a
+            kind with weight 0 are kept. None: all kinds, with weight 1. "block" removes whole residual blocks
+            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
@@ -124,7 +128,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
     """Return the units to remove from the layers of a model."""
     scores = _ScoreCache(graph, options)
     for fineness in range(finest(options) + 1):
-        chooser = _chooser(graph, goal, options, scores, fineness)
+        chooser = _chooser(graph, goal, options, scores.get, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
             counts = chooser.refine(chooser.descend(local=options.ranking == "local"))
@@ -132,7 +136,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
                 break
     after = chooser.price(counts)
     if not goal.met_by(after, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
     name = options.importance_name
     reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
     _check_constants(graph, chooser.keep(counts))
@@ -148,17 +152,18 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
         tracing=graph.tracing,
         graph=graph,
     )
-    notes = (landing_note(chosen), *width_notes(chosen), *exclusion_notes(graph, options))
+    exclusions = exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores))
+    notes = (landing_note(chosen), *width_notes(chosen), *exclusions)
     return replace(chosen, notes=tuple(note for note in notes if note))
 
 
-def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache, fineness: int) -> Chooser:
+def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
     """Return the search over the groups that the options allow to change."""
     groups = removable_groups(graph, options)
     candidates = [
         Candidate(
             [groups[index] for index in indices],
-            [scores.get(groups[index], options) for index in indices],
+            [scores(groups[index], options) for index in indices],
             multiple(groups[indices[0]], options, fineness),
             options.min_keep,
         )
@@ -167,11 +172,16 @@ def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache
     return Chooser(graph, goal, candidates)
 
 
-def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> Least:
+def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Least:
     """Return the least cost that plans with these options reach."""
     chooser = _chooser(graph, goal, options, scores, finest(options))
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
+
+
+def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
+    """Return the importance 0 for each unit: the least cost hardly depends on which units are removed."""
+    return np.zeros(group.size)
 
 
 class _ScoreCache:

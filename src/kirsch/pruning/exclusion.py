@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kirsch.pruning.selection import exclusions
+from kirsch.pruning.selection import removable_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kirsch.graph.graph import Graph
+    from kirsch.pruning.obstacles import Least
     from kirsch.pruning.options import PlanOptions
 
 LAYERS = 3
@@ -20,30 +23,40 @@ INSTEAD = {
 OUTPUTS = "The outputs of the model are always kept and need no exclusion."
 
 
-def exclusion_notes(graph: Graph, options: PlanOptions) -> list[str]:
-    """Return a note for each of the options `exclude` and `keep_outputs` that is used."""
-    weights, notes = options.kind_weights, []
-    found = exclusions(graph, options)
-    kinds = {group.name: group.kind for group in graph.groups}
-    for option, patterns in (("exclude", options.exclude), ("keep_outputs", options.keep_outputs)):
-        kept = [name for name, why in found.items() if why.option == option and weights[kinds[name]] > 0]
-        if kept:
-            notes.append(f"{option}={list(patterns)} {_cost_of(graph, kept)}. {INSTEAD[option]}{OUTPUTS}")
-        elif patterns and not any(why.option == option for why in found.values()):
+def exclusion_notes(graph: Graph, options: PlanOptions, least: Callable[[PlanOptions], Least]) -> list[str]:
+    """Return a note for each of the options `exclude` and `keep_outputs` that is used.
+
+    Args:
+        graph: graph of the model.
+        options: options of the plan.
+        least: takes options, and returns the least cost that plans with these options reach.
+    """
+    notes = []
+    for option in ("exclude", "keep_outputs"):
+        patterns = getattr(options, option)
+        without = options.changed(**{option: ()})
+        if patterns and len(removable_groups(graph, options)) == len(removable_groups(graph, without)):
             notes.append(f"{option}={list(patterns)} has no effect: these units are kept anyway. {OUTPUTS}")
+        elif patterns:
+            cost = _cost_of(graph, least(options), least(without))
+            notes.append(f"{option}={list(patterns)} {cost}. {INSTEAD[option]}{OUTPUTS}")
     return notes
 
 
-def _cost_of(graph: Graph, names: list[str]) -> str:
-    """Return a clause with the share of the cost of groups whose units are all kept, and their layers."""
-    everything = {group.name: tuple(range(group.size)) for group in graph.groups}
-    keep, without = graph.keep({}), graph.keep({name: everything[name] for name in names})
-    full, less = graph.prices.by_owner(keep), graph.prices.by_owner(without)
-    losses = {owner: [old - new for old, new in zip(costs, less[owner], strict=True)] for owner, costs in full.items()}
-    parameters, macs = (sum(loss[index] for loss in losses.values()) for index in range(2))
-    shares = [f"{macs / graph.cost.macs:.1%} of the MACs"] if graph.cost.macs else []
-    shares.append(f"{parameters / max(graph.cost.parameters, 1):.1%} of the parameters")
+def _cost_of(graph: Graph, least: Least, otherwise: Least) -> str:
+    """Return a clause with the layers that an exclusion keeps, and the least cost with and without the exclusion."""
+    costs, smaller = graph.prices.by_owner(least.keep), graph.prices.by_owner(otherwise.keep)
+    losses = {owner: [old - new for old, new in zip(costs[owner], smaller[owner], strict=True)] for owner in costs}
     by_macs = sorted((owner for owner in losses if any(losses[owner])), key=lambda owner: losses[owner][::-1])[::-1]
+    if not by_macs:
+        return "does not change the least cost that can be reached"
     more = f" and {len(by_macs) - LAYERS} more" if len(by_macs) > LAYERS else ""
     shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in by_macs[:LAYERS])
-    return f"keeps units that hold {' and '.join(shares)}, in the layers {shown}{more}"
+    words = {"macs": "MACs", "parameters": "parameters"} if graph.cost.macs else {"parameters": "parameters"}
+    least_shares, shares = (
+        {word: getattr(cost, name) / max(getattr(graph.cost, name), 1) for name, word in words.items()}
+        for cost in (least.cost, otherwise.cost)
+    )
+    remain = " and ".join(f"{share:.1%} of the {word}" for word, share in least_shares.items())
+    instead = " and ".join(f"{share:.1%}" for share in shares.values())
+    return f"keeps units of the layers {shown}{more}: at least {remain} remain, instead of {instead}"

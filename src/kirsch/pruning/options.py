@@ -34,24 +34,35 @@ class PlanOptions(Options):
 
     importance: str | None = Field(
         None,
-        description="what ranks units: magnitude (default), random; blocks: influence (default), change, random",
+        description=(
+            'score that ranks the units: "magnitude" (default) or "random"; for residual blocks "influence" (default), '
+            '"change" or "random"'
+        ),
     )
-    norm: Norm = Field(2, description="norm of the importance magnitude, 1 or 2")
+    norm: Norm = Field(2, description='norm that the importance "magnitude" uses, 1 or 2')
     ranking: Ranking = Field(
         "global", description="rank the units of all layers together (global), or of each layer by itself (local)"
     )
     round_to: RoundTo = Field(
-        "auto", description="kept widths are multiples of this number, or of a number by kind of unit"
+        "auto",
+        description=(
+            "the number of kept units of a group is a multiple of this number; a dict has a number for each kind of "
+            'unit; "auto": 16, 8, 4 or 1, by the size of the group'
+        ),
     )
     kinds: Kinds = Field(
         None,
-        description="kinds of units to remove (default: all), with or without a weight; or block: residual blocks",
+        description=(
+            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
+            "removed, more of the kinds with a weight above 1, none of those with weight 0; block: residual blocks; "
+            "default: all"
+        ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
     exclude: Names = Field((), description="layers whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description="seed of the importance random")
+    seed: Seed = Field(0, description='seed of the importance "random"')
 
     def check(self) -> None:
         """Check what the types cannot express.
@@ -62,10 +73,10 @@ class PlanOptions(Options):
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
-                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK))
+                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK), most=len(KINDS) + 1)
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS)
+                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS, most=len(KINDS))
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):

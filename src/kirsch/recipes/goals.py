@@ -61,7 +61,7 @@ def cost_goals(job: Job, steps: Mapping[str, Step]) -> list[CostGoal]:
         if number == 0 and final is not None:
             limits = {name: limit for name, limit in limits.items() if final.to_dict().get(name) != limit}
         if limits:
-            goals.append((key, Goal(**limits), "model before it" if number else job.model_name))
+            goals.append((key, Goal(**limits), "model before this step" if number else job.model_name))
     found = [CostGoal(key, limits, reference, f"{key}: ") for key, limits, reference in goals]
     if final is not None:
         found.append(CostGoal("", final, job.model_name, "at the end: " if found else ""))

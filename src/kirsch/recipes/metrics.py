@@ -61,7 +61,7 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
-    """Return key of a step → name of the model that it made; the second of a name is "pruned-2"."""
+    """Return the name of the model that each step made, by key of the step; a second "pruned" is "pruned-2"."""
     keys = [key for key, record in records.items() if "model" in record]
     return dict(zip(keys, keys_of([records[key]["model"] for key in keys]), strict=True))
 
