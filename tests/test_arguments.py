@@ -83,6 +83,7 @@ ACCEPTED = {
     "ignore_index": {"integer", "negative", "huge"},
     "example_inputs": {"None", "array"},
     "folder": {*TEXTS, "path", "None"},
+    "compress.name": {*TEXTS, "None"},
     "views of": {"None", "empty list", "numbers"},
 }
 """Argument → kinds of values that are accepted, in any callable. Their effects are tested elsewhere."""

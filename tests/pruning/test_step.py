@@ -42,3 +42,23 @@ def test_the_record_of_a_group_that_is_kept_has_no_units():
     record = removed(graph, plan)
     assert [(group["removed"], group["reason"], group["macs"]) for group in record["groups"]] == [([], "kept", 0)]
     assert [(layer["before"], layer["after"]) for layer in record["layers"]] == [(8, 8)]
+
+
+def test_a_layer_with_outputs_in_two_groups_is_listed_once():
+    """A grouped convolution behind two layers that are added splits their channels into two groups."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.grouped, self.head = nn.Conv2d(16, 32, 3, groups=4), nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.head(self.grouped(x + self.second(x)).relu().mean((2, 3)))
+
+    graph = kirsch.trace(Net(), torch.randn(2, 3, 8, 8))
+    record = removed(graph, kirsch.plan(graph, kirsch.Goal(macs=0.7), round_to=1))
+    assert sum("first" in group["layers"] for group in record["groups"]) > 1
+    names = [layer["name"] for layer in record["layers"]]
+    assert sorted(names) == ["first", "grouped", "second"]

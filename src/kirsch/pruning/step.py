@@ -154,6 +154,8 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
         for name, axis in group.footprint:
             if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
                 layer = name.rpartition(".")[0]
+                if layer in {entry["name"] for entry in layers}:  # its outputs belong to several groups
+                    continue
                 mask = graph.kept(graph.axes[name, 0], kept)
                 size = graph.tensors[name].shape[0]
                 rest = size if mask is None else int(mask.sum())
