@@ -83,7 +83,6 @@ ACCEPTED = {
     "ignore_index": {"integer", "negative", "huge"},
     "example_inputs": {"None", "array"},
     "folder": {*TEXTS, "path", "None"},
-    "compress.name": {*TEXTS, "None"},
     "views of": {"None", "empty list", "numbers"},
 }
 """Argument → kinds of values that are accepted, in any callable. Their effects are tested elsewhere."""
@@ -130,6 +129,7 @@ ACCEPTED_BY_CALLABLE = {
     "Split.labels": {"array", "numbers", "empty list"},
     "DataSet.augment": {"None", "class", "model"},
     "ModelGenerator.noise": {"empty list", "numbers"},
+    "compress.name": {*TEXTS, "None"},
     "compress.batch_size": {"None", "integer"},  # None is the batch size of a loader
     "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
     "compress.name": {"text"},

@@ -133,7 +133,8 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
     removals = {removal.name: removal for removal in plan.groups}
     kept = plan.keep(graph)
     before, after = graph.prices.by_owner(graph.keep({})), graph.prices.by_owner(kept)
-    groups, layers = [], []
+    groups: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
     in_removed_block = re.compile("|".join(rf"{re.escape(path)}(\..*)?" for path in plan.without) or "$^").fullmatch
     for group in graph.groups:
         removal = removals.get(group.name)
