@@ -129,10 +129,9 @@ ACCEPTED_BY_CALLABLE = {
     "Split.labels": {"array", "numbers", "empty list"},
     "DataSet.augment": {"None", "class", "model"},
     "ModelGenerator.noise": {"empty list", "numbers"},
-    "compress.name": {*TEXTS, "None"},
     "compress.batch_size": {"None", "integer"},  # None is the batch size of a loader
     "DataSet.classes": {"empty list", "texts"},  # the task checks them against the labels
-    "compress.name": {"text"},
+    "compress.name": {"text", "None"},
     "compress.steps": {"None"},
     "compress.seed": {"integer"},
     "compress.speedup": {"None", *POSITIVE},
