@@ -1,4 +1,4 @@
-"""The adapters that objectives name: one class of options each, the same for every framework.
+"""Options of the adapters that an objective can name: one class for each adapter, the same for every framework.
 
 A framework implements an adapter under the same name. Shapes have the batch first, and channels before positions.
 """
@@ -20,7 +20,7 @@ SMALLEST_VARIANCE = 1e-5
 """Constant that the loss "vid" adds to log(1 + exp(scale))."""
 
 MOMENTUM = 0.5
-"""Default of `momentum` of "crd-bank" without `size`."""
+"""Default of the option `momentum` of "crd-bank", if `size` is not set."""
 
 
 class AdapterOptions:
@@ -97,7 +97,7 @@ class RegressorOptions(AdapterOptions):
     kernel that reduces the maps to the teacher's size.
 
     Args:
-        relu: apply a ReLU at the end, for teacher's maps that are taken after a ReLU.
+        relu: apply a ReLU at the end, if the teacher's maps are taken after a ReLU.
 
     Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
@@ -114,8 +114,9 @@ class ConnectorOptions(AdapterOptions):
     loss "ofd" then needs the same margins, or lower ones.
 
     Args:
-        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after the teacher's batch
-            norm, as `kirsch.distillation.losses.maps.margins` computes it from the bias and weight of the batch norm.
+        margins: one value <= 0 for each of the teacher's channels: the mean of the negative values after the teacher's
+            batch norm, as `kirsch.distillation.losses.maps.margins` computes it from the bias and weight of the batch
+            norm.
 
     Source: Heo et al. 2019, arXiv:1904.01866.
     """
@@ -154,10 +155,10 @@ class GeneratorOptions(AdapterOptions):
 class DensityOptions(AdapterOptions):
     """Predict a normal distribution of the teacher's maps: means from the student's maps, and one scale per channel.
 
-    The adapted student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
+    The adapted value of the student is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
 
     Args:
-        hidden: number of channels between the three 1 × 1 convolutions; by default that of the teacher.
+        hidden: number of channels between the three 1 × 1 convolutions; by default the teacher's number.
         norm: add a batch norm before both ReLUs, unlike the authors' code.
         variance: > 1e-5, initial variance of every channel.
 
@@ -197,7 +198,8 @@ class FactorOptions(AdapterOptions):
 class ReviewOptions(AdapterOptions):
     """Fuse the student's stages from the deepest to the first, and convert each to the shape of the teacher's stage.
 
-    Both outputs are lists of maps. The loss is the sum of a loss of maps ("hcl" in the paper) over the stages.
+    The adapted values of student and teacher are lists of maps. The loss is the sum of a loss of maps ("hcl" in the
+    paper) over the stages.
 
     Args:
         hidden: number of channels passed from stage to stage; by default that of the student's last stage, at most 512.
@@ -331,10 +333,11 @@ class MemoryBankOptions(AdapterOptions):
     Args:
         samples: number of samples in the data; ids must be from 0 to samples - 1. Optional if `size` is set; without
             `samples`, any ids are accepted.
-        size: number of rows of a queue, instead of one row per sample.
+        size: number of rows of a queue of the most recent embeddings, which replaces the table of one row per sample.
         negatives: number of negatives for each sample and direction.
         temperature: > 0.
-        momentum: weight of the old row, 0 <= momentum < 1; 0.5 by default. Not available with `size`.
+        momentum: weight of the stored embedding when it is updated, 0 <= momentum < 1; 0.5 by default. Not available
+            with `size`.
         width: width of the embeddings.
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, and the authors' code: 16384 negatives, temperature 0.07,

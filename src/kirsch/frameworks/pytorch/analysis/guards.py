@@ -1,4 +1,4 @@
-"""Find comparisons, such as in an `assert`, whose other result makes a model's code raise an exception.
+"""Find comparisons, such as that of an `assert`, with which a model's code decides whether to raise an exception.
 
 The comparisons are found in the bytecode.
 
@@ -40,7 +40,8 @@ def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
     """
     caller = frame.f_back
     if compares and caller is not None and _yielded(frame.f_code, frame.f_lasti, caller.f_code, caller.f_lasti):
-        # `all` and `any` return the result of the last element that they test, so the test in the caller has it, too.
+        # `all` and `any` return the result of the last element that they test, so the test in the caller has the same
+        # result.
         return _guards(caller.f_code, caller.f_lasti, bool(result), compares=False)
     return _guards(frame.f_code, frame.f_lasti, bool(result), compares=compares)
 
@@ -89,7 +90,7 @@ def _guards(code: CodeType, offset: int, result: bool, *, compares: bool) -> boo
 
 
 def _branches(instructions: list[Any], index: int, result: bool) -> tuple[int, int] | None:
-    """Return the next instructions for a result and for the other result; None if the code does not branch."""
+    """Return the next instructions for `result` and for the opposite result; None if the code does not branch."""
     at, stored = index if "JUMP" in instructions[index].opname else index + 1, ""
     while at < min(len(instructions), index + MAX_INSTRUCTIONS):
         current = instructions[at]

@@ -141,11 +141,11 @@ class RecordedCalls:
 
     Args:
         log: the calls of the user's code, by number.
-        failed_in: path of the module whose forward raised, "" if none did.
+        failed_in: path of the innermost module whose `forward` raised an exception, "" if none did.
         outputs: names of the output tensors of the model.
         events: traced integers that became plain numbers, and comparisons.
         module_calls: path of each module → its calls.
-        origin: identity of each tensor → number of the call that returned it, and its index among several results.
+        origin: `id` of each tensor → number of the call that returned it, and its index among several results.
     """
 
     log: list[UserCall] = field(default_factory=list)
@@ -161,7 +161,7 @@ class CallRecorder(TorchFunctionMode):
 
     Args:
         recorded: object to which the calls are added.
-        names: identity of each parameter and buffer → its path.
+        names: `id` of each parameter and buffer → its path.
     """
 
     def __init__(self, recorded: RecordedCalls, names: Mapping[int, str]) -> None:
@@ -247,7 +247,7 @@ class CallRecorder(TorchFunctionMode):
 
 
 def called_name(func: Any) -> str:
-    """Return the name of a function; of an operator of `torch.ops`, without the overload."""
+    """Return the name of a function, or the name of an operator of `torch.ops` without its overload."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
         return str(schema.name).rpartition("::")[2]
@@ -310,9 +310,9 @@ def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Modu
 
 
 def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
-    """Put traced integers into a model, and make its forward record all calls.
+    """Put traced integers into a model, and make its `forward` record all calls.
 
-    The forward then returns two lists: the output tensors of the model, and the tensors that are computed and never
+    `forward` then returns two lists: the output tensors of the model, and the tensors that are computed and never
     read.
     """
     for path, module in model.named_modules():
@@ -382,7 +382,7 @@ def _traced(value: Any, path: str, name: str, events: list[LostOrigin | Comparis
 
 
 def _recording(forward: Callable[..., Any], path: str, recorded: RecordedCalls) -> Callable[..., Any]:
-    """Return a forward that records its calls, and the innermost module that raised."""
+    """Return a `forward` function that records its calls, and the innermost module in which an exception is raised."""
 
     @functools.wraps(forward)
     def recording(*args: Any, **kwargs: Any) -> Any:

@@ -185,7 +185,7 @@ def _training_walk(
     """
     terms, statistics, facts.statistics = list(facts.terms), facts.statistics, set()
     try:
-        # Training mode may make decisions by random values, such as masks.
+        # In training mode, branches may depend on random values, such as masks.
         by_example = replace(tracing, decisions="example")
         return _walk(model, args, options, facts, tensors, by_example, training=True)
     except ModelError:
@@ -376,7 +376,7 @@ class _Walk:
                 op.pin(event.number)
 
     def _labels_of(self, size: SizeOf) -> Axis:
-        """Return the labels of a size that the code read; raises KeyError if its tensor is unknown."""
+        """Return the labels of an axis whose size the code read; raises KeyError if the tensor is unknown."""
         if size.name:
             return self._tensors[size.name].axes[size.axis]
         state = self._by_call[size.call][-1]

@@ -72,7 +72,8 @@ class FeatureCapture:
         for path, function, of_input in keys:
             if not function:
                 self._hook(modules[path], path, of_input=of_input)
-        # Functions of submodules do not count as those of the module: a batch norm adds to a counter, for example.
+        # Calls in the code of a submodule do not count as calls of the module: a batch norm adds to a counter, for
+        # example, which is not an addition in the module.
         for path, module in modules.items() if self._functions else ():
             is_inside = any(not parent or f"{path}.".startswith(f"{parent}.") for parent, _ in self._functions)
             if is_inside and not is_torchscript(module):
@@ -100,7 +101,7 @@ class FeatureCapture:
             self._handles.append(module.register_forward_hook(keep_output))
 
     def _keep(self, key: Key, value: Any) -> None:
-        if not self._running:  # calls by others, or the recomputation of a checkpoint, would fill the memory
+        if not self._running:  # values of calls by other code, or of a recomputed checkpoint, would fill the memory
             return
         calls = self._values.setdefault(key, [])
         call = key, len(calls)
@@ -139,7 +140,7 @@ class FeatureCapture:
             UsageError: a layer runs several times and its text does not state which call, or a layer does not run.
             UnknownNameError: the code of a module does not call the function, or an output has no such name.
         """
-        mode, compiling = self.model.training, torch.compiler.is_compiling()  # when compiling, no versions
+        mode, compiling = self.model.training, torch.compiler.is_compiling()  # a compiled model has no versions
         copies = compiling or self._writes.get(mode, True)
         inputs = copied(inputs) if copies else inputs
         args, options = arguments(inputs)
@@ -274,7 +275,7 @@ def _quoted(path: str) -> str:
 
 
 class _FunctionCapture(TorchFunctionMode):
-    """Captures inputs and outputs of some functions in the code of some modules, and the names of other functions."""
+    """Captures inputs and outputs of some functions that some modules call, and records the names of all others."""
 
     def __init__(
         self,
@@ -305,7 +306,7 @@ def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]
     """Return the hidden states or attention weights of all layers from the outputs of a model of transformers.
 
     Raises:
-        UsageError: the outputs do not contain them.
+        UsageError: the outputs do not contain the hidden states or attention weights.
     """
     part, kind = layer.layered.groups() if layer.layered else ("", "")
     name = {"hidden": "hidden_states", "attention": "attentions"}[kind]

@@ -22,7 +22,7 @@ class Cohort(nn.Module):
         students: the models.
 
     Raises:
-        UsageError: two of them share a parameter.
+        UsageError: two students share a parameter.
     """
 
     def __init__(self, students: Iterable[nn.Module]) -> None:

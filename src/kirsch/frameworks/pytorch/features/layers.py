@@ -26,7 +26,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     """Return the layers that a text matches, in the order of the model's modules: one, or all that match a pattern.
 
     Args:
-        model: run once in inference mode if layers must be counted, or the last layer must be found.
+        model: the model. It is run once in inference mode if layers must be counted, or the last layer must be found.
         text: a layer, possibly with a pattern.
         inputs: one batch, for that run.
 
@@ -106,7 +106,10 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
 
 
 def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """Return path and output shape of each module that runs once, in the order of completion; of a tuple, the first."""
+    """Return path and output shape of each module that runs once, in the order of completion.
+
+    If a module returns a tuple, the shape is that of the first element.
+    """
     outputs: list[tuple[str, tuple[int, ...]]] = []
 
     def record(path: str) -> Callable[..., None]:

@@ -36,7 +36,7 @@ def is_embedding_error(error: BaseException) -> bool:
 
 
 def embedding_fix(args: Any, options: Any) -> str:
-    """Return how to pass integer indices, with the shape of the floating-point input on the command line."""
+    """Return how to pass integer indices on the command line, with the shape of the floating-point input."""
     named = [("", part) for part in tree_leaves(args)] + [(f"{name}=", part) for name, part in options.items()]
     floating = [(name, part) for name, part in named if isinstance(part, torch.Tensor) and part.is_floating_point()]
     name, sizes = "", "1,24"
@@ -72,7 +72,7 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
 
 
 def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names that the forward does not have; empty for a single name, which becomes the first argument."""
+    """Return the names that the forward does not take; empty for a single name, which becomes the first argument."""
     known = {p.name for p in _parameters(model) or []}
     return [name for name in names if name not in known] if known and len(names) > 1 else []
 
@@ -103,7 +103,8 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
 
 
 def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
-    """Return an error that explains an exception of a model by the names and types of its inputs; None if unknown.
+    """Return an error that explains an exception of a model by the names and types of its inputs; None for other
+    causes.
 
     Args:
         model: the model that was called.

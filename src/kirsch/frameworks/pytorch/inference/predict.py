@@ -146,7 +146,7 @@ def logits_of(outputs: Any) -> Any:
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
-    """Return the logits of several models. Each gets a copy of the inputs, which it may change in place."""
+    """Return the logits of several models. Each model gets a copy of the inputs, which the model may change."""
     logits = []
     for model in models:
         model_args, model_options = copied((args, options))

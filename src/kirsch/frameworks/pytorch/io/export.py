@@ -118,7 +118,7 @@ class TorchExportable:
             return self._flat.by_path(*self._tensors(inputs))
 
     def _functions(self) -> set[str]:
-        """Return the names of the functions of PyTorch that the forward calls, as far as it runs."""
+        """Return the names of the functions of PyTorch that the forward calls until it ends or raises an exception."""
         seen = _Functions()
         with seen, _quiet(), contextlib.suppress(Exception):
             self._run(list(self.inputs.values()))

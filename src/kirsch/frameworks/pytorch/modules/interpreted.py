@@ -195,9 +195,10 @@ def _origin(node: Node) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) -> Iterator[None]:
-    """Within the block, run the graph of a module node by node, and call each tap with entry and exit of its part.
+    """Within the block, run the graph of a module node by node, and call a function for each part.
 
-    The result of a tap replaces the exit, unless it is None.
+    The arguments of the function are the values of the entry and the exit of the part. The result of the function
+    replaces the value of the exit, unless it is None.
     """
     graph, signature, forward_before = graph_in(module), inspect.signature(module.forward), vars(module).get("forward")
     ends = {part.exit: (part.entry, tap) for part, tap in taps.items()}

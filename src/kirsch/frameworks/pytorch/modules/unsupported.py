@@ -30,7 +30,7 @@ def check(model: nn.Module) -> None:
     """Raise an error if a model is of a kind that cannot be traced and cut.
 
     Raises:
-        ModelError: names the part, its kind, and what to use instead.
+        ModelError: the model is of such a kind. The message names the part, its kind, and what to use instead.
     """
     for why, fix in reasons(model):
         raise _untraceable(model, why, fix)
@@ -48,7 +48,7 @@ def check_trainable(model: nn.Module) -> None:
     """Raise an error if the parameters of a model cannot be trained.
 
     Raises:
-        ModelError: names the parameter, and what to use instead.
+        ModelError: a parameter cannot be trained. The message names the parameter, and what to use instead.
     """
     check_values(model)
     name = type(model).__name__
@@ -62,7 +62,7 @@ def check_values(model: nn.Module) -> None:
     """Raise an error if a parameter of a model is on the meta device.
 
     Raises:
-        ModelError: names the first such parameter.
+        ModelError: a parameter is on the meta device. The message names the first such parameter.
     """
     empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if empty is not None:
@@ -77,7 +77,8 @@ def check_exportable(model: nn.Module) -> None:
     """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its forward.
 
     Raises:
-        ModelError: names the part, its kind, and what to use instead.
+        ModelError: `torch.export` cannot follow the forward. The message names the part, its kind, and what to use
+            instead.
     """
     check_values(model)
     for path, module in model.named_modules():

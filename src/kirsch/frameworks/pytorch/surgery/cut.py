@@ -94,7 +94,7 @@ def update_widths(module: nn.Module) -> None:
     """Set the width attributes of a standard layer, such as `in_features`, to the shapes of its tensors.
 
     These attributes appear in the `repr` of the layer and are read by users. Attributes that the forward reads
-    (`groups`, `num_groups`, `normalized_shape`) are updated by `cut`, from the demands of the trace.
+    (`groups`, `num_groups`, `normalized_shape`) are updated by `cut`, from the requirements that the trace recorded.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -198,7 +198,7 @@ class Search:
         self.target = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
-        self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that no open number affects
+        self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that only chosen numbers affect
         self._best = (MOST_BUILDS, 0)  # counts of open numbers and of unreachable axes for `unreachable`
         self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
         self.integers = integer_attributes(model)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FAINT = 1e-6
 """Effects below this fraction of the largest effect are rounding errors. With the noise of `verify`, real effects are
-above 1e-3 of it."""
+above 1e-3 of the largest effect."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""

@@ -48,7 +48,8 @@ LIMIT = 1e37
 
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
-    "Its forward branches on values and may have taken another branch than in the trace, so no model was returned."
+    "Its `forward` method has a branch that depends on values, and may have taken another branch than in the trace, "
+    "so no model was returned."
 )
 
 
