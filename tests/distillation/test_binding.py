@@ -143,7 +143,7 @@ def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
 
 
 def test_a_function_that_is_called_several_times_needs_an_index():
-    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Append #0 for the first"):
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward pass.*Append #0 for the first"):
         dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
 
 

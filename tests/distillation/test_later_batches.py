@@ -59,7 +59,7 @@ LATER = {
     "another size": (
         (X[..., :5], Y),
         ModelError,
-        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*padded or resized to its size",
+        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*padded or resized to its input size",
     ),
     "another type": ((X.double(), Y), UsageError, "computes in float32, and its inputs are float64"),
     "none": (None, DataError, "A batch is None"),

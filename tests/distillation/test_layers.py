@@ -104,7 +104,7 @@ def test_a_forward_that_overwrites_only_in_later_runs_is_refused():
     watch = FeatureCapture(net, ["fc"])
     watch(torch.ones(1, 2))
     net.in_place = True
-    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Changing"):
+    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward pass of Changing"):
         watch(torch.ones(1, 2))
     watch.close()
 

@@ -67,7 +67,7 @@ def distilled(term, student=None, teacher=None):
         ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
-        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; calls are numbered from 0, so #1"),
+        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward pass; calls are numbered from 0, so #1"),
         (
             "hidden[0]",
             UsageError,

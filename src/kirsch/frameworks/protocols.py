@@ -55,7 +55,7 @@ class Surgery(Protocol):
         """Return a copy of the model without the units that the plan removes, and its verification."""
 
     def changed_computed_weights(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
-        """Return the modules whose computed weights, as of spectral normalization, change for the kept units.
+        """Return the modules whose computed weights, such as those of spectral normalization, change in the kept units.
 
         The result maps the path of a module to the size of its weight after the cut, relative to the size before.
         """
@@ -243,7 +243,7 @@ class Inference(Protocol):
         """
 
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
-        """Return the names that are not arguments of a model's forward; empty if its arguments are not named."""
+        """Return the names that are not arguments of a model's `forward`; empty if the arguments are unknown."""
 
     def nondeterminism(self, model: Any, inputs: Any) -> tuple[str, str]:
         """Return why two runs in inference mode on the same inputs differ, and the fix; empty strings if they agree."""

@@ -24,7 +24,7 @@ MOMENTUM = 0.5
 
 
 class AdapterOptions:
-    """Options of an adapter, with their defaults; a subclass checks them.
+    """Options of an adapter, with their defaults; a subclass checks the values.
 
     Attributes:
         stages: whether the adapter takes lists of features, one for each stage. Any other adapter is built once for
@@ -93,8 +93,8 @@ class RegressorOptions(AdapterOptions):
     """Convert the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
 
     If the student's maps have twice the size of the teacher's, the convolution is 3 × 3 with stride 2. If they have
-    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, it has no padding, and a
-    kernel that reduces the maps to the teacher's size.
+    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, the convolution has no
+    padding, and a kernel that reduces the maps to the teacher's size.
 
     Args:
         relu: apply a ReLU at the end, if the teacher's maps are taken after a ReLU.

@@ -110,6 +110,6 @@ def test_a_model_that_starts_to_write_into_its_inputs_raises_an_error():
     capture = FeatureCapture(InPlaceModel(when=lambda _model: bool(late)), ["logits"])
     capture(inputs)
     late.append(True)
-    message = r"InPlaceModel writes into its inputs in this forward, unlike in earlier ones\. .* inputs\.clone\(\)"
+    message = r"InPlaceModel writes into its inputs in this forward pass, unlike in earlier ones\. .* inputs\.clone\(\)"
     with pytest.raises(UsageError, match=message):
         capture(inputs)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[3]))
-"""Folders of PyTorch and Kirsch; code outside of them is the user's."""
+"""Folders of PyTorch and Kirsch; code in other folders is the user's."""
 
 INTERPRETER = interpreter.__file__
 """The file that runs the operations of `torch.fx` graphs."""

@@ -337,14 +337,14 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         for record in (recorded.log, recorded.events, recorded.module_calls, recorded.origin):
             record.clear()
-        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the forward.
+        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the `forward`.
         names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         with CallRecorder(recorded, names) as recorder:
             out = original(*args, **kwargs)
         tensors = named(out)
         recorded.outputs = tuple(tensors)
         outputs = {id(tensor) for tensor in tensors.values()}
-        # The exporter drops operations that no output depends on, but the forward still runs them after a cut.
+        # The exporter drops operations that no output depends on, but `forward` still runs them after a cut.
         return list(tensors.values()), [tensor for key, tensor in recorder.unread.items() if key not in outputs]
 
     model.forward = forward

@@ -49,7 +49,8 @@ class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTo
 def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
     """Return why two runs with the same inputs differ, and the fix; two empty texts if they agree.
 
-    Operations that draw too rarely to change two runs are found in the exported program; see `line_that_draws`.
+    Random numbers that rarely change the outputs are not found by two runs, but in the exported program; see
+    `line_that_draws`.
 
     Args:
         model: the model that runs; its buffers are compared before and after.
@@ -76,7 +77,7 @@ def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) 
         )
     return (
         "Two runs with the same inputs give different outputs.",
-        "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that a forward changes.",
+        "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that the model changes.",
     )
 
 

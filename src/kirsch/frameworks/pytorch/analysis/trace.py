@@ -84,7 +84,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         raise ModelError(
             f"The model {type(model).__name__} returns no tensors.",
             "Without outputs, a cut could not be verified.",
-            "Let the forward return the output tensors.",
+            "Let the `forward` method return the output tensors.",
         )
     add_costs(model, facts, tensors)
     unused = _unused(tensors, traced)

@@ -34,8 +34,8 @@ MAX_LISTED = 4
 class FeatureCapture:
     """Runs a model and returns the values at some layers. Its hooks stay until `close`.
 
-    A value that is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is returned as it was at
-    the layer. The first run copies all values and records which of them are overwritten; later runs copy only those.
+    A value that is overwritten in place later in the forward pass, as by `nn.ReLU(inplace=True)`, is returned as it was
+    at the layer. The first run copies all values and records which of them are overwritten; later runs copy only those.
     Likewise, the inputs are copied in the first run of each mode, and in later runs only if the model writes into them.
 
     Args:
@@ -127,8 +127,8 @@ class FeatureCapture:
                 path, function, _ = call[0]
                 location = _quoted(f"{path}/{function}" if function else path)
                 raise UsageError(
-                    f"The value at {location} is overwritten in place in this forward of {type(self.model).__name__}, "
-                    "and was not overwritten in earlier ones.",
+                    f"The value at {location} is overwritten in place in this forward pass of "
+                    f"{type(self.model).__name__}, and was not overwritten in earlier ones.",
                     fix="Choose another layer, or compute the value without in-place operations.",
                 )
             self._overwritten[call] = self._overwritten.get(call, False) or changed
@@ -159,9 +159,9 @@ class FeatureCapture:
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not copies:
                 raise UsageError(
-                    f"{type(self.model).__name__} writes into its inputs in this forward, unlike in earlier ones.",
+                    f"{type(self.model).__name__} writes into its inputs in this forward pass, unlike in earlier ones.",
                     "Other models would get changed data.",
-                    "Start its forward with inputs = inputs.clone().",
+                    "Start its `forward` method with inputs = inputs.clone().",
                 )
             if not compiling:
                 self._writes[mode] = writes
@@ -198,17 +198,17 @@ class FeatureCapture:
             raise self._function_error(layer)
         if not calls:
             raise UsageError(
-                f"{subject} in no forward of {type(self.model).__name__}, so {layer.text!r} has no value.",
+                f"{subject} in no forward pass of {type(self.model).__name__}, so {layer.text!r} has no value.",
                 *self._reason_and_fix(),
             )
         if layer.call is None and len(calls) > 1:
             raise UsageError(
-                f"{subject} {len(calls)} times in one forward, and {layer.text!r} does not state which call.",
+                f"{subject} {len(calls)} times in one forward pass, and {layer.text!r} does not state which call.",
                 fix=f"Append #0 for the first call, up to #{len(calls) - 1}.",
             )
         if (layer.call or 0) >= len(calls):
             raise UsageError(
-                f"{subject} {len(calls)} times in one forward; "
+                f"{subject} {len(calls)} times in one forward pass; "
                 f"calls are numbered from 0, so #{layer.call} does not exist."
             )
         return calls[layer.call or 0]
@@ -216,7 +216,7 @@ class FeatureCapture:
     def _reason_and_fix(self) -> tuple[str, str]:
         """Return why a layer may not run, and how to fix it."""
         if not any(isinstance(module, torch._dynamo.OptimizedModule) for module in self.model.modules()):  # noqa: SLF001 - has no public name
-            return "", "Choose a layer that the forward runs."
+            return "", "Choose a layer that runs in the forward pass."
         return (
             "A compiled model that has run does not call hooks that are added later.",
             "Pass the model before compilation. A custom training loop may compile distiller.module and pass module=.",
@@ -247,7 +247,7 @@ def _output_keyword(model: nn.Module, layer: LayerName) -> str:
     """Return the keyword by which a model returns the hidden states or attention weights of its layers.
 
     Raises:
-        UsageError: the forward of the model has no such keyword.
+        UsageError: the `forward` of the model has no such keyword.
     """
     name = OUTPUT_KEYWORDS[layer.layered[2]] if layer.layered else ""
     parameters = inspect.signature(model.forward).parameters

@@ -112,7 +112,7 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Return the norm of the gradient of each loss term for the student's parameters, without parameters of adapters.
 
-    The graph is retained for the training step. Empty if gradients are disabled.
+    The graph is retained for the training step. The result is empty if gradients are disabled.
 
     Args:
         student: the student with its adapters.

@@ -104,7 +104,7 @@ def unique(name: str, taken: Iterable[str]) -> str:
 
 
 def _positional_names(model: nn.Module) -> list[str]:
-    """Return the names of the positional parameters of a forward."""
+    """Return the names of the positional parameters of a `forward`."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code has no signature

@@ -74,10 +74,10 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its forward.
+    """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its `forward`.
 
     Raises:
-        ModelError: `torch.export` cannot follow the forward. The message names the part, its kind, and what to use
+        ModelError: `torch.export` cannot follow the `forward`. The message names the part, its kind, and what to use
             instead.
     """
     check_values(model)
@@ -100,7 +100,7 @@ def _untraceable(model: nn.Module, why: str, fix: str) -> ModelError:
 
 
 def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
-    """Yield (why, fix) if `torch.export` cannot follow the forward of a module."""
+    """Yield (why, fix) if `torch.export` cannot follow the `forward` of a module."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
     if isinstance(module, torch.jit.ScriptModule):
@@ -180,10 +180,10 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
 
 
 def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] | None:
-    """Return (why, fix) for a forward that could not be exported; None if the reason is not known.
+    """Return (why, fix) for a model that could not be exported; None if the reason is not known.
 
     Args:
-        names: functions that the forward called.
+        names: functions that `forward` called.
         error: the exception of the exporter.
     """
     if "_pack_padded_sequence" in names:

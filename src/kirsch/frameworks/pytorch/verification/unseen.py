@@ -37,7 +37,7 @@ def unseen(
 
     Args:
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
+        keep: boolean mask of the components of coupled labels that are kept.
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
 

@@ -69,7 +69,7 @@ def verify(
     Args:
         pruned, original: the pruned model, and the model that was traced.
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
+        keep: boolean mask of the components of coupled labels that are kept.
         without: paths of the dropped blocks.
         moved: path of a module in the original → its path in the pruned model. None if no block was dropped.
 
@@ -90,7 +90,7 @@ def verify(
             "Exclude the layers that share a tensor, and report the model.",
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):  # a forward may draw random numbers
+    with torch.random.fork_rng(devices):  # the models may draw random numbers
         return _verify(pruned, original, graph, removal)
 
 
