@@ -314,7 +314,7 @@ class ProjectorOptions(AdapterOptions):
     stage of most networks for 224 × 224 images. The maps are then averaged over positions, and so are tokens.
 
     Args:
-        classes: number of classes; by default that of the teacher.
+        classes: number of classes; by default the teacher's number.
         width: channels after the last convolution; by default doubled with each halving.
 
     Source: Hao et al. 2023, arXiv:2310.19444. The paper uses transformer blocks for tokens, and sets `width` to the

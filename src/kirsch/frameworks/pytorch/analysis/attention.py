@@ -92,7 +92,7 @@ def _name(node: Node) -> str:
 
 
 def _producer_of(node: Node, between: set[Node]) -> Node | None:
-    """Return the operation of `PRODUCERS` if a value is a linear function of the output of exactly one, or None.
+    """Return the operation of `PRODUCERS` on which a value depends linearly; None if there is none, or several.
 
     The nodes from that operation to the value are added to `between`.
     """

@@ -1,4 +1,4 @@
-"""Capture of the values at some layers while a PyTorch model runs."""
+"""Capture the features of some layers while a PyTorch model runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.layers import Key
 
 OUTPUT_KEYWORDS = {"hidden": "output_hidden_states", "attention": "output_attentions"}
-"""Keywords by which models of transformers return hidden states and attention weights."""
+"""Keywords by which models of the transformers library return hidden states and attention weights."""
 
 OUTPUT_NAMES = ("logits", "penultimate", "hidden", "attention")
 """Names of layers that are not modules."""
@@ -32,11 +32,12 @@ MAX_LISTED = 4
 
 
 class FeatureCapture:
-    """Runs a model and returns the values at some layers. Its hooks stay until `close`.
+    """Runs a model and returns the features of some layers. The hooks stay in the model until `close`.
 
-    A value that is overwritten in place later in the forward pass, as by `nn.ReLU(inplace=True)`, is returned as it was
-    at the layer. The first run copies all values and records which of them are overwritten; later runs copy only those.
-    Likewise, the inputs are copied in the first run of each mode, and in later runs only if the model writes into them.
+    A feature may be overwritten in place later in the forward pass, as by `nn.ReLU(inplace=True)`. The feature is
+    returned as it was at the layer. The first run copies all features and records which of them are overwritten; later
+    runs copy only these features. Likewise, the inputs are copied in the first run of each mode, and in later runs only
+    if the model writes into them.
 
     Args:
         model: called in its current mode.
@@ -116,10 +117,10 @@ class FeatureCapture:
         calls.append(value)
 
     def _check_overwritten(self) -> None:
-        """Record which values were overwritten after they were captured.
+        """Record which features were overwritten after they were captured.
 
         Raises:
-            UsageError: a value was overwritten that was not overwritten in earlier runs, so it was not copied.
+            UsageError: a feature was overwritten and had not been copied, because earlier runs did not overwrite it.
         """
         for call, parts in self._versions.items():
             changed = any(part._version != version for part, version in parts)  # noqa: SLF001 - as above
@@ -134,10 +135,10 @@ class FeatureCapture:
             self._overwritten[call] = self._overwritten.get(call, False) or changed
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
-        """Return the values at the layers for one batch, by the text of the layer.
+        """Return the features for one batch, by layer name.
 
         Raises:
-            UsageError: a layer runs several times and its text does not state which call, or a layer does not run.
+            UsageError: a layer runs several times and its name does not state which call, or a layer does not run.
             UnknownNameError: the code of a module does not call the function, or an output has no such name.
         """
         mode, compiling = self.model.training, torch.compiler.is_compiling()  # a compiled model has no versions
@@ -171,7 +172,7 @@ class FeatureCapture:
             self._clear()
 
     def _clear(self) -> None:
-        """Release all values and their graphs."""
+        """Release all features and their graphs."""
         self._values.clear()
         self._versions.clear()
 
@@ -254,7 +255,7 @@ def _output_keyword(model: nn.Module, layer: LayerName) -> str:
     if name not in parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise UsageError(
             f"{type(model).__name__} does not take the keyword {name}, so {layer.text!r} has no value.",
-            "Models of transformers take this keyword.",
+            "Models of the transformers library take this keyword.",
             "Choose the module that computes the value.",
         )
     return name
@@ -303,7 +304,7 @@ class _FunctionCapture(TorchFunctionMode):
 
 
 def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]:
-    """Return the hidden states or attention weights of all layers from the outputs of a model of transformers.
+    """Return the hidden states or attention weights of all layers from the outputs of a transformers model.
 
     Raises:
         UsageError: the outputs do not contain the hidden states or attention weights.
@@ -334,7 +335,7 @@ def _item(value: Any, layer: LayerName) -> Any:
 
 
 def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """Return the values at layers for one batch, in inference mode and without gradient; the model is not changed."""
+    """Return the features of layers for one batch, in inference mode and without gradient; the model is not changed."""
     capture = FeatureCapture(model, layers)
     try:
         with inference(model), torch.no_grad():
@@ -344,7 +345,7 @@ def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
 
 
 def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """Return the values at layers for one batch; see `dry_run`.
+    """Return the features of layers for one batch; see `dry_run`.
 
     Raises:
         ModelError: a parameter is on the meta device and has no values.
@@ -354,5 +355,5 @@ def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
 
 
 def capture(model: nn.Module, layers: Sequence[str]) -> FeatureCapture:
-    """Return a function inputs → values by layer, which runs the model."""
+    """Return a function inputs → features by layer, which runs the model."""
     return FeatureCapture(model, layers)

@@ -159,6 +159,6 @@ def _gradients(
         raise UsageError(
             f"{type(student.student).__name__} uses activation checkpoints with use_reentrant=True.",
             "They do not support the gradient of a single loss term.",
-            "Set use_reentrant=False; in models of transformers by "
+            "Set use_reentrant=False; in models of the transformers library by "
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
         ) from error

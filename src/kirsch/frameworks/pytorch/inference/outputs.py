@@ -62,8 +62,8 @@ def selected_outputs(names: Sequence[str], selected: Sequence[str]) -> set[str]:
 
     Args:
         names: names of all outputs.
-        selected: names or prefixes of outputs. If empty: all outputs, without hidden states, attention weights and
-            caches if there are predictions.
+        selected: names or prefixes of outputs. If empty, all outputs are selected, but hidden states, attention weights
+            and caches only if there are no predictions.
 
     Raises:
         UnknownNameError: no output has a selected name.

@@ -42,7 +42,7 @@ def _graphs_in(module: nn.Module) -> list[fx.Graph]:
 
 
 def plain_module_of(model: nn.Module) -> nn.Module:
-    """Return a plain module with the state of a `GraphModule`; any other module itself.
+    """Return a plain module with the state of a `GraphModule`, and any other module unchanged.
 
     `torch.export` runs the graph of a `GraphModule` directly and would not call the replaced `forward`.
     """
@@ -246,7 +246,8 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
 
 
 def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
-    """Set `nn_module_stack` of the operations that come from a `torch.fx` graph, which calls layers without containers.
+    """Set `nn_module_stack` of the operations that come from a `torch.fx` graph, which calls layers without their
+    containers.
 
     An operation that reads parameters is assigned to the module with these parameters. Any other operation is assigned
     to the container of its latest input.

@@ -105,7 +105,7 @@ def changed_computed_weights(model: nn.Module, plan: Plan, graph: Graph) -> dict
 def configure(
     pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool
 ) -> tuple[dict[str, float], tuple[str, ...], str]:
-    """Update the configuration of a pruned model of transformers; see `configuration.configure`.
+    """Update the configuration of a pruned transformers model; see `configuration.configure`.
 
     Returns:
         New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".

@@ -53,7 +53,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Under `torchrun`, each process iterates over all batches and trains on its part of each batch. Up to rounding, the
     result is that of a single process, for models whose outputs for a sample do not depend on the other samples. If a
-    batch has too few samples for the processes, each one trains on all of them.
+    batch has too few samples for the processes, each process trains on all samples.
 
     Args:
         model: the model, which is not changed; a `StudentWithAdapters` to train adapters with it.

@@ -35,7 +35,7 @@ INSTEAD_OF_NONE = 8, 12
 
 
 def has_configuration(model: nn.Module) -> bool:
-    """Return whether a model has a configuration like those of transformers."""
+    """Return whether a model has a configuration like the models of the transformers library."""
     config = getattr(model, "config", None)
     return hasattr(config, "to_dict") and hasattr(config, "from_dict") and hasattr(model, "save_pretrained")
 

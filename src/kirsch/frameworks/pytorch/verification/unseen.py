@@ -1,7 +1,7 @@
 """Find cut modules that no output depends on for the example inputs.
 
 The output of attention over one token, or over equal tokens, does not depend on queries and keys, so that a wrong cut
-of these would pass the verification. The gradient of the outputs shows such modules.
+of queries and keys would pass the verification. The gradient of the outputs shows such modules.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ def _without_constant(value: Any) -> Any:
 
 
 def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity for the limits of a dtype, beside which other values would be negligible."""
+    """Return a tensor with infinity in place of limits of its dtype, which would make the other values negligible."""
     if not value.is_floating_point():
         return value
     limits = value.double().abs() >= LIMIT
