@@ -3,8 +3,8 @@
 The comparisons are found in the bytecode.
 
 A comparison that only chooses between two branches, such as `if repeats == 1: return x`, may change its result after
-a cut: both branches compute a valid result, and the verification compares the outputs. If it fails, its error names the
-line of the comparison.
+a cut: both branches compute a valid result, and the verification compares the outputs. If the verification fails, its
+    error names the line of the comparison.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
     Args:
         frame: the frame that runs the test.
         result: result of the test before any cut.
-        compares: whether the test is a comparison. It then counts only if the current instruction is a comparison.
-            Other instructions compare values to look something up, as in a cache of earlier results.
+        compares: whether the test is a comparison method, such as `__eq__`. The test then counts only if the current
+            instruction is a comparison. Other instructions call the method to look up a value, for example in a cache.
     """
     caller = frame.f_back
     if compares and caller is not None and _yielded(frame.f_code, frame.f_lasti, caller.f_code, caller.f_lasti):

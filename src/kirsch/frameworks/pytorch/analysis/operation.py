@@ -30,11 +30,11 @@ class OperationContext:
     """An operation with the labels of its arguments.
 
     Args:
-        facts: collects what the rule of the operator states.
+        facts: object that collects the relations that the rule of the operator states.
         name: name of the operator without its overload, such as "conv2d".
         args, options: positional and keyword arguments; each tensor is a `Tensor` with labels.
         shapes: shapes of the results.
-        call: the call in the user's code that made the operation; None if it is unknown.
+        call: the call in the user's code that created the operation; None if it is unknown.
         labels_of: function that returns the labels of an axis whose size the code read; raises KeyError if they are
             unknown.
         macs: function that returns the multiply-accumulates of the operation before any cut.
@@ -94,7 +94,7 @@ class OperationContext:
         """Require that a size in the code changes with its axis; freeze the axis if the size cannot change.
 
         Args:
-            axis: the labels that the size counts; None if the size must not change.
+            axis: labels of the axis with this size; None if the size must not change.
             size: the size as the code gives it: an integer with or without a known origin, -1, or `INFERRED`.
             less: the number of labels minus the size; 1 for the index of the last position.
 

@@ -1,8 +1,8 @@
 """The origin of the integers in a forward pass: a module attribute, the size of a tensor, or a number in the code.
 
 A copy of the model shares its tensors and has a `TracedInt` in place of each integer attribute. While the copy is
-exported, a function mode records each call of the user's code with the integers among its arguments, and writes the
-number of the call on the graph nodes that the call makes. The sizes that the code reads, such as `x.shape[1]`, are
+exported, a function mode records each call of the user's code with the integers among its arguments, and stores the
+number of the call in the graph nodes that the call creates. The sizes that the code reads, such as `x.shape[1]`, are
 `TracedInt`s too.
 """
 
@@ -76,7 +76,7 @@ class SizeOf:
 
 @dataclass(frozen=True)
 class UserCall:
-    """A call in the user's code that made nodes of the graph.
+    """A call in the user's code that created nodes of the graph.
 
     Args:
         name: name of the function, such as "view".
@@ -169,7 +169,7 @@ class CallRecorder(TorchFunctionMode):
         self._recorded = recorded
         self._names = names
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
-        self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is
+        self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is read
         self.unread: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,7 +221,7 @@ class CallRecorder(TorchFunctionMode):
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
         """Return a shape, size or count that the code reads, as traced integers."""
         tensor = args[0]
-        if isinstance(out, torch.SymInt):  # it depends on values
+        if isinstance(out, torch.SymInt):  # the size depends on values
             return out
         if not isinstance(out, int):
             return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])

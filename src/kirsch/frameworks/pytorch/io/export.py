@@ -169,7 +169,7 @@ class TorchExportable:
         line = line_that_draws(program.exported_program) if program.exported_program is not None else None
         if line is not None:  # the effect may be too rare to be seen in the runs of `nondeterminism`
             raise NumericError(
-                f"A file cannot compute the same outputs as a {self.name}.", reason_for(line), RANDOMNESS_FIX
+                f"An ONNX file cannot compute the same outputs as a {self.name}.", reason_for(line), RANDOMNESS_FIX
             )
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():

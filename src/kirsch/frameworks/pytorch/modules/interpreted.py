@@ -246,8 +246,7 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
 
 
 def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
-    """Set `nn_module_stack` of the operations that come from a `torch.fx` graph, which calls layers without their
-    containers.
+    """Set `nn_module_stack` of operations from a `torch.fx` graph, which calls layers without their containers.
 
     An operation that reads parameters is assigned to the module with these parameters. Any other operation is assigned
     to the container of its latest input.

@@ -157,7 +157,7 @@ class SizeNumber:
     Args:
         path: path of the number in the configuration.
         value: current value.
-        trial: another value, with which the model was built.
+        trial: another value with which the model was built as a trial.
         affected: axis → its size with the trial value.
     """
 
