@@ -136,7 +136,7 @@ class GeneratorOptions(AdapterOptions):
         masked_fraction: fraction of the positions that are masked, 0 <= fraction < 1.
         spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks positions, not channels: 65 % of the positions.
+    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks 65 % of the positions, in all channels.
     """
 
     masked_fraction: float = 0.65
@@ -158,7 +158,7 @@ class DensityOptions(AdapterOptions):
     The adapted value of the student is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
 
     Args:
-        hidden: number of channels between the three 1 × 1 convolutions; by default the teacher's number.
+        hidden: number of channels between the three 1 × 1 convolutions; by default as many as the teacher has.
         norm: add a batch norm before both ReLUs, unlike the authors' code.
         variance: > 1e-5, initial variance of every channel.
 
@@ -179,7 +179,8 @@ class DensityOptions(AdapterOptions):
 class FactorOptions(AdapterOptions):
     """Compute a factor of the teacher's maps by a paraphraser, and a factor of the student's maps by a translator.
 
-    The paraphraser is trained as an autoencoder: its loss is the mean squared error between the teacher's maps and
+    A factor is a compressed representation of the maps. The paraphraser is trained as an autoencoder: its loss is the
+        mean squared error between the teacher's maps and
     their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
     the authors, first train on this loss alone, then freeze the paraphraser.
 
@@ -314,7 +315,7 @@ class ProjectorOptions(AdapterOptions):
     stage of most networks for 224 × 224 images. The maps are then averaged over positions, and so are tokens.
 
     Args:
-        classes: number of classes; by default the teacher's number.
+        classes: number of classes; by default as many as the teacher has.
         width: channels after the last convolution; by default doubled with each halving.
 
     Source: Hao et al. 2023, arXiv:2310.19444. The paper uses transformer blocks for tokens, and sets `width` to the
@@ -365,7 +366,7 @@ class MemoryBankOptions(AdapterOptions):
             raise UsageError(
                 "The adapter 'crd-bank' has no 'momentum' if 'size' is set.", "A queue stores embeddings unchanged."
             )
-        minimum = 1 if is_queue else 2  # the sample itself, and a negative
+        minimum = 1 if is_queue else 2  # without a queue: the row of the sample, and a negative
         for name, value, is_valid, needed in (
             ("size" if is_queue else "samples", rows, rows >= minimum, f"at least {minimum}"),
             ("negatives", self.negatives, self.negatives >= 1, "at least 1"),

@@ -208,7 +208,7 @@ def _labeled_tensors(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
 
 
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
-    """Return the identities of the labeled tensors that no operation of a trace uses."""
+    """Return the `id` of each labeled tensor that no operation of a trace uses."""
     nodes = traced.program.graph.nodes
     names = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
     used = {id(tensors[name]) for name in names}

@@ -40,7 +40,7 @@ class FeatureCapture:
     if the model writes into them.
 
     Args:
-        model: called in its current mode.
+        model: the model, which is called in its current mode.
         layers: layers without patterns, as returned by `expand`.
 
     Raises:
@@ -141,7 +141,8 @@ class FeatureCapture:
             UsageError: a layer runs several times and its name does not state which call, or a layer does not run.
             UnknownNameError: the code of a module does not call the function, or an output has no such name.
         """
-        mode, compiling = self.model.training, torch.compiler.is_compiling()  # a compiled model has no versions
+        # While PyTorch compiles the model, tensors have no version counters, so that no write is detected.
+        mode, compiling = self.model.training, torch.compiler.is_compiling()
         copies = compiling or self._writes.get(mode, True)
         inputs = copied(inputs) if copies else inputs
         args, options = arguments(inputs)
@@ -294,7 +295,7 @@ class _FunctionCapture(TorchFunctionMode):
         path = self.inside[-1]
         if (path, name) not in self.captured:
             out = func(*args, **options)
-            if isinstance(out, torch.Tensor) and name != "get":  # the name of attribute access
+            if isinstance(out, torch.Tensor) and name != "get":  # "get" is the name of an attribute access
                 self.record_name.setdefault(path, set()).add(name)
             return out
         self.keep((path, name, True), args[0] if args else next(iter(options.values())))

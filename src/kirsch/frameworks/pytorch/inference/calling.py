@@ -103,8 +103,7 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
 
 
 def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
-    """Return an error that explains an exception of a model by the names and types of its inputs; None for other
-    causes.
+    """Return an error that explains an exception by the names and types of a model's inputs; None for other causes.
 
     Args:
         model: the model that was called.

@@ -118,7 +118,7 @@ class _Run:
         self.generators = generators_of(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._synchronize_generators()
         normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
-        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # of a batch that is divided
+        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # a smaller batch is not divided
         self.length = length_of(batches)
         check_schedule(training, self.length)
         self.history: list[dict[str, Any]] = []
@@ -156,7 +156,7 @@ class _Run:
                 generator.set_state(state)
 
     def _remaining_shards(self) -> Iterator[_Shard]:
-        """Yield the shards of this process of the remaining batches of the epoch.
+        """Yield this process's part of each remaining batch of the epoch.
 
         PyTorch's generators are set from (seed, epoch, batch) before each batch is loaded, because a DataLoader draws
         the order and the augmentation while it loads. A resumed run thus draws the same numbers. It loads and skips the
@@ -218,9 +218,7 @@ class _Run:
         return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:
-        """Seed PyTorch's generators from seed, epoch and batch; with `per_process`, also from the number of the
-        process.
-        """
+        """Seed PyTorch's generators from seed, epoch and batch; with `per_process`, from the process number, too."""
         entropy = [self.training.seed, self.epoch, batch]
         if per_process and self.accelerator.num_processes > 1:
             entropy.append(self.accelerator.process_index)

@@ -101,8 +101,8 @@ class Configured:
 def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Update the configurations in a pruned model, or make `save_pretrained` raise an error.
 
-    Without verification, only the numbers that the plan states are set. These were checked when the plan was applied
-    first.
+    Without verification, only the numbers that the plan states are set. These numbers were verified when the plan was
+    applied for the first time.
     """
     if not (plan.groups or plan.blocks):
         return Configured()

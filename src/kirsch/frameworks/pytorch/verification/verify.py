@@ -287,7 +287,7 @@ def _candidate(
             new_name = removal.new_name(name)
             if new_name is None:
                 continue
-            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads it
+            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads the tensor
                 continue
             target = tensors[new_name]
             if id(value) in noise and id(target) not in done:
