@@ -73,7 +73,8 @@ def distill(
         DataError: there are no samples, the label loss does not take the targets, the data is a dataset and not a
             loader, or a model does not take a batch.
         StoreError: a store was built from other data.
-        NumericError: the teacher is not better than chance, a term has no gradient, or numbers are not finite.
+        NumericError: the teacher is not better than chance, a term has no gradient, or a loss, gradient or output is
+            not finite.
     """
     objective, validation = objective or Objective.kd(), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)

@@ -167,9 +167,10 @@ class Distiller:
             batch: a batch that `kirsch.Batch.of` accepts, such as (inputs, targets) or a dict with "labels". Its arrays
                 are those of numpy or of the framework, on any device.
             epoch: number of epochs done, for weights and temperatures that change during training.
-            step_counts: for gradient accumulation: the result of `counts` for all batches of the optimizer step. The
+            step_counts: the result of `counts` for all batches of the optimizer step, for gradient accumulation. The
                 losses of these batches then add up to the loss of one large batch. None: the step has one batch.
-            module: for distributed training: `DistributedDataParallel(distiller.module)`. None: `distiller.module`.
+            module: the module to run instead of `distiller.module`. In distributed training,
+                `DistributedDataParallel(distiller.module)`.
 
         Raises:
             NumericError: a term gives the student no gradient.

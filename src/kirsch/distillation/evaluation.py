@@ -385,7 +385,7 @@ class Validation:
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
     def _labeled(self) -> Iterator[tuple[int, Batch]]:
-        """Return the batches with targets and their numbers, counted from 1."""
+        """Return pairs of the position of a batch, from 1, and the batch, for all batches with targets."""
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 

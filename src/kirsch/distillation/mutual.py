@@ -190,7 +190,7 @@ class MutualStep:
     Args:
         features: the `Features` object of the students' framework.
         steps: the step of each student, in whose loss the other students are the teachers.
-        logits: for each student, the function that converts its outputs to logits; None if they are logits.
+        logits: the function that converts the outputs of each student to logits; None if they are logits.
     """
 
     def __init__(self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[Logits | None]) -> None:

@@ -412,7 +412,7 @@ def _check_binary(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
 
 
 def _check_regression(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Refuse targets of the squared error that are not finite numbers, one for each output."""
+    """Refuse targets of the squared error unless they are finite values, one for each output."""
     fits = _fits(targets, shape)
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(

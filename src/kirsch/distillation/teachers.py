@@ -49,7 +49,7 @@ class LiveTeachers:
         framework: the framework of the teachers.
         models: the teachers, frozen and in inference mode.
         layers: the layers of each teacher whose features are needed.
-        logits: for each teacher, the function that converts its probabilities to logits; None if it returns logits.
+        logits: the function that converts the probabilities of each teacher to logits; None if they are logits.
     """
 
     def __init__(

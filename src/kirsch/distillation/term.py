@@ -209,7 +209,7 @@ class BoundTerm:
 
     @property
     def on_logits(self) -> bool:
-        """Whether the term compares outputs (logits or predicted numbers), to which the labels belong."""
+        """Whether the term compares outputs (logits, or the predictions of a regression), to which labels belong."""
         return self.loss.takes in OUTPUT_KINDS
 
     @property

@@ -209,7 +209,7 @@ def arange(stop: int, *, like: Any) -> Any:
 
 
 def convert_to_tensor(values: Any, *, like: Any) -> Any:
-    """Return numbers, a list or a numpy array as an array with the library, type and device of `like`."""
+    """Convert a number, a list or a numpy array to an array of the library, type and device of `like`."""
     return implementation_of(like).convert_to_tensor(values, like)
 
 

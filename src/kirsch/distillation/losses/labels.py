@@ -140,7 +140,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
     Args:
         student: outputs, shape (N, D), (N, L, D), (N, D, H, W) for pixels, or (N,), floating.
-        targets: finite numbers, same shape, or (N,) for (N, 1). -100 is a valid target here; use the mask for samples
+        targets: finite values, same shape, or (N,) for (N, 1). -100 is a valid target here; use the mask for samples
             without a target.
         mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
         label_smoothing: 0; smoothing is only defined for classes.

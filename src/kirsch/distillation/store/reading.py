@@ -25,7 +25,8 @@ from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
-"""Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
+"""Largest difference of a store that agrees with its teacher: four times the rounding error of 16 bits, because the
+teacher's outputs depend slightly on the batch size."""
 MAX_LISTED = 4
 MAX_MAPPED = 256
 """Largest number of files mapped at the same time: each holds a file descriptor, and a process may have only 1,024."""
