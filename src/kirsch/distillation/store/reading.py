@@ -1,4 +1,8 @@
-"""Reading and verifying a finished store."""
+"""Reading and verifying a finished store.
+
+A record holds the teacher's outputs for one sample and view. A range is a series of consecutive samples, whose records
+for one view are one file.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Contents and origin of a store, and the paths and hashes of its files.
 
 A folder holds `store.json`, the ids unless they are 0, 1, 2, ..., and one file for each range of samples of each view.
-The file of a range contains its records, and a sha256 of the specification, the number of the range, and the records.
-The sha256 therefore shows whether any of these differ from what was written.
+The file of a range contains its records, and a sha256 of the specification, the view and number of the range, and the
+records. The sha256 therefore shows whether any of these differ from what was written.
 """
 
 from __future__ import annotations
