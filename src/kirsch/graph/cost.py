@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
+WORDS = {"macs": "MACs", "parameters": "parameters"}
+"""Costs that a goal can limit, and their names in texts."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one forward pass on the example inputs.
