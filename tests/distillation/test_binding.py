@@ -15,6 +15,7 @@ from torch import nn
 from distillation.examples import image_data, trained
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
+from kirsch.distillation.losses import LOSSES, loss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.store import Dense, TopK, build_store
@@ -182,8 +183,22 @@ def test_gradients_are_balanced_to_the_weights():
     one_batch = ArrayData(data().inputs, data().targets, batch_size=24)
     training = Training(epochs=5, learning_rate=1e-6)
     found = distill(Net(4), Net(6), one_batch, objective=objective, training=training, check_teacher=False)
-    for record in found.history[1:]:  # the first epoch measures the gradients
+    for record in [found.first_batch, *found.history]:
         assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
+    assert sum(found.first_batch["loss_shares"].values()) == pytest.approx(1)
+
+
+def test_a_small_term_whose_gradient_is_balanced_gives_no_warning(monkeypatch):
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
+
+    @loss("tiny")
+    def tiny(student, teacher):
+        return 1e-6 * ((student - teacher) ** 2).mean()
+
+    events = []
+    objective = Objective((Term("tiny", 1.0),), balance="gradient")
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
+    assert [event for event in events if event["event"] == "warning"] == []
 
 
 def test_samples_without_a_label_have_no_label_loss():
