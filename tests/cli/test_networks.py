@@ -321,8 +321,8 @@ def test_min_keep_is_an_option(kirsch):
     goal = ("plan", CHAIN, "--macs", "0.2", "--round-to", "1")
     code, _, err = kirsch(*goal, "--min-keep", "0.9")
     assert code == 2
-    assert "min_keep=0.05" in err
-    assert kirsch(*goal, "--min-keep", "0.05")[0] == 0
+    assert "min_keep=0.1" in err
+    assert kirsch(*goal, "--min-keep", "0.1")[0] == 0
 
 
 def test_prune_measure_and_export_print_their_results(kirsch):

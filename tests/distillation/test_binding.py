@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from distillation.examples import image_data, trained
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
+from kirsch.distillation.losses import LOSSES, loss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.store import Dense, TopK, build_store
@@ -44,21 +47,12 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def data(n=24):
-    random = np.random.default_rng(0)
-    labels = np.arange(n) % K
-    images = random.standard_normal((n, 1, 8, 8)) + labels[:, None, None, None]
-    return ArrayData(images.astype(np.float32), labels, batch_size=12)
-
-
-def trained(objective, student=None, teacher=None, **options):
-    options = {"training": Training(epochs=2, learning_rate=0.01), "check_teacher": False, **options}
-    return distill(student or Net(4), teacher or Net(6), data(), objective=objective, **options)
+data = partial(image_data, size=8)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_preset_for_images_trains(name):
-    found = trained(Objective.preset(name), hooks=TrainingHooks(event=lambda _event: None))
+    found = trained(Net(4), Net(6), data(), Objective.preset(name), hooks=TrainingHooks(event=lambda _event: None))
     assert type(found.model) is Net
     assert [record["epoch"] for record in found.history] == [1, 2]
     assert np.isfinite([record["loss"] for record in found.history]).all()
@@ -79,13 +73,19 @@ def test_every_preset_can_be_stored_as_json():
 
 
 def test_the_returned_student_has_no_adapters():
-    found = trained(Objective((Term("fitnet", 1.0, student_layer="down"),)))
+    found = trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="down"),)))
     assert set(found.model.state_dict()) == set(Net(4).state_dict())
 
 
 def test_the_event_of_the_compared_layers_has_their_shapes():
     events = []
-    trained(Objective((Term("fitnet", 1.0, student_layer="down"),)), hooks=TrainingHooks(event=events.append))
+    trained(
+        Net(4),
+        Net(6),
+        data(),
+        Objective((Term("fitnet", 1.0, student_layer="down"),)),
+        hooks=TrainingHooks(event=events.append),
+    )
     (event,) = (event for event in events if event["event"] == "attached")
     (row,) = event["pairs"]
     assert (row["student"], row["teacher"], row["student_shape"], row["teacher_shape"]) == (
@@ -98,7 +98,13 @@ def test_the_event_of_the_compared_layers_has_their_shapes():
 
 def test_stages_are_matched_by_the_size_of_their_maps():
     events = []
-    trained(Objective((Term("at", 1.0, student_layer="auto"),)), hooks=TrainingHooks(event=events.append))
+    trained(
+        Net(4),
+        Net(6),
+        data(),
+        Objective((Term("at", 1.0, student_layer="auto"),)),
+        hooks=TrainingHooks(event=events.append),
+    )
     (event,) = (event for event in events if event["event"] == "attached")
     assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(n, n) for n in ("norm", "down", "deep")]
 
@@ -139,7 +145,7 @@ def test_hooks_are_removed_after_an_exception():
 
 def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
-        trained(Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
+        trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
 
 def test_a_function_that_is_called_several_times_needs_an_index():
@@ -149,12 +155,12 @@ def test_a_function_that_is_called_several_times_needs_an_index():
 
 def test_different_numbers_of_classes_are_refused_before_training():
     with pytest.raises(ShapeError, match="The student returns 3 classes; the teacher returns 5 classes"):
-        trained(Objective.kd(), teacher=Net(6, classes=5))
+        trained(Net(4), Net(6, classes=5), data(), Objective.kd())
 
 
 def test_shapes_that_no_adapter_joins_are_refused():
     with pytest.raises(ShapeError, match="No adapter fits the student's value"):
-        trained(Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
+        trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
 
 
 def test_a_temperature_of_zero_is_refused():
@@ -177,8 +183,22 @@ def test_gradients_are_balanced_to_the_weights():
     one_batch = ArrayData(data().inputs, data().targets, batch_size=24)
     training = Training(epochs=5, learning_rate=1e-6)
     found = distill(Net(4), Net(6), one_batch, objective=objective, training=training, check_teacher=False)
-    for record in found.history[1:]:  # the first epoch measures the gradients
+    for record in [found.first_batch, *found.history]:
         assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
+    assert sum(found.first_batch["loss_shares"].values()) == pytest.approx(1)
+
+
+def test_a_small_term_whose_gradient_is_balanced_gives_no_warning(monkeypatch):
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
+
+    @loss("tiny")
+    def tiny(student, teacher):
+        return 1e-6 * ((student - teacher) ** 2).mean()
+
+    events = []
+    objective = Objective((Term("tiny", 1.0),), balance="gradient")
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
+    assert [event for event in events if event["event"] == "warning"] == []
 
 
 def test_samples_without_a_label_have_no_label_loss():
@@ -220,8 +240,10 @@ def test_accumulated_batches_equal_one_large_batch():
 
 
 def test_the_averaged_weights_are_returned():
-    plain = trained(Objective.kd(), training=Training(epochs=1, seed=3), student=_seeded()).model
-    slow = trained(Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999), student=_seeded()).model
+    plain = trained(_seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3)).model
+    slow = trained(
+        _seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999)
+    ).model
     start = _seeded()
     moved = [(a - b).abs().sum().item() for a, b in zip(plain.parameters(), start.parameters(), strict=True)]
     little = [(a - b).abs().sum().item() for a, b in zip(slow.parameters(), start.parameters(), strict=True)]
@@ -303,21 +325,21 @@ def test_a_batch_without_labels_does_not_change_its_step():
 
 def test_a_term_can_have_weight_0_in_the_first_step():
     objective = Objective((Term("kd", Ramp(0.0, 1.0, epochs=1), temperature=2.0),), label_weight=0.0)
-    assert trained(objective).history[-1]["terms"].keys() == {"kd"}
+    assert trained(Net(4), Net(6), data(), objective).history[-1]["terms"].keys() == {"kd"}
 
 
 def test_teachers_of_other_classes_are_refused():
     with pytest.raises(ShapeError, match=r"The teachers return logits of the shapes \(3,\), \(5,\) per sample"):
-        trained(Objective.kd(), teacher=[Net(6), Net(6, classes=5)])
+        trained(Net(4), [Net(6), Net(6, classes=5)], data(), Objective.kd())
 
 
 def test_an_adapter_takes_the_combined_teachers():
     """The mean probabilities of two equal teachers are the probabilities of one teacher."""
     teacher, objective = Net(6), Objective.preset("ofa")
-    one, two = (trained(objective, _seeded(), t).history for t in (teacher, [teacher, teacher]))
+    one, two = (trained(_seeded(), t, data(), objective).history for t in (teacher, [teacher, teacher]))
     assert two[0]["terms"] == pytest.approx(one[0]["terms"], rel=1e-5)
     with pytest.raises(UsageError, match="has an adapter for one teacher, but compares with each of 2 teachers"):
-        trained(Objective.preset("ofa", teachers="sum"), teacher=[teacher, teacher])
+        trained(Net(4), [teacher, teacher], data(), Objective.preset("ofa", teachers="sum"))
 
 
 def test_terms_that_a_store_of_the_largest_logits_does_not_support_are_refused(tmp_path):
@@ -341,14 +363,14 @@ def test_an_unknown_label_loss_or_layer_is_refused_before_any_work():
 def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
     objective = Objective((Term("kd", 1e-7, temperature=2.0),))
     with pytest.warns(UserWarning, match="of the gradient") as caught:
-        trained(objective)
+        trained(Net(4), Net(6), data(), objective)
     label, kd = sorted((str(warning.message) for warning in caught), reverse=True)
     assert "The term 'kd' is " in kd
     assert "has almost no effect" in kd
     assert "The term 'label' is " in label
     assert "the other terms have almost no effect" in label
     events = []
-    trained(objective, hooks=TrainingHooks(event=events.append))
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
     assert len([event for event in events if event["event"] == "warning"]) == 2
 
 
@@ -390,7 +412,7 @@ def test_a_ramp_that_does_not_end_within_the_run_gives_a_warning():
     events = []
     ramp = Ramp(0.0, 2.0, epochs=4, after=1)
     objective = Objective((Term("kd", ramp, temperature=2.0),), label_weight=ramp)
-    trained(objective, hooks=TrainingHooks(event=events.append))
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
     texts = [event["text"] for event in events if event["event"] == "warning"]
     end = r"reaches 2 after 5 epochs, but the run ends after \d epochs"
     assert any(re.search(rf"weight of the term 'kd' {end}.* in the term: weight=kirsch\.Ramp", text) for text in texts)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from distillation.examples import softmax
 from kirsch.distillation.losses.detection import (
     confidence,
     detection_features,
@@ -41,10 +42,6 @@ def tensors(side):
 
 def sigmoid(logits):
     return 1 / (1 + np.exp(-logits))
-
-
-def softmax(logits):
-    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
 
 # ------------------------------------------------------------------------------------------------ boxes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.data.batches import ArrayData
+from distillation.examples import image_data
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Ramp, Term
@@ -49,11 +50,7 @@ def deterministic(width, seed):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, K)).double()
 
 
-def data():
-    random = np.random.default_rng(0)
-    labels = np.arange(24) % K
-    images = random.standard_normal((24, 1, 8, 8)) + labels[:, None, None, None]
-    return ArrayData(images.astype(np.float32), labels, batch_size=SIZE)
+data = partial(image_data, size=8, batch_size=SIZE)
 
 
 def distiller(objective=OBJECTIVE, **options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional as F
 
+from distillation.examples import with_options
 from distillation.golden import y, z_s, z_t
 from kirsch.distillation.losses import LOSSES, hard_label, soft_target
 from kirsch.distillation.losses.logits import CONVENTIONS, standardized
@@ -182,11 +182,6 @@ def test_certain_binary_outputs_add_nothing(framework):
         sides[0].requires_grad_()
         LOSSES["binary-kd"](*sides).backward()
         assert torch.isfinite(sides[0].grad).all()
-
-
-def with_options(name, **options):
-    """Return a loss with other default options and the attributes of the loss."""
-    return functools.update_wrapper(functools.partial(LOSSES[name], **options), LOSSES[name])
 
 
 VARIANTS = {

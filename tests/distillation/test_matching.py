@@ -23,13 +23,6 @@ def torchvision():
     return import_beside("torchvision")
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    return import_beside("transformers")
-
-
 def stages_found(model, inputs=None):
     return stages_of(framework_of(model).features, model, torch.randn(2, 3, 64, 64) if inputs is None else inputs)
 

@@ -15,19 +15,10 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UsageError
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 WORDS, PAD = 20, 0
 QUIET = TrainingHooks(event=lambda event: None)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """Return the package; models are built from small configurations."""
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    return import_beside("transformers")
 
 
 def gpt2(transformers, width):

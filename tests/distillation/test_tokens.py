@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from distillation.examples import softmax, with_options
 from kirsch.distillation.losses.tokens import (
     attention_ce,
     attention_kl,
@@ -30,20 +30,6 @@ ATTENTION, ATTENTION_T = RANDOM.standard_normal((2, 3, 2, 5, 5))  # student and 
 VALUES, VALUES_T = RANDOM.standard_normal((3, 2, 5, 8)), RANDOM.standard_normal((3, 2, 5, 12))  # queries, keys, values
 LENGTHS = np.array([5, 3, 1])
 MASK = np.arange(5) < LENGTHS[:, None]
-
-
-def with_options(loss, **options):
-    """Return the loss with other default options."""
-
-    @functools.wraps(loss)
-    def compute(student, teacher, **others):
-        return loss(student, teacher, **{**options, **others})
-
-    return compute
-
-
-def softmax(scores):
-    return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
 
 
 # ------------------------------------------------------------------------------------------------ other options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -266,3 +268,11 @@ def test_the_representation_of_a_graph_is_one_line():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     text = repr(kirsch.trace(model, torch.ones(2, 4)))
     assert text == "<kirsch.Graph of Sequential: 67 parameters, 8 units in 1 group, inputs float32 (2, 4)>"
+
+
+def test_indices_of_a_buffer_without_cost_are_no_group(chain):
+    net = chain()
+    net.tensors["positions"] = Tensor.of((1, 7), [None, net.facts.fresh(7)])
+    graph = replace(net.graph(), parameters=tuple(net.tensors)[:-1])
+    assert [group.name for group in graph.groups] == ["first"]
+    assert graph.explain("positions").startswith("positions[:, i] stays: it is an axis of a buffer, and neither")

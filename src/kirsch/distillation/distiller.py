@@ -188,8 +188,7 @@ class Distiller:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
                 self._checked_epoch = int(epoch)
-                self.step.balance(norms)
-                for sentence in self._gradient_shares.update(norms):
+                for sentence in self._gradient_shares.update(self.step.balance(norms)):
                     self._warn(sentence)
         return output
 

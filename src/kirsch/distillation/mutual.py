@@ -234,10 +234,13 @@ class MutualStep:
         warnings = [step.check(batch) for step in self._steps]
         return warnings[0]  # they are equal
 
-    def balance(self, norms: dict[str, float]) -> None:
+    def balance(self, norms: dict[str, float]) -> dict[str, float]:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""
-        for index, step in enumerate(self._steps):
-            step.balance(_of_student(index, norms))
+        return {
+            _prefixed(index, name): norm
+            for index, step in enumerate(self._steps)
+            for name, norm in step.balance(_of_student(index, norms)).items()
+        }
 
     def state(self) -> dict[str, Any]:
         """Return the state of the step of each student."""

@@ -165,13 +165,19 @@ class DistillationStep:
         """Refuse targets that the label loss does not take; see `TargetCheck`."""
         return self._targets(batch, on_any_device=on_any_device)
 
-    def balance(self, norms: dict[str, float]) -> None:
+    def balance(self, norms: dict[str, float]) -> dict[str, float]:
         """Scale the terms so that the norms of their gradients are in proportion to their weights.
 
         The reference is the gradient of the label loss, or of the first term if there is no label loss.
+
+        Returns:
+            The norms of the gradients of the scaled terms.
         """
-        if self._objective.balance == "gradient":
-            self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
+        if self._objective.balance != "gradient":
+            return norms
+        before = dict(self.factors)
+        self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
+        return {name: norm * self.factors.get(name, 1) / before.get(name, 1) for name, norm in norms.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the factors of the terms."""

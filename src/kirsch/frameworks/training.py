@@ -139,8 +139,12 @@ class LossFunction(Protocol):
                 loss.
         """
 
-    def balance(self, norms: dict[str, float]) -> None:
-        """Update the weights of the terms from their gradient norms, at the first batch of each epoch."""
+    def balance(self, norms: dict[str, float]) -> dict[str, float]:
+        """Update the weights of the terms from their gradient norms, at the first batch of each epoch.
+
+        Returns:
+            The gradient norms with the new weights.
+        """
 
     def state(self) -> dict[str, Any]:
         """Return the state of the loss function, JSON-able."""

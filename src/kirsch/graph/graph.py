@@ -12,7 +12,7 @@ import numpy as np
 
 from kirsch.arguments import checked
 from kirsch.graph import constants, coupling, layout
-from kirsch.graph.cost import Cost, CostModel, GroupCost
+from kirsch.graph.cost import WORDS, Cost, CostModel, GroupCost
 from kirsch.graph.explain import explain
 from kirsch.graph.group import find_groups
 from kirsch.graph.inputs import InputSpec, tensors
@@ -160,9 +160,21 @@ class Graph(Printable):
             groups = find_groups(solved, self.axes)
             more_ties, more_freezes = code_constraints(self.facts.demands, self.facts.conditions, solved, groups)
             if not more_ties and not more_freezes:
-                return solved, groups
+                return solved, self._with_cost(solved, groups)
             ties += more_ties
             freezes += more_freezes
+
+    def _with_cost(self, solved: coupling.Coupling, groups: Sequence[Group]) -> tuple[Group, ...]:
+        """Return the groups on which the parameters or MACs depend.
+
+        The others are, for example, the positions of a buffer of position indices that the example inputs do not use.
+        """
+        counted = np.zeros(len(solved.frozen), bool)
+        for term in self.facts.terms:
+            if term.quantity in WORDS:
+                for labels in term.factors:
+                    counted[solved.component[labels]] = True
+        return tuple(group for group in groups if counted[group.components].any())
 
     @property
     def coupling(self) -> coupling.Coupling:

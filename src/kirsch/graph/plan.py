@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
-from kirsch.graph.cost import Cost
+from kirsch.graph.cost import WORDS, Cost
 from kirsch.graph.graph import Tracing
 from kirsch.tables import Line, Part, Piece, Printable, Table
 
@@ -73,8 +73,7 @@ class Goal(Printable):
 
     def parts(self) -> list[Part]:
         """Return the limits in one line."""
-        words = {"macs": "MACs", "parameters": "parameters"}
-        limits = ", ".join(f"{words[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
+        limits = ", ".join(f"{WORDS[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
         return [[Piece(f"{limits} of the original")]]
 
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:

@@ -299,11 +299,16 @@ class _Run:
     def _check_shares(self, loss: LossOutput) -> None:
         """Record the shares of the terms in loss and gradient, and warn of terms that are far too small or large."""
         norms = self._norms(loss)
-        warnings = self.shares.update(norms)
-        self.loss.balance(norms)
+        balanced = self.loss.balance(norms)
+        warnings = self.shares.update(balanced)
         if not self.epoch:
+            terms = {name: float(term.detach()) for name, term in loss.terms.items()}
             value = float(loss.total.detach())
-            shares = {n: float(p.detach()) / value if value else 0.0 for n, p in loss.terms.items()}
+            for name, norm in norms.items():
+                if norm != balanced[name]:
+                    value += terms[name] * (balanced[name] / norm - 1)
+                    terms[name] *= balanced[name] / norm
+            shares = {name: term / value if value else 0.0 for name, term in terms.items()}
             self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares.latest}
             self._emit({"event": "first_batch", **self.first_batch})
         for sentence in warnings:
