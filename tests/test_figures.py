@@ -157,7 +157,7 @@ def test_a_fraction_is_shown_as_percent(value, decimals, text):
         (0.00951, "1.0 point"),
         (0, "0.0 points"),
         (-0.0004, "0.0 points"),
-        (-0.0123, "-1.2 points"),
+        (-0.0123, "−1.2 points"),
         (NAN, "nan points"),
     ],
 )

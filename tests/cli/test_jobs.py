@@ -51,10 +51,11 @@ def test_a_run_prints_a_header_one_line_per_step_and_the_verdict(finished):
     lines = out.splitlines()
     assert code == 0
     assert lines[0] == "kirsch 0.1.0 · stripes · run run"
-    assert lines[1].startswith("goal  MACs ≤ 60 %")
+    assert lines[1].startswith("goal  prune: MACs ≤ 60 % of the student")
     assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STEPS
     assert sum(" epoch " in line for line in lines) == 6 + 6 + 2
-    assert lines[-3].startswith("goal met     MACs ")
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("goal met     prune: MACs ")]
+    assert lines[first + 1].startswith("             accuracy drop ")
     assert lines[-2] == "report       run/report.html"
 
 
@@ -179,6 +180,15 @@ def test_a_folder_that_is_not_a_run_is_refused(kirsch, folder, subcommand):
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
 
 
+def test_verify_says_that_a_folder_was_written_by_prune(kirsch, folder):
+    assert kirsch("prune", "nets.py:student", "--macs", "0.6", "--input", "1,1,6,6", "-o", "small")[0] == 0
+    for subcommand in ("verify", "resume"):
+        code, _, err = kirsch(subcommand, "small")
+        assert code == 4
+        assert "small is not a run folder: it is a folder written by kirsch prune." in err
+        assert "Give it to other commands as --pruned small, or load it with kirsch.load" in err
+
+
 def test_report_writes_the_report_from_the_metrics(run, kirsch):
     before = (run / "report.html").read_text()
     (run / "report.html").unlink()
@@ -298,7 +308,13 @@ def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
 
 
 def test_a_dry_run_names_missing_packages():
-    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "steps": []}
+    content = {
+        "name": "n",
+        "goals": ["g"],
+        "expected": [],
+        "data": {"name": "d", "train": 1, "validation": 2, "test": 3},
+        "steps": [],
+    }
     content |= {"plans": {}, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
@@ -323,7 +339,7 @@ def test_init_does_not_replace_a_file(folder, kirsch):
     [
         (["absent.yaml"], "The recipe absent.yaml cannot be read."),
         (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
-        (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
+        (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Known: "),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
         (["recipe.yaml", "--set", "train.epochs=ten"], "train.epochs"),
     ],

@@ -24,6 +24,11 @@ TIMING = Timing(
 )
 
 
+DISTURBED = Timing(
+    {"model": Latency(9, 8, 10, 11, 6, 100)}, {"model": Ratio(1, 1, 1)}, Ratio(1.05, 1.01, 1.09), "model"
+)
+
+
 @pytest.fixture
 def fixed_timing(monkeypatch):
     """Call each function once and replace the timing by fixed times; return the options and outputs."""
@@ -64,7 +69,20 @@ def test_an_interleaved_measurement_has_all_fields_in_json(doubling, numbers, fi
         "machine": "Cherry 9000",
         "load_before": 0.5,
         "load_after": 1.5,
+        "notes": [],
     }
+
+
+def test_a_printed_measurement_notes_that_the_machine_was_disturbed(doubling, numbers, fixed_timing, monkeypatch):
+    quiet = kirsch.measure(doubling, example_inputs=numbers)
+    assert "note" not in str(quiet)
+    monkeypatch.setattr(measure_module, "interleaved", lambda *_, **__: DISTURBED)
+    found = kirsch.measure(doubling, example_inputs=numbers)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("note ")]
+    assert line.split(None, 1)[1] == (
+        "The machine was disturbed: A/A, the file against itself, is 1.05× [1.01 – 1.09], which excludes 1. "
+        "Measure again on an idle machine."
+    )
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4])
@@ -264,7 +282,7 @@ def test_inputs_of_different_lengths_are_refused(two):
 
 
 def test_too_few_rounds_are_refused_before_the_export(numbers):
-    with pytest.raises(UsageError, match=r"`rounds` is 5; a confidence interval needs more\. Give at least 6\."):
+    with pytest.raises(UsageError, match=r"`rounds` of kirsch\.measure is 5; expected a whole number of at least 6"):
         kirsch.measure(nn.Linear(2, 2), example_inputs=numbers, rounds=5)
 
 

@@ -285,6 +285,15 @@ def test_a_teacher_is_evaluated_on_batches_until_32_samples_and_8_of_other_class
         distill(student, teacher, batches)
 
 
+def test_training_without_targets_warns_that_the_label_loss_is_left_out(student, teacher):
+    inputs, _ = samples()
+    sentence = r"The batches have no targets, so the label loss, weight 0\.1, is left out\. Give \(inputs, targets\)"
+    with pytest.warns(UserWarning, match=sentence):
+        distill(student, teacher, [inputs], training=ONE_STEP, check_teacher=False)
+    without = Objective(Objective.kd().terms, label_weight=0)
+    distill(student, teacher, [inputs], objective=without, training=ONE_STEP, check_teacher=False)
+
+
 def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(student, teacher):
     """16 of 36 are correct: 44.4%; two standard deviations above 1/3 are 49%."""
     inputs, targets = samples(N)

@@ -107,7 +107,7 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
             False,
             r"unusable after the step 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
         ),
-        (0, False, r"It is not better than chance\. Lower the learning rate, train longer, or remove less\."),
+        (0, False, r"It is not better than chance\. Lower the learning rate, or train longer\.$"),
         (5, False, None),
     ],
 )
@@ -119,3 +119,9 @@ def test_model_that_is_not_better_than_chance_is_refused(job, right, one_class, 
     else:
         with pytest.raises(NumericError, match=why):
             job.check_usable(record)
+
+
+def test_error_of_an_unusable_pruned_model_suggests_to_remove_less(job):
+    job.records["prune"] = {"removed": {}}
+    with pytest.raises(NumericError, match=r"train longer, or remove less\.$"):
+        job.check_usable({"one_class": False, "chance": 1 / 3, "accuracy": {"value": 0.0, "n": 12}})

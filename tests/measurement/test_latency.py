@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kirsch.errors import UsageError
-from kirsch.measurement.latency import Latency, Ratio, Timing, interleaved, median_ratio
+from kirsch.measurement.latency import Latency, Ratio, Timing, disturbances, interleaved, median_ratio
 
 ROUNDING = 1e-9
 """Tolerance for sums of seconds in float64, whose relative error is about 1e-14."""
@@ -192,3 +192,30 @@ def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
 def test_thirty_rounds_give_the_tenth_to_the_twenty_first_ratio():
     """As in Conover 1999, table A3, and in the docstring of `interleaved`."""
     assert median_ratio(np.arange(1.0, 31.0)) == Ratio(15.5, 10, 21)
+
+
+@pytest.mark.parametrize(
+    ("aa", "is_noted"), [((1.0, 0.98, 1.02), False), ((1.03, 1.001, 1.05), True), ((0.9, 0.8, 0.99), True)]
+)
+def test_noise_floor_whose_interval_excludes_1_is_noted(aa, is_noted):
+    notes = disturbances({}, {}, Ratio(*aa), "teacher")
+    assert len(notes) == is_noted
+    assert all("A/A, teacher against itself, is" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_noted"), [(1.19, False), (1.14, False), (1.24, False), (1.39, True), (1.05, True)]
+)
+def test_speedup_that_contradicts_the_medians_is_noted(value, is_noted):
+    latencies = {"teacher": Latency(250, 0, 0, 0, 30, 10), "exported": Latency(210, 0, 0, 0, 30, 10)}
+    notes = disturbances(latencies, {"exported": Ratio(value, 1.0, 2.0)}, Ratio(1, 1, 1), "teacher")
+    assert (
+        notes
+        == [
+            (
+                "The machine was disturbed: the ratio of teacher to exported within a round is "
+                f"{value:.2f}×, and the ratio of the two medians is 1.19×. Measure again on an idle machine."
+            )
+        ]
+        * is_noted
+    )

@@ -175,7 +175,7 @@ def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, v
     with pytest.raises(UsageError, match=f"`{name}"):
         kirsch.plan(graph, kirsch.Goal(macs=0.8), **{name: value})
     with pytest.raises(RecipeError, match=r"The call has .*problem.*\n  steps\[0\]\.prune"):
-        recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "call")
+        recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "The call")
 
 
 def as_yaml(value: Any) -> str:

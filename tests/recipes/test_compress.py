@@ -18,8 +18,9 @@ from kirsch.deploy import steps
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, GoalError, Interrupted, NumericError, UsageError
 from kirsch.files import sha256
+from kirsch.jobs.step import STEPS, Step
 from kirsch.recipes.models import build
-from kirsch.steps import Prune, Recover
+from kirsch.steps import Distill, Export, Measure, Prune, Recover
 from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
@@ -269,6 +270,7 @@ def test_distill_without_student_is_refused(trained, tmp_path):
             {"excluded": ["head"], "steps": [Prune(goal=HALF)]},
             r"kirsch\.compress has no argument 'excluded'",
         ),
+        ({"objective": "dkd", "recover": None}, r"`objective` of kirsch\.compress has no effect: without a student"),
         ({"goal": None}, r"`goal` of kirsch\.compress is missing\. Give kirsch\.Goal\(macs=0\.5\), or steps"),
         (
             {"steps": [Prune()], "exclude": ["head"]},
@@ -330,14 +332,14 @@ def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == f"kirsch {kirsch.__version__} · model · run {tmp_path / 'run'}"
+    assert lines[0] == f"kirsch {kirsch.__version__} · Net · run {tmp_path / 'run'}"
     steps = [line for line in lines if line[:2].strip().isdigit()]
     assert [line.split()[:2] for line in steps] == [["1", "evaluate"], ["2", "prune"], ["3", "recover"]]
     assert [line.split()[:3] for line in lines if "loss" in line] == [
         ["recover", "epoch", "1/2"],
         ["recover", "epoch", "2/2"],
     ]
-    assert lines[-3].startswith("goal met")
+    assert lines[-3].startswith("goal met     MACs ")
     assert f"report       {found.report}" in lines
     assert events[0]["event"] == "start"
 
@@ -361,17 +363,123 @@ def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
         "prune-2",
     ]
     assert found.artifact is None
-    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs", "prune-2.macs", "macs"]
+    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["prune.macs", "prune-2.macs", "macs"]
     assert found.metrics["goal"]["items"][-1]["value"] <= 0.5
     assert [model["name"] for model in found.metrics["models"]] == ["teacher", "pruned", "recovered", "pruned-2"]
 
 
 def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GoalError, match="reaches the goal"):
-        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), name="a/b")
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], name="a/b")
     (folder,) = (tmp_path / "runs").iterdir()
     assert "-a-b-" in folder.name
+    assert found.folder.name == folder.name
+
+
+def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GoalError, match="reaches the goal"):
+        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(GoalError, match="reaches the goal"):
+        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), folder=tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("goal", "steps", "sentence"),
+    [
+        (
+            kirsch.Goal(macs=0.01),
+            [Distill(epochs=1)],
+            r"lead to MACs 100\.0 % of the student, .* ≤ 1 %\. No step removes units\. Add a step prune, or leave",
+        ),
+        (
+            kirsch.Goal(parameters=0.4),
+            [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
+            (
+                r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Of the parameters before it, prune leaves \d\d\.\d %, "
+                r"prune-2 leaves \d\d\.\d %\. Lower prune-2\.goal\.parameters, or raise goal\.parameters to 0\."
+            ),
+        ),
+    ],
+)
+def test_goal_that_the_steps_cannot_reach_is_refused_before_the_first_step(trained, tmp_path, goal, steps, sentence):
+    model, student, data = trained
+    events = []
+    with pytest.raises(GoalError, match=f"The steps cannot reach the goal: they {sentence}"):
+        kirsch.compress(model, data, goal, student=student, steps=steps, folder=tmp_path / "run", listen=events.append)
+    assert events == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_goal_of_a_job_without_pruning_is_checked_at_its_end(trained, tmp_path, monkeypatch):
+    """A step of another package makes the model smaller, and the goal limits the final model."""
+    model, student, data = trained
+
+    class Halve(Step):
+        def preview(self, job):
+            job.model = copy.deepcopy(student)
+
+        def run(self, job, folder):
+            self.preview(job)
+            record = {"model": "halved", "did": "halved", **job.save_and_evaluate(job.model, folder)}
+            return record | {"cells": []}
+
+    monkeypatch.setitem(STEPS._objects, "halve", Halve)
+    goal = kirsch.Goal(macs=0.7)
+    found = kirsch.compress(model, data, goal, steps=[Halve()], folder=tmp_path / "run", batch_size=16)
+    (item,) = found.metrics["goal"]["items"]
+    first, last = (entry["macs"] for entry in found.metrics["models"])
+    assert item["value"] == last / first < 0.7
+    assert item["text"] == f"MACs {100 * last / first:.1f} % of the teacher, goal ≤ 70 %"
+
+
+def test_limit_of_the_first_step_that_is_also_that_of_the_job_is_listed_once(trained, tmp_path):
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune(goal=HALF)], folder=tmp_path / "run")
+    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        (
+            [Export(), Prune(), Measure()],
+            r"The step 'prune' changes the model after .*'export'.* Move 'export' after 'prune'",
+        ),
+        (
+            [Prune(), Export(), Recover(epochs=1), Prune()],
+            r"The steps 'recover', 'prune-2' change the model after .*'export'.* Move 'export' after 'prune-2'",
+        ),
+    ],
+)
+def test_step_that_changes_the_exported_model_is_refused(trained, tmp_path, steps, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        kirsch.compress(trained[0], trained[2], HALF, steps=steps, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_data_without_labels_is_refused_before_the_first_step(trained, tmp_path):
+    model, _, data = trained
+    batches = [data.train.inputs[start : start + 16] for start in (0, 16, 32)]
+    unlabeled = kirsch.DataSet("unlabeled", batches, data.validation, data.test)
+    with pytest.raises(DataError, match=r"The first batch of the train part of unlabeled has no labels\..*'recover'"):
+        kirsch.compress(model, unlabeled, HALF, folder=tmp_path / "run")
+    without = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=0)
+    steps = [Prune(), Recover(epochs=1, objective=without)]
+    assert kirsch.compress(model, unlabeled, HALF, steps=steps, folder=tmp_path / "run").met
+
+
+def test_report_of_a_call_has_the_class_name_of_the_model(trained, tmp_path):
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], folder=tmp_path / "run")
+    assert found.metrics["name"] == "Net"
+
+
+def test_duration_at_the_end_is_that_of_the_metrics(compressed):
+    found, events = compressed
+    assert events[-1]["seconds"] == found.metrics["seconds"]
 
 
 def of_loaders(data):

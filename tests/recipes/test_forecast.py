@@ -38,11 +38,40 @@ def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     metrics = job.run_recipe(*TRAINED_TEACHER).metrics
     assert list(found["plans"].values()) == metrics["provenance"]["plans"]
-    assert found["goal"] == metrics["goal"]["text"]
+    assert " · ".join(found["goals"]) == metrics["goal"]["text"]
     assert costs(found["steps"]) == {
         step: (model["parameters"], model["macs"])
         for step, model in zip(("evaluate", "prune"), metrics["models"], strict=True)
     }
+
+
+def test_forecast_shows_the_cost_that_the_steps_reach_for_each_limit(job):
+    found = forecast(job.recipe("prune.goal.macs=0.5", "goal={macs: 0.6}", *TRAINED_TEACHER), base=job.base)
+    before, after = (found["plans"]["prune"]["cost"][side]["macs"] for side in ("before", "after"))
+    share = f"MACs {100 * after / before:.1f} % of the teacher"
+    lines = [plain(line) for line in forecast_lines(found)]
+    assert lines[1:3] == [
+        "goal         prune: MACs ≤ 50 % of the teacher",
+        "             at the end: MACs ≤ 60 % of the teacher",
+    ]
+    first = lines.index(f"reached      prune: {share}, goal ≤ 50 %")
+    assert lines[first + 1] == f"             at the end: {share}, goal ≤ 60 %"
+
+
+@pytest.mark.parametrize(
+    ("groups", "blocks", "text"),
+    [(1, 0, "in 1 group"), (2, 0, "in 2 groups"), (0, 1, "by removing 1 block"), (0, 3, "by removing 3 blocks")],
+)
+def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
+    found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
+    found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks}
+    (line,) = [plain(line) for line in forecast_lines(found) if plain(line).startswith("plan ")]
+    assert f" {text}, ranked by " in line
+
+
+def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
+    with pytest.raises(GoalError, match=r"the goal is ≤ 0\.1 %\..* prune leaves .*Lower prune\.goal\.macs, or raise"):
+        forecast(job.recipe("goal.macs=0.001"), base=job.base)
 
 
 def test_cost_of_a_local_plan_equals_that_after_training(job):
@@ -141,7 +170,7 @@ def test_data_of_a_loader_is_forecast_and_run(job):
     found = forecast(job.recipe(*changes), base=job.base)
     assert found["data"] == {"name": "loaded", "train": None, "validation": 30, "test": 60}
     assert (
-        plain(forecast_lines(found)[2])
+        plain(forecast_lines(found)[3])
         == "data         loaded: a loader for training, 30 for validation, 60 for testing"
     )
     assert all(step["seconds"] > 0 for step in found["steps"] if step["key"] in ("train", "recover"))

@@ -89,7 +89,7 @@ def test_goals_of_both_steps_and_of_the_job_are_checked(iterative):
     items = {item["name"]: item for item in outcome.metrics["goal"]["items"]}
     found = [(item["name"], item["value"], item["limit"]) for item in outcome.metrics["goal"]["items"][:3]]
     assert found == [
-        ("macs", macs["pruned"] / macs["teacher"], 0.8),
+        ("prune.macs", macs["pruned"] / macs["teacher"], 0.8),
         ("prune-2.macs", macs["pruned-2"] / macs["pruned"], 0.7),
         ("macs", macs["exported"] / macs["teacher"], 0.6),
     ]

@@ -263,6 +263,7 @@ def metrics():
             "aa": {"value": 1.006, "low": 0.974, "high": 1.031},
             "load_before": 0.34,
             "load_after": 0.78,
+            "notes": [],
             "seed": 11,
             "data": {"name": "digits", "sha256": "6e072b97" * 8, "train": 1078, "validation": 360, "test": 400},
         },

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kirsch import __version__
+from kirsch.annotations import FEWEST_ROUNDS
 from kirsch.cli import failure
 from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
@@ -289,7 +290,7 @@ def measure(
     weights: Weights = "random",
     seed: Seed = 0,
     threads: Annotated[int, typer.Option("--threads", help="Threads of the runtime.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of the timing.", min=6)] = 30,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of the timing.", min=FEWEST_ROUNDS)] = 30,
 ) -> int:
     """Measure time and size of a model or an ONNX file."""
     from kirsch.cli import networks

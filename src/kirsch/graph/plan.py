@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
@@ -175,10 +176,10 @@ class Plan(Printable):
     def __repr__(self) -> str:
         """Return one line: the model, what goes, the cost."""
         units = sum(len(removal.removed) for removal in self.groups)
-        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        blocks = f", {figures.counted(len(self.blocks), 'block')}" if self.blocks else ""
         macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"
         parameters = f"{self.before.parameters:,} → {self.after.parameters:,} parameters"
-        return f"<kirsch.Plan of {self.model}: removes {units:,} units{blocks}, {macs}, {parameters}>"
+        return f"<kirsch.Plan of {self.model}: removes {figures.counted(units, 'unit')}{blocks}, {macs}, {parameters}>"
 
     def parts(self) -> list[Part]:
         """Return a bar for each group, the cost before and after, and the notes.

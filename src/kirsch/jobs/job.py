@@ -32,7 +32,8 @@ that makes a model adds "model", a name such as "pruned", and the keys of `Job.e
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
 
-TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
+TRAIN_BETTER = "Lower the learning rate, or train longer."
+REMOVE_LESS = "Lower the learning rate, train longer, or remove less."
 
 Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
@@ -66,6 +67,7 @@ class Job:
     Attributes:
         teacher: model that the others learn from and are compared with.
         model: model that the steps compress: the student, or the teacher itself.
+        start_cost: parameters and MACs of `model` before any step.
         trained: models before compression that are measured beside the exported file: "teacher", "student".
         key: key of the current step.
         inputs: hash over everything that determines the result of the current step.
@@ -86,6 +88,7 @@ class Job:
     stop: Stop = never
     teacher: Any = None
     model: Any = None
+    start_cost: dict[str, int] = field(default_factory=dict)
     trained: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     inputs: str = ""
@@ -186,18 +189,20 @@ class Job:
         self.task.check_outputs(logits, self.data)
         return framework.analysis.count(model, framework.inference.from_numpy(self.example))
 
-    def check_usable(self, record: Record, fix: str = TRAIN_BETTER) -> None:
+    def check_usable(self, record: Record, fix: str = "") -> None:
         """Refuse a trained model that the task calls unusable.
 
         Args:
             record: record of the current step, with the quality on the test part.
-            fix: fix of the error.
+            fix: fix of the error; by default, advice on the training.
 
         Raises:
             NumericError: the model is unusable.
         """
         numbers, reason = self.task.weakness(record)
         if reason:
+            is_pruned = any("removed" in earlier for earlier in self.records.values())
+            fix = fix or (REMOVE_LESS if is_pruned else TRAIN_BETTER)
             raise NumericError(f"The model is unusable after the step {self.key!r}: {numbers}.", reason, fix)
 
     def logits(self, key: str) -> NDArray[Any]:

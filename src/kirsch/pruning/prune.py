@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
@@ -58,10 +59,10 @@ class Pruned(Printable):
     def parts(self) -> list[Part]:
         """Return what was removed, the cost before and after, the verification and the notes."""
         count = sum(bool(removal.removed) for removal in self.plan.groups)
-        blocks = f", {len(self.plan.blocks)} blocks removed" if self.plan.blocks else ""
+        blocks = f", {figures.counted(len(self.plan.blocks), 'block')} removed" if self.plan.blocks else ""
         title: Line = [
             Piece(self.plan.model, "strong"),
-            Piece(f"   {count} group{'s' * (count != 1)} pruned{blocks}"),
+            Piece(f"   {figures.counted(count, 'group')} pruned{blocks}"),
         ]
         verification = self.verification.parts() if self.verification is not None else []
         return [title, self.plan.cost_table(), *verification, notes(self.notes)]

@@ -106,7 +106,9 @@ class Prune(PlanOptions, Step):
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
         record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
-        parts = f"{len(plan.blocks)} blocks" if plan.blocks else f"{len(plan.groups)} groups"
+        parts = (
+            figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
+        )
         record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
         job.model = pruned.model
         return record

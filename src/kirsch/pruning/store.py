@@ -189,6 +189,11 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
         ) from error
 
 
+def is_saved(folder: Path) -> bool:
+    """Return whether a folder holds a saved model: its plan, its weights and its manifest."""
+    return all((folder / name).is_file() for name in (_plan_name(1), "model.safetensors", files.MANIFEST))
+
+
 def last_plan(folder: Path) -> Path:
     """Return the path of the plan of the last pruning in the folder of a saved model."""
     number = 1

@@ -54,8 +54,7 @@ def check(folder: Path) -> RunIntegrity:
         LoadError: the folder does not hold a run.
     """
     if not manifest.is_run(folder):
-        why = f"{RUN} is missing." if folder.is_dir() else "There is no such folder."
-        raise LoadError(f"{folder} is not a run folder.", why, "Give the folder of a run.")
+        raise run_folder.no_run(folder)
     finished = manifest.is_finished(folder)
     misplaced = manifest.misplaced_entries(folder)
     folders = manifest.folders_with_manifest(folder)

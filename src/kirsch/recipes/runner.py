@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import time
@@ -19,8 +20,9 @@ from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
+from kirsch.recipes.goals import goal_texts, refuse_unreachable
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
-from kirsch.recipes.metrics import goal_text, metrics_of
+from kirsch.recipes.metrics import metrics_of
 from kirsch.recipes.models import build, random_weights
 from kirsch.references import source_hash
 from kirsch.report import render
@@ -154,26 +156,28 @@ def run(
         RecipeError: the folder holds a run of another recipe.
         KirschError: a step failed.
     """
-    started = time.monotonic()
     base = base or Path()
+    new = run_folder.missing_paths(folder)
     files.check_writable(folder)
     run_folder.refuse_foreign(recipe, folder)
     run_folder.refuse_misplaced(folder)
     busy = OutputError(
         f"The run {folder} is in use.", "Another process runs in it.", "Wait for it, or choose another folder."
     )
-    with files.exclusive_lock(folder / LOCK, busy):
+    with contextlib.ExitStack() as on_error, files.exclusive_lock(folder / LOCK, busy):
+        on_error.callback(run_folder.discard, new)
         altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         machine = environment()
         steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
         with during("in the checks before the first step", _lower(job)):
-            preflight(job, steps)  # an error up to here leaves a finished run unchanged
+            preflight(job, steps)  # an error up to here leaves a finished run unchanged, and no new folder behind
+        on_error.pop_all()
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
-        goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
-        job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
+        goals, relative = goal_texts(job, steps), run_folder.relative(base, folder)
+        job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goals": goals, "base": relative})
         notes = _untrained_notes(recipe) + _loader_notes(recipe, job)
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
@@ -189,10 +193,10 @@ def run(
             {
                 "event": "end",
                 "met": metrics["goal"]["met"],
-                "text": " · ".join(item["text"] for item in items),
+                "items": [{"text": item["text"], "met": item["met"]} for item in items],
                 "significance": " · ".join(item["significance"] for item in items if item["significance"]),
                 "report": str(folder / REPORT),
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
             }
         )
         manifest.write(folder)
@@ -234,14 +238,23 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
 
 
 def preflight(job: Job, steps: Mapping[str, Step]) -> None:
-    """Check the disk space, and each step in order on untrained models, before any long work."""
+    """Check disk space, the steps in order and their goals before any long work, on models that are not trained.
+
+    Raises:
+        KirschError: a step would fail.
+        GoalError: the steps do not reach a limit of the cost.
+    """
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
-    sizes = sum(4 * job.count(model)[0] for model in models)
+    counts = [job.count(model) for model in models]
+    job.start_cost = dict(zip(("parameters", "macs"), counts[-1], strict=True))
+    sizes = sum(4 * parameters for parameters, _ in counts)
     files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per step
     for key, step in steps.items():
         job.key = key
         step.preview(job)
+    if job.goal.cost is not None:
+        refuse_unreachable(job, steps, dict(zip(("parameters", "macs"), job.count(job.model), strict=True)))
     job.plans.clear()
 
 

@@ -1,4 +1,4 @@
-"""Interface of a task: what a model is for, and how its outputs are judged."""
+"""Interface of a task: the purpose of a model, and the evaluation of its outputs."""
 
 from __future__ import annotations
 
