@@ -33,6 +33,9 @@ class Groups:
     groups: tuple[Group, ...]
 
 
+SOFTMAX = "a softmax is computed over the axis"
+
+
 def shown(costs=(), *, blocks=(), blockers=()) -> list[str]:
     """Return the lines on a graph."""
     parts = graph_parts("Net", Cost(1_210_000, 402_000, 0), [(1, 3, 8, 8)], list(costs), blocks, blockers)
@@ -98,10 +101,7 @@ def test_a_model_without_groups_and_blockers_has_a_line_for_both():
 
 
 def test_twelve_blockers_are_shown_and_the_others_counted():
-    blockers = [
-        Blocker("a softmax is computed over the axis", f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i)
-        for i in range(15)
-    ]
+    blockers = [Blocker(SOFTMAX, f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
     found = shown(blockers=blockers)[4:]
     assert len(found) == 1 + 12 + 1
     assert found[1] == "  50.0 %  b0   a softmax is computed over the axis  aten.softmax  net.py:0"
@@ -110,10 +110,7 @@ def test_twelve_blockers_are_shown_and_the_others_counted():
 
 def test_blockers_of_one_line_of_code_share_a_row_with_their_number_and_sum():
     lines_of = {"a": 3, "b": 7, "c": 7, "d": 7}
-    blockers = [
-        Blocker("a softmax is computed over the axis", name, f"net.py:{n}", "aten.softmax", 0.2)
-        for name, n in lines_of.items()
-    ]
+    blockers = [Blocker(SOFTMAX, name, f"net.py:{n}", "aten.softmax", 0.2) for name, n in lines_of.items()]
     assert shown(blockers=blockers)[5:] == [
         "  60.0 %  in 3 layers  a softmax is computed over the axis  aten.softmax  net.py:7",
         "  20.0 %  a            a softmax is computed over the axis  aten.softmax  net.py:3",
