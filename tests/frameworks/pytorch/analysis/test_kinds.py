@@ -1,4 +1,4 @@
-"""The kind of a group describes its units, also beside LoRA and in adapters, poolers, heads and gates."""
+"""Kinds of the groups of networks with and without LoRA, adapters, poolers, heads and gates."""
 
 from __future__ import annotations
 

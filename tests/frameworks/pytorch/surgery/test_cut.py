@@ -1,4 +1,4 @@
-"""`cut` keeps the class, flags and values of the original, which is not changed."""
+"""`cut` returns a model with the class, flags and values of the original, and does not change the original."""
 
 from __future__ import annotations
 

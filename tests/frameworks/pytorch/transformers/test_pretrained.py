@@ -191,7 +191,7 @@ def test_a_trainer_of_transformers_raises_the_error(small, tmp_path):
         transformers.Trainer(small, args).save_model(tmp_path / "checkpoint")
 
 
-def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
+def test_a_model_pruned_twice_can_be_saved_if_a_configuration_describes_the_result(tmp_path):
     kinds = {"kinds": ["ffn unit"], "exclude": ["bert.pooler"]}
     once, warned = pruned(bert(layers=2), parameters=0.9, **kinds)
     widths = [layer.intermediate.dense.out_features for layer in once.bert.encoder.layer]
