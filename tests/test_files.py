@@ -229,7 +229,7 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
 
 def test_the_modes_in_a_folder_follow_the_umask(tmp_path, umask):
     with files.new_folder(tmp_path / "a") as new:
-        (new / "private").touch(mode=0o600)  # as safetensors does
+        (new / "private").touch(mode=0o600)  # safetensors creates its files with this mode
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a", *(tmp_path / "a").iterdir())}
     assert modes == {"a": 0o750, "private": 0o640, "manifest.json": 0o640}
 

@@ -18,7 +18,7 @@ def test_columns_are_aligned():
     assert text(table) == ["a      long cell   x", "longer b           y"]
 
 
-def test_the_first_column_has_a_least_width():
+def test_the_first_column_has_a_minimum_width():
     assert text(Table([["a", "b"]], first=4)) == ["a    b"]
 
 

@@ -141,7 +141,7 @@ def folder(tmp_path, monkeypatch, write_job):
 
 @pytest.fixture
 def kirsch(capsys):
-    """Return a function that runs the command in this process: (exit code, standard output, standard error)."""
+    """Return a function that runs the command in this process and returns (exit code, output, error output)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The subcommands on recipes and runs."""
+"""The subcommands for recipes and runs: compress, resume, verify, report and init."""
 
 from __future__ import annotations
 

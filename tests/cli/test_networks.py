@@ -1,4 +1,4 @@
-"""The subcommands on one model."""
+"""The subcommands for one model: trace, plan, prune, export and measure."""
 
 from __future__ import annotations
 

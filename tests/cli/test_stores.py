@@ -1,4 +1,4 @@
-"""The subcommand store."""
+"""The subcommand store, with its actions build, check, info and verify."""
 
 from __future__ import annotations
 

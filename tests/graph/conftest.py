@@ -63,7 +63,7 @@ class Network:
 
 @pytest.fixture(scope="session")
 def network():
-    """The class `Network`, so that a test can build several."""
+    """Return the class `Network`; a test may build several networks."""
     return Network
 
 

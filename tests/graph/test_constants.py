@@ -1,4 +1,7 @@
-"""New values of the integers in the model's code after pruning."""
+"""New values of the integers in the model's code after pruning.
+
+A leaf is an integer attribute of a module. A demand requires that an expression of leaves gives the number of units.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Units that can be removed, and groups of interchangeable units."""
+"""Units that can be removed, and groups of interchangeable units.
+
+A view of an axis as (A, B) is a grid with A rows and B columns, and its cells are the labels of the axis.
+"""
 
 from __future__ import annotations
 
@@ -194,8 +197,8 @@ def test_a_removed_cell_removes_the_row_or_column_that_adds_the_fewest_cells(net
     """Four channels form a grid (2, 2). A second grid has the same two rows with `extra` further channels each.
 
     If a row of the first grid is removed, the second grid can lose its row, which adds `extra` cells, or two columns,
-    which add one cell each. The option that adds fewer cells is chosen. With `extra=1` this is the row. With `extra=2`
-    these are the columns, which contain all four channels. One unit is left, and a single unit is not a group.
+    which add one cell each. With `extra=1`, the row is chosen. With `extra=2`, the columns are chosen, as each adds
+    fewer cells. They contain all four channels, so that one unit is left, and a single unit is not a group.
     """
     monkeypatch.setitem(GRID_UNIT_KINDS, "four", ("row", "column"))
     net = network()

@@ -1,4 +1,7 @@
-"""Labels of axes, the facts about them, and the check that no operation loses a label."""
+"""Labels of axes, the facts about them, and the check that no operation loses a label.
+
+Label 0 is a frozen index. A split arranges the labels of an axis, its cells, in a grid. A merge is the inverse.
+"""
 
 from __future__ import annotations
 

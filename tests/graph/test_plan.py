@@ -81,7 +81,7 @@ def edited(**changes):
 
 @pytest.fixture(scope="module")
 def graph(chain):
-    """Graph with the group "first" of 5 units and 32 parameters."""
+    """Return a graph with the group "first" of 5 units and 32 parameters."""
     return chain(5).graph()
 
 

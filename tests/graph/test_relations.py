@@ -1,4 +1,4 @@
-"""Relations between the labels of an operation's inputs and outputs."""
+"""Relations between the labels of the inputs and outputs of an operation. Ties are equalities between labels."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_reshape_does_not_change_the_labels_of_unchanged_axes():
 
 @st.composite
 def shapes(draw):
-    """A shape with 60 elements, with or without axes of size one."""
+    """Return a shape with 60 elements, with or without axes of size one."""
     factors = draw(st.permutations([1, 2, 2, 3, 5]))
     cuts = draw(st.sets(st.integers(1, 4)).map(sorted))
     return tuple(int(part.prod()) for part in np.split(np.array(factors), cuts))

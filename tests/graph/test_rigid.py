@@ -1,4 +1,7 @@
-"""If no value of an attribute fits an axis after pruning, the axis is tied or frozen before a plan is made."""
+"""If no value of an attribute fits an axis after pruning, the axis is tied or frozen before a plan is made.
+
+A demand requires that an expression of attributes, or of the size of another axis, gives the size of an axis.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_the_least_important_blocks_are_removed(inputs, importance):
     assert all(importance in block.reason for block in plan.blocks)
 
 
-def test_blocks_are_restored_as_long_as_the_goal_is_met(inputs):
+def test_a_removed_block_is_restored_if_the_goal_is_met_without_its_removal(inputs):
     class Wide(Adding):
         def __init__(self):
             super().__init__([[0.1, 0.2], [0.0, 0.1]])

@@ -1,4 +1,4 @@
-"""Kinds of units, multiples by kind, and uniform plans."""
+"""Kinds of units, `round_to` by kind, and uniform plans."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_recipes_have_the_same_options_defaults_and_descriptions():
 
 
 @pytest.mark.parametrize("command", ["plan", "prune"])
-def test_the_command_has_a_flag_for_each_option(command):
+def test_the_commands_plan_and_prune_have_a_flag_for_each_option(command):
     expected = {name: f"--{name.replace('_', '-')}" for name in class_options()}
     assert flags(command).items() >= expected.items()
 

@@ -1,4 +1,4 @@
-"""Removal with verification, edited plans, saved models, regularizers."""
+"""`kirsch.prune` with verification, edited plans, saved models, and regularizers."""
 
 from __future__ import annotations
 

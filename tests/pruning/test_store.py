@@ -175,7 +175,7 @@ def test_a_traced_program_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.train])
-def test_build_may_return_another_type_or_mode(convert, tmp_path):
+def test_build_may_return_a_model_of_another_dtype_or_mode(convert, tmp_path):
     model = with_noise(convert(Net()))
     inputs = X.to(model.first.weight.dtype)
     kirsch.save(

@@ -151,7 +151,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_cost_of_frozen_operations_equals_the_count_of_a_run(name):
+def test_the_cost_of_frozen_operations_equals_the_operations_counted_in_a_run(name):
     parts = {
         "attention": {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
         "recurrence": {"recur": nn.LSTM(8, 8, batch_first=True)},

@@ -211,7 +211,7 @@ def outputs(adapter, student, teacher):
 
 
 @EVERY_CASE
-def test_a_deep_copy_after_a_forward_shares_no_parameters(case):
+def test_a_deep_copy_after_a_forward_pass_shares_no_parameters(case):
     adapter, (student, teacher) = make_adapter(case), make_values(case)
     adapter(student, teacher, ids=IDS)
     other = copy.deepcopy(adapter)

@@ -227,7 +227,7 @@ def test_modes_and_the_graph_of_each_mode_equal_those_of_the_original(maker, tra
                 assert module.graph is (module.train_graph if training else module.eval_graph)
 
 
-def test_a_graph_has_the_modes_of_the_original_module_by_module():
+def test_each_module_of_a_model_pruned_as_graph_has_its_original_mode():
     model = with_noise(Images()).eval()
     next(model.children()).train()
     graph = kirsch.trace(model, IMAGE, as_graph=True)

@@ -220,7 +220,7 @@ def test_the_note_names_the_exception_for_numbers_that_the_configuration_rejects
     )
 
 
-def test_the_search_stops_at_the_limit_of_builds(monkeypatch):
+def test_the_search_for_a_configuration_stops_at_the_limit_of_built_models(monkeypatch):
     monkeypatch.setattr(blueprint, "MOST_BUILDS", 12)
     model = configurable()
     found = halved(model)

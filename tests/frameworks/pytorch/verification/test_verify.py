@@ -143,7 +143,7 @@ def test_a_model_that_refuses_float64_is_verified_in_float32():
 
 
 @pytest.mark.parametrize("between", [half_and_back, autocast, constant])
-def test_a_forward_that_converts_dtypes_is_verified_in_float64(between):
+def test_a_model_that_converts_dtypes_is_verified_in_float64(between):
     verification = verified(with_noise(Between(between)), torch.randn(3, 4))
     assert "float64" in verification.reason
     assert verification.error < 1e-12
@@ -309,7 +309,7 @@ def only_in_training(self, x):
     return self.second(x.view(-1, 8) if self.training else x)
 
 
-def test_a_fixed_width_in_the_training_branch_of_the_forward_is_detected():
+def test_a_fixed_width_in_the_training_branch_of_the_forward_method_is_detected():
     with pytest.raises(VerificationError, match=r"runs in inference mode only\. RuntimeError: shape '\[-1, 8\]'"):
         verified(Between(only_in_training), torch.randn(3, 4))
 
