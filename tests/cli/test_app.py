@@ -42,7 +42,7 @@ def test_the_help_is_shown_without_a_subcommand(kirsch):
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
-def test_each_subcommand_has_json_quiet_and_debug(kirsch, subcommand):
+def test_each_subcommand_has_the_options_json_quiet_and_debug(kirsch, subcommand):
     code, out, _ = kirsch(subcommand, "--help")
     assert code == 0
     assert all(f"--{mode} " in out for mode in MODES)
@@ -62,7 +62,7 @@ def test_the_version_of_the_package_is_shown(kirsch):
         (["prune", "a:b"], "--output", "kirsch prune --help"),
     ],
 )
-def test_a_wrong_command_line_names_the_problem_and_the_help(kirsch, arguments, sentence, see):
+def test_the_error_for_a_wrong_command_line_names_the_problem_and_the_help_command(kirsch, arguments, sentence, see):
     code, out, err = kirsch(*arguments)
     first, *_, last = err.splitlines()
     assert (code, out) == (2, "")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    """Return a function that reports an error: (exit code, standard output, standard error)."""
+    """Return a function that reports an error and returns (exit code, standard output, standard error)."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def run(error, folder=None, **mode):
@@ -59,7 +59,7 @@ def test_an_error_has_three_lines_what_why_and_fix(report):
     ]
 
 
-def test_an_empty_line_is_omitted(report):
+def test_an_empty_part_of_an_error_is_omitted(report):
     assert report(UsageError("Wrong."))[2] == "error   Wrong.\n"
 
 

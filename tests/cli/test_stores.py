@@ -1,4 +1,4 @@
-"""The subcommand store."""
+"""The subcommand store, with its actions build, check, info and verify."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_verify_finds_a_flipped_bit(built, kirsch):
 
 
 def test_a_store_can_be_built_in_parts(folder, kirsch):
-    """96 samples are one range, so the first part builds it, and the second has nothing to do."""
+    """96 samples fit in one range, which is one file. Part 1 builds it, and part 2 has nothing to do."""
     parts = ["store", "build", "kept", *TEACHER_AND_DATA, "--keep", "dense", "--part"]
     code, out, _ = kirsch(*parts, "2/2")
     assert (code, "part 2/2; the store needs the other parts, too" in out) == (0, True)

@@ -1,4 +1,4 @@
-"""Graphs and plans print as the tree of groups, bars and cost lines."""
+"""Printed graphs and plans: a tree of groups, bars and cost lines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SOFTMAX = "a softmax is computed over the axis"
 
 
 def shown(costs=(), *, blocks=(), blockers=()) -> list[str]:
-    """Return the lines on a graph."""
+    """Return the printed lines of a graph."""
     parts = graph_parts("Net", Cost(1_210_000, 402_000, 0), [(1, 3, 8, 8)], list(costs), blocks, blockers)
     return [plain(line) for line in lines(parts)]
 
@@ -62,7 +62,7 @@ def test_modules_with_a_single_child_share_a_line():
     ]
 
 
-def test_a_group_with_groups_in_it_has_its_own_line():
+def test_a_group_whose_module_contains_other_groups_has_its_own_line():
     assert labels("a", "a.b") == ["a", "└─ b"]
 
 
@@ -84,7 +84,7 @@ def test_three_tied_layers_are_named_and_the_others_counted():
     assert line.endswith("with b, mix, c + 2 more")
 
 
-def test_the_layer_of_a_second_group_is_not_a_tied_layer():
+def test_the_tied_layers_of_a_group_do_not_include_the_layer_that_names_the_group():
     assert GroupCost(Group("a#2", footprint=(("a.weight", 0), ("b.weight", 1))), 1, 1).tied_layers == ("b",)
 
 

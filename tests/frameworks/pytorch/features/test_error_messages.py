@@ -1,4 +1,4 @@
-"""Tests of errors of Kirsch that name the model and the fix in cases in which the errors of PyTorch do not."""
+"""Errors that name the model and the fix in cases in which the errors of PyTorch do not."""
 
 from __future__ import annotations
 
