@@ -1,4 +1,4 @@
-"""Tests of generated inputs for timing an ONNX file."""
+"""Tests of the inputs that are generated to time an ONNX file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spec(*shape, name=""):
     return InputSpec(name, shape, "float32")
 
 
-def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
+def test_generated_inputs_and_measure_refuse_a_file_without_inputs(session, tmp_path):
     with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. Its output is constant"):
         generated_inputs(session())
     with pytest.raises(LoadError, match="has no inputs"):
@@ -53,7 +53,7 @@ def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
         (["n", "length"], "1,224"),
     ],
 )
-def test_the_error_for_an_unknown_shape_names_the_option(session, shape, example):
+def test_the_error_for_an_unknown_shape_names_the_option_input(session, shape, example):
     file = session(("x", shape))
     with pytest.raises(UsageError, match=re.escape(f"Give the shape: --input x={example}.")):
         generated_inputs(file)

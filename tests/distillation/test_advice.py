@@ -1,4 +1,4 @@
-"""Following the fixes of errors about targets step by step leads to a run."""
+"""If the fix in each error about targets is applied, one after the other, training finally runs."""
 
 from __future__ import annotations
 

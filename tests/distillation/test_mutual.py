@@ -1,4 +1,4 @@
-"""Mutual learning equals distillation from the peers, step by step, and supports all settings of a run."""
+"""A step of mutual learning equals distillation with the peers as teachers. All settings of a run are supported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def deep(seed, width=5):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "lskd"])
 def test_a_step_equals_distillation_with_the_peers_as_teachers(name, count):
-    """The outputs of linear students do not depend on the mode, so that `distill` computes the same step."""
+    """Linear students return the same in training and inference mode, so that `distill` computes the same step."""
     loss = Objective.preset(name)
     objective = Objective(
         tuple(Term(t.loss, 0.5, temperature=2.0, options=t.options) for t in loss.terms), label_weight=0.7
@@ -81,7 +81,7 @@ def test_peers_are_combined_like_teachers(way):
     torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
 
 
-def test_the_default_has_the_gradient_of_the_mean_divergence_to_the_peers():
+def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
     """As in the paper, for three or more students."""
     students = [linear(seed) for seed in range(3)]
     inputs = torch.from_numpy(samples()[0])
@@ -206,7 +206,7 @@ def test_without_labels_the_only_term_compares_the_peers():
 
 @pytest.mark.parametrize("stop_at", [3, 4, 9])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
-    """With dropout, batch statistics, averaged weights, balance and accumulation, all of which have state."""
+    """Dropout, batch statistics, averaged weights, balanced gradients and accumulation all have state to restore."""
     objective = Objective((Term("kd", Ramp(0.1, 1.0, 2), temperature=2.0), Term("dist", 0.5)), balance="gradient")
     training = Training(epochs=3, ema_decay=0.9, gradient_accumulation_steps=2)
     states, calls = [], []
@@ -230,7 +230,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_terms_that_compare_samples_give_a_warning_if_a_step_has_several_batches():
+def test_terms_that_compare_samples_give_a_warning_if_an_optimizer_step_has_several_batches():
     events = []
     objective = Objective((Term("dist", 1.0),))
     hooks = TrainingHooks(event=events.append)

@@ -61,7 +61,7 @@ refuses_teacher = pytest.raises(UsageError, match=r"The teacher, a Sequential, r
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
+def test_a_student_that_ends_in_a_softmax_is_refused_by_every_training_function():
     with refuses_student:
         distill(SOFT, net(), dataset(), **QUIET)
     with refuses_student:
@@ -78,7 +78,7 @@ def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
         born_again(lambda: net(nn.Softmax(-1), seed=torch.seed() % 1000), dataset(), generations=1, training=SHORT)
 
 
-def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_call(tmp_path):
+def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_function_with_a_teacher(tmp_path):
     with refuses_teacher:
         distill(PLAIN, net(nn.Softmax(-1)), dataset(), **QUIET)
     with refuses_teacher:

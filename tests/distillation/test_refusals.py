@@ -89,7 +89,7 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
         distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
-def test_logits_of_pixels_are_refused_by_losses_of_samples():
+def test_logits_of_pixels_are_refused_by_a_loss_of_one_output_per_sample():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
     sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
@@ -143,7 +143,7 @@ def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
 
 
 def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
-    """6 of 24 samples have a label: in one batch, or all in the first of four batches. The means are equal."""
+    """6 of 24 samples have a label. All are in one batch, or in the first of four batches: the means are equal."""
     labels = np.full(24, -100)
     objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()
