@@ -270,7 +270,7 @@ def test_a_failed_export_keeps_the_older_file_and_leaves_no_temporary_file(expor
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["m.onnx", "new"]
 
 
-def test_external_weights_are_moved_before_the_file_that_refers_to_them(exporter, tmp_path, monkeypatch):
+def test_external_weights_are_moved_before_the_model_file_that_refers_to_these_weights(exporter, tmp_path, monkeypatch):
     """Otherwise a program could read the new model with old weights."""
     from kirsch import files
 
@@ -290,7 +290,7 @@ def test_external_weights_are_moved_before_the_file_that_refers_to_them(exporter
     assert (found.format, found.bytes, found.path) == ("own", 5, tmp_path / "deep" / "m.own")
 
 
-def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path):
+def test_the_error_for_an_unknown_format_lists_the_known_formats(tmp_path):
     with pytest.raises(UnknownNameError, match=r"There is no exporter 'onxx'\. Known: onnx\. Did you mean 'onnx'\?"):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR, format="onxx")
 

@@ -170,7 +170,7 @@ def with_logits(*cells):
     return {"logits": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
 
 
-def test_an_object_of_the_student_alone_adds_as_much_to_detection_response_as_one_of_the_teacher_alone(framework):
+def test_detection_response_is_equal_for_an_object_that_only_the_student_or_only_the_teacher_detects(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -184,7 +184,7 @@ def test_an_object_of_the_student_alone_adds_as_much_to_detection_response_as_on
     assert invented == pytest.approx(8, rel=1e-2)
 
 
-def test_an_object_of_the_student_alone_adds_a_tenth_of_one_of_the_teacher_alone_to_detr(framework):
+def test_detr_of_an_object_that_only_the_student_detects_is_a_tenth_of_that_of_a_missed_object(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -200,7 +200,7 @@ def test_an_object_of_the_student_alone_adds_a_tenth_of_one_of_the_teacher_alone
 def test_objects_of_the_student_add_to_the_loss_if_the_teacher_detects_nothing():
     empty, detected = with_logits([-8.0], [-8.0]), with_logits([8.0], [-8.0])
     assert detection_response(detected, empty) == pytest.approx(8, rel=1e-2)
-    assert detr(detected, empty, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of two queries
+    assert detr(detected, empty, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of the two queries differs
 
 
 def test_boxes_are_weighted_by_the_confidence_above_the_threshold():

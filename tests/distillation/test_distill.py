@@ -411,7 +411,7 @@ def test_a_label_out_of_range_is_refused(student, train, label):
         (lambda y: np.where(y, y, np.nan), "and NaN or infinity.* Leave out samples whose target is NaN"),
         (lambda y: y[:, None] + 0.25, r"\(36, 1\) .* label_loss=\"squared-error\""),
     ],
-    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "several", "nan", "column of floats"],
+    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "multi-label", "nan", "column of floats"],
 )
 def test_targets_that_are_not_class_numbers_are_refused_with_a_fix(student, train, change, sentence):
     inputs, targets = samples()

@@ -76,7 +76,7 @@ def test_the_losses_of_the_batches_of_an_optimizer_step_add_up_to_the_loss_of_on
     assert sum(part.total for part in parts) == pytest.approx(one_batch.total, rel=1e-12)
 
 
-def test_a_term_uses_all_teachers_combined_or_the_teacher_that_it_names():
+def test_a_term_uses_all_teachers_combined_or_the_teacher_given_by_its_option_teacher():
     objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
     mixture = 2.0 * np.log((softmax(TEACHER / 2, -1) + softmax(SECOND / 2, -1)) / 2)
     both = loss_of_batch(objective, [bound(objective.terms[0])], [TEACHER, SECOND])

@@ -117,7 +117,7 @@ class Failing(Fixed):
         return super().forward(image)
 
 
-def test_an_error_in_the_code_of_the_model_has_its_line():
+def test_the_message_of_an_error_in_the_model_has_the_line_of_code():
     with pytest.raises(
         ModelError, match=r"Batch 2 of epoch 1: .*ValueError: wrong \(test_later_batches\.py:\d+, in forward\)"
     ) as caught:
@@ -131,7 +131,9 @@ def test_errors_that_the_shape_of_a_batch_cannot_cause_are_not_wrapped():
             fit(Failing(error), [(X, Y)] * 2, training=ONCE)
 
 
-@pytest.mark.parametrize("batch", [(X,), (X, None), X, {"image": X}], ids=["alone", "None", "an array", "a dict"])
+@pytest.mark.parametrize(
+    "batch", [(X,), (X, None), X, {"image": X}], ids=["inputs alone", "None", "an array", "a dict"]
+)
 def test_a_later_batch_without_targets_is_refused_or_gives_one_warning(batch):
     with pytest.raises(DataError, match=r"Batch 2 of epoch 1: A batch has no targets, and there is no teacher"):
         TRAINING_CALLS["fit"]([(X, Y), batch])

@@ -58,7 +58,7 @@ def values_of(block, x):
     return normed, normed + x, torch.relu(normed + x)
 
 
-def test_a_value_is_copied_before_it_is_overwritten_in_place():
+def test_a_feature_is_copied_before_the_model_overwrites_it_in_place():
     """The first run finds out which values are overwritten; later runs copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]
@@ -74,7 +74,7 @@ def test_a_value_is_copied_before_it_is_overwritten_in_place():
         for layer, value in watch(x).items():
             torch.testing.assert_close(value, expected[layer], msg=layer)
     copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
-    assert copied == {"layer1.0.bn2", "layer1.0"}  # "layer1.0" is its sum; its output is not overwritten
+    assert copied == {"layer1.0.bn2", "layer1.0"}  # "layer1.0" stands for its sum, not for its output
     watch.close()
 
 

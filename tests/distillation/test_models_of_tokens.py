@@ -161,7 +161,7 @@ def test_the_causal_loss_is_the_loss_of_the_next_token(transformers, build):
     assert found["kd"] == pytest.approx(0.5 * float(expected))
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("left", [False, True], ids=["padding right", "padding left"])
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_padding_of_a_language_model_has_no_effect(transformers, build, labeled, left):

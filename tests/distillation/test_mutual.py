@@ -82,7 +82,7 @@ def test_peers_are_combined_like_teachers(way):
 
 
 def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
-    """As in the paper, for three or more students."""
+    """The paper defines the loss of three or more students in this way."""
     students = [linear(seed) for seed in range(3)]
     inputs = torch.from_numpy(samples()[0])
     logits = [student(inputs) for student in students]
@@ -93,7 +93,7 @@ def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_pe
     torch.testing.assert_close(students[0][0].weight - found[0].weight, 0.19 * gradient, rtol=1e-10, atol=1e-14)
 
 
-def test_the_logits_of_peers_are_those_of_training_mode():
+def test_the_logits_of_peers_are_computed_in_training_mode():
     """Batch normalization uses the statistics of the batch, and not the initial running statistics 0 and 1."""
 
     def normed(seed):
@@ -130,7 +130,7 @@ def test_students_of_different_architectures_are_trained_and_returned_in_order()
     assert not any(p.grad is not None for student in students for p in student.parameters())
 
 
-def test_each_student_has_a_history_and_events_have_its_index():
+def test_each_student_has_a_history_and_the_terms_in_events_have_the_index_of_the_student():
     events = []
     students = [linear(0), linear(1)]
     hooks = TrainingHooks(event=events.append)
@@ -172,7 +172,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(first.model[0].weight, second.model[0].weight, rtol=1e-10, atol=1e-12)
 
 
-def test_each_student_has_its_regularizers():
+def test_the_regularizers_are_applied_to_each_student():
     """The gradient of s Σ|w| is s sign(w)."""
     students = [linear(0), linear(1)]
     plain = distill_mutually(students, one_batch(), training=ONE_STEP)

@@ -285,7 +285,7 @@ def test_declared_probabilities_are_distilled_like_the_logits(name):
     found = distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=declared, **QUIET)
     assert_close_weights(found.model, expected.model)
     assert found.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-10)
-    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in its softmax
+    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in a softmax
 
 
 def test_student_and_teacher_outputs_are_declared_separately():

@@ -402,7 +402,7 @@ def test_outputs_without_logits_must_be_compared_by_name(names, sentence):
     terms = tuple(Term("logit-l2", 1.0, student_layer=f"output.{name}", name=name) for name in names)
     found = distill(
         student, teacher, [x], objective=Objective(terms, label_weight=0.0)
-    )  # there are no logits, so that the teacher is not checked
+    )  # without logits, the teacher is not evaluated
     assert found.history[0]["terms"].keys() == set(names)
     moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
     assert all(moved)

@@ -176,7 +176,7 @@ MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 
         (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student_layer="logits"\)'),
         (MASKS.astype(np.float32), K, "integers stored as floats"),
     ],
-    ids=["void", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
+    ids=["255", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
 )
 def test_invalid_masks_are_refused_with_a_fix(targets, classes, sentence):
     with pytest.raises(DataError, match=sentence):

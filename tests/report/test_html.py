@@ -476,7 +476,7 @@ def prefixed(value, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_name_is_escaped_everywhere(page, metrics, name):
+def test_a_hostile_name_is_escaped_in_every_place(page, metrics, name):
     plain = page(metrics)
     hostile = prefixed(metrics, name)
     hostile["export"]["usage"] = hostile["provenance"]["recipe"] = f"a\n{name}\n"

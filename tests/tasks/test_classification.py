@@ -157,7 +157,7 @@ def test_logits_with_nan_or_infinity_raise(metric, invalid):
         metric(logits, np.array([0, 1, 2]))
 
 
-def test_a_logit_of_minus_infinity_is_allowed_beside_finite_ones():
+def test_a_logit_of_minus_infinity_is_allowed_if_other_logits_of_the_sample_are_finite():
     logits = logits_of([0, 1, 2])
     logits[0, 2] = -np.inf
     labels = np.array([0, 1, 2])
