@@ -53,7 +53,7 @@ ROOT = Path(__file__).parents[1]
 LISTS = {"tuned": MODELS, "others": OTHERS}
 LIMIT = 900
 PEER_LIMIT = 120
-"""Seconds."""
+"""Time limits of the process of a model, with Kirsch and with the peer, in seconds."""
 
 
 def coverage_row(recipe: Recipe) -> dict[str, Any]:
