@@ -43,7 +43,7 @@ SAVED_FILES = ("plan.json", "model.safetensors", MANIFEST)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from the command line.
+    """A model that the command line names, and its example inputs.
 
     Args:
         model: the model.

@@ -145,8 +145,9 @@ def run(
         recipe: recipe to run.
         folder: run folder; a run of the same recipe in it is continued.
         base: folder that the recipe's references are relative to; the working folder by default.
-        listen: called with each event.
-        stop: returns an error if the run is to stop; the error is raised after a checkpoint is saved.
+        listen: function that is called with each event.
+        stop: function that returns an error if the run should stop, otherwise None. The error is raised after a
+            checkpoint is saved.
         materials: models and data as objects, in place of the recipe's references.
 
     Raises:
