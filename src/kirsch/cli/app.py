@@ -64,9 +64,10 @@ class Session:
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
-    """Register a function as a subcommand. It takes a `Session` and its options, and returns the exit code.
+    """Register a function as a subcommand.
 
-    Each subcommand also has the options of `MODES`. `failure.report_error` writes any exception.
+    The function takes a `Session` and the options of the subcommand, and returns the exit code. Each subcommand also
+    has the options of `MODES`. `failure.report_error` writes any exception.
     """
 
     def run(**options: Any) -> int:
@@ -93,7 +94,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def _quiet_warnings(mode: Mode) -> Iterator[None]:
-    """Hide the warnings of libraries, which are about their internals.
+    """Hide the warnings of libraries, because most are about internals of the libraries.
 
     Warnings are shown with --debug, and if the user sets -W or PYTHONWARNINGS.
     """

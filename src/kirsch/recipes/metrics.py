@@ -95,7 +95,7 @@ def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, A
         change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
         text = f"{change} against the teacher, goal ≤ {figures.points(goal.max_drop)}"
         before, after = (records[key].get("balanced_accuracy") for key in (first, final))
-        if before is not None and after is not None:  # accuracy may hide the loss of a rare class
+        if before is not None and after is not None:  # a rare class may be lost without a drop of accuracy
             text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
         met = drop <= goal.max_drop + 1e-12
         items.append(_item("max_drop", text, goal.max_drop, drop, met=met, significance=significance))

@@ -170,7 +170,7 @@ def run(
         steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
         with during("in the checks before the first step", _lower(job)):
-            preflight(job, steps)  # an error up to here leaves a finished run unchanged
+            preflight(job, steps)  # a finished run in this folder is not changed before this succeeds
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
         goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
@@ -247,7 +247,7 @@ def preflight(job: Job, steps: Mapping[str, Step]) -> None:
 
 
 def _lower(job: Job) -> str:
-    """Return the fix for insufficient memory."""
+    """Return the fix in errors about insufficient memory."""
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
 
@@ -269,7 +269,7 @@ def _run_steps(job: Job, steps: Mapping[str, Step], origin: str, altered: dict[s
             event = "step_end"
         else:
             event = "step_kept"
-        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this line
+        for old in done.parent.glob("step-*"):  # checkpoints; a run killed just before this line left some, too
             files.remove(old)
         job.records[key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
@@ -303,7 +303,10 @@ def _altered(altered: dict[str, str], *prefixes: str) -> str:
 
 
 def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) -> str:
-    """Return the damage of the exported file, which lies outside the folder of its step; empty if there is none."""
+    """Return a description of the damage of the exported file; empty if it is undamaged.
+
+    The manifest of the step does not cover this file, which lies outside the folder of the step.
+    """
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"
