@@ -197,8 +197,8 @@ class _Closure:
 
     A grid is consistent if a cell is kept if and only if all its marginals are kept. Removing a marginal removes its
     slab: all cells with this index on the axis of the marginal, such as a row or a column. If a removed cell lies in
-    another grid, a slab of that grid with the cell must be removed, too. The slab that removes the fewest further cells
-    is chosen.
+    another grid, a slab of that grid that contains the cell must be removed, too. The slab that removes the fewest
+    further cells is chosen.
     """
 
     def __init__(self, coupling: Coupling) -> None:
@@ -297,9 +297,9 @@ class _Closure:
         return self._cheapest_slab(grid, grid.cells[tuple(uncovered[0])]) if len(uncovered) else uncovered[:, 0]
 
     def _cheapest_slab(self, grid: Grid, cell: np.int64) -> NDArray[np.int64] | None:
-        """Return the marginals of the slab with the cell that removes the fewest further cells.
+        """Return the marginals of the slab that contains the cell and removes the fewest further cells.
 
-        None if the marginals are frozen on every axis.
+        Return None if these marginals are frozen on every axis.
         """
         best: tuple[int, NDArray[np.int64]] | None = None
         indices = np.argwhere(grid.cells == cell)
