@@ -68,7 +68,7 @@ def test_the_error_for_a_wrong_command_line_names_the_problem_and_the_help_comma
     assert (code, out) == (2, "")
     assert first.startswith("error   ")
     assert sentence.lower() in first.lower()
-    assert last == f"do      See {see}."
+    assert last == f"fix     See {see}."
 
 
 def test_a_wrong_command_line_with_json_gives_a_json_error(kirsch):

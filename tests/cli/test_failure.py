@@ -55,7 +55,7 @@ def test_an_error_has_three_lines_what_why_and_fix(report):
     assert err.splitlines() == [
         "error   There is no importance 'magnitud'.",
         "why     Known: magnitude, random.",
-        "do      Did you mean 'magnitude'?",
+        "fix     Did you mean 'magnitude'?",
     ]
 
 
@@ -99,7 +99,7 @@ def test_an_unexpected_exception_is_a_bug_and_the_traceback_is_stored(report, tm
     assert err.splitlines() == [
         "error   A bug of Kirsch: ZeroDivisionError: division by zero.",
         f"why     The traceback is in {stored}.",
-        "do      Report the bug with its traceback; --debug shows the traceback here.",
+        "fix     Report the bug with its traceback; --debug shows the traceback here.",
     ]
     assert "in raised" in stored.read_text()
 

@@ -381,7 +381,7 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
         started.send_signal(number)
         err = started.stderr.read()
         assert started.wait(60) == code
-    assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
+    assert err.splitlines()[-1] == "fix     Continue with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "train").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3

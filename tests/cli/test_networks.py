@@ -143,7 +143,7 @@ def test_missing_timm_is_named_with_its_pip_command(kirsch, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = kirsch("trace", "timm:resnet18")
     assert code == 5
-    assert err.splitlines()[-1] == 'do      Run: pip install "kirsch[zoo]"'
+    assert err.splitlines()[-1] == 'fix     Run: pip install "kirsch[zoo]"'
 
 
 @pytest.mark.usefixtures("no_timm")

@@ -113,7 +113,7 @@ def test_options_are_passed_to_the_data_source(folder, kirsch):
 def test_wrong_arguments_are_refused(folder, kirsch, arguments, sentence):
     code, _, err = kirsch("store", *arguments)
     assert code == 2
-    assert sentence in " ".join(err.replace("why ", "").replace("do ", "").replace("error ", "").split())
+    assert sentence in " ".join(err.replace("why ", "").replace("fix ", "").replace("error ", "").split())
 
 
 def test_a_folder_without_a_store_is_refused(folder, kirsch):

@@ -140,7 +140,7 @@ def test_the_option_data_is_refused_unless_kinds_is_block(inputs):
 @pytest.mark.parametrize("kinds", [["block", "channel"], {"block": 1.0}, {"block": 0.5, "channel": 0}])
 def test_blocks_and_other_kinds_need_two_plans(inputs, kinds):
     graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
-    with pytest.raises(UsageError, match=r"'block' beside other kinds.*Make two plans, one after the other"):
+    with pytest.raises(UsageError, match=r"'block' together with other kinds.*Make two plans, one after the other"):
         kirsch.plan(graph, Goal(macs=0.5), kinds=kinds, data=inputs)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Names of arguments that would limit the time."""
+"""Pattern of argument names that ask for a latency limit."""
 NO_LATENCY = "latency goals do not exist yet."
 WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
 IN_PLACE_OF_LATENCY = (
@@ -174,7 +174,7 @@ class Plan(Printable):
     file: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
-        """Return one line: the model, what goes, the cost."""
+        """Return one line: the model, the number of removed units and blocks, the cost."""
         units = sum(len(removal.removed) for removal in self.groups)
         blocks = f", {figures.counted(len(self.blocks), 'block')}" if self.blocks else ""
         macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION = 256
-"""Training samples on which residual blocks are ranked."""
+"""Number of training samples on which residual blocks are ranked."""
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
@@ -60,7 +60,7 @@ class Prune(PlanOptions, Step):
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal:
-        """Return the goal of this step in a job with a goal.
+        """Return the goal of this step, or the limits of the job's `goal` if the step has none.
 
         Raises:
             UsageError: neither the step nor the job limits the cost.

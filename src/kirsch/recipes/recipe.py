@@ -246,7 +246,7 @@ def recipe_of(
 
 
 def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
-    """Yield the problems with their places; problems inside the value of one field are yielded separately."""
+    """Yield each problem with its path of keys; problems inside the value of one field are yielded separately."""
     for place, details in problems:
         error = details.get("ctx", {}).get("error")
         if isinstance(error, FieldsError):
