@@ -45,7 +45,7 @@ class Objective:
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
             log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
-        teacher_outputs: the same for the teachers; a tuple has one entry for each teacher.
+        teacher_outputs: kind of the teachers' outputs, as for `student_outputs`; a tuple has one entry per teacher.
 
     Raises:
         UsageError: a number is out of range, or all weights are zero.
