@@ -42,7 +42,10 @@ def plan_file(key: str) -> str:
 
 @STEPS.register("prune")
 class Prune(PlanOptions, Step):
-    """Remove units of the model, and verify the result. The options are those of `kirsch.plan`."""
+    """Remove units of the model, and verify the result.
+
+    The options are those of `kirsch.plan`, with a goal and a seed that may come from the job.
+    """
 
     goal: PlanGoal | None = Field(
         None, description="limits, as fractions of the model before this step; null: the goal of the job"

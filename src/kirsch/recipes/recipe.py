@@ -46,7 +46,7 @@ class DataSection(Options):
 
 
 class ModelSection(Options):
-    """A model as the callable returns it, before any step."""
+    """The model before any step, as the callable that `model` names returns it."""
 
     model: str | None = Field(description=REFERENCE)
     outputs: Literal["logits", "probabilities"] | None = Field(
