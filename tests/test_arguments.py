@@ -545,3 +545,27 @@ def test_a_string_in_place_of_an_objective_is_refused_with_the_fix(name, call):
     model, x = nn.Linear(3, 2), torch.zeros(2, 3)
     with pytest.raises(kirsch.KirschError, match=re.escape(f"Give {call}.")):
         kirsch.distill(model, model, [(x, torch.zeros(2).long())], objective=name)
+
+
+MODEL = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "fix"),
+    [
+        (lambda: kirsch.Training(lr=0.1), "Did you mean 'learning_rate'?"),
+        (lambda: kirsch.steps.Recover(lr=0.1), "Did you mean 'learning_rate'?"),
+        (lambda: kirsch.Term("kd", T=4.0), "Did you mean 'temperature'?"),
+        (lambda: kirsch.ArrayData(np.zeros((2, 2)), None, bs=4), "Did you mean 'batch_size'?"),
+        (lambda: kirsch.distill(MODEL, MODEL, [], epochs=3), "Write training=kirsch.Training(epochs=3)."),
+        (lambda: kirsch.fit(MODEL, [], lr=0.1), "Write training=kirsch.Training(learning_rate=0.1)."),
+        (lambda: kirsch.fit(MODEL, [], milestones=(0.5,)), "Write training=kirsch.Training(milestones=...)."),
+        (lambda: kirsch.plan(None, macs=0.5), "Write goal=kirsch.Goal(macs=0.5)."),
+        (lambda: kirsch.plan(None, params=0.5), "Write goal=kirsch.Goal(parameters=0.5)."),
+        (lambda: kirsch.plan(None, color=1), "Leave it out."),
+    ],
+)
+def test_an_unknown_argument_names_the_argument_that_was_meant(call, fix):
+    with pytest.raises(kirsch.errors.UsageError, match=r"has no argument '\w+'\. Known: ") as caught:
+        call()
+    assert caught.value.fix == fix

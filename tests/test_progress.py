@@ -103,7 +103,7 @@ def test_bar_and_remaining_time_follow_from_the_epochs():
     assert plain(line).endswith(" epoch 3/12   loss 0.0412   97.5 %   18 s left")
 
 
-def test_the_remaining_time_of_a_resumed_run_counts_only_its_own_epochs():
+def test_the_remaining_time_of_a_resumed_run_follows_from_the_epochs_since_the_resume():
     now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
     assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go

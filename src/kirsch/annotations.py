@@ -16,7 +16,7 @@ FORMAT_LIMIT = 2**31
 """Limits from this number on come from number formats, such as 2**53, and are not shown in errors."""
 
 MAX_VALUE_LENGTH = 40
-"""Characters of a value that an error shows."""
+"""Largest number of characters of a value that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Kind:
 
     Args:
         expected: noun phrase for errors, such as "a model".
-        accepts: returns whether a value is of this kind.
-        fix: returns the fix for a value that is not of this kind, as a sentence.
+        accepts: function that returns whether a value is of this kind.
+        fix: function that returns the fix for a value that is not of this kind, as a sentence.
     """
 
     expected: str
@@ -76,7 +76,7 @@ class Between:
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """A single text is accepted, too, and converted to a tuple of one text. pydantic also converts lists to tuples."""
+    """Mark a sequence that may also be a single text, which becomes a tuple. pydantic also converts lists to tuples."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of one text or several, for pydantic."""
@@ -165,7 +165,7 @@ def type_phrase(hint: Any) -> str:
 
 
 def _alternatives(hint: Any) -> list[str]:
-    """Return the noun phrases of one alternative of a union; each value of a `Literal` has its own."""
+    """Return the noun phrases of one member of a union; a `Literal` has one for each of its values."""
     return [repr(arg) for arg in get_args(hint)] if get_origin(hint) is Literal else [type_phrase(hint)]
 
 

@@ -26,6 +26,20 @@ from kirsch.errors import UsageError, listing, nearest
 T = TypeVar("T", bound=Callable[..., Any])
 
 
+ABBREVIATIONS = {
+    "T": "temperature",
+    "bs": "batch_size",
+    "ema": "ema_decay",
+    "grad_clip": "max_grad_norm",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "params": "parameters",
+    "tau": "temperature",
+    "wd": "weight_decay",
+}
+"""Usual abbreviations of arguments."""
+
+
 class _MismatchError(Exception):
     """A value does not fit its annotation.
 
@@ -56,7 +70,7 @@ def checked(target: T) -> T:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise _call_error(target, signature, kwargs, error) from None
+            raise _call_error(target, signature, kwargs, _hints(function, target), error) from None
         bound.arguments |= _checked_arguments(target, signature, bound.arguments, _hints(function, target))
         return function(*bound.args, **bound.kwargs)
 
@@ -76,7 +90,7 @@ def check_arguments(target: Any, values: Mapping[str, Any], hints: Mapping[str, 
     try:
         bound = signature.bind(**values)
     except TypeError as error:
-        raise _call_error(target, signature, values, error) from None
+        raise _call_error(target, signature, values, hints, error) from None
     return dict(bound.arguments) | _checked_arguments(target, signature, bound.arguments, hints)
 
 
@@ -104,7 +118,13 @@ def _hints(function: Any, target: Any) -> dict[str, Any]:
     return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), namespace, include_extras=True)
 
 
-def _call_error(target: Any, signature: inspect.Signature, keywords: Mapping[str, Any], error: TypeError) -> UsageError:
+def _call_error(
+    target: Any,
+    signature: inspect.Signature,
+    keywords: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    error: TypeError,
+) -> UsageError:
     """Return the error for arguments that are unknown, missing or too many."""
     call, known = public_name(target), [name for name in signature.parameters if name != "self"]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
@@ -115,8 +135,38 @@ def _call_error(target: Any, signature: inspect.Signature, keywords: Mapping[str
         )
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
-        f"{call} has no argument {unknown!r}.", listing(known), nearest(unknown, known) or "Leave it out."
+        f"{call} has no argument {unknown!r}.",
+        listing(known),
+        _meant_argument(unknown, keywords[unknown], known, hints) or "Leave it out.",
     )
+
+
+def _meant_argument(unknown: str, value: Any, known: Sequence[str], hints: Mapping[str, Any]) -> str:
+    """Return a sentence that suggests the argument that was probably meant; empty if there is none.
+
+    An unknown name may be an abbreviation, or a field of a class that another argument takes: `epochs` of
+    `training=kirsch.Training(epochs=3)`.
+    """
+    name = ABBREVIATIONS.get(unknown, unknown)
+    if name in known:
+        return f"Did you mean {name!r}?"
+    for argument, hint in hints.items():
+        for kind in _classes_with_fields(hint):
+            if name in inspect.signature(kind).parameters:
+                shown = repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "..."
+                return f"Write {argument}={public_name(kind)}({name}={shown})."
+    return nearest(unknown, known)
+
+
+def _classes_with_fields(hint: Any) -> list[Any]:
+    """Return the classes of options and the dataclasses of Kirsch in an annotation that users construct themselves."""
+    if get_args(hint):
+        return [kind for part in get_args(hint) for kind in _classes_with_fields(part)]
+    has_fields = hasattr(hint, "model_fields") or hasattr(hint, "__dataclass_fields__")
+    if not inspect.isclass(hint) or not has_fields or not hint.__module__.startswith("kirsch."):
+        return []
+    name = public_name(hint)
+    return [hint] if getattr(hint, "made_by", name).startswith(name) else []  # a graph is made by kirsch.trace
 
 
 def _merged(errors: list[UsageError]) -> UsageError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.tables import Line
 
 TONES = {"": "", "good": "green", "warning": "yellow", "bad": "red", "faint": "dim", "strong": "bold"}
-"""Style on a terminal for each tone of a piece. The text alone has the same information."""
+"""Style on a terminal for each tone of a `kirsch.tables.Piece`. The text alone has the same information."""
 
 WIDTH = 110
 """Width of lines with a right-aligned last column, unless the terminal is narrower."""
@@ -74,7 +74,7 @@ class Display:
         """Show a status line below all other lines until `stop_status`, if the stream can update a line.
 
         Args:
-            draw: returns the line.
+            draw: function that returns the line.
             refresh: whether a terminal updates the line `UPDATES` times a second; otherwise the line is drawn once. In
                 a notebook, `refresh_status` updates the line.
         """
@@ -123,7 +123,7 @@ class Display:
             self._live = None
 
     def restore_cursor(self) -> None:
-        """Show the cursor again, before the process ends at once."""
+        """Show the cursor again, before the process exits without cleanup."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
                 self.stream.write("\x1b[?25h\n")
@@ -137,7 +137,7 @@ class Display:
 
 
 def own_display() -> Display:
-    """Return the display of a call from Python: the output of the notebook cell, or else the standard error."""
+    """Return the display for a call from Python: the output of the notebook cell, or else the standard error."""
     if in_notebook():
         return Display(sys.stdout, notebook=True)
     return Display(sys.stderr)

@@ -24,7 +24,7 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 INSTALLED_PACKAGE = re.compile(r"[/\\](?:site|dist)-packages[/\\](\w+)")
 
 RUNTIMES = ("torch", "numpy", "scipy", "onnxruntime", "onnx", "onnxscript", "accelerate", "safetensors")
-"""Packages that run a model for Kirsch. Their exceptions are errors of the model only if its forward was running."""
+"""Packages that run models for Kirsch. Their exceptions are errors of the model only if its `forward` was running."""
 
 MEMORY_MESSAGES = re.compile(
     "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|"
@@ -81,7 +81,7 @@ def during(doing: str, memory_fix: str = "") -> Iterator[None]:
         yield
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # sys.exit in a forward is an error, too
+    except BaseException as error:  # sys.exit in the user's code is an error, too
         translated = translate(error, doing, memory_fix)
         if translated is None or translated is error:
             raise
@@ -89,10 +89,10 @@ def during(doing: str, memory_fix: str = "") -> Iterator[None]:
 
 
 def location(error: BaseException) -> str:
-    """Return file, line and function of the user's code that raised, as "nets.py:12, in forward"; empty if unknown.
+    """Return where the user's code raised the exception, as "nets.py:12, in forward"; empty if unknown.
 
-    This is the innermost frame after the last frame of Kirsch. A frame in an installed package is used only if there
-    is no other.
+    This is the innermost frame after the last frame of Kirsch. A frame in an installed package is used only if no other
+    frame follows.
     """
     frames = [(frame.filename, frame.lineno, frame.name) for frame in extract_tb(error.__traceback__)]
     last = max((number for number, frame in enumerate(frames) if frame[0].startswith(KIRSCH_FOLDER)), default=-1)

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and manifests with their hashes.
+"""Atomic writing of files and folders, and manifests: lists of the files of a folder with their hashes.
 
 A file is written under a temporary name, synced and renamed, so that it is never seen half written.
 """
@@ -144,7 +144,7 @@ def write_manifest(folder: Path, unlisted_names: Collection[str] = ()) -> None:
     """Record name, size and sha256 of every file of a folder in its manifest.json.
 
     Args:
-        folder: contains only regular files and folders.
+        folder: a folder that contains only regular files and folders.
         unlisted_names: names of files that the manifest leaves out.
     """
     names = _scan(folder)[0] - {MANIFEST, *unlisted_names}
@@ -170,7 +170,7 @@ def flaws(folder: Path, unlisted_names: Collection[str] = ()) -> dict[str, str]:
     recomputed after a change.
 
     Args:
-        folder: contains a manifest.json.
+        folder: a folder with a manifest.json.
         unlisted_names: names of files that the manifest leaves out.
     """
     try:
@@ -315,7 +315,7 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     """Check that a folder can be created and written, and that its disk has enough free space.
 
     Args:
-        folder: created if it does not exist.
+        folder: the folder to check; created if it does not exist.
         needed_bytes: estimated number of bytes to be written.
 
     Raises:

@@ -24,7 +24,7 @@ RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient
 """Entries of the event of an epoch that are not metrics."""
 
 MOST_METRICS = 4
-"""Metrics in the line of an epoch."""
+"""Largest number of metrics in the line of an epoch."""
 
 
 WIDTHS = (13, 11, 12)
@@ -32,7 +32,7 @@ WIDTHS = (13, 11, 12)
 
 
 class Output(Protocol):
-    """Where progress is shown; `kirsch.display.Display` describes the methods."""
+    """Output to which progress is written; `kirsch.display.Display` describes the methods."""
 
     @property
     def width(self) -> int: ...  # noqa: D102
@@ -49,7 +49,7 @@ class JobProgress:
 
     Args:
         output: where the events are shown.
-        clock: returns the time in seconds.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
@@ -104,7 +104,7 @@ class RunningStep:
     """The current step.
 
     Args:
-        number, key: of the step.
+        number, key: number and key of the step.
         since: start of the step, in seconds of the clock.
     """
 
@@ -123,7 +123,7 @@ class TrainingProgress:
 
     Args:
         output: where the events are shown.
-        clock: returns the time in seconds.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:

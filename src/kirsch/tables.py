@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     """A part of a line.
 
     Args:
-        text: written with control characters escaped.
+        text: the text; control characters are escaped when it is written.
         tone: a key of `STYLES`.
     """
 
@@ -45,7 +45,7 @@ class Table:
     """Rows of cells. In text, the columns are aligned at the left; a number must be padded before it becomes a cell.
 
     Args:
-        rows: the cells of each row; rows may end early.
+        rows: the cells of each row; rows may have different lengths.
         gaps: spaces after the first, second, ... column; the last number holds for all further columns.
         first: least width of the first column.
     """

@@ -1,4 +1,4 @@
-"""The subcommands on recipes and runs."""
+"""The subcommands for recipes and runs: compress, resume, verify, report and init."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, write_job):
-    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change it."""
+    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("job")
     write_job(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +119,7 @@ def test_verify_accepts_an_undamaged_run(finished, run, run_json):
     found = run_json("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STEPS)
-    assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
+    assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest does not list itself
 
 
 def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, run_json):
@@ -271,7 +271,7 @@ def test_an_invalid_run_json_is_found_and_restored(run, kirsch, text):
     assert kirsch("verify", "run")[0] == 0
 
 
-def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
+def test_a_dry_run_names_the_weights_by_which_the_plan_ranks_units(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
     trained = ("--set", "student=null", "--set", "distill=null", "--set", "recover=null")
@@ -380,7 +380,7 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
         started.send_signal(number)
         err = started.stderr.read()
         assert started.wait(60) == code
-    assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
+    assert err.splitlines()[-1] == "fix     Continue with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "train").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3

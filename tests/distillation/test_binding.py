@@ -1,9 +1,10 @@
-"""Terms are bound to layers of two models, with adapters; hooks are removed after training."""
+"""Before training, each term gets layers of student and teacher and an adapter; hooks are removed after training."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from distillation.examples import image_data, trained
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill
+from kirsch.distillation.losses import LOSSES, loss
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.store import Dense, TopK, build_store
@@ -44,21 +47,12 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def data(n=24):
-    random = np.random.default_rng(0)
-    labels = np.arange(n) % K
-    images = random.standard_normal((n, 1, 8, 8)) + labels[:, None, None, None]
-    return ArrayData(images.astype(np.float32), labels, batch_size=12)
-
-
-def trained(objective, student=None, teacher=None, **options):
-    options = {"training": Training(epochs=2, learning_rate=0.01), "check_teacher": False, **options}
-    return distill(student or Net(4), teacher or Net(6), data(), objective=objective, **options)
+data = partial(image_data, size=8)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_preset_for_images_trains(name):
-    found = trained(Objective.preset(name), hooks=TrainingHooks(event=lambda _event: None))
+    found = trained(Net(4), Net(6), data(), Objective.preset(name), hooks=TrainingHooks(event=lambda _event: None))
     assert type(found.model) is Net
     assert [record["epoch"] for record in found.history] == [1, 2]
     assert np.isfinite([record["loss"] for record in found.history]).all()
@@ -66,7 +60,7 @@ def test_every_preset_for_images_trains(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(IMAGES)))
-def test_every_other_preset_is_used_in_the_tests_of_its_models(name):
+def test_every_other_preset_is_used_in_one_of_four_other_test_files(name):
     files = ("test_dense", "test_encoders", "test_models_of_tokens", "test_probabilities")
     assert any(f'"{name}"' in (Path(__file__).parent / f"{file}.py").read_text() for file in files)
 
@@ -79,13 +73,19 @@ def test_every_preset_can_be_stored_as_json():
 
 
 def test_the_returned_student_has_no_adapters():
-    found = trained(Objective((Term("fitnet", 1.0, student_layer="down"),)))
+    found = trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="down"),)))
     assert set(found.model.state_dict()) == set(Net(4).state_dict())
 
 
-def test_the_event_of_the_compared_layers_has_their_shapes():
+def test_the_event_attached_has_the_names_and_shapes_of_the_compared_layers():
     events = []
-    trained(Objective((Term("fitnet", 1.0, student_layer="down"),)), hooks=TrainingHooks(event=events.append))
+    trained(
+        Net(4),
+        Net(6),
+        data(),
+        Objective((Term("fitnet", 1.0, student_layer="down"),)),
+        hooks=TrainingHooks(event=events.append),
+    )
     (event,) = (event for event in events if event["event"] == "attached")
     (row,) = event["pairs"]
     assert (row["student"], row["teacher"], row["student_shape"], row["teacher_shape"]) == (
@@ -98,7 +98,13 @@ def test_the_event_of_the_compared_layers_has_their_shapes():
 
 def test_stages_are_matched_by_the_size_of_their_maps():
     events = []
-    trained(Objective((Term("at", 1.0, student_layer="auto"),)), hooks=TrainingHooks(event=events.append))
+    trained(
+        Net(4),
+        Net(6),
+        data(),
+        Objective((Term("at", 1.0, student_layer="auto"),)),
+        hooks=TrainingHooks(event=events.append),
+    )
     (event,) = (event for event in events if event["event"] == "attached")
     assert [(row["student"], row["teacher"]) for row in event["pairs"]] == [(n, n) for n in ("norm", "down", "deep")]
 
@@ -114,7 +120,7 @@ def test_stages_are_matched_by_the_size_of_their_maps():
         ("logits", lambda net, x: net(x)),
     ],
 )
-def test_a_layer_name_selects_the_value_that_is_computed_there(layer, expected):
+def test_a_layer_name_selects_the_input_or_output_of_the_layer(layer, expected):
     net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
     if expected is None and layer != "penultimate":
         with pytest.raises(UsageError, match="is not a layer name"):  # :in belongs before #
@@ -139,22 +145,22 @@ def test_hooks_are_removed_after_an_exception():
 
 def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
-        trained(Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
+        trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
 
 def test_a_function_that_is_called_several_times_needs_an_index():
-    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Append #0 for the first"):
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward pass.*Append #0 for the first"):
         dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
 
 
 def test_different_numbers_of_classes_are_refused_before_training():
     with pytest.raises(ShapeError, match="The student returns 3 classes; the teacher returns 5 classes"):
-        trained(Objective.kd(), teacher=Net(6, classes=5))
+        trained(Net(4), Net(6, classes=5), data(), Objective.kd())
 
 
-def test_shapes_that_no_adapter_joins_are_refused():
+def test_layers_whose_shapes_no_adapter_can_convert_are_refused():
     with pytest.raises(ShapeError, match="No adapter fits the student's value"):
-        trained(Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
+        trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
 
 
 def test_a_temperature_of_zero_is_refused():
@@ -172,13 +178,27 @@ def test_a_ramp_is_linear_and_then_constant():
     assert [ramp.at(epoch) for epoch in (0, 10, 20, 99)] == [0, 2.5, 5, 5]
 
 
-def test_gradients_are_balanced_to_the_weights():
+def test_with_balance_gradient_the_shares_of_the_gradient_are_proportional_to_the_weights_of_the_terms():
     objective = Objective((Term("kd", 1.0, temperature=4.0),), label_weight=1.0, balance="gradient")
     one_batch = ArrayData(data().inputs, data().targets, batch_size=24)
     training = Training(epochs=5, learning_rate=1e-6)
     found = distill(Net(4), Net(6), one_batch, objective=objective, training=training, check_teacher=False)
-    for record in found.history[1:]:  # the first epoch measures the gradients
+    for record in [found.first_batch, *found.history]:
         assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
+    assert sum(found.first_batch["loss_shares"].values()) == pytest.approx(1)
+
+
+def test_a_small_term_whose_gradient_is_balanced_gives_no_warning(monkeypatch):
+    monkeypatch.setattr(LOSSES, "_objects", dict(LOSSES._objects))
+
+    @loss("tiny")
+    def tiny(student, teacher):
+        return 1e-6 * ((student - teacher) ** 2).mean()
+
+    events = []
+    objective = Objective((Term("tiny", 1.0),), balance="gradient")
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
+    assert [event for event in events if event["event"] == "warning"] == []
 
 
 def test_samples_without_a_label_have_no_label_loss():
@@ -195,7 +215,7 @@ def test_samples_without_a_label_have_no_label_loss():
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    """Without batch statistics; 24 samples as one batch, or as four batches of equal size."""
+    """24 samples form one batch, or four of an optimizer step. Batch normalization is removed: it would differ."""
 
     def student():
         torch.manual_seed(1)
@@ -219,9 +239,11 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
-def test_the_averaged_weights_are_returned():
-    plain = trained(Objective.kd(), training=Training(epochs=1, seed=3), student=_seeded()).model
-    slow = trained(Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999), student=_seeded()).model
+def test_with_ema_decay_the_averaged_weights_are_returned():
+    plain = trained(_seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3)).model
+    slow = trained(
+        _seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999)
+    ).model
     start = _seeded()
     moved = [(a - b).abs().sum().item() for a, b in zip(plain.parameters(), start.parameters(), strict=True)]
     little = [(a - b).abs().sum().item() for a, b in zip(slow.parameters(), start.parameters(), strict=True)]
@@ -259,7 +281,7 @@ def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
         distill(Net(4), store, other, objective=Objective.kd(1.0))
 
 
-def test_a_step_whose_targets_are_all_masked_is_refused():
+def test_an_optimizer_step_whose_targets_are_all_masked_is_refused():
     random = np.random.default_rng(0)
     tokens = random.integers(0, 7, (4, 5))
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
@@ -281,8 +303,8 @@ def test_different_vocabularies_are_refused_with_a_fix():
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
 
 
-def test_a_batch_without_labels_does_not_change_its_step():
-    """Two batches of one step; all positions of the first are masked."""
+def test_a_batch_without_labels_does_not_change_its_optimizer_step():
+    """An optimizer step has two batches; all positions of the first batch are masked."""
     tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
     labels = tokens.copy()
     first = next(ArrayData(tokens, labels, batch_size=2).epoch(0, 0)).ids
@@ -303,24 +325,24 @@ def test_a_batch_without_labels_does_not_change_its_step():
 
 def test_a_term_can_have_weight_0_in_the_first_step():
     objective = Objective((Term("kd", Ramp(0.0, 1.0, epochs=1), temperature=2.0),), label_weight=0.0)
-    assert trained(objective).history[-1]["terms"].keys() == {"kd"}
+    assert trained(Net(4), Net(6), data(), objective).history[-1]["terms"].keys() == {"kd"}
 
 
-def test_teachers_of_other_classes_are_refused():
+def test_teachers_with_different_numbers_of_classes_are_refused():
     with pytest.raises(ShapeError, match=r"The teachers return logits of the shapes \(3,\), \(5,\) per sample"):
-        trained(Objective.kd(), teacher=[Net(6), Net(6, classes=5)])
+        trained(Net(4), [Net(6), Net(6, classes=5)], data(), Objective.kd())
 
 
 def test_an_adapter_takes_the_combined_teachers():
     """The mean probabilities of two equal teachers are the probabilities of one teacher."""
     teacher, objective = Net(6), Objective.preset("ofa")
-    one, two = (trained(objective, _seeded(), t).history for t in (teacher, [teacher, teacher]))
+    one, two = (trained(_seeded(), t, data(), objective).history for t in (teacher, [teacher, teacher]))
     assert two[0]["terms"] == pytest.approx(one[0]["terms"], rel=1e-5)
     with pytest.raises(UsageError, match="has an adapter for one teacher, but compares with each of 2 teachers"):
-        trained(Objective.preset("ofa", teachers="sum"), teacher=[teacher, teacher])
+        trained(Net(4), [teacher, teacher], data(), Objective.preset("ofa", teachers="sum"))
 
 
-def test_terms_that_a_store_of_the_largest_logits_does_not_support_are_refused(tmp_path):
+def test_terms_that_need_more_than_the_top_k_logits_of_a_store_are_refused(tmp_path):
     store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     for term, sentence in (
         (Term("dkd", 1.0, temperature=1.0), "needs all logits of the teacher"),
@@ -341,19 +363,19 @@ def test_an_unknown_label_loss_or_layer_is_refused_before_any_work():
 def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
     objective = Objective((Term("kd", 1e-7, temperature=2.0),))
     with pytest.warns(UserWarning, match="of the gradient") as caught:
-        trained(objective)
+        trained(Net(4), Net(6), data(), objective)
     label, kd = sorted((str(warning.message) for warning in caught), reverse=True)
     assert "The term 'kd' is " in kd
     assert "has almost no effect" in kd
     assert "The term 'label' is " in label
     assert "the other terms have almost no effect" in label
     events = []
-    trained(objective, hooks=TrainingHooks(event=events.append))
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
     assert len([event for event in events if event["event"] == "warning"]) == 2
 
 
 def test_a_run_resumed_within_an_epoch_is_bit_identical_to_an_uninterrupted_run():
-    """With an adapter, averaged weights, balance, accumulation and a ramp, all of which have state."""
+    """The adapter, averaged weights, balanced gradients, accumulation and the ramp all have state to restore."""
 
     class Stop(Exception):  # noqa: N818 - not an error
         pass
@@ -390,7 +412,7 @@ def test_a_ramp_that_does_not_end_within_the_run_gives_a_warning():
     events = []
     ramp = Ramp(0.0, 2.0, epochs=4, after=1)
     objective = Objective((Term("kd", ramp, temperature=2.0),), label_weight=ramp)
-    trained(objective, hooks=TrainingHooks(event=events.append))
+    trained(Net(4), Net(6), data(), objective, hooks=TrainingHooks(event=events.append))
     texts = [event["text"] for event in events if event["event"] == "warning"]
     end = r"reaches 2 after 5 epochs, but the run ends after \d epochs"
     assert any(re.search(rf"weight of the term 'kd' {end}.* in the term: weight=kirsch\.Ramp", text) for text in texts)

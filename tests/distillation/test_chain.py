@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
+from distillation.examples import samples
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
@@ -28,14 +29,8 @@ SHORT = Training(epochs=2, learning_rate=0.1)
 QUIET = TrainingHooks(event=lambda _event: None)
 
 
-def samples():
-    random = np.random.default_rng(0)
-    targets = np.arange(N) % K
-    return np.eye(D)[targets] * 2 + 0.3 * random.standard_normal((N, D)), targets
-
-
 def data():
-    return ArrayData(*samples(), batch_size=6)
+    return ArrayData(*samples(N), batch_size=6)
 
 
 def build(width=5):
@@ -74,7 +69,7 @@ def test_each_link_is_a_distillation_from_the_model_before_it():
     assert all(equal_weights(now, then) for now, then in zip(networks, before, strict=True))
 
 
-def test_with_learn_from_all_each_model_learns_from_all_before_it_the_nearest_first():
+def test_with_learn_from_all_each_model_learns_from_all_previous_models_the_latest_first():
     objective = Objective(
         (Term("kd", 0.5, temperature=2.0), Term("l2-normalized", 0.1, student_layer="0", adapter="linear"))
     )
@@ -111,7 +106,7 @@ def test_the_first_teacher_of_a_chain_can_be_a_store(tmp_path):
 
 def loader():
     """Return a loader that shuffles with its own generator, which is not reset between links."""
-    dataset = TensorDataset(*map(torch.from_numpy, samples()))
+    dataset = TensorDataset(*map(torch.from_numpy, samples(N)))
     return DataLoader(dataset, batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(4))
 
 
@@ -208,7 +203,7 @@ def test_each_generation_has_new_weights_and_learns_from_the_previous_generation
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"label"}, {"label", "kd"}, {"label", "kd"}]
 
 
-def test_the_first_generation_can_learn_from_a_given_teacher():
+def test_with_the_option_teacher_the_first_generation_learns_from_this_teacher():
     teacher = fit(net(5, 3), data(), training=Training(epochs=8)).model
     found = born_again(build, data(), generations=2, teacher=teacher, training=SHORT, objective=Objective.kd(1.0, 1.0))
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
@@ -231,7 +226,7 @@ def test_resumed_generations_are_bit_identical_to_uninterrupted_generations():
     assert all(equal_weights(a.model, b.model) for a, b in zip(uninterrupted, resumed, strict=True))
 
 
-def test_a_build_that_returns_the_same_weights_or_model_is_refused():
+def test_a_function_build_that_returns_the_same_weights_or_model_twice_is_refused():
     def seeded():
         return net(5, 0)
 
@@ -249,7 +244,7 @@ def test_a_build_that_returns_the_same_weights_or_model_is_refused():
 
 def test_an_ensemble_returns_the_mean_probabilities_or_logits_of_its_models():
     members = models()[:3]
-    inputs = torch.from_numpy(samples()[0])
+    inputs = torch.from_numpy(samples(N)[0])
     found = ensemble(members)
     assert not found.training
     assert all(member.training for member in members)
@@ -288,7 +283,7 @@ def test_an_ensemble_as_teacher_equals_its_models_as_teachers():
 
 def test_an_exported_ensemble_returns_the_mean_probabilities_of_its_models(tmp_path):
     members = [member.float().eval() for member in models()[:2]]
-    inputs = torch.from_numpy(samples()[0].astype(np.float32))
+    inputs = torch.from_numpy(samples(N)[0].astype(np.float32))
     artifact = kirsch.export(ensemble(members), tmp_path / "both.onnx", example_inputs=inputs)
     session = onnxruntime.InferenceSession(artifact.path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
@@ -304,4 +299,4 @@ def test_an_ensemble_without_models_or_with_an_unknown_combination_is_refused():
         ensemble(models(), "sum")
     five = nn.Linear(D, 5).double()
     with pytest.raises(ShapeError, match="The models of the ensemble have 5, 3 classes"):
-        ensemble([five, models()[0]])(torch.from_numpy(samples()[0]))
+        ensemble([five, models()[0]])(torch.from_numpy(samples(N)[0]))

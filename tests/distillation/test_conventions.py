@@ -1,12 +1,11 @@
-"""Losses with other conventions and options pass the conformance checks of the defaults."""
+"""Losses with conventions and options other than the defaults pass the conformance checks, too."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pytest
 
+from distillation.examples import with_options
 from distillation.golden import a1, b1, es, et5, g1, g2
 from kirsch.distillation.losses import LOSSES
 from kirsch.errors import UnknownNameError
@@ -33,15 +32,10 @@ OPTIONS = [
 ]
 
 
-def with_options(name, options):
-    """Return a loss with other default options."""
-    return functools.update_wrapper(functools.partial(LOSSES[name], **options), LOSSES[name])
-
-
 @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=[f"{name} {options}" for name, options in OPTIONS])
 def test_losses_conform_with_other_options(name, options, check):
-    check(with_options(name, options))
+    check(with_options(name, **options))
 
 
 @pytest.mark.parametrize("name", ["at", "ab", "ft", "ofd", "mgd", "sp", "cc-kernel", "fsp", "kd-svd"])

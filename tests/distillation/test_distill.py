@@ -1,4 +1,4 @@
-"""`distill` and `fit` in closed form; the arguments do not change; invalid arguments are refused before training."""
+"""`distill` and `fit` equal closed forms, do not change their arguments, and refuse invalid ones before training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from distillation.examples import samples, softmax
 from kirsch import ops
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
@@ -25,13 +26,6 @@ N, D, K = 36, 6, 3
 ONE_STEP = Training(epochs=1, learning_rate=0.1, schedule="constant", weight_decay=0.0)
 NESTEROV = 1.9
 """The first step of SGD with Nesterov momentum 0.9 is 1.9 times the gradient."""
-
-
-def samples(n=N, seed=0):
-    """Return samples of three classes around three corners, float64."""
-    random = np.random.default_rng(seed)
-    targets = np.arange(n) % K
-    return np.eye(D)[targets] * 2 + 0.3 * random.standard_normal((n, D)), targets
 
 
 def linear(classes=K, seed=0):
@@ -55,11 +49,7 @@ def student():
 
 
 def one_batch():
-    return ArrayData(*samples(), batch_size=N)
-
-
-def softmax(logits):
-    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return ArrayData(*samples(N), batch_size=N)
 
 
 def weight(model):
@@ -68,7 +58,7 @@ def weight(model):
 
 def gradients(student, teacher, temperature):
     """Return the gradients of label loss and soft targets for the weight of a linear student, each (K, D)."""
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     logits, teacher_logits = inputs @ weight(student).T, inputs @ weight(teacher).T
     label = (softmax(logits) - np.eye(K)[targets]).T @ inputs / N
     soft = temperature * (softmax(logits / temperature) - softmax(teacher_logits / temperature)).T @ inputs / N
@@ -82,10 +72,10 @@ def test_one_step_of_distillation_in_closed_form(student, teacher):
     np.testing.assert_allclose(weight(found.model), expected, rtol=1e-12)
 
 
-def test_the_shares_of_the_first_batch_in_closed_form(student, teacher):
+def test_the_loss_and_gradient_shares_of_the_first_batch_in_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
     found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).first_batch
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     logits, teacher_logits = inputs @ weight(student).T, inputs @ weight(teacher).T
     losses = 0.3 * hard_label(logits, targets), 0.7 * soft_target(logits, teacher_logits, temperature=3.0)
     norms = 0.3 * np.linalg.norm(label), 0.7 * np.linalg.norm(soft)
@@ -97,7 +87,7 @@ def test_the_shares_of_the_first_batch_in_closed_form(student, teacher):
 
 def test_the_history_has_the_weighted_terms_and_their_sum(student, teacher):
     (record,) = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).history
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     logits, teacher_logits = inputs @ weight(student).T, inputs @ weight(teacher).T
     parts = {
         "label": 0.3 * hard_label(logits, targets),
@@ -110,8 +100,8 @@ def test_the_history_has_the_weighted_terms_and_their_sum(student, teacher):
 def test_the_loss_in_the_history_is_a_mean_over_samples(student):
     """Batches of 20 and 16 samples; the learning rate is too small to change the weights."""
     slow = Training(epochs=1, learning_rate=1e-12, schedule="constant", weight_decay=0.0)
-    (record,) = fit(student, ArrayData(*samples(), batch_size=20), training=slow).history
-    inputs, targets = samples()
+    (record,) = fit(student, ArrayData(*samples(N), batch_size=20), training=slow).history
+    inputs, targets = samples(N)
     assert record["loss"] == pytest.approx(hard_label(inputs @ weight(student).T, targets), rel=1e-9)
 
 
@@ -119,7 +109,7 @@ def test_a_student_of_equal_capacity_converges_to_its_teacher(student, teacher):
     """The soft-target loss of a linear student has one minimum: the teacher, up to a shift of all classes."""
     training = Training(epochs=60, learning_rate=1.0, schedule="constant", weight_decay=0.0)
     found = distill(student, teacher, one_batch(), objective=Objective.kd(2.0, 1.0), training=training).model
-    inputs, _ = samples()
+    inputs, _ = samples(N)
     probabilities, expected = (softmax(inputs @ weight(model).T / 2) for model in (found, teacher))
     np.testing.assert_allclose(probabilities, expected, atol=1e-2)  # 60 steps of gradient descent
 
@@ -149,7 +139,7 @@ def test_several_regularizers_of_one_class_are_all_computed(student):
 
 
 def test_fit_smooths_labels(student):
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     (record,) = fit(student, one_batch(), training=ONE_STEP, label_smoothing=0.2).history
     assert record["loss"] == pytest.approx(hard_label(inputs @ weight(student).T, targets, label_smoothing=0.2))
 
@@ -214,7 +204,7 @@ def test_student_and_teacher_keep_weights_modes_and_gradients():
     with torch.random.fork_rng():
         models = build(0), build(1)
     before = [state(model) for model in models]
-    found = distill(*models, ArrayData(*samples(), batch_size=8), training=Training(epochs=2), check_teacher=False)
+    found = distill(*models, ArrayData(*samples(N), batch_size=8), training=Training(epochs=2), check_teacher=False)
     for model, (values, modes, gradients_) in zip(models, before, strict=True):
         now = state(model)
         assert all(torch.equal(values[name], now[0][name]) for name in values)
@@ -226,7 +216,7 @@ def test_student_and_teacher_keep_weights_modes_and_gradients():
 
 @pytest.mark.parametrize("kind", ["arrays", "list", "loader", "own generator"])
 def test_the_random_state_of_the_caller_does_not_change(student, teacher, kind):
-    inputs, targets = (torch.from_numpy(part) for part in samples())
+    inputs, targets = (torch.from_numpy(part) for part in samples(N))
     dataset = TensorDataset(inputs, targets)
     data = {
         "arrays": one_batch(),
@@ -241,7 +231,7 @@ def test_the_random_state_of_the_caller_does_not_change(student, teacher, kind):
 
 
 def test_lists_of_arrays_lists_of_tensors_and_loaders_give_the_same_weights(student, teacher):
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     parts = [slice(0, 16), slice(16, 36)]
     arrays = [(inputs[part], targets[part]) for part in parts]
     tensors = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in arrays]
@@ -257,7 +247,7 @@ def test_lists_of_arrays_lists_of_tensors_and_loaders_give_the_same_weights(stud
 # ------------------------------------------------------------------------------------------------ events and validation
 
 
-def test_there_are_events_of_the_teacher_the_first_batch_and_each_epoch(student, teacher):
+def test_the_teacher_the_first_batch_and_each_epoch_have_an_event(student, teacher):
     events = []
     found = distill(
         student, teacher, one_batch(), training=Training(epochs=2), hooks=TrainingHooks(event=events.append)
@@ -286,7 +276,7 @@ def test_a_validation_can_be_arrays_batches_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_a_teacher_is_evaluated_on_batches_until_32_samples_and_8_of_other_classes_are_reached(student, teacher):
+def test_a_teacher_is_evaluated_on_batches_until_32_samples_8_of_them_not_of_the_largest_class(student, teacher):
     inputs, targets = samples(60, seed=5)
     batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
     with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
@@ -306,7 +296,7 @@ def test_training_without_targets_warns_that_the_label_loss_is_left_out(student,
 
 def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(student, teacher):
     """16 of 36 are correct: 44.4%; two standard deviations above 1/3 are 49%."""
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     correct = np.arange(36) < 16
     sentence = r"not measurably better than chance: 44\.4% of 36 samples are correct, chance is 33\.3%"
     with pytest.warns(UserWarning, match=sentence):
@@ -334,9 +324,9 @@ def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sen
             call()
 
 
-def test_a_validation_in_the_hooks_has_precedence(student, teacher):
+def test_the_hook_validate_has_precedence_over_the_option_validation(student, teacher):
     hooks = TrainingHooks(validate=lambda model: {"metric": 7.0})
-    (record,) = distill(student, teacher, one_batch(), training=ONE_STEP, validation=samples(), hooks=hooks).history
+    (record,) = distill(student, teacher, one_batch(), training=ONE_STEP, validation=samples(N), hooks=hooks).history
     assert record["metric"] == 7.0
     assert "accuracy" not in record
 
@@ -344,12 +334,12 @@ def test_a_validation_in_the_hooks_has_precedence(student, teacher):
 def test_a_run_with_validation_can_be_stopped_and_resumed(student, teacher):
     states, training = [], Training(epochs=2)
     data = one_batch()
-    complete = distill(student, teacher, data, training=training, validation=samples())
+    complete = distill(student, teacher, data, training=training, validation=samples(N))
     hooks = TrainingHooks(stop=lambda: Interrupted("stopped"), save=states.append)
     with pytest.raises(Interrupted, match="stopped"):
-        distill(student, teacher, data, training=training, validation=samples(), hooks=hooks)
+        distill(student, teacher, data, training=training, validation=samples(N), hooks=hooks)
     hooks = TrainingHooks(resume=states[0])
-    again = distill(linear(seed=2), teacher, data, training=training, validation=samples(), hooks=hooks)
+    again = distill(linear(seed=2), teacher, data, training=training, validation=samples(N), hooks=hooks)
     np.testing.assert_array_equal(weight(again.model), weight(complete.model))
     assert [record["accuracy"] for record in again.history] == [record["accuracy"] for record in complete.history]
 
@@ -388,16 +378,16 @@ def test_data_without_batches_is_refused(student, train):
 def test_data_that_can_be_iterated_once_is_refused(student, train):
     sentence = r"iterated only once\. Each epoch iterates over it again\. Give a list or a DataLoader"
     with pytest.raises(DataError, match=sentence):
-        train(student, (samples() for _ in range(2)))
+        train(student, (samples(N) for _ in range(2)))
 
 
 @with_fit_and_distill
 @pytest.mark.parametrize("label", [K, -1])
 def test_a_label_out_of_range_is_refused(student, train, label):
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     targets[7] = label
     sentence = rf"Sample 7 has the label {label}\. The model returns 3 classes, so labels go from 0 to 2"
-    later = [tuple(map(torch.from_numpy, samples())), (torch.from_numpy(inputs), torch.from_numpy(targets))]
+    later = [tuple(map(torch.from_numpy, samples(N))), (torch.from_numpy(inputs), torch.from_numpy(targets))]
     for data in (ArrayData(inputs, targets, batch_size=4), [(inputs, targets)], later):
         with pytest.raises(DataError, match=sentence):
             train(student, data)
@@ -420,17 +410,17 @@ def test_a_label_out_of_range_is_refused(student, train, label):
         (lambda y: np.where(y, y, np.nan), "and NaN or infinity.* Leave out samples whose target is NaN"),
         (lambda y: y[:, None] + 0.25, r"\(36, 1\) .* label_loss=\"squared-error\""),
     ],
-    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "several", "nan", "numbers"],
+    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "multi-label", "nan", "column of floats"],
 )
 def test_targets_that_are_not_class_numbers_are_refused_with_a_fix(student, train, change, sentence):
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     for data in (ArrayData(inputs, change(targets)), [(inputs, change(targets))]):
         with pytest.raises(DataError, match=sentence):
             train(student, data)
 
 
 def inverted(model):
-    """Return the teacher with the signs of its logits changed."""
+    """Change the signs of the logits of the model, and return the model."""
     model[0].weight.data.neg_()
     return model
 
@@ -449,12 +439,12 @@ def test_a_teacher_that_predicts_one_class_is_no_better_than_chance(student, tea
 
 
 def test_a_teacher_is_evaluated_on_the_validation_data_if_there_is_one(student, teacher):
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     with pytest.raises(NumericError, match="no better than chance"):
         distill(student, teacher, one_batch(), validation=(inputs, (targets + 1) % K))
 
 
-def test_a_bad_teacher_is_accepted_without_the_check_or_with_few_samples(student, teacher):
+def test_a_bad_teacher_is_accepted_with_check_teacher_false_or_with_few_samples(student, teacher):
     events = []
     hooks = TrainingHooks(event=events.append)
     distill(student, inverted(teacher), one_batch(), training=ONE_STEP, check_teacher=False, hooks=hooks)

@@ -1,4 +1,4 @@
-"""Mutual learning equals distillation from the peers, step by step, and supports all settings of a run."""
+"""A step of mutual learning equals distillation with the peers as teachers. All settings of a run are supported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distillation.examples import samples
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import hard_label, soft_target
@@ -25,18 +26,12 @@ ONE_STEP = Training(epochs=1, learning_rate=0.1, schedule="constant", weight_dec
 QUIET = TrainingHooks(event=lambda _event: None)
 
 
-def samples(n=N):
-    random = np.random.default_rng(0)
-    targets = np.arange(n) % K
-    return np.eye(D)[targets] * 2 + 0.3 * random.standard_normal((n, D)), targets
-
-
 def one_batch():
-    return ArrayData(*samples(), batch_size=N)
+    return ArrayData(*samples(N), batch_size=N)
 
 
 def batches(size=6):
-    return ArrayData(*samples(), batch_size=size)
+    return ArrayData(*samples(N), batch_size=size)
 
 
 def linear(seed, classes=K):
@@ -53,7 +48,7 @@ def deep(seed, width=5):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "lskd"])
 def test_a_step_equals_distillation_with_the_peers_as_teachers(name, count):
-    """The outputs of linear students do not depend on the mode, so that `distill` computes the same step."""
+    """Linear students return the same in training and inference mode, so that `distill` computes the same step."""
     loss = Objective.preset(name)
     objective = Objective(
         tuple(Term(t.loss, 0.5, temperature=2.0, options=t.options) for t in loss.terms), label_weight=0.7
@@ -81,10 +76,10 @@ def test_peers_are_combined_like_teachers(way):
     torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
 
 
-def test_the_default_has_the_gradient_of_the_mean_divergence_to_the_peers():
-    """As in the paper, for three or more students."""
+def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
+    """The paper defines the loss of three or more students in this way."""
     students = [linear(seed) for seed in range(3)]
-    inputs = torch.from_numpy(samples()[0])
+    inputs = torch.from_numpy(samples(N)[0])
     logits = [student(inputs) for student in students]
     mean = (soft_target(logits[0], logits[1], temperature=1.0) + soft_target(logits[0], logits[2], temperature=1.0)) / 2
     (gradient,) = torch.autograd.grad(mean, [students[0][0].weight])
@@ -93,7 +88,7 @@ def test_the_default_has_the_gradient_of_the_mean_divergence_to_the_peers():
     torch.testing.assert_close(students[0][0].weight - found[0].weight, 0.19 * gradient, rtol=1e-10, atol=1e-14)
 
 
-def test_the_logits_of_peers_are_those_of_training_mode():
+def test_the_logits_of_peers_are_computed_in_training_mode():
     """Batch normalization uses the statistics of the batch, and not the initial running statistics 0 and 1."""
 
     def normed(seed):
@@ -102,7 +97,7 @@ def test_the_logits_of_peers_are_those_of_training_mode():
 
     networks = normed(0), normed(1)
     first, second = distill_mutually(networks, one_batch(), training=ONE_STEP)
-    inputs, targets = (torch.from_numpy(part) for part in samples())
+    inputs, targets = (torch.from_numpy(part) for part in samples(N))
     with torch.no_grad():
         logits_0, logits_1 = (network.train()(inputs) for network in networks)
     assert first.history[0]["terms"] == pytest.approx(
@@ -120,7 +115,7 @@ def test_the_logits_of_peers_are_those_of_training_mode():
 def test_students_of_different_architectures_are_trained_and_returned_in_order():
     students = [linear(0), deep(1), deep(2, width=9)]
     before = copy.deepcopy(students)
-    found = distill_mutually(students, batches(), training=Training(epochs=15), validation=samples())
+    found = distill_mutually(students, batches(), training=Training(epochs=15), validation=samples(N))
     assert [type(trained.model) for trained in found] == [nn.Sequential] * 3
     assert [len(trained.model) for trained in found] == [1, 5, 5]
     assert not any(module.training for trained in found for module in trained.model.modules())
@@ -130,7 +125,7 @@ def test_students_of_different_architectures_are_trained_and_returned_in_order()
     assert not any(p.grad is not None for student in students for p in student.parameters())
 
 
-def test_each_student_has_a_history_and_events_have_its_index():
+def test_each_student_has_a_history_and_the_terms_in_events_have_the_index_of_the_student():
     events = []
     students = [linear(0), linear(1)]
     hooks = TrainingHooks(event=events.append)
@@ -172,7 +167,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(first.model[0].weight, second.model[0].weight, rtol=1e-10, atol=1e-12)
 
 
-def test_each_student_has_its_regularizers():
+def test_the_regularizers_are_applied_to_each_student():
     """The gradient of s Σ|w| is s sign(w)."""
     students = [linear(0), linear(1)]
     plain = distill_mutually(students, one_batch(), training=ONE_STEP)
@@ -187,26 +182,26 @@ def test_gradients_are_balanced_within_each_student():
     objective = Objective((Term("kd", 1.0, temperature=4.0),), balance="gradient")
     slow = Training(epochs=4, learning_rate=1e-6)
     for trained in distill_mutually([linear(0), linear(1)], one_batch(), objective=objective, training=slow):
-        for record in trained.history[1:]:
+        for record in trained.history:
             assert record["gradient_shares"] == pytest.approx({"label": 0.5, "kd": 0.5}, abs=0.01)
 
 
 def test_mutual_learning_runs_in_bf16_with_an_average_of_the_weights():
     training = Training(epochs=2, precision="bf16", ema_decay=0.5)
     students = [deep(0).float(), deep(1).float()]
-    data = ArrayData(samples()[0].astype(np.float32), samples()[1], batch_size=12)
+    data = ArrayData(samples(N)[0].astype(np.float32), samples(N)[1], batch_size=12)
     found = distill_mutually(students, data, training=training)
     assert np.isfinite([record["loss"] for trained in found for record in trained.history]).all()
 
 
 def test_without_labels_the_only_term_compares_the_peers():
-    found = distill_mutually([linear(0), linear(1)], ArrayData(samples()[0], None), training=ONE_STEP)
+    found = distill_mutually([linear(0), linear(1)], ArrayData(samples(N)[0], None), training=ONE_STEP)
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 9])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
-    """With dropout, batch statistics, averaged weights, balance and accumulation, all of which have state."""
+    """Dropout, batch statistics, averaged weights, balanced gradients and accumulation all have state to restore."""
     objective = Objective((Term("kd", Ramp(0.1, 1.0, 2), temperature=2.0), Term("dist", 0.5)), balance="gradient")
     training = Training(epochs=3, ema_decay=0.9, gradient_accumulation_steps=2)
     states, calls = [], []
@@ -214,7 +209,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
     def run(**hooks):
         hooks = TrainingHooks(event=lambda event: None, **hooks)
         return distill_mutually([deep(0), deep(1), linear(2)], batches(3), objective=objective, training=training,
-                                hooks=hooks, validation=samples())  # fmt: skip
+                                hooks=hooks, validation=samples(N))  # fmt: skip
 
     def stop():
         calls.append(1)
@@ -230,7 +225,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_terms_that_compare_samples_give_a_warning_if_a_step_has_several_batches():
+def test_terms_that_compare_samples_give_a_warning_if_an_optimizer_step_has_several_batches():
     events = []
     objective = Objective((Term("dist", 1.0),))
     hooks = TrainingHooks(event=events.append)
@@ -293,6 +288,6 @@ def test_terms_that_cannot_compare_peers_are_refused(terms, count, sentence):
 def test_different_classes_and_invalid_labels_are_refused_before_training():
     with pytest.raises(ShapeError, match="The student returns 3 classes; the teacher returns 5 classes"):
         distill_mutually([linear(0), linear(1, classes=5)], one_batch())
-    inputs, targets = samples()
+    inputs, targets = samples(N)
     with pytest.raises(DataError, match="Sample 0 has the label 7"):
         distill_mutually([linear(0), linear(1)], ArrayData(inputs, targets + 7))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import kirsch
+from distillation.examples import samples
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.chain import born_again, distill_chain, ensemble
 from kirsch.distillation.distill import distill, fit
@@ -27,15 +28,8 @@ SHORT = Training(epochs=2, learning_rate=0.1)
 QUIET = {"check_teacher": False, "training": SHORT}
 
 
-def samples(seed=0):
-    """Return samples of three classes, around three corners."""
-    random = np.random.default_rng(seed)
-    targets = np.arange(N) % K
-    return np.eye(D)[targets] * 2 + 0.3 * random.standard_normal((N, D)), targets
-
-
 def dataset(targets=None):
-    inputs, classes = samples()
+    inputs, classes = samples(N)
     return ArrayData(inputs, classes if targets is None else targets, batch_size=N)
 
 
@@ -61,7 +55,7 @@ refuses_teacher = pytest.raises(UsageError, match=r"The teacher, a Sequential, r
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
+def test_a_student_that_ends_in_a_softmax_is_refused_by_every_training_function():
     with refuses_student:
         distill(SOFT, net(), dataset(), **QUIET)
     with refuses_student:
@@ -69,7 +63,7 @@ def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
     with refuses_student:
         fit(SOFT, dataset(), training=SHORT)
     with refuses_student:
-        Distiller(copy.deepcopy(SOFT), net(), Objective.kd(), samples())
+        Distiller(copy.deepcopy(SOFT), net(), Objective.kd(), samples(N))
     with refuses_student:
         distill_mutually([net(seed=5), SOFT], dataset(), training=SHORT)
     with refuses_student:
@@ -78,13 +72,13 @@ def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
         born_again(lambda: net(nn.Softmax(-1), seed=torch.seed() % 1000), dataset(), generations=1, training=SHORT)
 
 
-def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_call(tmp_path):
+def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_function_with_a_teacher(tmp_path):
     with refuses_teacher:
         distill(PLAIN, net(nn.Softmax(-1)), dataset(), **QUIET)
     with refuses_teacher:
         distill(PLAIN, [net(), net(nn.Softmax(-1))], dataset(), **QUIET)
     with refuses_teacher:
-        Distiller(copy.deepcopy(PLAIN), net(nn.Softmax(-1)), Objective.kd(), samples())
+        Distiller(copy.deepcopy(PLAIN), net(nn.Softmax(-1)), Objective.kd(), samples(N))
     for keep in (Dense(), TopK(2)):
         with pytest.raises(UsageError, match=r"The teacher, a Sequential, returns probabilities.* callable `outputs`"):
             build_store(tmp_path / "store", net(nn.Softmax(-1)), dataset(), keep=keep)
@@ -222,7 +216,7 @@ def test_logits_that_are_clamped_from_below_only_are_accepted():
 def test_a_sigmoid_or_softmax_before_the_last_layer_is_accepted():
     model = Gated().double()
     with torch.no_grad():
-        found = model(torch.from_numpy(samples()[0]))
+        found = model(torch.from_numpy(samples(N)[0]))
     assert 0 <= found.min() <= found.max() <= 1
     assert fit(model, dataset(YES), objective=Objective(label_loss="binary"), training=SHORT).history
 
@@ -285,7 +279,7 @@ def test_declared_probabilities_are_distilled_like_the_logits(name):
     found = distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=declared, **QUIET)
     assert_close_weights(found.model, expected.model)
     assert found.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-10)
-    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in its softmax
+    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in a softmax
 
 
 def test_student_and_teacher_outputs_are_declared_separately():
@@ -337,7 +331,7 @@ def test_fit_and_mutual_learning_accept_declared_probabilities():
 
 
 def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
-    inputs = torch.from_numpy(samples()[0])
+    inputs = torch.from_numpy(samples(N)[0])
     soft = [net(nn.Softmax(-1), seed=seed).eval() for seed in (0, 1)]
     mean = (soft[0](inputs) + soft[1](inputs)) / 2
     found = ensemble(soft, outputs="probabilities")(inputs)
@@ -403,7 +397,7 @@ def test_a_student_that_ends_in_a_softmax_learns_if_its_outputs_are_declared():
     teacher = fit(net(), dataset(), training=training).model
     objective = Objective((Term("kd", 0.9, temperature=4.0),), label_weight=0.1, student_outputs="probabilities")
     found = kirsch.distill(
-        SOFT, teacher, dataset(), objective=objective, training=training, validation=samples(1), hooks=hooks
+        SOFT, teacher, dataset(), objective=objective, training=training, validation=samples(N, 1), hooks=hooks
     )
     assert found.history[-1]["accuracy"] == 1.0
 
@@ -434,10 +428,10 @@ def test_a_softmax_in_training_mode_only_is_refused():
         distill(student, net(), dataset(), **QUIET)
     with refuses:
         distill_mutually([student, net()], dataset(), training=SHORT)
-    distiller = Distiller(student, net(), Objective.kd(), samples())
-    distiller.eval()(samples())
+    distiller = Distiller(student, net(), Objective.kd(), samples(N))
+    distiller.eval()(samples(N))
     with refuses:
-        distiller.train()(samples())
+        distiller.train()(samples(N))
 
 
 def test_outputs_in_training_mode_are_accepted_if_declared_as_logits():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distillation.examples import image_data
 from kirsch.data.augment import Flip
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.checks import first_batch
@@ -42,16 +43,10 @@ class Net(nn.Module):
         return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-def data(n=24, **options):
-    labels = np.arange(n) % K
-    images = np.random.default_rng(0).standard_normal((n, 1, 6, 6)) + labels[:, None, None, None]
-    return ArrayData(images.astype(np.float32), labels, batch_size=12, **options)
-
-
 def distilled(term, student=None, teacher=None):
     training = Training(epochs=1, learning_rate=0.01)
     return distill(
-        student or Net(), teacher or Net(6), data(), objective=Objective((term,)), training=training, **QUIET
+        student or Net(), teacher or Net(6), image_data(), objective=Objective((term,)), training=training, **QUIET
     )
 
 
@@ -67,7 +62,7 @@ def distilled(term, student=None, teacher=None):
         ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
-        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; calls are numbered from 0, so #1"),
+        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward pass; calls are numbered from 0, so #1"),
         (
             "hidden[0]",
             UsageError,
@@ -89,17 +84,17 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
         distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
-def test_logits_of_pixels_are_refused_by_losses_of_samples():
+def test_logits_of_pixels_are_refused_by_a_loss_of_one_output_per_sample():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
     sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
-        distill(*nets, ArrayData(data().inputs, None), objective=Objective.kd(), **QUIET)
+        distill(*nets, ArrayData(image_data().inputs, None), objective=Objective.kd(), **QUIET)
 
 
 def test_different_numbers_of_classes_of_pixels_are_refused():
     nets = [nn.Sequential(nn.Conv2d(1, classes, 1)) for classes in (3, 4)]
     with pytest.raises(ShapeError, match=r"'cwd' cannot compare .*\(8, 3, 6, 6\), the teacher's \(8, 4, 6, 6\)"):
-        distill(*nets, ArrayData(data().inputs, None), objective=Objective.preset("cwd"), **QUIET)
+        distill(*nets, ArrayData(image_data().inputs, None), objective=Objective.preset("cwd"), **QUIET)
 
 
 def test_sequences_of_different_lengths_are_refused():
@@ -129,7 +124,7 @@ def test_a_temperature_that_is_not_always_above_0_is_refused(temperature):
 
 
 def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
-    masked = ArrayData(data().inputs, np.full(24, -100), batch_size=12)
+    masked = ArrayData(image_data().inputs, np.full(24, -100), batch_size=12)
     sentence = (
         r"All targets are masked: the label of all (12|24) samples is -100\. Each term of the objective needs labels"
     )
@@ -143,12 +138,12 @@ def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
 
 
 def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
-    """6 of 24 samples have a label: in one batch, or all in the first of four batches. The means are equal."""
+    """6 of 24 samples have a label. All are in one batch, or in the first of four batches: the means are equal."""
     labels = np.full(24, -100)
     objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()
     net.norm = nn.Identity()
-    unlabeled = ArrayData(data().inputs.astype(np.float64), labels, batch_size=24)
+    unlabeled = ArrayData(image_data().inputs.astype(np.float64), labels, batch_size=24)
     labels[next(ArrayData(unlabeled.inputs, None, batch_size=6).epoch(0, 0)).ids] = 1
     found = [
         distill(
@@ -182,7 +177,12 @@ def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
 )
 def test_a_validation_without_class_numbers_is_refused(change, sentence):
     with pytest.raises(DataError, match=sentence):
-        fit(Net(), data(), training=Training(epochs=1), validation=(data().inputs, change(data().targets)))
+        fit(
+            Net(),
+            image_data(),
+            training=Training(epochs=1),
+            validation=(image_data().inputs, change(image_data().targets)),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ teachers
@@ -191,7 +191,7 @@ def test_a_validation_without_class_numbers_is_refused(change, sentence):
 def test_a_student_among_its_teachers_is_refused():
     net = Net()
     with pytest.raises(UsageError, match=r"Student and teacher are the same object\. Give the student as a copy"):
-        distill(net, [Net(6), net], data())
+        distill(net, [Net(6), net], image_data())
 
 
 def test_a_teacher_with_another_vocabulary_is_refused():
@@ -223,14 +223,14 @@ def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer)
     teacher = timm_transformer().train()
     teacher(torch.randn(2, 1, 6, 6)).sum().backward()
     before = state(teacher)
-    first = first_batch(framework_of(teacher).training, data())
+    first = first_batch(framework_of(teacher).training, image_data())
     bound = Distiller(Net(), teacher, Objective.kd(), first)
     bound(first)
     (capture,) = bound._teacher_source._captures
     assert capture.model is not teacher
     assert not any(module.training for module in capture.model.modules())
     assert not any(parameter.requires_grad for parameter in capture.model.parameters())
-    inputs = torch.from_numpy(data().inputs)
+    inputs = torch.from_numpy(image_data().inputs)
     first, second = (capture(inputs)["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, copy.deepcopy(teacher).eval()(inputs))
@@ -249,7 +249,7 @@ def test_student_and_teacher_keep_their_modes_weights_and_gradients(timm_transfo
     student = timm_transformer(1)
     student_before = state(student)
     training = Training(epochs=2, learning_rate=0.01, weight_decay=0.1)
-    found = distill(student, teacher, data(), objective=Objective(terms), training=training, **QUIET)
+    found = distill(student, teacher, image_data(), objective=Objective(terms), training=training, **QUIET)
     assert state(teacher) == before
     assert state(student) == student_before
     assert not torch.equal(found.model.head.weight, student.head.weight)
@@ -260,7 +260,7 @@ def test_modules_that_a_student_shares_with_its_teacher_are_not_trained():
     student = copy.copy(teacher)
     student._modules = {**teacher._modules, "head": nn.Linear(6, K)}
     before = state(teacher)
-    found = distill(student, teacher, data(), training=Training(epochs=1), **QUIET)
+    found = distill(student, teacher, image_data(), training=Training(epochs=1), **QUIET)
     assert state(teacher) == before
     assert not torch.equal(found.model.conv.weight, teacher.conv.weight)
 
@@ -279,19 +279,19 @@ def state(model):
 
 
 def test_a_store_of_another_transform_is_refused_by_distill(tmp_path):
-    store = build_store(tmp_path / "store", Net(6), data(augment=Flip()), keep=Dense(), views=2)
+    store = build_store(tmp_path / "store", Net(6), image_data(augment=Flip()), keep=Dense(), views=2)
     with pytest.raises(StoreError, match=r"is stale\. It was built with another value of the transform \("):
-        distill(Net(), store, data(), objective=Objective.kd())
+        distill(Net(), store, image_data(), objective=Objective.kd())
 
 
 def test_a_store_of_other_ids_is_refused_by_distill(tmp_path):
-    store = build_store(tmp_path / "store", Net(6), data(), keep=Dense())
+    store = build_store(tmp_path / "store", Net(6), image_data(), keep=Dense())
     with pytest.raises(StoreError, match=r"another value of the data \(inputs and ids\)"):
-        distill(Net(), store, data(ids=np.arange(24) + 1), objective=Objective.kd())
+        distill(Net(), store, image_data(ids=np.arange(24) + 1), objective=Objective.kd())
 
 
 def test_a_store_of_another_teacher_is_refused_by_the_hash_of_the_weights(tmp_path):
-    store = build_store(tmp_path / "store", Net(6), data(), keep=Dense())
+    store = build_store(tmp_path / "store", Net(6), image_data(), keep=Dense())
     with pytest.raises(StoreError, match=r"another value of the teacher's weights \(teacher_sha256"):
         store.require(teacher=Net(6))
 
@@ -302,7 +302,7 @@ def test_sample_ids_that_are_not_unique_are_refused():
     with pytest.raises(
         DataError, match=r"sample ids are not unique\. The id 9 belongs to more than one sample\. Give each"
     ):
-        data(ids=ids)
+        image_data(ids=ids)
 
 
 # ------------------------------------------------------------------------------------------------ terms
@@ -334,7 +334,7 @@ def test_an_invalid_term_is_refused_at_construction(make_term, sentence):
 
 def test_terms_without_a_teacher_are_refused():
     with pytest.raises(UsageError, match="The objective has terms, and there is no teacher"):
-        distill(Net(), [], data(), **QUIET)
+        distill(Net(), [], image_data(), **QUIET)
 
 
 def test_lists_of_layers_need_equal_lengths_unless_they_have_a_pattern():
@@ -402,7 +402,7 @@ def test_outputs_without_logits_must_be_compared_by_name(names, sentence):
     terms = tuple(Term("logit-l2", 1.0, student_layer=f"output.{name}", name=name) for name in names)
     found = distill(
         student, teacher, [x], objective=Objective(terms, label_weight=0.0)
-    )  # there are no logits, so that the teacher is not checked
+    )  # without logits, the teacher is not evaluated
     assert found.history[0]["terms"].keys() == set(names)
     moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
     assert all(moved)

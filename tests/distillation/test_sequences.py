@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distillation.examples import with_options
 from kirsch.distillation.losses import soft_target
 from kirsch.distillation.losses.sequences import (
     TargetLimits,
@@ -41,14 +41,6 @@ def test_lengths_outside_the_padded_length_are_refused(length):
 # ------------------------------------------------------------------------------------------------ frames
 
 
-def with_options(**options):
-    @functools.wraps(ctc_frames)
-    def compute(student, teacher, **others):
-        return ctc_frames(student, teacher, **{**options, **others})
-
-    return compute
-
-
 OTHER_OPTIONS = [
     {"blank": "drop", "threshold": 0.5},
     {"blank": "weight"},
@@ -63,7 +55,7 @@ OTHER_OPTIONS = [
 )
 @pytest.mark.parametrize("options", OTHER_OPTIONS, ids=str)
 def test_ctc_frames_conforms_with_other_options(options, check):
-    check(with_options(**options))
+    check(with_options(ctc_frames, **options))
 
 
 def test_ctc_frames_with_all_blanks_kept_equals_soft_targets():
@@ -76,7 +68,7 @@ def test_ctc_frames_with_all_blanks_kept_equals_soft_targets():
 # Two classes: the teacher's probability of blank is 3/4, 1/2 and 1/4; the student's is 1/2.
 FRAMES = np.log([[[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]])
 UNIFORM = np.zeros((1, 3, 2))
-DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # of the first and of the last frame
+DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # KL divergence of the first and of the last frame
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kirsch.data.batches import ArrayData
-from kirsch.distillation.distill import distill
+from distillation.examples import image_data, trained
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.teachers import combined
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
-from kirsch.frameworks.training import Training, TrainingHooks
+from kirsch.frameworks.training import TrainingHooks
 
 K = 3
 
@@ -30,25 +28,14 @@ class Net(nn.Module):
         return self.head(self.conv(x).relu().mean((2, 3)))
 
 
-def data():
-    labels = np.arange(24) % K
-    images = np.random.default_rng(0).standard_normal((24, 1, 6, 6)) + labels[:, None, None, None]
-    return ArrayData(images.astype(np.float32), labels, batch_size=12)
-
-
-def trained(objective, **options):
-    options = {"training": Training(epochs=1, learning_rate=0.01), "check_teacher": False, **options}
-    return distill(Net(4), [Net(6), Net(5)], data(), objective=objective, **options)
-
-
 @pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
 def test_a_student_can_learn_from_several_teachers(way):
     objective = Objective((Term("kd", 1.0, temperature=2.0),), teachers=way)
     events = []
-    found = trained(objective, hooks=TrainingHooks(event=events.append))
+    found = trained(Net(4), [Net(6), Net(5)], image_data(), objective, hooks=TrainingHooks(event=events.append))
     assert set(found.history[0]["terms"]) == {"label", "kd"}
     texts = [event["text"] for event in events if event["event"] == "warning"]
-    assert any("averaged, which multiplies their probabilities" in text for text in texts) == (way == "logits")
+    assert any("geometric mean of their probabilities" in text for text in texts) == (way == "logits")
 
 
 TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
@@ -62,7 +49,7 @@ def test_binary_probabilities_of_teachers_are_averaged_for_each_label(temperatur
     torch.testing.assert_close((found / temperature).sigmoid(), expected)
 
 
-def test_with_confidence_the_weights_follow_from_the_entropies_of_each_label():
+def test_with_teachers_confidence_the_weights_follow_from_the_entropies_of_each_label():
     probabilities = [logits.sigmoid() for logits in TWO]
     entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in probabilities]
     weights = [(-e).exp() for e in entropy]
@@ -70,18 +57,18 @@ def test_with_confidence_the_weights_follow_from_the_entropies_of_each_label():
     torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), expected)
 
 
-def test_numbers_of_several_teachers_are_averaged():
+def test_real_valued_outputs_of_several_teachers_are_averaged():
     torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
 
 
-def test_teachers_of_pixels_are_combined_over_the_axis_of_classes():
+def test_logits_of_each_pixel_are_combined_over_the_class_axis():
     maps = [logits[:, :, None, None].expand(2, 2, 3, 1) for logits in TWO]
     found = combined(maps, "probabilities", 2.0, axis=1)
     torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
 
 
 @pytest.mark.parametrize(
-    ("loss", "way"),  # numbers do not show how confident a teacher is
+    ("loss", "way"),  # real-valued outputs do not show how confident a teacher is
     [
         (loss, way)
         for loss in ("kd", "binary-kd", "logit-l2")
@@ -92,21 +79,21 @@ def test_teachers_of_pixels_are_combined_over_the_axis_of_classes():
 def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
     model = Net(4)
     objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
-    batch = data().inputs[:4], data().targets[:4]
+    batch = image_data().inputs[:4], image_data().targets[:4]
     warnings = []
     found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=warnings.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert all("averaged, which multiplies their probabilities" in text for text in warnings)
+    assert all("geometric mean of their probabilities" in text for text in warnings)
     assert bool(warnings) == (way == "logits" and loss != "logit-l2")
 
 
-def test_confidence_is_refused_for_losses_on_numbers():
+def test_teachers_confidence_is_refused_for_losses_on_real_valued_outputs():
     objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
     with pytest.raises(UsageError, match="compares real numbers, which do not show how confident"):
-        trained(objective)
+        trained(Net(4), [Net(6), Net(5)], image_data(), objective)
 
 
 def test_a_teacher_that_no_term_uses_is_refused():
     with pytest.raises(UsageError, match=r"Teacher 1 \(of 2, counted from 0\) is not used by any term.*teacher=1"):
-        trained(Objective((Term("at", 1.0, student_layer="conv"),)))
+        trained(Net(4), [Net(6), Net(5)], image_data(), Objective((Term("at", 1.0, student_layer="conv"),)))

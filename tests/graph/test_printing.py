@@ -1,4 +1,4 @@
-"""Graphs and plans print as the tree of groups, bars and cost lines."""
+"""Printed graphs and plans: a tree of groups, bars and cost lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Group:
     name: str
     size: int = 8
     kind: str = "channel"
-    layers: tuple[str, ...] = ()
+    footprint: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -33,8 +33,11 @@ class Groups:
     groups: tuple[Group, ...]
 
 
+SOFTMAX = "a softmax is computed over the axis"
+
+
 def shown(costs=(), *, blocks=(), blockers=()) -> list[str]:
-    """Return the lines on a graph."""
+    """Return the printed lines of a graph."""
     parts = graph_parts("Net", Cost(1_210_000, 402_000, 0), [(1, 3, 8, 8)], list(costs), blocks, blockers)
     return [plain(line) for line in lines(parts)]
 
@@ -59,7 +62,7 @@ def test_modules_with_a_single_child_share_a_line():
     ]
 
 
-def test_a_group_with_groups_in_it_has_its_own_line():
+def test_a_group_whose_module_contains_other_groups_has_its_own_line():
     assert labels("a", "a.b") == ["a", "└─ b"]
 
 
@@ -76,13 +79,13 @@ def test_the_tree_contains_each_group_once(names):
 
 
 def test_three_tied_layers_are_named_and_the_others_counted():
-    cost = GroupCost(Group("a", layers=("a", "b", "", "c", "d", "e")), 1, 1)
-    line = shown([cost])[2]
-    assert line.endswith("with b, the model itself, c + 2 more")
+    names = ("a.weight", "b.weight", "b.bias", "mix", "c.weight", "d.weight", "e.weight")
+    line = shown([GroupCost(Group("a", footprint=tuple((name, 0) for name in names)), 1, 1)])[2]
+    assert line.endswith("with b, mix, c + 2 more")
 
 
-def test_the_layer_of_a_second_group_is_not_a_tied_layer():
-    assert GroupCost(Group("a#2", layers=("a", "b")), 1, 1).tied_layers == ("b",)
+def test_the_tied_layers_of_a_group_do_not_include_the_layer_that_names_the_group():
+    assert GroupCost(Group("a#2", footprint=(("a.weight", 0), ("b.weight", 1))), 1, 1).tied_layers == ("b",)
 
 
 def test_units_are_named_in_the_plural():
@@ -98,14 +101,26 @@ def test_a_model_without_groups_and_blockers_has_a_line_for_both():
 
 
 def test_twelve_blockers_are_shown_and_the_others_counted():
-    blockers = tuple(
-        Blocker("a softmax is computed over the axis", f"b{i}", "net.py:3", "aten.softmax", 0.5 / 2**i)
-        for i in range(15)
-    )
+    blockers = [Blocker(SOFTMAX, f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
     found = shown(blockers=blockers)[4:]
     assert len(found) == 1 + 12 + 1
-    assert found[1] == "  50.0 %  b0   a softmax is computed over the axis  aten.softmax  net.py:3"
+    assert found[1] == "  50.0 %  b0   a softmax is computed over the axis  aten.softmax  net.py:0"
     assert found[-1].strip() == "and 3 more; `blockers` of the graph and --json list all"
+
+
+def test_blockers_of_one_line_of_code_share_a_row_with_their_number_and_sum():
+    lines_of = {"a": 3, "b": 7, "c": 7, "d": 7}
+    blockers = [Blocker(SOFTMAX, name, f"net.py:{n}", "aten.softmax", 0.2) for name, n in lines_of.items()]
+    assert shown(blockers=blockers)[5:] == [
+        "  60.0 %  in 3 layers  a softmax is computed over the axis  aten.softmax  net.py:7",
+        "  20.0 %  a            a softmax is computed over the axis  aten.softmax  net.py:3",
+    ]
+
+
+@pytest.mark.parametrize(("macs", "explained"), [(201_000, False), (201_001, True)])
+def test_groups_that_add_up_to_more_than_the_model_are_explained(macs, explained):
+    found = shown([GroupCost(Group("a"), 1, macs), GroupCost(Group("b"), 1, 201_000)])
+    assert any("add up to more than the model" in line for line in found) is explained
 
 
 def plan(**changes) -> Plan:

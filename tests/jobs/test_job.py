@@ -68,7 +68,7 @@ def test_damaged_checkpoints_raise_an_error(job):
         job.hooks()
 
 
-def test_model_is_counted_on_one_sample(job):
+def test_parameters_and_macs_are_counted_on_one_sample(job):
     assert job.example.tolist() == [[0.0, 1.0]]
     assert job.count(nn.Linear(2, 3)) == (9, 6)
 
@@ -84,7 +84,7 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.zero_()
-        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
+        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always predicts b, which is correct for 4 of 12 samples
     done = job.step_folder("train") / "done"
     done.mkdir()
     found = job.evaluate(model, done)

@@ -1,4 +1,4 @@
-"""Interleaved timing, with a clock controlled by the test."""
+"""Interleaved timing of contenders (the compared functions), with a clock controlled by the test."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def test_a_speedup_is_significant_if_its_interval_is_outside_the_noise_floor(rat
 
 
 def test_short_calls_are_repeated_within_a_round():
-    """At 1 ms per call, 200 calls warm up, ten fill a slice, and the reported time is that of one call."""
+    """A call takes 1 ms: 200 calls warm up, a round times ten calls, and the reported time is that of one call."""
     clock = Clock()
     result = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
     assert result.latencies["a"].calls == 10
     assert result.latencies["a"].rounds == 6
     assert result.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
-    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # one more call if 200 sum to less than 0.2
+    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # rounding may add one call
 
 
 def test_percentiles_are_over_rounds_and_in_microseconds():
@@ -189,7 +189,7 @@ def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
         assert coverage[0] >= 0.95 > coverage[1]
 
 
-def test_thirty_rounds_give_the_tenth_to_the_twenty_first_ratio():
+def test_the_interval_of_thirty_rounds_is_from_the_tenth_to_the_twenty_first_ratio():
     """As in Conover 1999, table A3, and in the docstring of `interleaved`."""
     assert median_ratio(np.arange(1.0, 31.0)) == Ratio(15.5, 10, 21)
 

@@ -63,12 +63,13 @@ def test_a_layer_whose_kind_is_kept_is_named_with_its_share(graph):
         ),
         ({"parameters": 0.5}, {"exclude": ["embed", "up.bias"]}, "exclude without 'embed'", {"exclude": ["up.bias"]}),
         ({"parameters": 0.4}, {"round_to": 16}, "round_to=4", {"round_to": 4}),
-        ({"parameters": 0.4}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.05", {"min_keep": 0.05, "round_to": 1}),
+        ({"parameters": 0.4}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.1 (the default)", {"round_to": 1}),
+        ({"parameters": 0.1}, {"min_keep": 0.9, "round_to": 1}, "min_keep=0.05", {"min_keep": 0.05, "round_to": 1}),
         (
             {"parameters": 0.2},
             {"min_keep": 0.9, "exclude": ["embed"], "round_to": 1},
-            "exclude without 'embed' and with min_keep=0.05",
-            {"min_keep": 0.05, "round_to": 1},
+            "exclude without 'embed' and min_keep=0.1 (the default)",
+            {"round_to": 1},
         ),
     ],
 )
@@ -82,7 +83,7 @@ def test_the_suggested_options_reach_the_goal(graph, goal, options, fix, fixed_o
 @pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
 def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
     error = refused(graph, kirsch.Goal(parameters=0.01, macs=0.01), **options)
-    suggested = re.search(r"Or use the goal macs=([\d.]+), parameters=([\d.]+)", error.fix)
+    suggested = re.search(r"Or keep the options, and use the goal macs=([\d.]+), parameters=([\d.]+)\.", error.fix)
     macs, params = (float(number) for number in suggested.groups())
     assert plan(graph, kirsch.Goal(macs=macs, parameters=params), **options).groups
 
@@ -90,7 +91,8 @@ def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
 def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
     error = refused(graph, kirsch.Goal(parameters=0.001))
     assert re.search(
-        r"No options reach the goal; with round_to=1 and with min_keep=0\.001: parameters 0\.1% .* least", error.fix
+        r"^No options reach the goal: even with round_to=1 and min_keep=0\.001, [\d.]+% of the parameters remain\. Or ",
+        error.fix,
     )
     assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why
 
@@ -99,7 +101,15 @@ def test_frozen_layers_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.5))
     assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax is computed over the axis", error.why)
-    assert error.fix.endswith("With these options nothing can be removed.")
+    assert error.why.startswith("Nothing can be removed with these options. The remaining cost is: ")
+    assert error.fix == "No option of kirsch.plan allows more units to be removed."
+
+
+def test_an_error_with_options_that_reach_the_goal_does_not_end_with_the_options_that_do_not():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+    error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.6), exclude=["2"])
+    assert error.why.startswith("Nothing can be removed with these options. ")
+    assert error.fix == "The goal is reached with '2' in keep_outputs instead of exclude."
 
 
 def test_excluded_layers_are_named_with_the_pattern(graph):
@@ -107,7 +117,7 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
-def test_the_cause_of_a_product_of_activations_is_the_cause_of_the_layers_inside_its_module():
+def test_the_cost_of_a_product_of_activations_is_explained_by_the_layers_of_its_module():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()

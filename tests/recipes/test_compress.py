@@ -1,4 +1,4 @@
-"""Compression of models in memory."""
+"""`kirsch.compress` compresses a model in memory."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def compressed(trained, tmp_path_factory):
     return found, events
 
 
-def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tmp_path):
+def test_model_with_softmax_is_refused_unless_the_objective_declares_probabilities(trained, tmp_path):
     before, _, data = trained
     model = torch.nn.Sequential(copy.deepcopy(before), torch.nn.Softmax(-1))
     training = kirsch.Training(epochs=1, learning_rate=0.01)
@@ -121,7 +121,7 @@ def exported_again(found):
     return kirsch.export(found.model, found.folder.with_suffix(".onnx"), example_inputs=torch.zeros(1, 1, 8, 8))
 
 
-def test_printed_result_has_the_steps_and_the_goals_of_the_command(compressed):
+def test_printed_result_has_the_same_steps_and_goals_as_the_output_of_the_command(compressed):
     found, _ = compressed
     lines = str(found).splitlines()
     assert [line.split()[:2] for line in lines[:5]] == [
@@ -245,7 +245,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
     assert np.array_equal(np.load(checkpoints / "evaluate" / "done" / "logits.npy"), logits)
 
 
-def test_distill_without_student_is_refused(trained, tmp_path):
+def test_option_distill_without_student_is_refused(trained, tmp_path):
     with pytest.raises(
         UsageError, match=r"`distill` of kirsch\.compress needs a student\. Give student=\.\.\., or remove distill\."
     ):
@@ -279,7 +279,7 @@ def test_distill_without_student_is_refused(trained, tmp_path):
         ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
     ],
 )
-def test_invalid_argument_is_refused_by_name(trained, tmp_path, argument, sentence):
+def test_the_error_for_an_invalid_argument_names_the_argument(trained, tmp_path, argument, sentence):
     with pytest.raises(UsageError, match=sentence):
         kirsch.compress(
             **{"model": trained[0], "data": trained[2], "goal": HALF, "folder": tmp_path / "run"} | argument
@@ -317,7 +317,7 @@ def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(tra
     torch.testing.assert_close(found.model.first.weight, trained[0].first.weight)
 
 
-def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd):
+def test_with_progress_true_compress_prints_the_lines_of_the_command(trained, tmp_path, capfd):
     events = []
     found = kirsch.compress(
         trained[0],
@@ -344,7 +344,7 @@ def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd
     assert events[0]["event"] == "start"
 
 
-def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
+def test_steps_given_as_an_argument_are_run_in_order(trained, tmp_path):
     events = []
     short = {"epochs": 1, "learning_rate": 0.01}
     found = kirsch.compress(
@@ -368,7 +368,7 @@ def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
     assert [model["name"] for model in found.metrics["models"]] == ["teacher", "pruned", "recovered", "pruned-2"]
 
 
-def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
+def test_default_folder_is_a_new_folder_in_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], name="a/b")
     (folder,) = (tmp_path / "runs").iterdir()
@@ -533,7 +533,7 @@ def test_batch_size_beside_a_loader_is_refused(trained, tmp_path):
         kirsch.compress(trained[0], of_loaders(trained[2]), HALF, batch_size=16, folder=tmp_path / "run")
 
 
-def test_loader_that_gives_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
+def test_loader_that_returns_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
     class Once:
         def __init__(self, batches):
             self.batches = iter(batches)
@@ -549,7 +549,7 @@ def test_loader_that_gives_the_same_iterator_again_is_refused_before_any_work(tr
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_model_with_non_finite_logits_is_refused(trained, tmp_path, value):
-    """argmax would return the first class for all samples."""
+    """Without the check, argmax would return class 0 for all samples."""
     model, _, data = trained
     broken = copy.deepcopy(model)
     with torch.no_grad():

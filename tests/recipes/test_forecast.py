@@ -33,8 +33,8 @@ def test_forecast_costs_equal_those_of_the_run(job, finished):
     assert found["export"] == found["measure"] == found["prune"]
 
 
-def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
-    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # refuses random weights
+def test_forecast_plan_of_a_trained_model_equals_the_plan_of_the_run(job, monkeypatch):
+    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # it would refuse random weights
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     metrics = job.run_recipe(*TRAINED_TEACHER).metrics
     assert list(found["plans"].values()) == metrics["provenance"]["plans"]
@@ -74,7 +74,7 @@ def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
         forecast(job.recipe("goal.macs=0.001"), base=job.base)
 
 
-def test_cost_of_a_local_plan_equals_that_after_training(job):
+def test_forecast_cost_of_a_plan_with_ranking_local_equals_the_cost_after_training(job):
     changes = ("prune.ranking=local", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
     found = forecast(job.recipe(*changes), base=job.base)
     (plan,) = job.run_recipe(*changes).metrics["provenance"]["plans"]
@@ -88,7 +88,7 @@ def test_recovery_of_a_pruned_teacher_is_forecast(job):
     assert all(step["seconds"] > 0 for step in found["steps"])
 
 
-def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
+def test_times_are_extrapolated_from_a_few_training_steps(job, monkeypatch):
     """A mocked clock measures six seconds for three batches; an epoch has three batches."""
     ticks = itertools.count(0, 6)
     monkeypatch.setattr(training_steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
@@ -108,7 +108,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     assert batch_of_eight["steps"][0]["seconds"] == 6 * 6.0 / 3 * 6
 
 
-def test_nothing_is_written_without_a_folder(job):
+def test_forecast_without_a_folder_writes_nothing(job):
     before = sorted(path.name for path in job.base.rglob("*") if path.suffix != ".pyc")
     found = forecast(job.recipe(), base=job.base)
     assert sorted(path.name for path in job.base.rglob("*") if path.suffix not in (".pyc", "")) == [
@@ -117,7 +117,7 @@ def test_nothing_is_written_without_a_folder(job):
     assert found["data"] == {"name": "stripes", "train": 48, "validation": 30, "test": 60}
 
 
-def test_folder_contains_recipe_and_plan_only(job):
+def test_forecast_writes_only_recipe_and_plan_to_its_folder(job):
     found = forecast(job.recipe(), base=job.base, folder=job.folder)
     assert sorted(path.name for path in job.folder.iterdir()) == ["plan.json", "recipe.yaml"]
     assert read_recipe(job.folder / "recipe.yaml") == job.recipe()

@@ -218,7 +218,7 @@ def test_goal_texts_name_the_step_and_the_reference_of_each_limit(job, changes, 
         ("{{speedup: 1000, max_drop: 0}}", 3, ["max_drop", "speedup"]),
     ],
 )
-def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
+def test_goal_is_met_by_a_value_equal_to_its_limit(done, finished, goal, code, missed):
     drop = finished[1].metrics["goal"]["items"][1]["value"]
     assert drop > 0
     limits = goal.format(drop=drop, less=drop - 1e-6)
@@ -248,7 +248,7 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
     ]
 
 
-def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
+def test_run_without_goals_pruning_and_measurement_lists_what_was_not_measured(job):
     removed = ("student", "distill", "prune", "recover", "export", "measure")
     found = job.run_recipe(*(f"{name}=null" for name in removed), "goal={}")
     assert found.exit_code == 0

@@ -291,7 +291,7 @@ def test_prune_without_goal_needs_a_goal_of_the_job():
     assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 
 
-def test_errors_name_the_number_of_a_step_before_removals():
+def test_errors_number_the_steps_as_in_the_file_even_if_an_override_removes_one():
     assert_refused(
         VALID.replace("epochs: 5", "epochs: x"),
         "line 7: steps[1].recover.epochs: input should be a valid integer, found 'x'",

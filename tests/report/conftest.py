@@ -156,7 +156,7 @@ def layer(name, group, before, after):
 
 @pytest.fixture
 def metrics():
-    """Metrics of a run with all blocks; all numbers differ, so that a mix-up is detected."""
+    """Metrics of a run with all sections; all numbers differ, so that a mix-up is detected."""
     return {
         "kirsch_metrics": 1,
         "name": "digits",

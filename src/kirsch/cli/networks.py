@@ -41,7 +41,7 @@ GOAL_MISSED = 3
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from the command line.
+    """A model that the command line names, and its example inputs.
 
     Args:
         model: the model.

@@ -54,7 +54,7 @@ def has_arrays(value: Any) -> bool:
         return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - a BatchEncoding is not a Mapping
     if isinstance(value, (tuple, list)):
         return any(map(has_arrays, value))
-    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a data class
+    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a dataclass
 
 
 def _give_inputs(value: Any) -> str:

@@ -87,7 +87,7 @@ class Measure(Step):
 
     runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
     threads: Count = Field(1, description="threads of the runtime")
-    rounds: Rounds = Field(30, description="interleaved rounds")
+    rounds: Rounds = Field(30, description="number of rounds; each times every model in turn")
 
     def preview(self, job: Job) -> None:
         """Check that the machine has a core for each thread.
@@ -103,8 +103,8 @@ class Measure(Step):
             )
 
     def seconds(self, job: Job) -> float:
-        """Estimate the time to export the models before compression, and of all rounds."""
-        exports = 1 if job.make_student is None else 2  # the teacher, and the student
+        """Estimate the time of all rounds, and of the exports of the models before compression."""
+        exports = 1 if job.make_student is None else 2  # the teacher, and the student if there is one
         return EXPORT_SECONDS * exports + ROUND_SECONDS * self.rounds
 
     def run(self, job: Job, folder: Path) -> Record:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
+WORDS = {"macs": "MACs", "parameters": "parameters"}
+"""Costs that a goal can limit, and their names in texts."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one forward pass on the example inputs.
@@ -51,9 +55,10 @@ class GroupCost:
 
     @property
     def tied_layers(self) -> tuple[str, ...]:
-        """Layers of the group other than the layer that gives the group its name."""
+        """Layers of the group other than the layer that gives the group its name; parameters of the model by name."""
+        layers = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in self.group.footprint)
         first = self.group.name.partition("#")[0]
-        return tuple(layer or "the model itself" for layer in self.group.layers if layer != first)
+        return tuple(layer for layer in layers if layer != first)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the group and its cost as JSON values."""

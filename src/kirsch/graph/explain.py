@@ -34,6 +34,10 @@ class CoupledGraph(Protocol):
         """Parameters and buffers, keyed by name."""
 
     @property
+    def parameters(self) -> Sequence[str]:
+        """Names in `tensors` that are parameters."""
+
+    @property
     def coupling(self) -> Coupling:
         """The solved facts."""
 
@@ -114,6 +118,8 @@ def _reason(graph: CoupledGraph, key: ParameterAxis) -> str:
     """Return the reason why an axis that is in no group cannot be pruned."""
     component, why = graph.coupling.component, graph.coupling.why
     freezes = [why[c] for c in np.unique(component[graph.axes[key]]).tolist() if c in why]
+    if not freezes and key[0] not in graph.parameters:
+        return "it is an axis of a buffer, and neither parameters nor MACs depend on its size"
     if not freezes:
         return "all its indices form a single unit"
     operation = freezes[0].operation

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kirsch import figures
+from kirsch.graph.cost import WORDS
 from kirsch.tables import Cell, Line, Part, Piece, Table, notes
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ LAYERS = 3
 """Number of tied layers that are named."""
 
 BLOCKERS = 12
-"""Number of blockers that are shown; JSON has all of them."""
+"""Number of reasons for blockers that are shown; JSON has all blockers."""
 
 BLOCKS = 6
 """Number of residual blocks that are named; JSON has all of them."""
+
+OVERLAP = "A weight counts in the groups of both of its axes, so the groups add up to more than the model."
 
 BAR = 24
 """Width of a bar in characters."""
@@ -55,8 +58,8 @@ class Node:
     """A module of the tree.
 
     Args:
-        label: component of the module path, or several components joined by dots.
-        group_cost: the group of this name, if there is one.
+        label: one name of the module path, or several names joined by dots.
+        group_cost: the group with the name of this module, and its cost; None if there is no such group.
         children: label → node.
     """
 
@@ -88,6 +91,8 @@ def graph_parts(
     parts: list[Part] = [[Piece(model, "strong"), Piece(size)], []]
     if groups:
         parts += [_tree(groups), []]
+        if any(sum(getattr(group, name) for group in groups) > getattr(cost, name) for name in WORDS):
+            parts += [[Piece(OVERLAP, "faint")], []]
     else:
         parts += [[Piece("no groups", "warning"), Piece("  no unit of this model can be removed")], []]
     if blocks:
@@ -151,19 +156,24 @@ def _tied_layers_text(layers: Sequence[str]) -> str:
 def _blockers(blockers: Sequence[Reason]) -> list[Part]:
     if not blockers:
         return [[Piece("no blockers", "good"), Piece("  only inputs and outputs are frozen")]]
+    alike: dict[tuple[str, str, str], list[Reason]] = {}
+    for blocker in blockers:
+        alike.setdefault((blocker.reason, blocker.operation, blocker.source), []).append(blocker)
+    shares = {key: sum(blocker.share for blocker in found) for key, found in alike.items()}
+    largest = sorted(shares, key=lambda key: -shares[key])
     rows: list[list[Cell]] = [
         [
-            f"{figures.percent(blocker.share):>8}",
-            blocker.where,
-            blocker.reason,
-            Piece(f"{blocker.operation}  {blocker.source}", "faint"),
+            f"{figures.percent(shares[key]):>8}",
+            alike[key][0].where if len(alike[key]) == 1 else f"in {len(alike[key])} layers",
+            key[0],
+            Piece(f"{key[1]}  {key[2]}", "faint"),
         ]
-        for blocker in blockers[:BLOCKERS]
+        for key in largest[:BLOCKERS]
     ]
     title = "  reasons why parameters cannot be removed, with their share of all parameters"
     parts: list[Part] = [[Piece("blockers", "warning"), Piece(title)], Table(rows, gaps=(2,), first=0)]
-    if len(blockers) > BLOCKERS:
-        more = f"{'':10}and {len(blockers) - BLOCKERS} more; `blockers` of the graph and --json list all"
+    if len(largest) > BLOCKERS:
+        more = f"{'':10}and {len(largest) - BLOCKERS} more; `blockers` of the graph and --json list all"
         parts.append([Piece(more, "faint")])
     return parts
 

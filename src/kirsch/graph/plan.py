@@ -13,7 +13,7 @@ from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
-from kirsch.graph.cost import Cost
+from kirsch.graph.cost import WORDS, Cost
 from kirsch.graph.graph import Tracing
 from kirsch.tables import Line, Part, Piece, Printable, Table
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Names of arguments that would limit the time."""
+"""Pattern of argument names that ask for a latency limit."""
 NO_LATENCY = "latency goals do not exist yet."
 WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
 IN_PLACE_OF_LATENCY = (
@@ -74,8 +74,7 @@ class Goal(Printable):
 
     def parts(self) -> list[Part]:
         """Return the limits in one line."""
-        words = {"macs": "MACs", "parameters": "parameters"}
-        limits = ", ".join(f"{words[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
+        limits = ", ".join(f"{WORDS[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
         return [[Piece(f"{limits} of the original")]]
 
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
@@ -175,7 +174,7 @@ class Plan(Printable):
     file: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
-        """Return one line: the model, what goes, the cost."""
+        """Return one line: the model, the number of removed units and blocks, the cost."""
         units = sum(len(removal.removed) for removal in self.groups)
         blocks = f", {figures.counted(len(self.blocks), 'block')}" if self.blocks else ""
         macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"

@@ -53,20 +53,21 @@ STATE = "distiller.safetensors"
 class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     """Mixin that makes a Trainer minimize an objective; list it before the Trainer among the base classes.
 
-    The model in training is the student with its adapters. So the adapters are part of the optimizer, of DDP, of
-    gradient clipping and of checkpoints; `save_model` writes the student alone. The losses of the batches of a step,
-    and of the processes, are weighted by the number of samples or positions that contribute to the loss. The log
-    contains each term of the loss, and the share of this term in the gradient of the first process.
+    The model in training is the student with its adapters. The optimizer, DDP, gradient clipping and checkpoints
+    therefore include the adapters; `save_model` writes the student alone. The losses of the batches and processes of an
+    optimizer step are weighted by their numbers of samples or positions that contribute to the loss. The log contains
+    each term of the loss, and the share of this term in the gradient of the first process.
 
     Args:
         args, kwargs: arguments of the Trainer; its model is the student. `compute_loss_func` and
             `label_smoothing_factor` are refused, since the objective defines the loss.
         teacher: see `kirsch.Distiller`. The copy of the teacher is kept until the trainer is deleted.
         objective: objective to minimize. Evaluation uses the student's own loss.
-        regularizers: additional terms of the student alone.
+        regularizers: additional loss terms that depend on the student only.
 
     Attributes:
-        distiller: the `kirsch.Distiller`, from the first call of `train` on; the seed of its adapters is `args.seed`.
+        distiller: the `kirsch.Distiller`, None before the first call of `train`. The seed of its adapters is
+            `args.seed`.
 
     Raises:
         UsageError: the model is distributed in an unsupported way, or the Trainer defines a loss of its own.
@@ -151,7 +152,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            # `seeded` restores the random state afterwards, which determines the order of the run.
+            # `seeded` restores the random state afterwards, because it determines the order of the training samples.
             loader, first = framework.training.seeded(fetch, self.args.seed)
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")

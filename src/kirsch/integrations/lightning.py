@@ -43,7 +43,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
     During training, adapters are among the `parameters()` of the student, so that `configure_optimizers`, DDP and
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
-    model contains them. The losses of the batches of a step, and of the processes, are weighted by the number of
+    model contains them. The losses of the batches and processes of an optimizer step are weighted by their numbers of
     samples or positions that contribute to the loss. Each term of the loss and its share of the gradient are logged.
 
     Args:
@@ -51,18 +51,18 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         objective: objective to minimize.
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
-        batch_of: function from a batch of the loader to (inputs, targets), or to another form that `kirsch.Batch.of`
-            takes; by default the batch is used unchanged.
-        example_batch: batch of the loader; by default the first of the training data.
+        batch_of: function that converts a batch of the loader to (inputs, targets), or to another form that
+            `kirsch.Batch.of` accepts; by default the batch is used unchanged.
+        example_batch: batch of the loader, for the dry run that finds shapes; by default the first training batch.
         seed: seed of the initial weights of adapters.
-        regularizers: additional terms of the student alone.
+        regularizers: additional loss terms that depend on the student only.
 
     Attributes:
-        distiller: the `kirsch.Distiller`, from the first call of `fit` on.
+        distiller: the `kirsch.Distiller`; None before the first call of `fit`.
 
     Raises:
         UsageError: the kind of training is not supported, or the optimizer lacks the adapters.
-        UnknownNameError: the module has no part with the path `student`.
+        UnknownNameError: the LightningModule has no submodule with the path `student`.
         CheckpointError: a checkpoint to resume from has no adapters.
         DataError: all targets of a step are masked.
     """
@@ -187,7 +187,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
                     parameter.grad.mul_(self._item_unit * trainer.world_size / items)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of adapters and balance, for checkpoints."""
+        """Return the state of the distiller, for checkpoints."""
         return {} if self.distiller is None else self.distiller.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

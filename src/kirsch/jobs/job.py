@@ -53,26 +53,26 @@ class Job:
 
     Args:
         data: data set.
-        task: what the models are for.
+        task: task that checks the data and measures the quality of the models.
         folder: run folder.
-        make_teacher, make_student: functions that return the models before training; the second is None if the teacher
-            itself is compressed.
+        make_teacher, make_student: functions that return the models before training; `make_student` is None if the
+            teacher itself is compressed.
         goal: goals of the job.
-        seed: seed of all steps that state none.
+        seed: seed of the steps that have no seed of their own.
         batch_size: samples per training step.
         outputs: "teacher" and "student" → what the model returns, "logits" or "probabilities"; None for logits.
-        listen: called with each event.
-        stop: returns an error if the job is to stop, otherwise None.
+        listen: function that is called with each event.
+        stop: function that returns the error to raise if the job should stop, otherwise None.
 
     Attributes:
-        teacher: model that the others learn from and are compared with.
+        teacher: model from which the other models learn, and with which they are compared.
         model: model that the steps compress: the student, or the teacher itself.
         start_cost: parameters and MACs of `model` before any step.
-        trained: models before compression that are measured beside the exported file: "teacher", "student".
+        trained: "teacher" and "student" → model before compression, whose latency is measured with the exported file.
         key: key of the current step.
         inputs: hash over everything that determines the result of the current step.
         records: key of a step → record of its results.
-        plans: key of a step that prunes → plan that its preview made.
+        plans: key of a step that prunes → plan that `preview` of the step made.
     """
 
     data: DataSet

@@ -1,8 +1,9 @@
 """Interleaved latency measurement on a machine that other processes use too.
 
-All contenders are timed in turn within each round, in alternating order (A B C, then C B A), and each call is repeated
-until the clock can resolve it. Speedups are ratios within a round, which are not affected by slow changes of the
-machine's speed. The reference is timed twice per round; the ratio of its two times is the noise floor.
+The contenders are the callables whose times are compared. They are timed in turn within each round, in alternating
+order (A B C, then C B A), and each call is repeated until the clock can resolve its time. Speedups are ratios within a
+round, which are not affected by slow changes of the machine's speed. The reference is timed twice per round; the ratio
+of its two times is the noise floor.
 """
 
 from __future__ import annotations

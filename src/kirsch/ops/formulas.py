@@ -318,7 +318,7 @@ def raise_if(condition: Any, error: Callable[[], Exception]) -> None:
 
 
 def is_known_to_hold(condition: Any) -> bool:
-    """Return whether a condition is known to be true for all elements, so that the caller can skip work for the others.
+    """Return whether a condition is known to be true for all elements; the caller can then skip work for exceptions.
 
     The answer is False while a compiler traces the function, and within `without_value_checks()`. The result of the
     caller must therefore not depend on the answer.

@@ -9,7 +9,7 @@ from kirsch.errors import UsageError
 from kirsch.registry import Registry
 
 MODULES = {"numpy": "kirsch.ops.numpy_arrays", "torch": "kirsch.frameworks.pytorch.ops"}
-"""Module with the operations, by the package that defines the array type. It is imported for the first such array."""
+"""Module with the operations, by the package that defines the array type; imported when such an array is first used."""
 
 IMPLEMENTATIONS: Registry[Any] = Registry("ops")
 """Objects with the functions of `kirsch.ops.operations`, by the package of another library that defines an array type.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kirsch.graph.cost import WORDS
 from kirsch.pruning.selection import removable_groups
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def _cost_of(graph: Graph, least: Least, otherwise: Least) -> str:
         return "does not change the least cost that can be reached"
     more = f" and {len(by_macs) - LAYERS} more" if len(by_macs) > LAYERS else ""
     shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in by_macs[:LAYERS])
-    words = {"macs": "MACs", "parameters": "parameters"} if graph.cost.macs else {"parameters": "parameters"}
+    words = {name: word for name, word in WORDS.items() if getattr(graph.cost, name)}
     least_shares, shares = (
-        {word: getattr(cost, name) / max(getattr(graph.cost, name), 1) for name, word in words.items()}
+        {word: getattr(cost, name) / getattr(graph.cost, name) for name, word in words.items()}
         for cost in (least.cost, otherwise.cost)
     )
     remain = " and ".join(f"{share:.1%} of the {word}" for word, share in least_shares.items())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kirsch.errors import GoalError, KirschError
+from kirsch.graph.cost import WORDS
 from kirsch.pruning.selection import exclusions
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 3
 MIN_SHARE = 0.01
-"""Causes with a smaller share of the cost are not named."""
+"""Smallest share of the cost that a cause must have to be named in the error."""
 MIN_KEEPS = (0.05, 0.02, 0.01, 0.001)
-"""Values of `min_keep` that are tried."""
+"""Values of `min_keep` that are tried, after the default, in the search for options that reach the goal."""
 MAX_PATTERNS = 20
-"""Number of patterns of `exclude` that are tried."""
+"""Largest number of patterns of `exclude` that are tried in this search."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,33 @@ def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[
 
     def shortfall(change: Change) -> str:
         try:
-            return goal.shortfall(least(change.options).cost, graph.cost)
+            cost = least(change.options).cost
         except KirschError as error:  # an importance may fail on a layer that is excluded now
-            return error.what
+            return f"this error occurs: {error.what.rstrip('.')}"
+        if goal.met_by(cost, graph.cost):
+            return ""
+        remaining = {WORDS[name]: value for name, (value, _) in goal.fractions(cost, graph.cost).items()}
+        return f"{' and '.join(f'{100 * value:.3g}% of the {word}' for word, value in remaining.items())} remain"
 
     causes = _causes(graph, goal, options, reached)
+    nothing = "Nothing can be removed with these options. " if reached.cost == graph.cost else ""
+    fixes = (_fix(options, graph, shortfall), reachable(goal, reached.cost, graph.cost))
     return GoalError(
         f"No plan for {graph.model_name} reaches the goal: {goal.shortfall(reached.cost, graph.cost)}.",
-        f"The remaining cost is: {'; '.join(causes)}." if causes else "",
-        f"{_fix(options, graph, shortfall)} {reachable(goal, reached.cost, graph.cost)}{graph.without_numbers}",
+        f"{nothing}The remaining cost is: {'; '.join(causes)}." if causes else nothing.strip(),
+        f"{' '.join(filter(None, fixes))}{graph.without_numbers}",
     )
 
 
 def reachable(goal: Goal, least: Cost, original: Cost) -> str:
-    """Return a sentence with the closest goal that the least cost meets."""
+    """Return a sentence with the closest goal that the least cost meets; empty if nothing can be removed."""
     limits = {
         name: limit if value <= limit else math.ceil(value * 1000) / 1000
         for name, (value, limit) in goal.fractions(least, original).items()
     }
     if any(limit >= 1 for limit in limits.values()):
-        return "With these options nothing can be removed."
-    return f"Or use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}, which can be reached."
+        return ""
+    return f"Or keep the options, and use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}."
 
 
 # --------------------------------------------------------------------------------------- causes of the remaining cost
@@ -90,9 +97,7 @@ def _causes(graph: Graph, goal: Goal, options: PlanOptions, least: Least) -> lis
     """Return the layers with most of the remaining cost, their shares of the original, and the reasons."""
     fractions = goal.fractions(least.cost, graph.cost)
     missed = max(fractions, key=lambda name: fractions[name][0] - fractions[name][1])
-    index, word, total = (
-        (0, "parameters", graph.cost.parameters) if missed == "parameters" else (1, "MACs", graph.cost.macs)
-    )
+    index, word, total = int(missed == "macs"), WORDS[missed], getattr(graph.cost, missed)
     costs_by_cause: dict[str, dict[str, int]] = {}
     explain = _CauseFinder(graph, options)
     for owner, costs in graph.prices.by_owner(least.keep).items():
@@ -161,7 +166,7 @@ class _CauseFinder:
 def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str]) -> str:
     """Return a sentence with changes of the options that reach the goal.
 
-    `shortfall`: returns by how much a change misses the goal, as text; empty if the change reaches the goal.
+    `shortfall`: returns a clause on how a change misses the goal; empty if the change reaches the goal.
     """
     families = [family for family in map(list, _families(options, graph)) if family]
     single = [next((change for change in family if not shortfall(change)), None) for family in families]
@@ -177,10 +182,10 @@ def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str])
                 trials = [[*changes[:index], change, *changes[index + 1 :]] for change in family]
                 changes = next(trial for trial in trials if not shortfall(_joined(options, trial)))
             return f"The goal is reached with {_joined(options, changes).words}."
-    if not families:
-        return "No option of kirsch.plan allows more units to be removed."
     loosest = _joined(options, [family[-1] for family in families])
-    return f"No options reach the goal; with {loosest.words}: {shortfall(loosest)}."
+    if shortfall(loosest) == shortfall(Change("", options)):
+        return "No option of kirsch.plan allows more units to be removed."
+    return f"No options reach the goal: even with {loosest.words}, {shortfall(loosest)}."
 
 
 def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[Change]]:
@@ -189,8 +194,9 @@ def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[Change]]:
     yield _fewer_excluded(options)
     yield iter([Change("uniform=False", options.changed(uniform=False))] if options.uniform else [])
     yield (Change(f"round_to={n}", options.changed(round_to=n)) for n in _finer(options))
-    smaller = [keep for keep in MIN_KEEPS if keep < options.min_keep]
-    yield (Change(f"min_keep={keep:g}", options.changed(min_keep=keep)) for keep in smaller)
+    default = type(options).model_fields["min_keep"].default
+    smaller = {default: f"min_keep={default:g} (the default)"} | {keep: f"min_keep={keep:g}" for keep in MIN_KEEPS}
+    yield (Change(words, options.changed(min_keep=keep)) for keep, words in smaller.items() if keep < options.min_keep)
 
 
 def _finer(options: PlanOptions) -> list[int]:
@@ -217,7 +223,9 @@ def _fewer_excluded(options: PlanOptions) -> Iterator[Change]:
     for pattern in options.exclude[:MAX_PATTERNS]:
         rest = tuple(other for other in options.exclude if other != pattern)
         outputs = (*options.keep_outputs, pattern)
-        yield Change(f"{pattern!r} in keep_outputs, not exclude", options.changed(exclude=rest, keep_outputs=outputs))
+        yield Change(
+            f"{pattern!r} in keep_outputs instead of exclude", options.changed(exclude=rest, keep_outputs=outputs)
+        )
     for option in ("exclude", "keep_outputs"):
         patterns = getattr(options, option)
         for pattern in patterns[:MAX_PATTERNS]:
@@ -236,4 +244,5 @@ def _joined(options: PlanOptions, changes: Sequence[Change]) -> Change:
         for change in changes
     ]
     merged = {name: value for changed in fields for name, value in changed.items()}
-    return Change(" and with ".join(change.words for change in changes), options.changed(**merged))
+    *first, last = [change.words for change in changes] or [""]
+    return Change(f"{', '.join(first)}{' and ' * bool(first)}{last}", options.changed(**merged))

@@ -174,7 +174,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
-        named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may belong to a part of it
+        named = main in dummies or not hasattr(model, "main_input_name")  # others may be inputs of a submodel
         return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
     arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
     return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None

@@ -46,7 +46,7 @@ class DataSection(Options):
 
 
 class ModelSection(Options):
-    """A model as the callable returns it, before any step."""
+    """The model before any step, as the callable that `model` names returns it."""
 
     model: str | None = Field(description=REFERENCE)
     outputs: Literal["logits", "probabilities"] | None = Field(
@@ -246,7 +246,7 @@ def recipe_of(
 
 
 def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
-    """Yield the problems with their places; problems inside the value of one field are yielded separately."""
+    """Yield each problem with its path of keys; problems inside the value of one field are yielded separately."""
     for place, details in problems:
         error = details.get("ctx", {}).get("error")
         if isinstance(error, FieldsError):

@@ -143,7 +143,9 @@ def events_of(folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     content = (folder / EVENTS).read_bytes() if (folder / EVENTS).is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
-            event = strict_json.parse(line) if line.endswith(b"\n") else None  # a kill may have cut off the last line
+            event = (
+                strict_json.parse(line) if line.endswith(b"\n") else None
+            )  # a killed process may have cut off the last line
         except ValueError:
             event = None
         if isinstance(event, dict):

@@ -147,8 +147,9 @@ def run(
         recipe: recipe to run.
         folder: run folder; a run of the same recipe in it is continued.
         base: folder that the recipe's references are relative to; the working folder by default.
-        listen: called with each event.
-        stop: returns an error if the run is to stop; the error is raised after a checkpoint is saved.
+        listen: function that is called with each event.
+        stop: function that returns an error if the run should stop, otherwise None. The error is raised after a
+            checkpoint is saved.
         materials: models and data as objects, in place of the recipe's references.
 
     Raises:
@@ -259,7 +260,7 @@ def preflight(job: Job, steps: Mapping[str, Step]) -> None:
 
 
 def _lower(job: Job) -> str:
-    """Return the fix for insufficient memory."""
+    """Return the fix in errors about insufficient memory."""
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
 
@@ -281,7 +282,7 @@ def _run_steps(job: Job, steps: Mapping[str, Step], origin: str, altered: dict[s
             event = "step_end"
         else:
             event = "step_kept"
-        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this line
+        for old in done.parent.glob("step-*"):  # checkpoints; a run killed just before this line left some, too
             files.remove(old)
         job.records[key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
@@ -315,7 +316,10 @@ def _altered(altered: dict[str, str], *prefixes: str) -> str:
 
 
 def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) -> str:
-    """Return the damage of the exported file, which lies outside the folder of its step; empty if there is none."""
+    """Return a description of the damage of the exported file; empty if it is undamaged.
+
+    The manifest of the step does not cover this file, which lies outside the folder of the step.
+    """
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses import Loss
 
 TEMPERATURES = (1.0, 4.0)
-"""Temperatures that a loss with a temperature is called with."""
+"""Temperatures with which a loss is tested, if it has the option."""
 
 SHAPES: dict[str, Any] = {
     "logits": (5, 7),

@@ -1,4 +1,6 @@
-"""Losses of detectors: feature maps, logits and boxes of dense heads, and sets of queries.
+"""Losses of detectors: feature maps, logits and boxes of dense heads, and the sets of predictions of DETR models.
+
+A dense head makes one prediction for each cell, which is a position of the feature map; a DETR model, one per query.
 
 Boxes are (center x, center y, width, height), relative to the image size, so that the absolute difference
 and the GIoU of two boxes have a similar magnitude.
@@ -46,7 +48,8 @@ def detection_features(student: Any, teacher: Any) -> Any:
         UsageError: a dict has no "maps".
 
     Source: Chen et al. 2017 (NeurIPS), "Learning efficient object detection models with knowledge distillation"
-        (imitation of maps), with the weights of Ultralytics, which adds a 1 × 1 adapter to the teacher's width.
+        (imitation of maps), with the weights of cells as in Ultralytics. There, a 1 × 1 convolution first maps the
+        student to the teacher's width.
     """
     maps_s, maps_t = _maps(student, "student"), _maps(teacher, "teacher")
     check_same_shape(maps_s, maps_t, "maps")

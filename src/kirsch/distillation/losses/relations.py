@@ -200,7 +200,7 @@ def _probabilities(features: Any, eps: float) -> Any:
 
 @loss("cc", takes="features", learned=True, relational=True)
 def correlation(student: Any, teacher: Any) -> Any:
-    """Return the mean inner product of |student - teacher| of a sample with that of the next sample in the batch.
+    """Return the inner product of |student - teacher| of two successive samples of the batch, averaged over pairs.
 
     This is the formula of the authors' code, and depends on the order of the batch. The loss "cc-kernel" implements the
     equations of the paper.
@@ -237,7 +237,7 @@ def kernel_correlation(
     Args:
         student, teacher: shape (N, ...), floating; they are scaled to norm 1. Widths may differ.
         kernel: "gaussian", the Taylor series of exp(-gamma |x - y|²) in x · y, or "bilinear", x · y.
-        gamma, order: for "gaussian": width, > 0, and highest power of the series, >= 1.
+        gamma, order: width of the Gaussian, > 0, and highest power of its series, >= 1; not used by "bilinear".
         convention: "paper", or "torchdistill", the norm of the difference divided by N².
 
     Returns:

@@ -1,4 +1,4 @@
-"""The kind of a group describes its units, also beside LoRA and in adapters, poolers, heads and gates."""
+"""Kinds of the groups of networks with and without LoRA, adapters, poolers, heads and gates."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Gated(nn.Module):
         return self.last(torch.relu(self.hidden(x.mean((2, 3)))))
 
 
-def test_units_of_a_gate_and_of_a_head_on_one_vector_are_channels():
+def test_units_of_a_gate_and_of_a_head_on_pooled_features_are_channels():
     assert set(kinds(Gated(), torch.randn(2, 3, 6, 6)).values()) == {"channel"}
 
 
@@ -171,3 +171,48 @@ def test_hidden_units_of_addmm_layers_are_ffn_units():
 def test_hidden_units_of_a_sequential_are_ffn_units():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     assert kinds(model, torch.randn(4, 8)) == {"0": "ffn unit"}
+
+
+class Two(nn.Module):
+    """Two linear layers on the tokens of an embedding, with a function between them."""
+
+    def __init__(self, function, width=8):
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(30, 6), nn.Linear(6, width), nn.Linear(8, 3)
+        self.function = function
+
+    def forward(self, ids):
+        return self.second(self.function(self.first(self.words(ids))))
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (nn.PReLU(), "ffn unit"),
+        (lambda x: x.amax(1), "ffn unit"),
+        (lambda x: x.max(1).values, "ffn unit"),
+        (lambda x: torch.maximum(x[:, 0], x[:, 1]), "ffn unit"),
+        (lambda x: torch.linalg.vector_norm(x, dim=1), "ffn unit"),
+        (lambda x: x.var(1), "ffn unit"),
+        (lambda x: F.max_pool1d(x.transpose(1, 2), 2).transpose(1, 2), "ffn unit"),
+        (lambda x: x.mean(1), "rank"),
+        (lambda x: F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2), "rank"),
+        (nn.Identity(), "rank"),
+    ],
+)
+def test_units_between_two_linear_layers_are_ranks_only_if_the_operations_between_are_linear(function, kind):
+    assert kinds(Two(function).eval())["first"] == kind
+
+
+def test_units_before_a_gated_linear_unit_are_ffn_units():
+    assert kinds(Two(F.glu, width=16).eval())["first"] == "ffn unit"
+
+
+def test_a_rank_whose_weight_is_normalized_stays_a_rank():
+    class Normalized(LoRA):
+        def forward(self, x):
+            a = self.a.weight / torch.linalg.vector_norm(self.a.weight, dim=1, keepdim=True)
+            return self.layer(x) + self.b(F.linear(x, a))
+
+    kind_of = kinds(Encoder(Normalized))
+    assert kind_of["up.a"] == "rank"

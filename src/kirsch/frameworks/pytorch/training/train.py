@@ -53,7 +53,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Under `torchrun`, each process iterates over all batches and trains on its part of each batch. Up to rounding, the
     result is that of a single process, for models whose outputs for a sample do not depend on the other samples. If a
-    batch has too few samples for the processes, each one trains on all of them.
+    batch has too few samples for the processes, each process trains on all samples.
 
     Args:
         model: the model, which is not changed; a `StudentWithAdapters` to train adapters with it.
@@ -92,7 +92,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 class _Shard:
     """The samples of a batch on which one process trains; `replicated` if all processes train on all samples.
 
-    `counts` are those of `LossFunction.counts`, taken before the batch was moved to the device.
+    `counts` is the result of `LossFunction.counts`, computed before the batch was moved to the device.
     """
 
     batch: Batch
@@ -118,13 +118,13 @@ class _Run:
         self.generators = generators_of(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._synchronize_generators()
         normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
-        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # of a divided batch
+        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # a smaller batch is not divided
         self.length = length_of(batches)
         check_schedule(training, self.length)
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
-        self.samples = 0  # of this epoch
+        self.samples = 0  # completed in this epoch
         self.losses = EpochLosses(self.accelerator.device, {})
         self.last_batch: Any = None
         self.shares = GradientShares()
@@ -156,7 +156,7 @@ class _Run:
                 generator.set_state(state)
 
     def _remaining_shards(self) -> Iterator[_Shard]:
-        """Yield the shards of this process of the remaining batches of the epoch.
+        """Yield this process's part of each remaining batch of the epoch.
 
         PyTorch's generators are set from (seed, epoch, batch) before each batch is loaded, because a DataLoader draws
         the order and the augmentation while it loads. A resumed run thus draws the same numbers. It loads and skips the
@@ -218,12 +218,12 @@ class _Run:
         return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:
-        """Seed PyTorch's generators from seed, epoch and batch; for draws like dropout, also from the process."""
+        """Seed PyTorch's generators from seed, epoch and batch; with `per_process`, from the process number, too."""
         entropy = [self.training.seed, self.epoch, batch]
         if per_process and self.accelerator.num_processes > 1:
             entropy.append(self.accelerator.process_index)
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
-        # Without a GPU, torch.manual_seed stores a stack trace for a later initialization of one: 0.3 ms a call.
+        # Without a GPU, torch.manual_seed stores a stack trace for a later initialization of a GPU: 0.3 ms a call.
         on_cpu = self.accelerator.device.type == "cpu"
         (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(state)
 
@@ -299,11 +299,16 @@ class _Run:
     def _check_shares(self, loss: LossOutput) -> None:
         """Record the shares of the terms in loss and gradient, and warn of terms that are far too small or large."""
         norms = self._norms(loss)
-        warnings = self.shares.update(norms)
-        self.loss.balance(norms)
+        balanced = self.loss.balance(norms)
+        warnings = self.shares.update(balanced)
         if not self.epoch:
+            terms = {name: float(term.detach()) for name, term in loss.terms.items()}
             value = float(loss.total.detach())
-            shares = {n: float(p.detach()) / value if value else 0.0 for n, p in loss.terms.items()}
+            for name, norm in norms.items():
+                if norm != balanced[name]:
+                    value += terms[name] * (balanced[name] / norm - 1)
+                    terms[name] *= balanced[name] / norm
+            shares = {name: term / value if value else 0.0 for name, term in terms.items()}
             self.first_batch = {"loss_shares": shares, "gradient_shares": self.shares.latest}
             self._emit({"event": "first_batch", **self.first_batch})
         for sentence in warnings:

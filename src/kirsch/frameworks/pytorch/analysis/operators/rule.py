@@ -17,6 +17,15 @@ from kirsch.graph.labels import Tensor
 if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.analysis.operation import OperationContext
 
+_NONLINEAR = """
+prelu glu softmax _softmax log_softmax _log_softmax max min amax amin aminmax norm linalg_norm linalg_vector_norm var
+std var_mean std_mean prod any all logsumexp median nanmedian mode count_nonzero cumprod cummax cummin logcumsumexp
+sort topk kthvalue max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
+"""
+NONLINEAR = frozenset(_NONLINEAR.split())
+"""Operators that are not linear, beside the elementwise ones and the normalizations, whose rules mark their outputs."""
+
 Rule = Callable[["OperationContext"], Tensor | list[Tensor]]
 
 RULES: dict[str, Rule] = {}
@@ -51,6 +60,9 @@ def apply(op: OperationContext) -> list[Tensor]:
     except Exception as error:  # noqa: BLE001 - whatever a rule raises, see above
         fault = f"fails: {type(error).__name__}: {error}"
     if not fault:
+        if op.name in NONLINEAR and not all(op.is_weight(tensor) for tensor in op.tensors()):
+            for result in results:
+                op.mark_activated(result)
         return results
     del op.facts.terms[terms:]  # `freeze_all` adds the costs again
     at = op.facts.operation
