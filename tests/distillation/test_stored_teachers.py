@@ -270,3 +270,9 @@ def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a
 def test_a_store_of_data_without_labels_is_not_evaluated(tmp_path):
     given = data(targets=None)
     learned(net(seed=1), build_store(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)
+
+
+def test_warnings_point_to_the_line_of_the_call():
+    with pytest.warns(UserWarning, match="not evaluated, since no sample has a label") as caught:
+        kirsch.distill(net(), net(seed=1), data(targets=None), training=SHORT)
+    assert {record.filename for record in caught} == {__file__}
