@@ -435,6 +435,31 @@ def test_a_teacher_is_evaluated_on_the_validation_data_if_there_is_one(student, 
         distill(student, teacher, one_batch(), validation=(inputs, (targets + 1) % K))
 
 
+@pytest.mark.parametrize("check_teacher", [True, False])
+def test_nan_in_the_inputs_is_named_with_and_without_the_check_of_the_teacher(student, teacher, check_teacher):
+    inputs, targets = samples(N)
+    inputs[3, 0] = np.nan
+    with pytest.raises(NumericError, match="The inputs contain NaN"):
+        distill(student, teacher, [(inputs, targets)], check_teacher=check_teacher)
+
+
+def test_nan_in_one_of_several_inputs_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(D, K).double()
+
+        def forward(self, x, y):
+            return self.layer(x + y)
+
+    inputs, targets = samples(N)
+    broken = inputs.copy()
+    broken[3, 0] = np.nan
+    for data in ([((inputs, broken), targets)], [({"x": broken, "y": inputs}, targets)]):
+        with pytest.raises(NumericError, match="The inputs contain NaN"):
+            fit(Two(), data, training=ONE_STEP)
+
+
 def test_a_bad_teacher_is_accepted_without_the_check_or_with_few_samples(student, teacher):
     events = []
     hooks = TrainingHooks(event=events.append)
