@@ -460,6 +460,13 @@ def test_nan_in_one_of_several_inputs_is_named():
             fit(Two(), data, training=ONE_STEP)
 
 
+def test_a_plain_function_in_a_term_is_refused_with_the_decorator():
+    with pytest.raises(
+        UsageError, match=r"`loss` of kirsch\.Term is the function .*@kirsch\.distillation\.losses\.loss"
+    ):
+        Term(lambda student, teacher: 0.0)
+
+
 def test_a_bad_teacher_is_accepted_without_the_check_or_with_few_samples(student, teacher):
     events = []
     hooks = TrainingHooks(event=events.append)
