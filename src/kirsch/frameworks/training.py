@@ -290,8 +290,8 @@ class Trained(Printable):
 
     Args:
         model: trained model, in inference mode.
-        history: one dict per epoch: epoch, loss, terms, gradient_shares, learning_rate, seconds, and the validation
-            metrics.
+        history: one dict per epoch: epoch, loss, terms (the weighted loss of each term; they add up to the loss),
+            gradient_shares, learning_rate, seconds, and the validation metrics.
         first_batch: shares of the terms in loss and gradient at the first batch.
     """
 
