@@ -107,7 +107,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
 
 
 def measure_cut(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict[str, Any]:
-    """Return the row of one cut: remove every other unit of every group of a model with values."""
+    """Return the row of one cut, which removes every other unit of every group of a model with values."""
     with torch.device("meta"):
         model, _ = build()
     model.to_empty(device="cpu").eval()

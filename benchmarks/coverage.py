@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
 
 REACHABLE = 99
-"""Percent of the MACs. A model of which more than this must stay cannot be pruned."""
+"""Percent of the MACs. A model cannot be pruned if more than this percentage of its MACs must remain."""
 PRUNED_BELOW = 0.98
 """If the peer keeps at least this fraction of the parameters, its result is "nothing pruned"."""
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def _require_equal(name: str, predicted: Any, counted: Any) -> None:
 
 
 def half_macs_plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
-    """Return a plan for half of the MACs or, if this cannot be reached, for half of the largest possible reduction."""
+    """Return a plan that removes half of the MACs, or else half as many MACs as can be removed at most."""
     try:
         return kirsch.plan(graph, kirsch.Goal(macs=0.5))
     except GoalError as error:
@@ -149,7 +149,11 @@ def prune_half_of_every_group(model: nn.Module, graph: Graph, row: dict[str, Any
 
 
 def remove_half_of_the_blocks(model: nn.Module, graph: Graph, inputs: Any) -> str:
-    """Remove half of the residual blocks; return "correct", the text of the error, or "" for a model without blocks."""
+    """Remove random residual blocks with half of the blocks' MACs.
+
+    Returns:
+        "correct", the text of the error, or "" for a model without blocks.
+    """
     if not graph.blocks:
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
@@ -195,7 +199,11 @@ def _save_and_load(recipe: Recipe, pruned: nn.Module, inputs: Any) -> None:
 
 
 def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
-    """Export the pruned model; return "correct", or the text of the error if the original cannot be exported either."""
+    """Export the pruned model.
+
+    Returns:
+        "correct", or the text of the error if the original cannot be exported either.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             kirsch.export(pruned, Path(folder) / "pruned.onnx", example_inputs=inputs)
@@ -209,7 +217,7 @@ def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
 
 
 def peer(recipe: Recipe) -> str:
-    """Prune half of every group but the classifier with Torch-Pruning and its defaults, and return the result."""
+    """Return the result of Torch-Pruning with its defaults, which prunes half of every group but the classifier."""
     import torch_pruning  # noqa: PLC0415 - only needed for --peer
 
     model, inputs = recipe.build()
@@ -282,7 +290,7 @@ HEAD = """# Coverage
 This page shows which public models Kirsch prunes correctly. The models have random weights and small inputs. Each model
 runs in its own process: Kirsch traces it, prunes it to half of its MACs with a plan of `kirsch.plan`, and verifies the
 returned module. The pruned model is then trained for one step, saved, loaded into a newly built model, and exported to
-ONNX. If half of the MACs cannot be reached, the plan removes half of the largest possible reduction.
+ONNX. If half of the MACs cannot be removed, the plan removes half as many MACs as can be removed at most.
 
 - *Result*: **correct** if all of these steps succeed; **refused** if Kirsch raises an error that names the cause;
   **wrong** in all other cases.
@@ -290,9 +298,11 @@ ONNX. If half of the MACs cannot be reached, the plan removes half of the larges
 - *MACs*: MACs of the pruned model, as a fraction of the original.
 - *Error*: largest difference from the masked original, relative to its largest output, in float64.
 - *Half of all*: result of a harder plan, which removes half of the units of every group.
-- *Blocks*: number of residual blocks, and the result of removing half of them (by cost, chosen at random).
+- *Blocks*: number of residual blocks, and the result of removing randomly chosen blocks with half of the MACs of all
+  blocks.
 - *Peer*, if present: Torch-Pruning with its defaults on the same model. This column only says whether the pruned model
-  runs and has the same output shapes, not whether its outputs are correct.
+  runs and has the same output shapes, not whether its outputs are correct. "kept" is the fraction of the parameters
+  that remain.
 
 For detectors only the backbone is pruned (`module="backbone"`), because the rest selects boxes by their values.
 
@@ -302,11 +312,11 @@ For detectors only the backbone is pruned (`module="backbone"`), because the res
 OTHERS_HEAD = """## Models that were not used during development
 
 The first run on these models found two errors, which are fixed: models that fill buffers in their first forward pass
-are now loaded, and a maximum over units is now taken over the kept units only."""
+are now loaded, and a maximum over units is now taken over the kept units only. The models "by hand" were written for
+this page."""
 
 REASONS = """\
-The most frequent reasons for frozen parameters follow. "It" is the frozen axis, and … is a name or a number in the code
-of the model. "Cannot follow it" means that this size in the code cannot be changed when the axis is pruned."""
+The most frequent reasons for frozen parameters follow. In these, … is a name or a number in the code of the model."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "examples"))
 from resnet_to_mobilenet import mobilenet, resnet  # noqa: E402 - the example's own networks
 
 TEACHER_IMAGES, IMAGES, EPOCHS, BATCH = 10_000, 5_000, 10, 64
-"""Training images of the teacher; the number of them that students are trained on; epochs; batch size."""
+"""Number of training images of the teacher, number of them that the students are trained on, epochs, batch size."""
 TRAINING = kirsch.Training(epochs=EPOCHS, learning_rate=0.05)
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(resnet, (16, 32, 64, 128), repeats=1),
@@ -78,7 +78,7 @@ def objectives(task: str) -> dict[str, Objective]:
         terms = []
         for term in objective.terms:
             changes: dict[str, Any] = {}
-            if term.student_layer == "auto":  # the store has the outputs of these layers of the teacher
+            if term.student_layer == "auto":  # the stages of the teacher are in the store by these names
                 changes = {"student_layer": student_layers, "teacher_layer": teacher_layers}
             if isinstance(term.weight, Ramp):
                 changes["weight"] = dataclasses.replace(term.weight, epochs=EPOCHS * term.weight.epochs / 240)
@@ -92,7 +92,7 @@ def objectives(task: str) -> dict[str, Objective]:
 
 @cache
 def images() -> DataSet:
-    """Return the images of the teacher. The students are trained on the first of them."""
+    """Return the training images of the teacher. The students are trained on the first `IMAGES` of them."""
     return cifar10(seed=0, train=TEACHER_IMAGES, validation=500, test=10_000)
 
 

@@ -11,7 +11,10 @@ from kirsch.frameworks.pytorch.io.vision import import_beside
 
 
 def nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Return the indices of the boxes (N, 4) that overlap no better box by more than a threshold, best box first."""
+    """Return the indices of the boxes (N, 4) that overlap no box of a higher score by more than a threshold.
+
+    The indices are sorted by score, the highest first.
+    """
     order, kept = scores.argsort(descending=True, stable=True), []
     overlap = _overlap(dets)
     while len(order):

@@ -1,8 +1,8 @@
 """Time and memory of "nst" and "rkd-angle", compared with the formulas of the papers; writes docs/losses.md.
 
-Both forms have the same value. The time is the processor time of value and gradient, on one thread, with the two forms
-in turn in one process: the median of the rounds. The memory is the peak above the memory before, of each form in a
-separate process.
+Both forms have the same value. The time is the processor time of value and gradient on one thread. The two forms are
+timed in turn in one process, and the median of the rounds is shown. The memory is the peak of a separate process for
+each form, minus the memory before the step.
 
     python benchmarks/losses.py    # all; also writes the rows to build/losses.json
 """

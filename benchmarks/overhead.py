@@ -2,7 +2,7 @@
 
 The three pairs are ResNets for CIFAR (He et al. 2015; names of the wide networks as in Tian et al. 2020,
 arXiv:1910.10699). The time is the processor time between the ends of two steps, on one thread. All variants are
-measured in turn in one process, and each number is the median of the ratios of the rounds.
+measured in turn in one process. Each ratio is the median over the rounds.
 
     python benchmarks/overhead.py    # about ten minutes; also writes the rows to build/overhead.json
 """

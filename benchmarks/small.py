@@ -164,7 +164,7 @@ class WaveGate(nn.Module):
 
 
 class Seq2Seq(nn.Module):
-    """Bahdanau et al. 2015: a recurrent encoder, and a decoder that attends to it step by step."""
+    """Bahdanau et al. 2015: a recurrent encoder, and a decoder that attends to its outputs at each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Seq2Seq(nn.Module):
         self.query, self.key, self.score = nn.Linear(24, 18), nn.Linear(40, 18), nn.Linear(18, 1, bias=False)
 
     def forward(self, words: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return logits of each next word, shape (N, T, 200)."""
+        """Return logits of the next word at each position, shape (N, T, 200)."""
         memory, _ = self.encoder(self.source(words))
         state, keys, out = torch.tanh(self.bridge(memory[:, 0])), self.key(memory), []
         for step in range(targets.size(1)):

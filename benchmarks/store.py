@@ -44,7 +44,7 @@ SETS: dict[str, tuple[TopK | Dense, int, int]] = {
     "dense, 100": (Dense(), 100, 200_000),
     "dense, 1,000": (Dense(), 1000, 50_000),
 }
-"""Name → kept outputs, number of classes, number of samples."""
+"""Kept outputs, number of classes and number of samples of each row, by name."""
 FILES = 2_000
 START, END = "<!-- table: written by benchmarks/store.py -->", "<!-- end of table -->"
 

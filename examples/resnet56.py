@@ -16,7 +16,7 @@ from torch import nn
 
 
 class PadShortcut(nn.Module):
-    """Every second pixel, padded with channels of zeros before and after.
+    """Shortcut that keeps every second pixel, and adds channels of zeros before and after the others.
 
     The two numbers of channels are attributes, so that pruning can update them.
     """

@@ -118,7 +118,7 @@ def main() -> int:
     for seed in seeds:
         training = kirsch.Training(epochs=epochs[1], learning_rate=0.05, seed=seed)
         torch.manual_seed(seed)
-        student = mobilenet()  # both start from the same weights and see the same batches
+        student = mobilenet()  # both runs of a seed have the same initial weights and batches
         objective = kirsch.Objective.kd(temperature=4.0, weight=0.9)
         alone = fit(student, batches, training=training).model
         taught = kirsch.distill(student, teacher, batches, objective=objective, training=training).model

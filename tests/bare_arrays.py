@@ -1,6 +1,7 @@
-"""An array library with the least that a loss may assume: operators, basic indexing, a shape, and channels last.
+"""An array library with only what a loss may use: operators, basic indexing, a shape, and channels last.
 
-Arrays have no methods, and no values that Python can read, as those that a compiler traces. Numpy computes them.
+Its arrays have no methods, and Python cannot read their values, as in a function that a compiler traces. Numpy computes
+the results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class BareArray:
     """Array with operators, basic indexing and a shape."""
 
     __slots__ = ("_values",)
-    __array_ufunc__ = None  # numpy gives way in `number * array`
+    __array_ufunc__ = None  # numpy leaves `number * array` to this class
     __hash__ = None
 
     def __init__(self, values):

@@ -12,7 +12,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_collectstart(collector):
-    """Before a file of tests is read: its tables of networks are built as it is."""
+    """Seed before each test file is imported, because its tables of networks are built at the import."""
     torch.manual_seed(0)
 
 

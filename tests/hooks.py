@@ -1,4 +1,4 @@
-"""Whether modules have hooks that Kirsch has left."""
+"""Check that Kirsch has left no hooks on modules."""
 
 from __future__ import annotations
 

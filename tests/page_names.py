@@ -170,4 +170,4 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/training.md", "Data of a recipe"): flowers,
     ("docs/recipes.md", "Steps in Python"): job,
 }
-"""Page and section → names for the blocks of the section, and of those after it."""
+"""Function that returns names for the code blocks of a section and of later sections, by page and section."""

@@ -33,4 +33,4 @@ def folder(path):
 
 
 REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", unix_socket: "a socket", folder: "a folder"}
-"""Function that replaces a file → kind of the new entry in messages."""
+"""Kind of the new entry in messages, by the function that replaces the file."""

@@ -17,8 +17,8 @@ from kirsch.tasks import TASKS
 
 torch = pytest.importorskip("torch")
 
-from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, build  # noqa: E402 - without torch there are none
-from pages import run_page  # noqa: E402 - likewise
+from kirsch.frameworks.pytorch.features.adapters import ADAPTERS, build  # noqa: E402 - imports torch
+from pages import run_page  # noqa: E402 - imports torch
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -122,7 +122,7 @@ def test_the_entry_point_groups_are_those_of_the_registries():
     assert f"kirsch.{TASKS.kind}" in TEXT
 
 
-def test_the_layers_are_those_of_the_design():
+def test_the_layers_of_the_architecture_are_those_on_the_design_page():
     def layers(text: str) -> list[str]:
         rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
         return [f"{layer}: {sorted(re.findall(r'`([^`]+)`', packages))}" for layer, packages in rows]

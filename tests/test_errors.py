@@ -23,7 +23,7 @@ EXIT_CODES = {
     "DataError": 4,
     "CheckpointError": 4,
     "StoreError": 4,
-    "SurroundingsError": 5,
+    "RequirementError": 5,
     "MissingExtraError": 5,
     "MemoryShortageError": 5,
     "OutputError": 5,
@@ -89,7 +89,7 @@ def test_a_long_list_of_names_is_shortened_and_counted():
 
 def test_a_stop_is_not_a_subclass_of_the_failures():
     """A handler of failures must not catch a request to stop."""
-    failures = (errors.UsageError, errors.LoadError, errors.SurroundingsError, errors.NumericError)
+    failures = (errors.UsageError, errors.LoadError, errors.RequirementError, errors.NumericError)
     assert not issubclass(errors.Stopped, failures)
 
 

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 import kirsch
-from kirsch.errors import MemoryShortageError, ModelError, OutputError, Preempted, SurroundingsError, UsageError
+from kirsch.errors import MemoryShortageError, ModelError, OutputError, Preempted, RequirementError, UsageError
 from kirsch.failures import during, error_with_location, location, translate
 
 
@@ -68,8 +68,8 @@ def test_a_lack_of_memory_that_caused_an_error_of_kirsch_is_found():
     [
         (errno.ENOSPC, OutputError, "Free space on the disk, or choose a folder on another one."),
         (errno.EMFILE, OutputError, "Raise the limit of open files: ulimit -n 4096."),
-        (errno.EACCES, SurroundingsError, "Check the path and its permissions."),
-        (errno.ENAMETOOLONG, SurroundingsError, "Check the path and its permissions."),
+        (errno.EACCES, RequirementError, "Check the path and its permissions."),
+        (errno.ENAMETOOLONG, RequirementError, "Check the path and its permissions."),
     ],
 )
 def test_a_refusal_of_the_operating_system_is_not_a_bug(number, kind, fix):

@@ -255,12 +255,12 @@ def test_a_flipped_bit_is_found(tmp_path_factory, place, bit):
     assert files.first_flaw(folder) == ""
     content[place] ^= 1 << bit
     (folder / "weights").write_bytes(content)
-    assert files.first_flaw(folder) == f"{folder / 'weights'} does not have the sha256 of its manifest"
+    assert files.first_flaw(folder) == f"{folder / 'weights'} does not have the sha256 that its manifest states"
 
 
 def test_a_truncated_file_is_found(intact):
     (intact / "weights").write_bytes(bytes(range(255)))
-    assert files.first_flaw(intact) == f"{intact / 'weights'} does not have the sha256 of its manifest"
+    assert files.first_flaw(intact) == f"{intact / 'weights'} does not have the sha256 that its manifest states"
 
 
 def test_a_missing_file_is_found(intact):
@@ -318,7 +318,7 @@ def test_flaws_returns_all_flaws_by_name(intact):
     (intact / "inner" / "manifest.json").unlink()
     assert files.flaws(intact) == {
         "inner/manifest.json": f"{intact / 'inner/manifest.json'} is missing",
-        "weights": f"{intact / 'weights'} does not have the sha256 of its manifest",
+        "weights": f"{intact / 'weights'} does not have the sha256 that its manifest states",
     }
 
 

@@ -1,4 +1,4 @@
-"""No module of Kirsch imports itself in a circle: at its head, within a function, or for its types alone."""
+"""No module of Kirsch is in an import cycle; imports within functions and for types alone count, too."""
 
 from __future__ import annotations
 

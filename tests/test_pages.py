@@ -56,7 +56,7 @@ def test_few_code_blocks_are_not_run():
     }
 
 
-def test_each_section_with_prepared_names_has_code():
+def test_each_section_in_page_names_contains_a_code_block():
     assert NAMES.keys() <= {(block.page, block.section) for page in PAGES for block in blocks(page)}
 
 

@@ -128,7 +128,7 @@ def test_the_verdict_has_words_and_color(met, words, tone):
     assert (line[0].text.strip(), line[0].tone) == (words, tone)
 
 
-def test_the_verdict_without_a_goal_is_done():
+def test_the_verdict_without_a_goal_says_that_none_was_set():
     assert plain(verdict_lines(END | {"text": ""})[0]) == "goal         none was set"
 
 
@@ -166,7 +166,7 @@ def test_a_pipe_gets_one_line_per_epoch_and_step():
         ["1", "train"],
         ["3", "prune"],
     ]
-    assert lines[7:] == [""]  # the verdict is a result
+    assert lines[7:] == [""]  # the command writes the verdict
 
 
 def test_a_terminal_gets_no_line_per_epoch():

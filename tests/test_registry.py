@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from kirsch import registry
-from kirsch.errors import SurroundingsError, UnknownNameError, UsageError
+from kirsch.errors import RequirementError, UnknownNameError, UsageError
 from kirsch.registry import Registry
 
 
@@ -106,7 +106,7 @@ def test_a_broken_package_does_not_affect_other_names(fruits, install):
 def test_a_broken_package_is_named_when_its_name_is_used(fruits, install):
     install(("rotten", "no_such_module:rotten"))
     sentence = r"The fruit 'rotten' cannot be loaded from no_such_module:rotten\. ModuleNotFoundError: No module"
-    with pytest.raises(SurroundingsError, match=sentence):
+    with pytest.raises(RequirementError, match=sentence):
         fruits["rotten"]
 
 

@@ -20,7 +20,7 @@ from kirsch.data.dataset import DataSet, Split
 
 
 class Net(nn.Module):
-    """Batch statistics and dropout are state that a resumed run must restore."""
+    """A network with batch statistics and dropout, whose state a resumed run must restore."""
 
     def __init__(self, width, classes=3):
         super().__init__()
@@ -46,7 +46,7 @@ def five_classes():
 
 
 class Constant(nn.Module):
-    """Predicts the same class for all inputs."""
+    """A model that predicts the same class for all inputs."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def louder(batch, random):
 
 
 def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
-    """Three classes of stripes; the noise is read from the environment, so that data can change without its source."""
+    """Three classes of stripes. The environment sets the noise, so that the data can change while its source stays."""
     random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
 
     def part(n):

@@ -40,10 +40,10 @@ def assert_pruned_correctly(model, inputs, *, sizes=None, share=0.5, seed=0, pow
     """Trace a model, cut a share of each group, and assert that the pruned model equals the masked one.
 
     Args:
-        model, inputs: to trace.
+        model, inputs: model to trace, and its inputs.
         sizes: expected sizes of all groups; without them, a rule that freezes too many axes would pass.
-        share: of the units that are removed.
-        seed: of the choice of the units.
+        share: fraction of the units to remove.
+        seed: seed of the choice of the units.
         power: least relative change of the outputs by the mask; a smaller change would not show a wrong cut.
 
     Returns:

@@ -7,7 +7,7 @@ from pathlib import Path
 STEPS = (
     ("teacher", "large, trained"),
     ("distill", "CE + T²·KL"),
-    ("prune", "plan, cut, proof"),
+    ("prune", "plan, cut, verify"),
     ("recover", "learn again"),
     ("export", "ONNX, checked"),
     ("measure", "where it runs"),
@@ -17,7 +17,7 @@ BOX, GAP, HEIGHT, TOP = 112, 24, 60, 12
 
 
 def draw() -> str:
-    """The picture as SVG; gray and red are readable on white and on black."""
+    """Return the picture as SVG; gray and red are readable on white and on black."""
     width = len(STEPS) * (BOX + GAP) - GAP + 4
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 2 * TOP}" role="img" '
@@ -27,8 +27,8 @@ def draw() -> str:
         head,
         "<title>teacher, distill, prune, recover, export, measure, report</title>",
     ]
-    for place, (name, text) in enumerate(STEPS):
-        x = 2 + place * (BOX + GAP)
+    for index, (name, text) in enumerate(STEPS):
+        x = 2 + index * (BOX + GAP)
         ours = name in ("distill", "prune", "recover")
         color = "#d6336c" if ours else "#868e96"
         box = f'x="{x}" y="{TOP}" width="{BOX}" height="{HEIGHT}" rx="8"'
@@ -37,7 +37,7 @@ def draw() -> str:
             f'<text x="{x + BOX / 2}" y="{TOP + 26}" font-size="16" font-weight="600" fill="{color}">{name}</text>',
             f'<text x="{x + BOX / 2}" y="{TOP + 45}" font-size="12" fill="#868e96">{text}</text>',
         ]
-        if place:
+        if index:
             arrow = f"M{x - GAP + 4} {TOP + HEIGHT / 2}h{GAP - 9}m-5 -4l5 4l-5 4"
             parts.append(f'<path d="{arrow}" fill="none" stroke="#868e96" stroke-width="1.4"/>')
     return "\n".join([*parts, "</svg>\n"])

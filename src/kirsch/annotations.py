@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 FORMAT_LIMIT = 2**31
-"""Limits from here on are those of number formats, and are not shown in errors."""
+"""Limits from this number on come from number formats, such as 2**53, and are not shown in errors."""
 
 MAX_VALUE_LENGTH = 40
-"""Characters of a value that an error shows."""
+"""Largest number of characters of a value that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Kind:
 
     Args:
         expected: noun phrase for errors, such as "a model".
-        accepts: returns whether a value is of this kind.
-        fix: returns the fix for a value that is not of this kind, as a sentence.
+        accepts: function that returns whether a value is of this kind.
+        fix: function that returns the fix for a value that is not of this kind, as a sentence.
     """
 
     expected: str
@@ -36,11 +36,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Between:
-    """A range of a number. pydantic reads it, too, and refuses booleans and texts.
+    """The range of a number. pydantic reads this annotation, too, and then refuses booleans and texts.
 
     Args:
-        least, most: limits, which belong to the range.
-        exclusive: limits that do not belong to the range: "least", "most" or "both".
+        least, most: limits; they belong to the range unless `exclusive` names them.
+        exclusive: the limits that do not belong to the range: "least", "most" or "both".
     """
 
     least: float = -math.inf
@@ -76,7 +76,7 @@ class Between:
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """A single text is accepted, and converted to a tuple of one text; pydantic converts lists, too."""
+    """Mark a sequence that may also be a single text, which becomes a tuple. pydantic also converts lists to tuples."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of one text or several, for pydantic."""
@@ -112,7 +112,7 @@ Fraction = Annotated[float, Between(0, 1, exclusive="both")]
 Names = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several paths or patterns, such as ['fc', 'layer4.*'].")
 ]
-"""Paths of modules, names of parameters, or patterns of these."""
+"""One or several paths of modules, names of parameters, or patterns that match them."""
 
 
 WORDS: dict[Any, str] = {
@@ -156,7 +156,7 @@ def type_phrase(hint: Any) -> str:
 
 
 def _alternatives(hint: Any) -> list[str]:
-    """Return the noun phrases of one alternative of a union; each value of a `Literal` has its own."""
+    """Return the noun phrases of one member of a union; a `Literal` has one for each of its values."""
     return [repr(arg) for arg in get_args(hint)] if get_origin(hint) is Literal else [type_phrase(hint)]
 
 

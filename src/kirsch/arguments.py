@@ -47,7 +47,7 @@ class _MismatchError(Exception):
         value: the argument, or the element of the argument that does not fit.
         expected: noun phrase for the expected type.
         fix: the fix, as a sentence; may be empty.
-        close: the type is right and only the value is wrong. Of several alternatives, this one was probably meant.
+        close: whether the type is right and only the value is wrong. A union reports the error of such a member.
     """
 
     def __init__(self, value: Any, expected: str, fix: str, *, close: bool) -> None:
@@ -97,7 +97,7 @@ def check_arguments(target: Any, values: Mapping[str, Any], hints: Mapping[str, 
 def _checked_arguments(
     target: Any, signature: inspect.Signature, values: Mapping[str, Any], hints: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments that have an annotation, converted to its type; one error names all that do not fit."""
+    """Return the arguments that have an annotation, converted to its type. One error names all wrong arguments."""
     converted, errors = {}, []
     for argument, hint in hints.items():
         if argument in values:
@@ -112,7 +112,7 @@ def _checked_arguments(
 
 @functools.cache
 def _hints(function: Any, target: Any) -> dict[str, Any]:
-    """Return the annotations by argument, resolved at the first call, since a class may refer to itself."""
+    """Return the annotation of each argument. It is resolved at the first call, because a class may refer to itself."""
     annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
     namespace = {**function.__globals__, **({target.__name__: target} if inspect.isclass(target) else {})}
     return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), namespace, include_extras=True)
@@ -232,7 +232,10 @@ def _annotated(value: Any, hint: Any) -> Any:
 
 
 def _union(value: Any, hint: Any) -> Any:
-    """Return the value, converted by the first alternative that accepts it; the error is that of the closest one."""
+    """Convert the value with the first member of the union that accepts it.
+
+    If no member does, raise the error of the last `close` member, or else an error that names all members.
+    """
     closest: _MismatchError | None = None
     fix, alternatives = "", sum(alternative is not type(None) for alternative in get_args(hint))
     for alternative in get_args(hint):
@@ -265,7 +268,7 @@ def _is_boolean(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-    """Return whether a value is a whole number; arrays of one element have `__index__`, too, and are not."""
+    """Return whether a value is a whole number. Arrays of one element are refused, although they have `__index__`."""
     return (not _is_boolean(value) and hasattr(value, "__index__") and not hasattr(value, "__array__")) or (
         isinstance(value, numbers.Integral) and not _is_boolean(value)
     )
@@ -365,10 +368,13 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 
 
 def _instance(value: Any, kind: Any) -> Any:
-    """Return an instance of a class. A protocol of callables accepts any callable, an array type any array."""
+    """Return the value if it is an instance of the class.
+
+    A protocol of callables accepts any callable. An array type accepts any array.
+    """
     if isinstance(kind, TypeVar) or getattr(kind, "_is_protocol", False):
         return value if isinstance(kind, TypeVar) or "__call__" not in vars(kind) else _callable(value, kind)
-    if kind.__name__ == "ndarray":  # arrays of a framework as well; the function checks which it supports
+    if kind.__name__ == "ndarray":  # arrays of any framework; the decorated function checks which ones it supports
         is_array = hasattr(value, "dtype") and len(getattr(value, "shape", ())) > 0
         return value if is_array else _refuse(value, type_phrase(kind))
     if isinstance(value, str) and hasattr(kind, "of_text"):

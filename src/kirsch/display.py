@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from kirsch.tables import Line
 
 TONES = {"": "", "good": "green", "warning": "yellow", "bad": "red", "faint": "dim", "strong": "bold"}
-"""Meaning of a piece → style on a terminal. The text has the same information."""
+"""Style on a terminal for each tone of a `kirsch.tables.Piece`. The text alone has the same information."""
 
 WIDTH = 110
-"""Width of lines with a last column at the right end, if the terminal is wide enough."""
+"""Width of lines with a right-aligned last column, unless the terminal is narrower."""
 
 UPDATES = 4
 """Updates of the status line per second."""
@@ -42,7 +42,7 @@ class Display:
         self.stream = stream
         self._notebook = notebook
         self._live: Live | None = None
-        self._draw: Callable[[], Line] | None = None  # of the status line in a notebook
+        self._draw: Callable[[], Line] | None = None  # returns the status line of a notebook
         self._drawn, self._drawn_at = "", 0.0
 
     @cached_property
@@ -74,9 +74,9 @@ class Display:
         """Show a status line below all other lines until `stop_status`, if the stream can update a line.
 
         Args:
-            draw: returns the line.
-            refresh: update the line `UPDATES` times a second, instead of drawing it once. In a notebook, it is updated
-                by `refresh_status`.
+            draw: function that returns the line.
+            refresh: whether a terminal updates the line `UPDATES` times a second; otherwise the line is drawn once. In
+                a notebook, `refresh_status` updates the line.
         """
         self.stop_status()
         if self._notebook:
@@ -105,7 +105,7 @@ class Display:
         self._live.start(refresh=True)
 
     def refresh_status(self) -> None:
-        """Update the status line of a notebook, at most `UPDATES` times a second; that of a terminal updates itself."""
+        """Update the status line of a notebook, at most `UPDATES` times a second. A terminal needs no such call."""
         now = time.monotonic()
         if self._draw is None or (self._drawn and now - self._drawn_at < 1 / UPDATES):
             return
@@ -123,7 +123,7 @@ class Display:
             self._live = None
 
     def restore_cursor(self) -> None:
-        """Show the cursor again, before the process ends at once."""
+        """Show the cursor again, before the process exits without cleanup."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
                 self.stream.write("\x1b[?25h\n")
@@ -137,7 +137,7 @@ class Display:
 
 
 def own_display() -> Display:
-    """Return the display of a call from Python: the cell of a notebook, otherwise the standard error."""
+    """Return the display for a call from Python: the output of the notebook cell, or else the standard error."""
     if in_notebook():
         return Display(sys.stdout, notebook=True)
     return Display(sys.stderr)
@@ -146,7 +146,7 @@ def own_display() -> Display:
 def in_notebook() -> bool:
     """Return whether the code runs in a cell of a Jupyter notebook."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    return get_shell is not None and hasattr(get_shell(), "kernel")  # IPython in a terminal has none
+    return get_shell is not None and hasattr(get_shell(), "kernel")  # IPython in a terminal has no kernel
 
 
 def _console(stream: TextIO) -> Console | None:

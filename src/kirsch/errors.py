@@ -6,13 +6,13 @@ KirschError                    exit code
 │   ├── PlanError                    the plan does not fit the model, or is damaged
 │   ├── RecipeError                  one or more lines of a recipe are wrong
 │   ├── ShapeError                   two arrays do not fit together
-│   └── UnknownNameError             a name is not that of any registry entry, module or group
+│   └── UnknownNameError             no registry entry, module or group has this name
 ├── LoadError                  4     a model, data or checkpoint cannot be loaded
 │   ├── ModelError                   the model cannot be built, copied or traced
 │   ├── DataError                    the data is empty, damaged or out of range
 │   ├── CheckpointError              there is no valid checkpoint
 │   └── StoreError                   a store of teacher outputs is partial, stale or damaged
-├── SurroundingsError          5     something outside the model is missing
+├── RequirementError           5     something outside the model is missing
 │   ├── MissingExtraError            an optional package is not installed
 │   ├── MemoryShortageError          the memory is not sufficient
 │   └── OutputError                  the output folder cannot be written
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_MESSAGE_LENGTH = 400
-"""Characters of another error's message that are repeated."""
+"""Largest number of characters that are repeated from the message of another error."""
 
 
 class KirschError(Exception):
@@ -77,7 +77,7 @@ class ShapeError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name is not that of any registry entry, module or group.
+    """No registry entry, module or group has this name.
 
     Args:
         kind: kind of the named object, such as "importance".
@@ -115,13 +115,13 @@ class StoreError(LoadError):
     """A store of teacher outputs is partial, stale or damaged."""
 
 
-class SurroundingsError(KirschError):
+class RequirementError(KirschError):
     """Something outside the model is missing."""
 
     exit_code = 5
 
 
-class MissingExtraError(SurroundingsError):
+class MissingExtraError(RequirementError):
     """An optional package is not installed.
 
     Args:
@@ -138,11 +138,11 @@ class MissingExtraError(SurroundingsError):
         )
 
 
-class MemoryShortageError(SurroundingsError):
+class MemoryShortageError(RequirementError):
     """The memory is not sufficient."""
 
 
-class OutputError(SurroundingsError):
+class OutputError(RequirementError):
     """The output folder cannot be written."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING
 
-from kirsch.errors import KirschError, MemoryShortageError, ModelError, OutputError, SurroundingsError, error_text
+from kirsch.errors import KirschError, MemoryShortageError, ModelError, OutputError, RequirementError, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 INSTALLED_PACKAGE = re.compile(r"[/\\](?:site|dist)-packages[/\\](\w+)")
 
 RUNTIMES = ("torch", "numpy", "scipy", "onnxruntime", "onnx", "onnxscript", "accelerate", "safetensors")
-"""Packages that run a model for Kirsch. The model is at fault for their exceptions only if they ran its forward."""
+"""Packages that run models for Kirsch. Their exceptions are errors of the model only if its `forward` was running."""
 
 MEMORY_MESSAGES = re.compile(
     "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|"
@@ -42,7 +42,7 @@ MACHINE_FIXES = {
     errno.EMFILE: "Raise the limit of open files: ulimit -n 4096.",
     errno.ENFILE: "Close other programs: the machine cannot open more files.",
 }
-"""Operating system errors that do not depend on the code that meets them, with the fix."""
+"""Fix of each operating system error whose cause is not in the code that was running, such as a full disk."""
 
 MACHINE_MESSAGES = {
     errno.ENOSPC: re.compile("No space left on device|StorageFull"),
@@ -60,7 +60,7 @@ def translate(error: BaseException, doing: str = "", memory_fix: str = "") -> Ki
     Args:
         error: any exception.
         doing: the activity of Kirsch, such as "in the stage 'teacher'".
-        memory_fix: sentence that names the number to lower if memory is lacking.
+        memory_fix: the fix if memory is lacking, as a sentence that names the number to lower.
     """
     shortage = next((cause for cause in _causes(error) if lacks_memory(cause)), None)
     if shortage is not None and not isinstance(error, MemoryShortageError):
@@ -81,7 +81,7 @@ def during(doing: str, memory_fix: str = "") -> Iterator[None]:
         yield
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # sys.exit in a forward is an error, too
+    except BaseException as error:  # sys.exit in the user's code is an error, too
         translated = translate(error, doing, memory_fix)
         if translated is None or translated is error:
             raise
@@ -89,9 +89,10 @@ def during(doing: str, memory_fix: str = "") -> Iterator[None]:
 
 
 def location(error: BaseException) -> str:
-    """Return file, line and function of the user's code that raised, as "nets.py:12, in forward"; empty if unknown.
+    """Return where the user's code raised the exception, as "nets.py:12, in forward"; empty if unknown.
 
-    The innermost frame after the last frame of Kirsch counts; code of installed packages only if there is no other.
+    This is the innermost frame after the last frame of Kirsch. A frame in an installed package is used only if no other
+    frame follows.
     """
     frames = [(frame.filename, frame.lineno, frame.name) for frame in extract_tb(error.__traceback__)]
     last = max((number for number, frame in enumerate(frames) if frame[0].startswith(KIRSCH_FOLDER)), default=-1)
@@ -120,7 +121,7 @@ def _after(doing: str) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exception, and those that it was raised from."""
+    """Yield the exception and the chain of its causes."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -140,7 +141,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def _machine_error(error: BaseException, doing: str) -> KirschError | None:
-    """Return the error for a full disk and the like, in whatever code it occurred."""
+    """Return the error for a failure in `MACHINE_FIXES`, such as a full disk, whichever code was running."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and isinstance(error, Exception):
         number = next((number for number, text in MACHINE_MESSAGES.items() if text.search(_text(error))), None)
@@ -167,13 +168,16 @@ def _user_code_error(error: BaseException, doing: str) -> KirschError | None:
 
 
 def _system_error(error: BaseException, doing: str) -> KirschError | None:
-    """Return the error for a refusal of the operating system, or for a warning or import that fails in a package."""
+    """Return the error for a refused request to the operating system, a warning raised as an error, or a failed import.
+
+    A failed import of a module of Kirsch is a bug, for which None is returned.
+    """
     if isinstance(error, OSError):
         name = f"{os.fsdecode(error.filename)!r} cannot be used" if isinstance(error.filename, str | bytes) else ""
         what = f"{name or 'The operating system refused a request'}{_after(doing)}."
-        return SurroundingsError(what, error_text(error), "Check the path and its permissions.")
+        return RequirementError(what, error_text(error), "Check the path and its permissions.")
     if isinstance(error, Warning):
-        return SurroundingsError(
+        return RequirementError(
             f"A warning was raised as an error{_after(doing)}.",
             error_text(error),
             "Remove python -W error, PYTHONWARNINGS=error, or warnings.simplefilter in your code.",
@@ -181,7 +185,7 @@ def _system_error(error: BaseException, doing: str) -> KirschError | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith("kirsch"):
         package = f"The package {error.name}" if error.name else "A package"
         fix = "kirsch doctor lists what is installed; reinstall the package."
-        return SurroundingsError(f"{package} cannot be imported{_after(doing)}.", error_text(error), fix)
+        return RequirementError(f"{package} cannot be imported{_after(doing)}.", error_text(error), fix)
     return None
 
 

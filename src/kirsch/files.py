@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and manifests with their hashes.
+"""Atomic writing of files and folders, and manifests: lists of the files of a folder with their hashes.
 
 A file is written under a temporary name, synced and renamed, so that it is never seen half written.
 """
@@ -65,8 +65,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
 def write_text(path: Path, content: str) -> None:
     r"""Write a UTF-8 text file atomically.
 
-    Characters that UTF-8 cannot encode, such as an undecodable byte of a file name, are written as \udc80, which a
-    JSON reader restores.
+    A character that UTF-8 cannot encode is written as an escape such as \udc80, which a JSON reader restores. Python
+    uses such characters for the undecodable bytes of a file name.
     """
     write_bytes(path, content.encode(errors="backslashreplace"))
 
@@ -124,7 +124,8 @@ def _sync_files(folder: Path) -> None:
 def _replace_folder(new: Path, path: Path) -> None:
     """Rename a folder to its final name.
 
-    An older folder of that name is renamed first: a kill while it is removed must not leave a part under that name.
+    An older folder of that name is renamed before it is removed, so that a kill during the removal leaves no
+    incomplete folder under that name.
     """
     older = new.with_name(f"{new.name}-old") if path.is_dir() and not path.is_symlink() else None
     if older is not None:
@@ -143,7 +144,7 @@ def write_manifest(folder: Path, unlisted_names: Collection[str] = ()) -> None:
     """Record name, size and sha256 of every file of a folder in its manifest.json.
 
     Args:
-        folder: contains only regular files and folders.
+        folder: a folder that contains only regular files and folders.
         unlisted_names: names of files that the manifest leaves out.
     """
     names = _scan(folder)[0] - {MANIFEST, *unlisted_names}
@@ -169,7 +170,7 @@ def flaws(folder: Path, unlisted_names: Collection[str] = ()) -> dict[str, str]:
     recomputed after a change.
 
     Args:
-        folder: contains a manifest.json.
+        folder: a folder with a manifest.json.
         unlisted_names: names of files that the manifest leaves out.
     """
     try:
@@ -230,8 +231,8 @@ def _parse_entries(text: bytes) -> dict[str, tuple[int, str]]:
     """Return size in bytes and sha256 by file name, from the text of a manifest.
 
     Raises:
-        ValueError: the text is not what `write_manifest` writes. A different text of the same content is refused as
-            well, so that a repeated name cannot hide another.
+        ValueError: the text is not what `write_manifest` writes. The same content in another format is refused as well,
+            so that a repeated name cannot hide another.
     """
     content = strict_json.parse(text)
     if not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
@@ -245,7 +246,7 @@ def _parse_entries(text: bytes) -> dict[str, tuple[int, str]]:
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
             raise ValueError(f"the entry of {name!r} must have a whole number of bytes and a text as sha256")
     if json_text(content).encode() != text:
-        raise ValueError("its spaces or its order are not those that Kirsch writes")
+        raise ValueError("its spaces or the order of its entries differ from those that Kirsch writes")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
 
 
@@ -259,7 +260,7 @@ def _flaw(file: Path, size: int, digest: str, *, present: bool) -> str:
         if not present:
             return f"{file} is a folder" if file.is_dir() else f"{file} is missing"
         if file.stat().st_size != size or sha256(file) != digest:
-            return f"{file} does not have the sha256 of its manifest"
+            return f"{file} does not have the sha256 that its manifest states"
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
         return f"{str(file)!r} cannot be read: {error}"
     return ""
@@ -314,7 +315,7 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
     """Check that a folder can be created and written, and that its disk has enough free space.
 
     Args:
-        folder: created if it does not exist.
+        folder: the folder to check; created if it does not exist.
         needed_bytes: estimated number of bytes to be written.
 
     Raises:
@@ -341,7 +342,11 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; after a kill, the folder is complete or has a temporary name, for `remove_temporary`."""
+    """Remove a folder.
+
+    If the process is killed meanwhile, the folder is complete, or has a temporary name and is removed by
+    `remove_temporary`.
+    """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     if temporary.exists():
         shutil.rmtree(temporary, ignore_errors=True)

@@ -85,7 +85,7 @@ def number(
 
 
 def one_of(choices: Collection[Any]) -> Check:
-    """Accept one of several texts or numbers, of the same type: true is not 1."""
+    """Accept one of several texts or numbers. The type must be equal, too: true is not 1."""
 
     def check(value: Any, path: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -102,7 +102,7 @@ def nullable(inner: Check) -> Check:
 
 
 def either(*choices: Check) -> Check:
-    """Accept a value of one of several schemas; the error is that of the last."""
+    """Accept a value of one of several schemas. If the value fits none, the error of the last schema is raised."""
 
     def check(value: Any, path: str) -> Any:
         for choice in choices[:-1]:
@@ -130,7 +130,7 @@ def array(inner: Check, *, least: int = 0, most: int = 2**63 - 1) -> Check:
 
 
 def mapping(inner: Check, keys: Collection[str] | None = None) -> Check:
-    """Accept an object whose values all fit a schema, with keys out of `keys` if those are given."""
+    """Accept an object whose values all fit a schema. If `keys` is given, other keys are refused."""
 
     def check(value: Any, path: str) -> Any:
         if type(value) is not dict:

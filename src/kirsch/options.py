@@ -20,7 +20,7 @@ class FieldsError(ValueError):
     """Problems inside the value of one field, for validators of pydantic.
 
     Args:
-        problems: path in the value, such as ("terms", 2), and the error, for each problem.
+        problems: pairs of the path of a problem in the value, such as ("terms", 2), and its error.
     """
 
     def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], UsageError]]) -> None:
@@ -55,7 +55,8 @@ class Options(BaseModel):
             )
         return super().__new__(cls)
 
-    # pydantic must not call this `__init__` while it reads a recipe: there, all problems are collected.
+    # pydantic must not call this `__init__` while a recipe is read: pydantic collects all problems, and `__init__`
+    # raises only the first.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __str__(self) -> str:

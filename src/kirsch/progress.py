@@ -24,15 +24,15 @@ RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient
 """Entries of the event of an epoch that are not metrics."""
 
 MOST_METRICS = 4
-"""Metrics in the line of an epoch."""
+"""Largest number of metrics in the line of an epoch."""
 
 
 WIDTHS = (13, 11, 12)
-"""Widths of the first cells of a step: quality, MACs, parameters. Further cells have no fixed width."""
+"""Widths of the first cells in the line of a step: quality, MACs, parameters. Further cells have no fixed width."""
 
 
 class Output(Protocol):
-    """Where progress is shown; `kirsch.display.Display` describes the methods."""
+    """Output to which progress is written; `kirsch.display.Display` describes the methods."""
 
     @property
     def is_interactive(self) -> bool: ...  # noqa: D102
@@ -45,11 +45,13 @@ class Output(Protocol):
 
 
 class JobProgress:
-    """Show the events of a job: one line a step, and in between a status line, or one line an epoch.
+    """Show the events of a job: a line for each step, and the epochs of the running step.
+
+    The epochs are shown in a status line if the output can update a line, or else as a line for each epoch.
 
     Args:
-        output: where they are shown.
-        clock: returns the time in seconds.
+        output: where the events are shown.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
@@ -98,14 +100,14 @@ class JobProgress:
         self._output.progress([Piece("   "), Piece("note", "warning"), Piece(f"       {event['text']}")])
 
     def _end(self, _event: dict[str, Any]) -> None:
-        self._output.progress([])  # the verdict is a result, and is written at the end
+        self._output.progress([])  # the command writes the verdict to the standard output
 
 
 class RunningStep:
     """The current step.
 
     Args:
-        number, key: of the step.
+        number, key: number and key of the step.
         since: start of the step, in seconds of the clock.
     """
 
@@ -118,11 +120,13 @@ class RunningStep:
 
 
 class TrainingProgress:
-    """Show the events of a training: one line an epoch, and on a terminal or in a notebook a bar while it runs.
+    """Show the events of a training: a line for each epoch, and a bar while an epoch runs.
+
+    The bar is shown only on a terminal or in a notebook.
 
     Args:
-        output: where they are shown.
-        clock: returns the time in seconds.
+        output: where the events are shown.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
@@ -132,7 +136,7 @@ class TrainingProgress:
         self._warnings: set[str] = set()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Show an event: the end of an epoch, or a warning, each text once."""
+        """Show an event: the end of an epoch, or a warning whose text was not shown before."""
         if event["event"] == "epoch":
             self.stop()
             model = [Piece(f"model {event['link']}  ")] if "link" in event else []
@@ -145,8 +149,8 @@ class TrainingProgress:
         """Show that a batch is done.
 
         Args:
-            epoch, epochs: number of the epoch, from 1, and of all epochs.
-            batch, batches: batches done in the epoch, and of the epoch; None if that is not known.
+            epoch, epochs: number of the epoch, from 1, and number of epochs of the training.
+            batch, batches: number of finished batches, and number of batches of the epoch; None if it is not known.
         """
         if self._running is None:
             self._running = running = RunningEpoch(epoch, epochs, batch, batches, since=self._clock(), first=batch)
@@ -250,7 +254,8 @@ def step_line(event: Mapping[str, Any], width: int = 0) -> Line:
     """Return the line of a finished step: result, cells in columns, and the duration at the right end.
 
     Args:
-        event: "number", "key", "did", "cells" and "seconds" of the step, and whether it was kept ("event").
+        event: "number", "key", "did", "cells" and "seconds" of the step. If "event" is "step_kept", the word "kept"
+            replaces the duration.
         width: least width of the line in characters.
     """
     cells = [str(cell) for cell in event["cells"]]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FAILURES = (Exception, SystemExit)
-"""What a user's file may raise. A script may call sys.exit; its exit code must not become that of Kirsch."""
+"""Exceptions that a user's file may raise. A script may call sys.exit; Kirsch must not end with its exit code."""
 
 
 def is_valid_text(name: Any) -> bool:
@@ -79,7 +79,7 @@ def _from_file(path: Path) -> ModuleType:
             "Rename the file or folder.",
         )
     # The name depends on path and content: two files called model.py are two modules, and a file that has changed is
-    # loaded again, so that the loaded code is that of `source_hash`.
+    # loaded again, so that the loaded code is the code that `source_hash` describes.
     identity = hashlib.sha256(str(path.resolve()).encode() + content)
     name = f"kirsch_user_{path.stem}_{identity.hexdigest()[:16]}"
     if name in sys.modules:

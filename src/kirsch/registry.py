@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from kirsch.errors import SurroundingsError, UnknownNameError, UsageError
+from kirsch.errors import RequirementError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         try:
             loaded: T = entry.load()
         except Exception as error:  # the import of another package may raise anything
-            raise SurroundingsError(
+            raise RequirementError(
                 f"The {self.kind} {name!r} cannot be loaded from {entry.value}.",
                 f"{type(error).__name__}: {error}.",
                 "Repair or uninstall the package that provides it.",

@@ -37,7 +37,7 @@ def parse(content: str | bytes, *, finite: bool = True) -> Any:
 
     Args:
         content: the text, or its UTF-8 bytes.
-        finite: refuse NaN and infinity, which JSON does not have and Python writes nevertheless.
+        finite: whether NaN and infinity are refused. JSON does not define them, but Python writes them.
 
     Raises:
         ValueError: the text is not JSON, is too large or too deeply nested, repeats a key in one object, or contains a

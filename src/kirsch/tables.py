@@ -21,14 +21,14 @@ STYLES = {
     "faint": "opacity: 0.6",
     "strong": "font-weight: bold",
 }
-"""Tone of a piece → style in HTML. The text has the same information."""
+"""Style in HTML for each tone of a piece. The text alone has the same information."""
 
 
 class Piece(NamedTuple):
     """A part of a line.
 
     Args:
-        text: written with control characters escaped.
+        text: the text; control characters are escaped when it is written.
         tone: a key of `STYLES`.
     """
 
@@ -42,10 +42,10 @@ Cell: TypeAlias = str | Piece | Line
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. In text, the columns are aligned at the left; numbers are padded by whoever makes the cell.
+    """Rows of cells. In text, the columns are aligned at the left; a number must be padded before it becomes a cell.
 
     Args:
-        rows: the cells of each row; rows may end early.
+        rows: the cells of each row; rows may have different lengths.
         gaps: spaces after the first, second, ... column; the last number holds for all further columns.
         first: least width of the first column.
     """
@@ -60,7 +60,7 @@ class Table:
         widths = [self.first] * bool(rows)
         for row in rows:
             widths += [0] * (len(row) - len(widths))
-            for column, cell in enumerate(row[:-1]):  # nothing follows the last cell of a row
+            for column, cell in enumerate(row[:-1]):  # the last cell of a row needs no width
                 widths[column] = max(widths[column], _width(cell))
         return [self._padded(row, widths) for row in rows]
 

@@ -165,7 +165,7 @@ def test_verify_names_all_damaged_files(run, kirsch):
     assert set(lines[1:-1]) == {
         "run/artifacts/model.onnx is missing",
         "run/checkpoints/train/done/manifest.json is missing",
-        "run/plan.json does not have the sha256 of its manifest",
+        "run/plan.json does not have the sha256 that its manifest states",
     }
 
 
@@ -205,7 +205,7 @@ def test_report_refuses_altered_metrics(run, kirsch):
     files.write_json(path, metrics)
     code, _, err = kirsch("report", "run")
     assert code == 4
-    assert "metrics.json does not have the sha256 of its manifest" in err
+    assert "metrics.json does not have the sha256 that its manifest states" in err
     assert "kirsch resume run" in err
     assert (run / "report.html").read_bytes() == before
 
@@ -226,7 +226,7 @@ def test_report_does_not_hide_other_damage(run, kirsch):
     code, _, err = kirsch("verify", "run")
     assert code == 4
     assert [line.strip() for line in err.splitlines()[1:-1]] == [
-        "run/plan.json does not have the sha256 of its manifest"
+        "run/plan.json does not have the sha256 that its manifest states"
     ]
 
 
@@ -249,7 +249,7 @@ def test_invalid_metrics_are_refused_by_report_and_verify(run, kirsch, change, s
     assert sentence in err
     code, _, err = kirsch("verify", "run")
     assert code == 4
-    assert "run/metrics.json does not have the sha256 of its manifest" in err
+    assert "run/metrics.json does not have the sha256 that its manifest states" in err
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"base": ".", "base": ".."}', '{"base": NaN}'])

@@ -44,7 +44,7 @@ def test_trace_prints_groups_and_blockers(kirsch):
     assert lines[2] == "0       8 channels      360 parameters   2.30 k MACs   with 2"
     assert lines[4] == "blockers  reasons why parameters cannot be removed, with their share of all parameters"
     assert lines[5].split(maxsplit=2)[:2] == ["11.7", "%"]  # 48 of 411: the weights of the linear layer
-    assert "a softmax spans it  aten.softmax" in lines[5]
+    assert "a softmax is computed over the axis  aten.softmax" in lines[5]
 
 
 def test_trace_explains_a_layer(kirsch, run_json):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import kirsch
 from kirsch.data.augment import sample_seeds
-from kirsch.data.batches import ArrayData
+from kirsch.data.batches import ArrayData, Batch
 from kirsch.errors import DataError, ShapeError, UsageError
 
 
@@ -171,3 +172,15 @@ def test_sample_that_is_not_finite_is_named(value):
     inputs[3, 1, 2] = value
     with pytest.raises(DataError, match=r"Sample 3 contains NaN or infinity\. Remove the sample"):
         ArrayData(inputs, np.zeros(5, int))
+
+
+def test_data_print_as_one_line_without_their_values():
+    inputs, labels = np.zeros((4, 3), np.float32), np.arange(4) % 2
+    shapes = "inputs: float32 of shape (4, 3), targets: int64 of shape (4,)"
+    assert repr(ArrayData(inputs, labels, 2)) == f"<kirsch.ArrayData: 4 samples in batches of 2, {shapes}>"
+    assert repr(Batch(inputs, labels)) == f"<kirsch.Batch: 4 samples, {shapes}>"
+    assert repr(Batch(inputs)).endswith("targets: none>")
+    split = kirsch.Split(inputs, labels)
+    assert repr(split) == f"<kirsch.Split: 4 samples, {shapes.replace('targets', 'labels')}>"
+    data = kirsch.DataSet("numbers", train=split, validation=split, test=split)
+    assert repr(data) == "<kirsch.DataSet numbers: 2 classes, samples: 4 train, 4 validation, 4 test>"

@@ -268,7 +268,7 @@ def test_too_few_rounds_are_refused_before_the_export(numbers):
         kirsch.measure(nn.Linear(2, 2), example_inputs=numbers, rounds=5)
 
 
-def test_data_without_samples_are_refused(doubling, numbers, fixed_timing):
+def test_data_without_samples_is_refused(doubling, numbers, fixed_timing):
     with pytest.raises(DataError, match="There are no inputs to predict"):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))
 

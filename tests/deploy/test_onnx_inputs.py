@@ -18,7 +18,7 @@ from kirsch.graph.inputs import InputSpec
 
 @pytest.fixture
 def session(tmp_path):
-    """Return a function that writes a file which adds its inputs, each (name, shape), and opens a session on it."""
+    """Return a function of (name, shape) pairs: it writes a file that adds these inputs, and opens a session on it."""
 
     def make(*inputs, kind=TensorProto.FLOAT):
         values = [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs]

@@ -410,5 +410,5 @@ def test_outputs_without_logits_must_be_compared_by_name(names, sentence):
 
 def test_attention_with_different_numbers_of_heads_is_refused():
     assert choose_adapter((2, 4, 5, 5), (2, 4, 5, 5), takes="attention") is None
-    with pytest.raises(ShapeError, match=r"The student's attention has 2 heads, the teacher's 4.*minilm"):
+    with pytest.raises(ShapeError, match=r"The student's attention has 2 heads, the teacher's attention has 4.*minilm"):
         choose_adapter((2, 2, 5, 5), (2, 4, 5, 5), takes="attention")

@@ -188,7 +188,9 @@ def test_a_range_damaged_during_the_build_is_found(tmp_path):
 def test_records_of_unknown_origin_are_not_continued(tmp_path):
     tiny_store(tmp_path, ranges=(0, 2))
     (tmp_path / "store.json").unlink()
-    with pytest.raises(StoreError, match=r"has records without a store\.json\. Remove it, or choose another folder"):
+    with pytest.raises(
+        StoreError, match=r"has records without a store\.json\. Remove the records, or choose another folder"
+    ):
         tiny_store(tmp_path)
 
 

@@ -53,7 +53,9 @@ def test_the_error_of_check_names_missing_features(tmp_path):
             return {"logits": model[4](inner), "inner": inner}
 
     store = tiny_store(tmp_path / "s", model, outputs=outputs)
-    message = r"the features \(features: stored {'inner': \(16,\)}, given {}\)\. Pass the values it was built with"
+    message = (
+        r"the features \(features: stored {'inner': \(16,\)}, given {}\)\. Pass the values that the store was built"
+    )
     with pytest.raises(StoreError, match=message):
         store.check(model, data())
     with pytest.raises(StoreError, match=r"the features \(features: stored {}, given {'inner': \(16,\)}\)"):
@@ -132,10 +134,15 @@ def test_outputs_that_16_bits_cannot_represent_are_errors(tmp_path):
 
         return compute
 
-    with pytest.raises(NumericError, match=rf"The teacher's logits are not finite for sample {IDS[2]} in view 0"):
+    with pytest.raises(
+        NumericError, match=rf"The teacher's output 'logits' contains NaN or infinity for sample {IDS[2]} in view 0"
+    ):
         tiny_store(tmp_path / "a", outputs=outputs("logits", np.nan))
     for value in (np.inf, 7e4):
-        with pytest.raises(NumericError, match=r"The teacher's inner are not finite, or beyond ±65504 for sample"):
+        with pytest.raises(
+            NumericError,
+            match=r"The teacher's output 'inner' contains NaN, infinity or values beyond ±65504 for sample",
+        ):
             tiny_store(tmp_path / "b", outputs=outputs("inner", value), keep=None)
 
 

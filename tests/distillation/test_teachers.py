@@ -35,7 +35,7 @@ def test_a_student_can_learn_from_several_teachers(way):
     found = trained(Net(4), [Net(6), Net(5)], image_data(), objective, hooks=TrainingHooks(event=events.append))
     assert set(found.history[0]["terms"]) == {"label", "kd"}
     texts = [event["text"] for event in events if event["event"] == "warning"]
-    assert any("averaged, which multiplies their probabilities" in text for text in texts) == (way == "logits")
+    assert any("geometric mean of their probabilities" in text for text in texts) == (way == "logits")
 
 
 TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
@@ -84,7 +84,7 @@ def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
     found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=warnings.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert all("averaged, which multiplies their probabilities" in text for text in warnings)
+    assert all("geometric mean of their probabilities" in text for text in warnings)
     assert bool(warnings) == (way == "logits" and loss != "logit-l2")
 
 

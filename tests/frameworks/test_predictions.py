@@ -1,4 +1,4 @@
-"""Which output holds the logits."""
+"""The output with the logits is found by the names of the outputs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_the_logits_are_found_by_the_names_of_the_outputs(names, expected):
     [
         (
             ["embedding", "scores"],
-            r"returns embedding, scores, and none of them is named logits\..* Rename",
+            r"returns embedding, scores, and none of them is named logits\..* Name the output",
         ),
         (["start_logits", "end_logits"], "returns start_logits, end_logits, and none of them is named logits"),
         (["last_hidden_state", "pooler_output"], "returns last_hidden_state and no logits: it has no head"),
     ],
 )
-def test_output_names_that_do_not_identify_the_logits_are_an_error(names, sentence):
+def test_output_names_that_do_not_identify_the_logits_raise_an_error(names, sentence):
     with pytest.raises(UsageError, match=sentence):
         logits_output(names)
 

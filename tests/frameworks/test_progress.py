@@ -1,4 +1,4 @@
-"""Progress of trainings that are called from Python: a line an epoch, and a bar on a terminal or in a notebook."""
+"""Progress of training runs that are called from Python: one line per epoch, and a bar on a terminal or notebook."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def steps_without_escapes(text):
 
 @pytest.fixture
 def open_terminal(monkeypatch):
-    """Function that makes the standard error a terminal, and returns it; pytest sets its own after each fixture."""
+    """Function that replaces the output streams with a terminal, and returns the terminal.
+
+    A test calls it, because pytest sets its own streams after each fixture.
+    """
 
     def open_():
         stream = Tty()
@@ -80,7 +83,7 @@ def test_progress_can_be_switched_off_on_a_terminal(open_terminal):
     assert terminal.getvalue()
 
 
-def test_forced_progress_is_one_plain_line_an_epoch(capfd):
+def test_forced_progress_is_one_plain_line_per_epoch(capfd):
     trained = distilled(progress=True, validation=samples())
     out, err = capfd.readouterr()
     assert out == ""
@@ -175,7 +178,7 @@ def test_callbacks_of_the_user_are_called_beside_the_progress(capfd):
 
 
 def test_a_warning_is_one_line_and_not_a_python_warning(capfd):
-    """Warnings are errors in the tests; the weight ends after the run."""
+    """A Python warning would fail the test. The warning is that the run ends before the ramp of the weight."""
     late = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=kirsch.Ramp(0.1, 1.0, epochs=9))
     distilled(progress=True, objective=late)
     lines = capfd.readouterr().err.splitlines()

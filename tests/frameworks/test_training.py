@@ -1,4 +1,4 @@
-"""Training settings are checked, and terms without effect are warned of."""
+"""Training settings are checked, and terms without effect give a warning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kirsch.errors import UsageError
-from kirsch.frameworks.training import Training, share_warnings
+from kirsch.frameworks.training import Trained, Training, share_warnings
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_all_invalid_settings_are_named_in_one_error():
         Training(epochs=0, optimizer="x")
 
 
-def test_a_term_that_has_become_small_during_training_is_not_warned_of():
+def test_a_term_that_has_become_small_during_training_gives_no_warning():
     assert share_warnings({"label": 0.0007, "kd": 0.9993}, {"label": 0.05, "kd": 0.95}) == {}
 
 
@@ -50,8 +50,8 @@ def test_a_term_with_a_tiny_share_from_the_start_gives_a_warning_about_its_weigh
     shares = {"label": 0.0007, "kd": 0.9993}
     for began in (shares, {"label": 0.0, "kd": 1.0}):
         found = share_warnings(shares, began)
-        assert "another convention: a loss that is averaged" in found["label"]
-        assert "another convention: a loss that is summed" in found["kd"]
+        assert "another convention of the loss: a loss that is averaged" in found["label"]
+        assert "another convention of the loss: a loss that is summed" in found["kd"]
     assert share_warnings({"label": 0.0, "kd": 1.0}, {"label": 0.5, "kd": 0.5}) == {}
 
 
@@ -63,6 +63,24 @@ def test_a_term_without_a_gradient_at_the_start_gives_a_warning():
         "already, as copies do. Otherwise the term compares outputs that cannot differ, such as the softmax over one "
         "class."
     )
-    assert (
-        share_warnings({"label": 0.0, "kd": math.nan}, {"label": 0.0, "kd": math.nan}) == {}
-    )  # which is an error of its own
+    # NaN gives no warning here, because the training run raises an error for it.
+    assert share_warnings({"label": 0.0, "kd": math.nan}, {"label": 0.0, "kd": math.nan}) == {}
+
+
+def test_a_training_result_prints_a_line_for_each_of_the_last_epochs():
+    record = {"loss": 0.5, "terms": {"kd": 0.4, "label": 0.1}, "gradient_shares": {}, "learning_rate": 0.1}
+    history = [record | {"epoch": number, "seconds": 1.0, "accuracy": 0.25} for number in range(1, 13)]
+    trained = Trained({}, history, {"gradient_shares": {"kd": 0.9, "label": 0.1}})
+    lines = str(trained).splitlines()
+    assert lines[:2] == ["dict   12 epochs", "the first 2 epochs are in `history`"]
+    assert [line.split("   ")[0] for line in lines[2:-1]] == [f"epoch {number:>2}/12" for number in range(3, 13)]
+    assert "25.0 %" in lines[2]
+    assert lines[-1] == "gradient on the first batch: kd 90 %, label 10 %"
+    assert repr(trained) == "<kirsch.Trained: dict, 12 epochs>"
+    assert "epoch 12/12" in trained._repr_html_()
+
+
+def test_settings_without_names_are_refused_with_an_example():
+    sentence = r"kirsch\.Training takes its options by keyword; found 3 without one\. Write kirsch\.Training\(epochs="
+    with pytest.raises(UsageError, match=sentence):
+        Training(3)

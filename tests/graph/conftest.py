@@ -47,7 +47,7 @@ class Network:
 
     def softmax(self, x, *dims, module="softmax"):
         self.facts.begin(Operation("softmax", module, "net.py:7"))
-        relations.freeze(self.facts, [x], "a softmax spans it", dims)
+        relations.freeze(self.facts, [x], "a softmax is computed over the axis", dims)
         return x
 
     def output(self, x):

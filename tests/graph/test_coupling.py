@@ -151,12 +151,15 @@ def test_a_grid_with_one_free_axis_of_three_becomes_ties(free):
 def test_cells_of_a_grid_without_a_free_axis_are_frozen_by_the_reason_of_a_marginal():
     facts = Facts()
     rows, columns = facts.split(facts.fresh(4).reshape(2, 2), "view")
-    freeze(facts, columns, "a softmax spans it")
-    freeze(facts, rows, "a sort runs along it")
+    freeze(facts, columns, "a softmax is computed over the axis")
+    freeze(facts, rows, "a sort runs along the axis")
     coupling = solve(facts)
     assert coupling.grids == ()
     assert coupling.frozen[coupling.component[1:5]].all()
-    assert {reason(coupling, label) for label in range(1, 5)} <= {"a softmax spans it", "a sort runs along it"}
+    assert {reason(coupling, label) for label in range(1, 5)} <= {
+        "a softmax is computed over the axis",
+        "a sort runs along the axis",
+    }
 
 
 def test_a_grid_without_free_axes_freezes_the_rows_of_the_next_grid():

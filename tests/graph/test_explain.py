@@ -45,8 +45,8 @@ def test_each_axis_of_a_layer_is_explained_with_the_operations_that_tie_it(graph
 
 def test_an_axis_that_stays_is_explained_with_the_reason(graph):
     assert graph.explain("last").splitlines()[-2:] == [
-        "last.weight[i] stays: it is an output of the model (output).",
-        "last.bias[i] stays: it is an output of the model (output).",
+        "last.weight[i] stays: the axis is part of an output of the model (output).",
+        "last.bias[i] stays: the axis is part of an output of the model (output).",
     ]
 
 

@@ -173,7 +173,7 @@ def test_a_blocker_has_the_share_of_parameters_that_it_blocks(network):
     x = net.softmax(net.linear("b", x, 5, bias=False), 1)
     net.output(net.linear("c", x, 2, bias=False))
     (blocker,) = net.graph().blockers
-    assert (blocker.reason, blocker.where) == ("a softmax spans it", "softmax")
+    assert (blocker.reason, blocker.where) == ("a softmax is computed over the axis", "softmax")
     assert (blocker.operation, blocker.source) == ("softmax", "net.py:7")
     assert blocker.share == pytest.approx(5 * 2 / (3 * 4 + 4 * 5 + 5 * 2))
 
@@ -205,7 +205,7 @@ def test_a_blocker_is_named_although_another_axis_is_an_output(network):
     weight = net.parameter("only.weight", 2, 3)
     net.facts.freeze(weight.axes[0], "it is an output", boundary=True)
     net.softmax(weight, 1)
-    assert blocked_sizes(net.graph()) == [("a softmax spans it", "softmax", 6)]
+    assert blocked_sizes(net.graph()) == [("a softmax is computed over the axis", "softmax", 6)]
 
 
 def test_blockers_of_one_module_are_summed_and_the_largest_is_first(network):
@@ -214,9 +214,9 @@ def test_blockers_of_one_module_are_summed_and_the_largest_is_first(network):
         net.softmax(net.parameter(f"{name}.weight", rows), 0, module=module)
     net.parameter("free.weight", 21)
     assert blocked_sizes(net.graph()) == [
-        ("a softmax spans it", "third", 20),
-        ("a softmax spans it", "first", 2 + 4),
-        ("a softmax spans it", "second", 3),
+        ("a softmax is computed over the axis", "third", 20),
+        ("a softmax is computed over the axis", "first", 2 + 4),
+        ("a softmax is computed over the axis", "second", 3),
     ]
     assert net.graph().blockers[0].share == pytest.approx(20 / 50)
 
@@ -248,7 +248,7 @@ def test_freezing_both_axes_of_a_view_blocks_the_layers_before_and_after(network
     x = net.view(net.softmax(x, 1, 2), 1, 6)
     net.output(net.linear("second", x, 2, bias=False))
     assert net.graph().groups == ()
-    assert blocked_sizes(net.graph()) == [("a softmax spans it", "softmax", 6 + 6 * 2)]
+    assert blocked_sizes(net.graph()) == [("a softmax is computed over the axis", "softmax", 6 + 6 * 2)]
 
 
 @given(st.data())

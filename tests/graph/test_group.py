@@ -324,3 +324,8 @@ def test_units_of_a_group_are_distinct_and_not_empty(network):
         assert len(set(components)) == group.size > 1
         assert all(components)
         assert list(itertools.chain(*components)) == group.components.tolist()
+
+
+def test_a_group_prints_as_one_line_without_its_arrays():
+    group = Group("stem", "channel", np.arange(8), np.arange(0, 8, 2), (("stem.weight", 0), ("head.weight", 1)))
+    assert repr(group) == "<Group stem: 4 units of kind channel, in 2 layers>"

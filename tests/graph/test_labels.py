@@ -62,7 +62,7 @@ def test_an_axis_equated_with_an_axis_without_labels_is_frozen_at_the_operation(
     axis = facts.fresh(3)
     facts.begin(Operation("add", "layer", "net.py:3"))
     assert facts.equate(*([None, axis] if swapped else [axis, None])) is None
-    assert frozen(facts) == [([1, 2, 3], "it meets an axis that cannot change")]
+    assert frozen(facts) == [([1, 2, 3], "the axis is coupled to a frozen axis")]
     assert facts.freezes[0].operation == Operation("add", "layer", "net.py:3")
     assert pairs(facts) == []
 
@@ -83,7 +83,7 @@ def test_a_cause_applies_to_one_operation_only():
     facts.begin(Operation("add"), cause=Freeze(np.array([9]), "upstream", Operation("cumsum")))
     facts.begin(Operation("mul"))
     facts.equate(facts.fresh(2), None)
-    assert frozen(facts) == [([1, 2], "it meets an axis that cannot change")]
+    assert frozen(facts) == [([1, 2], "the axis is coupled to a frozen axis")]
 
 
 def test_equating_two_axes_without_labels_records_nothing():
@@ -98,7 +98,7 @@ def test_a_label_equated_with_zero_is_frozen_and_the_other_labels_are_tied(swapp
     first, second = facts.fresh(3), facts.fresh(3)
     second[1] = 0
     facts.equate(*([second, first] if swapped else [first, second]))
-    assert frozen(facts) == [([2], "it meets an index that cannot change")]
+    assert frozen(facts) == [([2], "the index is coupled to a frozen index")]
     assert {frozenset(pair) for pair in pairs(facts)} == {frozenset((1, 4)), frozenset((3, 6))}
 
 

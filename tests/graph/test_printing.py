@@ -98,10 +98,10 @@ def test_a_model_without_groups_and_blockers_has_a_line_for_both():
 
 
 def test_twelve_blockers_are_shown_and_the_others_counted():
-    blockers = [Blocker("a softmax spans it", f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
+    blockers = [Blocker("a softmax is here", f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
     found = shown(blockers=blockers)[4:]
     assert len(found) == 1 + 12 + 1
-    assert found[1] == "  50.0 %  b0   a softmax spans it  aten.softmax  net.py:0"
+    assert found[1] == "  50.0 %  b0   a softmax is here  aten.softmax  net.py:0"
     assert found[-1].strip() == "and 3 more; `blockers` of the graph and --json list all"
 
 

@@ -120,7 +120,7 @@ def test_an_elementwise_operation_with_an_unlabeled_axis_freezes_the_labeled_one
     x = labeled(facts, 2, 3)
     assert label_lists(relations.elementwise(facts, [x, Tensor.of((3,))], (2, 3))) == [[1, 2], None]
     assert [freeze.labels.tolist() for freeze in facts.freezes] == [[3, 4, 5]]
-    assert facts.freezes[0].reason == "it meets an axis that cannot change"
+    assert facts.freezes[0].reason == "the axis is coupled to a frozen axis"
 
 
 @given(st.permutations(range(4)))

@@ -55,7 +55,7 @@ def group_sizes(net):
 def reasons(net):
     """Return the reasons of all freezes except those of the input of the network."""
     causes = net.graph().coupling.why.values()
-    return {cause.reason for cause in causes if not cause.boundary} - {"it meets an axis that cannot change"}
+    return {cause.reason for cause in causes if not cause.boundary} - {"the axis is coupled to a frozen axis"}
 
 
 def test_an_attribute_used_for_one_axis_leaves_the_axis_free(layers):
@@ -90,7 +90,7 @@ def test_an_attribute_that_must_keep_its_value_freezes_its_axis_with_the_reason(
     add_demand(net, first, ((WIDTH, 8),), identity)
     add_demand(net, None, ((WIDTH, 8),), identity)  # such as a kernel of this size
     assert group_sizes(net) == [8]
-    assert reasons(net) == {"`net.width` cannot follow it"}
+    assert reasons(net) == {"`net.width` cannot be updated when the axis is pruned"}
     assert net.graph().blockers[0].source == "net.py:8"
 
 
@@ -98,14 +98,14 @@ def test_a_size_that_is_used_as_a_number_freezes_its_axis(layers):
     net, (first, _) = layers(8, 8)
     add_demand(net, None, (), identity, size=first)
     assert group_sizes(net) == [8]
-    assert reasons(net) == {"the code uses its size as a number"}
+    assert reasons(net) == {"the code uses the size of the axis as a number"}
 
 
 def test_an_axis_sized_by_a_product_of_two_attributes_is_frozen(layers):
     net, (first, _) = layers(8, 8)
     add_demand(net, first, ((HEADS, 2), (WIDTH, 4)), lambda heads, width: heads * width)
     assert group_sizes(net) == [8]
-    assert reasons(net) == {"`net.heads`, `net.width` cannot follow it"}
+    assert reasons(net) == {"`net.heads`, `net.width` cannot be updated when the axis is pruned"}
 
 
 def test_an_attribute_of_a_frozen_axis_freezes_the_other_axes_that_use_it(layers):

@@ -140,7 +140,7 @@ def test_student_and_adapters_are_trained_and_the_module_is_restored(tmp_path):
     assert sum(value for name, value in logged.items() if name.startswith("gradient")) == pytest.approx(1)
 
 
-def test_step_equals_that_of_a_distiller():
+def test_step_equals_the_step_of_a_distiller():
     """The module itself is the student, so that layer names start with `model.`."""
     objective = Objective(
         (Term("kd", 0.5, temperature=2.0), Term("fitnet", 0.5, student_layer="model.1")), balance="gradient"
@@ -307,7 +307,7 @@ class Split(Module):
 
 
 class SaveParameters(lightning.Callback):
-    """Write the final parameters to a file, since the processes may not be that of the test."""
+    """Write the final parameters to a file, since the training may run in other processes than the test."""
 
     def __init__(self, path, callback):
         self.path, self.callback = path, callback

@@ -124,7 +124,7 @@ def test_error_if_all_checkpoints_are_damaged(step):
 
 
 def test_checkpoints_of_other_inputs_are_removed_with_a_note(step):
-    """Their state belongs to another recipe; kept, they would replace new ones among the two that are kept."""
+    """Their state belongs to another recipe. If they remained, they would count among the newest two."""
     notes = []
     assert checkpoints.newest(step, "others", notes.append) is None
     assert [note.split()[2] for note in notes] == ["step-00003-000000", "step-00002-000000"]

@@ -55,7 +55,7 @@ def test_an_unknown_option_is_refused_everywhere(name):
 @pytest.mark.parametrize("step", [Train, Distill, Recover])
 def test_steps_that_train_have_the_options_of_training(step):
     for name, field in Training.model_fields.items():
-        if name != "seed":  # of a step, null is the seed of the recipe
+        if name != "seed":  # the seed of a step is null by default: the seed of the recipe
             assert step.model_fields[name] is not None
             assert step.model_fields[name].default == field.default
             assert step.model_fields[name].description == field.description
@@ -66,7 +66,7 @@ def test_the_step_that_prunes_has_the_options_of_a_plan():
 
 
 def test_a_new_option_appears_everywhere(monkeypatch):
-    """A field is all that an option needs."""
+    """A new option needs nothing but a field of the class."""
 
     class Blur(Step):
         """Blur the inputs."""

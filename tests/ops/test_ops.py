@@ -70,7 +70,7 @@ def test_log_sigmoid_in_closed_form(framework):
 
 
 def test_the_slope_of_log_sigmoid_is_one_half_at_zero():
-    """A head initialized to zero starts there, and a formula with |x| has the slope 1 there."""
+    """A head initialized to zero returns 0, where a formula with |x| would have the slope 1."""
     logits = torch.tensor([0.0, math.log(3), -1e4], dtype=torch.float64, requires_grad=True)
     ops.log_sigmoid(logits).sum().backward()
     np.testing.assert_allclose(logits.grad, [0.5, 0.25, 1], rtol=1e-15)
@@ -124,7 +124,7 @@ OF_TYPES = {
     "widest_float",
     "without_autocast",
 }
-"""Operations that create arrays or depend on their type, with a test of their own or in every loss."""
+"""Operations that create arrays or depend on their type. They have their own tests, or are tested by every loss."""
 
 
 def test_importing_the_operations_imports_no_framework():

@@ -100,7 +100,7 @@ def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
 def test_frozen_layers_are_named_with_the_operation():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.5))
-    assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax spans it", error.why)
+    assert re.search(r"75\.7% of the parameters in `0`, frozen: a softmax is computed over the axis", error.why)
     assert error.why.startswith("Nothing can be removed with these options. The remaining cost is: ")
     assert error.fix == "No option of kirsch.plan allows more units to be removed."
 

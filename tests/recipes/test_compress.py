@@ -158,7 +158,7 @@ def test_model_without_matching_configuration_refuses_save_pretrained(trained, t
     found = kirsch.compress(
         model, trained[2], HALF, recover=TRAINING, batch_size=16, folder=tmp_path / "run", listen=events.append
     )
-    text = "No configuration describes the pruned Saving. from_pretrained would build it in its original size."
+    text = "No configuration describes the pruned Saving. from_pretrained would build the model in its original size."
     assert [event for event in events if event["event"] == "note" and event["text"].startswith(text)]
     with pytest.raises(UsageError, match=r"from_pretrained cannot load.*kirsch\.save"):
         found.model.save_pretrained(tmp_path)
@@ -389,7 +389,7 @@ def of_loaders(data):
     return kirsch.DataSet("loaded", train, loader(data.validation), loader(data.test))
 
 
-def test_data_of_loaders_is_compressed_and_an_interrupted_run_ends_in_the_same_bits(trained, tmp_path):
+def test_an_interrupted_run_on_loaders_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path):
     model, _, data = trained
     events, steps = [], [Prune(goal=HALF), Recover(epochs=2, learning_rate=0.02)]
 

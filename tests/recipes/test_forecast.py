@@ -34,7 +34,7 @@ def test_forecast_costs_equal_those_of_the_run(job, finished):
 
 
 def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
-    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # its weights are random
+    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # refuses random weights
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     metrics = job.run_recipe(*TRAINED_TEACHER).metrics
     assert list(found["plans"].values()) == metrics["provenance"]["plans"]
@@ -53,7 +53,7 @@ def test_cost_of_a_local_plan_equals_that_after_training(job):
 
 
 def test_recovery_of_a_pruned_teacher_is_forecast(job):
-    """The trial must not use the same object as teacher and student."""
+    """The timed training steps must not use the same object as teacher and student."""
     found = forecast(job.recipe("student=null", "distill=null", "measure=null"), base=job.base)
     assert [step["key"] for step in found["steps"]] == ["train", "prune", "recover", "export"]
     assert all(step["seconds"] > 0 for step in found["steps"])
@@ -71,7 +71,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
         "prune": 1.0,
         "recover": 3 * 6.0,
         "export": 3.0,
-        "measure": pytest.approx(3.0 + 0.4),
+        "measure": pytest.approx(2 * 3.0 + 0.4),  # the teacher and the student are exported
     }
     assert found["seconds"] == pytest.approx(sum(seconds.values()))
     ticks = itertools.count(0, 6)

@@ -138,7 +138,7 @@ def test_run_may_use_the_folder_of_its_dry_run(fresh):
     assert (fresh.folder / "run.json").is_file()
 
 
-def test_run_interrupted_in_the_second_recovery_ends_with_the_same_bits(iterative, fresh):
+def test_run_interrupted_in_the_second_recovery_equals_the_uninterrupted_run_bit_for_bit(iterative, fresh):
     with pytest.raises(Interrupted):
         fresh.run_recipe(stop=in_second_recovery(fresh))
     assert fresh.steps("step_end") == STEPS[:4]

@@ -225,7 +225,7 @@ def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
 
 
 def test_pruned_model_above_its_limit_misses_the_goal(done):
-    """Planted fault: the goal is evaluated with the counted cost after pruning, not with that of the plan."""
+    """Planted fault: the goal is evaluated with the counted cost after pruning, not with the cost in the plan."""
     folder = done.folder / "checkpoints" / "prune" / "done"
     record = json.loads((folder / "record.json").read_text())
     record["macs"] = round(0.61 * cost(8)[1])

@@ -223,7 +223,7 @@ def test_invalid_training_settings_are_refused_when_reading(step, values, senten
 # ------------------------------------------------------------------------------------------------ overrides
 
 
-def test_environment_overrides_the_file_and_the_command_line_both():
+def test_environment_overrides_the_file_and_the_command_line_overrides_both():
     environment = {
         "KIRSCH_RECIPE__SEED": "1",
         "KIRSCH_RECIPE__PRUNE__GOAL__MACS": "0.25",

@@ -17,7 +17,7 @@ def blocks(language):
 
 
 def test_table_lists_the_steps():
-    """All but `evaluate`, which is added by itself."""
+    """All steps but `evaluate`, which is added to a recipe automatically."""
     names = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert sorted([*names, "evaluate"]) == sorted(STEPS)
 

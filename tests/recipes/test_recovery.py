@@ -152,7 +152,7 @@ class RecordingRun(MaskedRun):
 
 
 def test_kept_channels_equal_those_of_the_masked_original(case):
-    """Two ways in every layer: kept channels of the masked program, and the pruned module."""
+    """In every layer, the kept channels of the masked original equal the outputs of the pruned module."""
     masked = RecordingRun(case.graph, case.plan.keep(case.graph), case.model)
     masked.outputs([case.inputs])
     assert sum(channels.axis is not None for channels in case.known.values()) > 10

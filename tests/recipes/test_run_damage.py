@@ -141,10 +141,10 @@ def test_altered_metrics_are_reported_and_written_again(done):
     accuracy = metrics["models"][-1]["accuracy"]["value"]
     metrics["models"][-1]["accuracy"]["value"] = 1.0 - accuracy
     files.write_json(path, metrics)
-    assert integrity.check(done.folder).problems == [f"{path} does not have the sha256 of its manifest"]
+    assert integrity.check(done.folder).problems == [f"{path} does not have the sha256 that its manifest states"]
     resume(done.folder, listen=done.events.append)
     assert json.loads(path.read_text())["models"][-1]["accuracy"]["value"] == accuracy
-    assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
+    assert done.notes() == [f"{path} does not have the sha256 that its manifest states. It is written again."]
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/train", "checkpoints/prune/done", "artifacts"])
@@ -192,7 +192,7 @@ def test_edited_run_json_does_not_change_the_base_folder(done):
     run = json.loads(path.read_text())
     files.write_json(path, run | {"base": "../elsewhere"})
     resume(done.folder, listen=done.events.append)
-    assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
+    assert done.notes() == [f"{path} does not have the sha256 that its manifest states. It is written again."]
     assert json.loads(path.read_text())["base"] == run["base"]
 
 
@@ -230,7 +230,7 @@ def test_metrics_without_manifest_are_compared_with_the_records(done, part, chan
     change(metrics[part])
     files.write_json(path, metrics)
     assert integrity.check(done.folder).problems == [
-        f"{path} does not have the {part} that the records of the steps give"
+        f"the key {part!r} of {path} does not agree with the records of the steps"
     ]
     resume(done.folder, listen=done.events.append)
     assert integrity.check(done.folder).problems == []
@@ -260,7 +260,7 @@ def test_metrics_of_an_earlier_process_are_not_reported(done):
 
 
 def test_unfinished_run_is_checked_by_its_parts(done):
-    """A run without manifest, as before its end."""
+    """A run has no manifest before its end."""
     run = json.loads((done.folder / "run.json").read_text())
     del run["manifest_sha256"]
     files.write_json(done.folder / "run.json", run)
@@ -280,7 +280,7 @@ def test_unfinished_run_is_checked_by_its_parts(done):
         f"{done.folder / 'checkpoints/train/done'} is missing, and a later step is done",
         f"{done.folder / 'recipe.yaml'} is not the recipe that run.json states",
         f"{done.folder / 'plan.json'} is missing, or is not the plan of the pruned model",
-        f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 of its step",
+        f"{done.folder / 'artifacts/model.onnx'} does not have the sha256 that the record of its step states",
     ]
     resume(done.folder, listen=done.events.append)
     assert integrity.check(done.folder).problems == []

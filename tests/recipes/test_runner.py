@@ -204,7 +204,9 @@ def test_only_the_damaged_step_is_run_again(done, step):
     flip_bit(path)
     resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == [step]
-    assert done.notes()[0] == f"The step {step!r} is run again: {path} does not have the sha256 of its manifest."
+    assert (
+        done.notes()[0] == f"The step {step!r} is run again: {path} does not have the sha256 that its manifest states."
+    )
 
 
 def test_damaged_artifact_is_exported_again(done):
@@ -224,7 +226,7 @@ def test_damaged_pruned_model_is_saved_again(done, name):
     flip_bit(path)
     resume(done.folder, listen=done.events.append)
     assert done.steps("step_start") == []
-    assert done.notes() == [f"{path} does not have the sha256 of its manifest. It is written again."]
+    assert done.notes() == [f"{path} does not have the sha256 that its manifest states. It is written again."]
     assert path.read_bytes() == before
 
 
@@ -254,7 +256,7 @@ def test_damaged_or_missing_run_json_is_written_again(done, content):
     resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS
     assert re.match(
-        r".*run\.json (is missing|does not have the sha256 of its manifest)\. It is written", done.notes()[0]
+        r".*run\.json (is missing|does not have the sha256 that its manifest states)\. It is written", done.notes()[0]
     )
     assert json.loads(path.read_bytes()).keys() == json.loads(before).keys()
     assert integrity.check(done.folder).problems == []

@@ -211,7 +211,7 @@ def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, 
     assert re.search(sentence, str(caught.value))
 
 
-def test_the_label_loss_of_the_task_is_one_that_objectives_take():
+def test_objectives_take_the_label_loss_of_the_task():
     assert TASKS["classification"].label_loss in LABEL_LOSSES
 
 
@@ -222,7 +222,7 @@ def test_outputs_must_be_one_logit_for_each_class():
             Classification().check_outputs(np.zeros(shape), data_set())
 
 
-def test_a_model_better_than_chance_has_no_weakness_and_one_that_predicts_one_class_has():
+def test_a_model_better_than_chance_has_no_weakness_and_a_model_that_predicts_one_class_has_one():
     task, data = Classification(), data_set(test=split((0, 0, 1, 1, 2, 2)))
     good = task.evaluate(logits_of([0, 0, 1, 1, 2, 0]), data)
     assert (good["accuracy"]["value"], good["chance"], good["one_class"]) == (5 / 6, pytest.approx(1 / 3), False)

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kirsch import __version__
-from kirsch.errors import SurroundingsError
+from kirsch.errors import RequirementError
 from kirsch.tables import Line, Piece
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def packages() -> list[Package]:
     """Return all packages that Kirsch can use, with their installed versions.
 
     Raises:
-        SurroundingsError: Kirsch runs from its source without being installed.
+        RequirementError: Kirsch runs from its source without being installed.
     """
     try:
         requirements = [Requirement(text) for text in metadata.requires("kirsch") or ()]
     except metadata.PackageNotFoundError as error:
-        raise SurroundingsError(
+        raise RequirementError(
             "The package kirsch is not installed; only its source was found.",
             fix="Run `pip install -e .` in the folder of the source.",
         ) from error

@@ -20,7 +20,7 @@ FRAMEWORKS = (
 """Base classes of models. `kirsch.frameworks.find.framework_of` raises an error for those that are not supported."""
 
 
-ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); texts as the numbers of their tokens."
+ONLY_NUMBERS = "Give numbers, such as inputs.astype(numpy.float32); tokenize texts first."
 
 
 def is_model(value: Any) -> bool:
@@ -36,7 +36,7 @@ def _give_model(value: Any) -> str:
     if inspect.isroutine(value):
         return "Call the function, and give the model that it returns."
     if isinstance(value, (str, os.PathLike)):
-        return "Build the model in Python first; kirsch.load(folder, build) reads a pruned one."
+        return "Build the model in Python first; kirsch.load(folder, build) reads a pruned model."
     return "Give a torch.nn.Module."
 
 
@@ -47,7 +47,7 @@ def is_array(value: Any) -> bool:
 
 
 def has_arrays(value: Any) -> bool:
-    """Return whether a value is an array with an axis for the samples, or a container with at least one in it."""
+    """Return whether a value is an array with an axis for the samples, or a container of at least one such array."""
     if is_array(value):
         return len(value.shape) > 0
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
@@ -66,7 +66,7 @@ def _give_inputs(value: Any) -> str:
 
 
 def is_batch(value: Any) -> bool:
-    """Return whether a value can be one batch: arrays, or an object with `inputs` that are."""
+    """Return whether a value can be one batch: arrays, or an object whose `inputs` are arrays."""
     return has_arrays(getattr(value, "inputs", value))
 
 
@@ -135,7 +135,7 @@ Labeled = Annotated[Any, Kind("inputs with labels", _is_labelled, _give_labelled
 """Inputs and labels as a pair of arrays, or batches of such pairs."""
 
 Data = Annotated[Any, Kind("training data", _is_data, _give_data)]
-"""Batches that can be iterated over once an epoch."""
+"""Batches that can be iterated over in each epoch."""
 
 Build = Annotated[
     Callable[[], Any],

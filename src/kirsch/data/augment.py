@@ -90,12 +90,12 @@ def _word(number: int) -> NDArray[np.uint64]:
 
 
 def derive_seeds(seeds: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    """Return seeds of the stage with this number, independent of those of other stages."""
+    """Return the seeds of the stage with this number, which are independent of the seeds of other stages."""
     return mix(mix(seeds + STEP) + _word(number) * STEP)
 
 
 def uniform(seeds: NDArray[np.uint64], draw: int = 0) -> NDArray[np.float64]:
-    """Return random numbers in [0, 1), one per seed, shape (N,), with 53 bits; `draw` is the number of the draw."""
+    """Return random numbers in [0, 1), one per seed, shape (N,), with 53 bits; another `draw` gives other numbers."""
     return (mix(seeds + _word(draw + 1) * STEP) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -105,7 +105,7 @@ def integers(seeds: NDArray[np.uint64], draw: int, below: int) -> NDArray[np.int
 
 
 class Seeded(ABC):
-    """Transform of a batch whose randomness depends on one seed per sample; a frozen dataclass of its settings."""
+    """Transform of a batch whose randomness depends on one seed per sample. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
@@ -308,7 +308,7 @@ def check(transform: Seeded | Augment | None, samples: NDArray[Any]) -> None:
         samples: samples that differ, shape (N, ...).
 
     Raises:
-        UsageError: the transform takes no generator, returns another shape, or draws from another source.
+        UsageError: the transform takes no generator, returns another shape, or has another source of random numbers.
     """
     if isinstance(transform, Chain):
         for number, stage in enumerate(transform.stages):

@@ -86,7 +86,7 @@ def batches_of(data: Any, name: str = "the data") -> Iterator[Batch]:
 
 @contextlib.contextmanager
 def naming(batch: str) -> Iterator[None]:
-    """Prefix errors about a batch that are raised within the block with the name of the batch."""
+    """Add the name of the batch to the errors about it that are raised within the block."""
     try:
         yield
     except (DataError, ModelError, UsageError) as error:
@@ -96,7 +96,7 @@ def naming(batch: str) -> Iterator[None]:
 
 
 def _first_array(part: Any) -> Any:
-    """Return the first array of inputs, which may contain switches, too."""
+    """Return the first array of inputs, which may also contain numbers, booleans and strings."""
     if not isinstance(part, (tuple, list, dict)):
         return part
     parts = list(part.values() if isinstance(part, dict) else part)
@@ -104,9 +104,9 @@ def _first_array(part: Any) -> Any:
 
 
 class SeededData(ABC):
-    """Data whose epochs depend on a seed alone, so that a run can be resumed within an epoch bit for bit.
+    """Data whose epochs depend on a seed alone, so that a run resumed within an epoch reads exactly the same batches.
 
-    With `torchrun`, each process iterates over all batches and trains on its part of each.
+    With `torchrun`, each process iterates over all batches and trains on its part of each batch.
     """
 
     @abstractmethod
@@ -125,7 +125,7 @@ class SeededData(ABC):
 
 
 def count_of(samples: int, batch_size: int) -> int:
-    """Return the number of batches. A single last sample joins the batch before: batch normalization needs two."""
+    """Return the number of batches. A last batch of one sample is merged with the batch before; see `ArrayData`."""
     full, rest = divmod(samples, batch_size)
     return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
 
@@ -140,25 +140,28 @@ def borders_of(samples: int, batch_size: int) -> list[int]:
 class ArrayData(SeededData):
     """Samples in memory, whose order and augmentation depend on a seed alone.
 
-    The order of an epoch is drawn from (seed, epoch), the augmentation of a sample from (seed, view, id). So a run can
-    be resumed within an epoch bit for bit, and stored teacher outputs can be found for each augmented sample.
+    The order of an epoch depends on (seed, epoch), the augmentation of a sample on (seed, view, id). A run that is
+    resumed within an epoch therefore reads exactly the same batches, and the stored teacher outputs of each augmented
+    sample can be found.
 
     Args:
         inputs: finite, shape (N, ...); or a dict of such arrays, the keyword arguments of the model. Tensors and lists
             of numbers become numpy arrays, also in `targets` and `ids`.
         targets: targets of the loss on labels, such as class numbers (N,) or (N, L); None if there are none.
-        batch_size: >= 1. A single last sample joins the batch before, since batch normalization needs two.
+        batch_size: >= 1. A last batch of one sample is merged with the batch before, because batch normalization needs
+            two samples.
         augment: a transform of `kirsch.data.augment`, or a function (batch, generator) → batch, which is called
             with one sample at a time; None for no augmentation.
         ids: unique integers, shape (N,); 0 to N - 1 by default.
-        views: number of different augmentations of a sample: epoch e uses number e modulo `views`; with None, each
-            epoch uses a new one.
+        views: number of different augmentations of a sample: epoch e uses augmentation e modulo `views`. None: each
+            epoch uses a new augmentation.
         seed: seed of the augmentation; None for the seed of the run.
 
     Raises:
         DataError: there are no samples, inputs are not finite, or ids are not unique.
         ShapeError: inputs and targets or ids differ in number.
-        UsageError: the transform takes no generator or draws from elsewhere, or a setting is out of range.
+        UsageError: the transform takes no generator or draws random numbers from another source, or a setting is out of
+            range.
     """
 
     made_by: ClassVar[str] = "kirsch.ArrayData(inputs, targets)"

@@ -68,7 +68,7 @@ class DataSet:
         name: name of the data set in the report.
         train, validation, test: the three parts; `test` is used for reported results only. Each is a `Split`, a tuple
             (inputs, labels), or a loader: a DataLoader, or anything that gives batches with labels each time it is
-            iterated over. The training part of a loader is read in each epoch, with its own batch size, order and
+            iterated over. A loader of the training part is read in each epoch, with its own batch size, order and
             augmentation. Loaders of the other parts are read once, into memory, and should not shuffle.
         classes: names of the classes, in the order of the models' outputs. If left out: the class numbers, up to the
             largest label in memory.
@@ -160,7 +160,7 @@ class DataSet:
         return ArrayData(self.train.inputs[:end], self.train.labels[:end], batch_size, self.augment)
 
     def first_inputs(self, count: int) -> NDArray[Any]:
-        """Return the inputs of the first training samples; those of a loader as it gives them."""
+        """Return the inputs of the first training samples; a loader determines their order and augmentation."""
         inputs: NDArray[Any] = self.train.first_inputs(count) if self.is_stream else self.train.inputs[:count]
         return inputs
 
@@ -168,7 +168,8 @@ class DataSet:
     def sha256(self) -> str:
         """Return a hash over all samples and labels in memory, and over the name if the training part is a loader.
 
-        Whoever changes what a loader gives changes the name, too, so that no run of the other data is continued.
+        The batches of a loader are not hashed. If they change, the name must change, too; otherwise a run on the old
+        data would be continued.
         """
         digest = hashlib.sha256(f"loader {self.name}".encode() if self.is_stream else b"")
         for split in self.in_memory.values():

@@ -38,12 +38,13 @@ class GeneratedData(SeededData):
             the samples on the first axis. It must draw all random numbers from the `numpy.random.Generator`. For a
             model, such as the generator of a GAN, give `kirsch.ModelGenerator(model, noise=(64,))`.
         samples: samples per epoch, >= 1.
-        batch_size: >= 1; a single last sample joins the batch before.
+        batch_size: >= 1. A last batch of one sample is merged with the batch before.
         views: number of different epochs: epoch e is the same as epoch e modulo `views`; with None, each epoch is new.
         seed: seed of the random numbers, >= 0; None for the seed of the run.
 
     Raises:
-        UsageError: the function takes no generator or draws from elsewhere, or a setting is out of range.
+        UsageError: the function takes no generator or draws random numbers from another source, or a setting is out of
+            range.
         DataError: the function returns another number of samples.
 
     Source: Micaelli, Storkey 2019, arXiv:1905.09768, and Fang et al. 2019, arXiv:1912.11006, who train the generator
@@ -98,7 +99,7 @@ class GeneratedData(SeededData):
             yield Batch(self._inputs(borders[number + 1] - borders[number], generator), view=view)
 
     def _inputs(self, count: int, generator: np.random.Generator) -> Any:
-        inputs = without_gradient(self.generate(count, generator))  # no step changes what generated them
+        inputs = without_gradient(self.generate(count, generator))  # the generator is not trained
         sizes = {len(part) for part in _arrays(inputs)}
         if sizes != {count}:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Axes and values of images: what to change if a model does not take them."""
+"""Fixes for images whose axes or values a model does not accept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALE = (
     "Give floating-point inputs, scaled as in the training of the model, for example "
     "inputs.astype(numpy.float32) / 255 for arrays, inputs.float() / 255 for tensors."
 )
-"""Fix of images of type uint8."""
+"""Fix for images of type uint8."""
 
 
 def has_channels_last(shape: Sequence[int]) -> bool:
@@ -27,7 +27,7 @@ def has_channels_last(shape: Sequence[int]) -> bool:
 
 
 def order_fix(*, uint8: bool) -> str:
-    """Return how to change images with channels last, also to floating-point numbers if they are of type uint8."""
+    """Return the fix for images with channels last; `uint8` adds the conversion to floating-point numbers."""
     if not uint8:
         return f"Give inputs.transpose{AXES} for arrays, inputs.permute{AXES} for tensors."
     return (

@@ -60,7 +60,7 @@ def _split_by_name(entries: dict[str, Any], batch: Any) -> tuple[Any, Any, Any]:
     targets = None if name is None else entries.pop(name)
     if not entries:
         raise DataError(f"A batch has no inputs: it is {summary(batch)}.", fix=f"Give {FORMS}, together with inputs.")
-    # The fields of a named tuple are named by the loader, not after arguments of the model.
+    # A field of a named tuple need not be named after an argument of the model: a single input is passed by position.
     single = len(entries) == 1 and isinstance(batch, tuple)
     return (next(iter(entries.values())) if single else entries), targets, ids
 
@@ -84,7 +84,7 @@ def _split_by_position(batch: Any) -> tuple[Any, Any, Any]:
         raise DataError(
             f"A batch is a list of samples that are not collated: {summary(batch)}.",
             "Each array of a batch must contain all samples, on the first axis.",
-            "Give torch.utils.data.DataLoader(...) its default collate_fn, or one that stacks the samples.",
+            "Use the default collate_fn of torch.utils.data.DataLoader, or a collate_fn that stacks the samples.",
         )
     if not 1 <= len(parts) <= len(("inputs", "targets", "ids")):
         raise DataError(f"A batch has {len(parts)} parts: it is {summary(batch)}.", fix=f"Give {FORMS}.")

@@ -55,7 +55,7 @@ class Artifact(Printable):
         opset = f"   opset {details['opset']}" if onnx else ""
         rows: list[list[Cell]] = [["file", f"{self.path}   {figures.bytes_(self.bytes)}{opset}"]]
         if onnx:
-            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of the largest"
+            text = f"on {details['runtime']}: outputs differ by {details['drift']:.0e} of their largest value"
             rows.append(["inputs", ", ".join(f"{value['name']} {value['shape']}" for value in details["inputs"])])
             rows.append([Piece("verified", "good"), text])
         rows.append(["sha256", self.sha256])

@@ -52,7 +52,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # errors are raised, too; warnings are about its optimizer
+        options.log_severity_level = 4  # no log: errors are also raised, and warnings concern the optimizer only
         try:
             # ONNX Runtime itself refuses external data outside the folder of the file.
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -88,7 +88,7 @@ class OnnxSession:
             raise ShapeError(what, f"It expects {expected}.", INPUTS_FIX)
         try:
             out: list[NDArray[Any]] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
-        except Exception as error:  # its errors have no common base of their own
+        except Exception as error:  # the errors of ONNX Runtime have no common base class
             raise ShapeError(what, f"It expects {expected}. {_first_line(error)}", self._fix_of(inputs)) from error
         return out
 

@@ -100,9 +100,9 @@ class Measure(Step):
             )
 
     def seconds(self, job: Job) -> float:
-        """Estimate the time of two exports and of all rounds."""
-        del job
-        return EXPORT_SECONDS + ROUND_SECONDS * self.rounds
+        """Estimate the time to export the models before compression, and of all rounds."""
+        exports = 1 if job.make_student is None else 2  # the teacher, and the student
+        return EXPORT_SECONDS * exports + ROUND_SECONDS * self.rounds
 
     def run(self, job: Job, folder: Path) -> Record:
         """Measure the exported file, the teacher and the student in interleaved rounds."""

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 """Largest allowed difference between model and file, relative to the largest output; 1e-6 is usual in float32."""
 
 ROUNDING_FACTOR, ROUNDING_RUNS = 4, 3
-"""A file may differ by this factor times the largest effect of rounding errors in this number of runs."""
+"""A file may differ by the factor times the largest effect of rounding errors in several runs of the model."""
 
 LARGEST_TOLERANCE = 0.25
 """An output whose tolerance is larger, because rounding errors change it strongly, is not compared."""
@@ -35,7 +35,7 @@ STANDARD_DEVIATIONS = {"normal": 1.0, "zero": 0.0, "large": 100.0}
 """Standard deviations of random values for floating inputs, by the kind of inputs."""
 
 TYPICAL_KINDS = ("example", "normal")
-"""Each output must be compared on inputs of one of these kinds; zeros alone would not show other weights."""
+"""Each output must be compared on inputs of one of these kinds. Zeros alone would not show that the weights differ."""
 
 Arrays = tuple["NDArray[Any]", ...]
 
@@ -228,12 +228,12 @@ def compare(model: Exportable, session: OnnxSession, compared: Sequence[Trial]) 
 
 
 def _difference(name: str, drift: float, allowed: float, trial: Trial) -> NumericError:
-    why = f"The outputs differ by {drift:.1e} of the largest, {allowed:.0e} is allowed,"
+    why = f"differs by {drift:.1e} of its largest value for {trial.description}; {allowed:.0e} is allowed"
     if np.isinf(drift):
-        why = "The outputs differ in their shape, or in which values are finite,"
+        why = f"has another shape, or NaN or infinity in other places, for {trial.description}"
     return NumericError(
-        "The exported file does not compute what the model computes.",
-        f"{why} in {name!r} for {trial.description}.",
+        "The outputs of the exported file are not those of the model.",
+        f"The output {name!r} {why}.",
         "Report the model: its export is wrong.",
     )
 

@@ -29,7 +29,7 @@ LOGITS = ("logits", "output.logits")
 """Names of the layer whose values are the logits of a model."""
 
 GATHERED = ("stages", "relations")
-"""Kinds of values that are lists: a loss compares all layers of a term at once, not one pair after another."""
+"""Kinds of inputs of a loss that are lists: the loss compares all layers of a term at once, not pair by pair."""
 
 
 def bind(
@@ -45,16 +45,17 @@ def bind(
     """Bind the terms of an objective to concrete layers, with adapters sized from a run of all models.
 
     Args:
-        framework: of all models.
-        objective: the terms.
+        framework: the framework of all models.
+        objective: supplies the terms.
         student, teachers: models.
         inputs: a few samples.
-        seed: of the initial weights of adapters.
-        recorded: the outputs that a store holds for these samples; they take the place of teachers.
+        seed: seed of the initial weights of adapters.
+        recorded: the outputs that a store holds for these samples; they are used instead of teachers.
 
     Raises:
-        UnknownNameError: a model has no such layer, or the store no such record.
-        ShapeError: no adapter joins two layers, or student and teacher return different numbers of classes.
+        UnknownNameError: a term names a layer that a model does not have, or an output that the store does not hold.
+        ShapeError: no adapter can convert the student's feature of a term to the shape of the teacher's, or student and
+            teacher return different numbers of classes.
         UsageError: a term names different numbers of layers of student and teacher, or a teacher that does not exist.
     """
     if recorded is None and not teachers:
@@ -150,7 +151,7 @@ def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]
     if term.loss.activation == "identity" and objective.teachers == "confidence":
         raise UsageError(
             f"The term {term.name!r} compares real numbers, which do not show how confident a teacher is.",
-            fix='Set teachers="probabilities", which averages numbers, or name one teacher for the term: teacher=0.',
+            fix='Set teachers="probabilities", which averages real numbers, or name one teacher: teacher=0.',
         )
     if term.adapter is not None and objective.teachers == "sum":
         raise UsageError(
@@ -292,7 +293,7 @@ def refuse_classes(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...
     """Raise the error for logits of student and teacher with different numbers of classes.
 
     Args:
-        student_shape, teacher_shape: of the logits, with the axis of samples.
+        student_shape, teacher_shape: shapes of the logits, including the axis of samples.
     """
     if len(student_shape) == len(teacher_shape) == len("NLK") and student_shape[:2] == teacher_shape[:2]:
         raise ShapeError(

@@ -54,11 +54,11 @@ def distill_chain(
             are trained. The first may be any teacher that `distill` takes.
         data: see `distill`.
         learn_from: "previous": each model learns from the model before it. "all": each model learns from all models
-            before it, combined as in `Objective.teachers`; terms on features use the nearest of them.
-        objective: one for all links, or one for each; by default `Objective.kd()`.
-        training: one for all links, or one for each; by default `Training()`.
+            before it, combined as in `Objective.teachers`; terms on features use only the model directly before it.
+        objective: one objective for all links, or one for each link; by default `Objective.kd()`.
+        training: one `Training` for all links, or one for each link; by default `Training()`.
         validation, regularizers, check_teacher, progress: see `distill`.
-        hooks: of the whole chain, see `distill`. The field "link" of events is the number of the link, from 1.
+        hooks: hooks for the whole chain, see `distill`. The field "link" of events is the number of the link, from 1.
 
     Returns:
         One `Trained` for each link, the last for the student.
@@ -70,11 +70,13 @@ def distill_chain(
         Stopped: `hooks.stop` returned an error; `hooks.save` has been called.
 
     Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without randomly
-        dropped teachers. With `Objective(teachers="probabilities")`, the soft-target loss has the gradient of the mean
-        of its values for each teacher.
+        dropped teachers. With `Objective(teachers="probabilities")`, the gradient of the soft-target loss equals the
+        mean of its gradients for the single teachers.
     """
     if len(models) < MIN_MODELS:
-        raise UsageError(f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give two or more.")
+        raise UsageError(
+            f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give two or more models."
+        )
     _check_distinct(models)
     first, students = models[0], models[1:]
     if learn_from == "all" and isinstance(first, TeacherStore):
@@ -131,8 +133,8 @@ def born_again(
             training are seeded with `training.seed` + g.
         data: see `distill`.
         generations: number of generations that have a teacher, >= 1.
-        teacher: of the first generation. None: one more generation, trained on labels only, is the first teacher; it is
-            the first item of the result.
+        teacher: the teacher of the first generation. None: an additional generation is trained on labels only. It is
+            the first teacher, and the first item of the result.
         objective: by default `Objective.kd()`. A generation without a teacher uses only its label loss.
         training, validation, hooks, regularizers, progress: see `distill_chain`.
 
@@ -143,7 +145,8 @@ def born_again(
         UsageError: the number of generations is below 1, or `build` returns the same model or the same weights again.
         CheckpointError, Stopped: see `distill_chain`.
 
-    Source: Furlanello et al. 2018, arXiv:1805.04770; there the temperature is 1, with or without labels.
+    Source: Furlanello et al. 2018, arXiv:1805.04770. In the paper, the temperature is 1, and training on the teacher's
+        outputs is evaluated with and without the label loss.
     """
     objective, training = objective or Objective.kd(), training or Training()
     framework = pytorch()  # the models are not built yet, so their type does not show the framework
@@ -188,7 +191,7 @@ class _Combination:
 
     Args:
         way: see `Objective.teachers`.
-        activation: that converts logits to probabilities.
+        activation: the function that converts logits to probabilities.
         outputs: kind of the models' outputs. None: logits; the first outputs are checked.
     """
 
@@ -225,8 +228,8 @@ def ensemble(
     Args:
         models: models with the same classes; the ensemble contains copies.
         combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
-        activation: that converts logits to probabilities: "softmax" over classes, "sigmoid" for independent labels, or
-            "identity" for real numbers, which are averaged.
+        activation: the function that converts logits to probabilities: "softmax" over classes, or "sigmoid" for
+            independent labels. "identity": the outputs are real-valued predictions, which are averaged.
         outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; outputs of
             the first run that look like probabilities raise an error.
 
@@ -249,7 +252,7 @@ def _for_each_link(value: Any, links: int, name: str) -> list[Any]:
     if len(value) != links:
         raise UsageError(
             f"`{name}` has {len(value)} items, and the chain has {links} links from one model to the next.",
-            fix="Give one for all, or one for each link.",
+            fix="Give one item for all links, or one for each.",
         )
     return list(value)
 
@@ -268,7 +271,7 @@ def _check_distinct(models: Sequence[Any]) -> None:
 
 
 def _run(links: Sequence[Link], hooks: TrainingHooks) -> list[Trained]:
-    """Return the results of the links, one after the other; finished links are taken from the state to resume from."""
+    """Run the links in order and return their results. Finished links are loaded from the state to resume from."""
     states = _unpacked(hooks.resume, len(links)) if hooks.resume is not None else []
     finished: list[TrainingState] = states[:-1]
     trained: list[Trained] = []
@@ -288,9 +291,9 @@ def _link_hooks(
     """Return the hooks of one link, which add its number to events, and the finished links to saved states.
 
     Args:
-        hooks: of the chain.
-        index: of the link.
-        finished: states of the links before it.
+        hooks: hooks for the whole chain.
+        index: index of the link, from 0.
+        finished: final states of the earlier links.
         latest: list with the state to resume from, or empty; its item is replaced with each state that is saved.
     """
     emit, save_chain = hooks.event, hooks.save

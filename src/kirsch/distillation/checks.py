@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.training import Training
 
 FEW = 8
-"""Samples of the dry run that finds shapes."""
+"""Number of samples in the dry run that finds shapes."""
 
 
 def first_batch(training: TrainingLoop, data: Any) -> Batch:
@@ -56,17 +56,18 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
     """Return a warning if batches without targets have entries that are not arguments of the model.
 
     Args:
-        inference: of the framework of the model.
+        inference: the `Inference` object of the model's framework.
         model: the student.
         batch: the first batch.
-        objective: for the weight of the label loss.
+        objective: only its `label_weight` is used.
     """
     if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
         return []
     unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, so the label loss is left out. They contain {' and '.join(unknown)}, which "
-        f"{type(model).__name__} does not take. If this entry holds the targets, name it labels; otherwise remove it."
+        f"{type(model).__name__} does not take. If one of these entries holds the targets, name it labels; remove the "
+        "others."
     )
     return [text] if unknown else []
 
@@ -75,7 +76,7 @@ def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) 
     """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 
     Raises:
-        DataError: the model normalizes over the samples of a batch.
+        DataError: a batch has a single sample, and the model normalizes over the samples of a batch.
     """
     if isinstance(data, SeededData):  # a single last sample is added to the batch before it
         return
@@ -132,12 +133,15 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 
 
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
-    """Return a warning if the logits of several teachers are averaged, which multiplies their probabilities."""
+    """Return a warning if the logits of several teachers are averaged.
+
+    The result is the normalized geometric mean of their probabilities.
+    """
     activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (
-        f"The logits of the {teachers} teachers are averaged, which multiplies their probabilities, so that a "
-        'confident teacher outweighs the others. Set teachers="probabilities" to average the probabilities.'
+        f"The logits of the {teachers} teachers are averaged. This is the geometric mean of their probabilities, in "
+        'which a confident teacher outweighs the others. Set teachers="probabilities" to average the probabilities.'
     )
     return [text]

@@ -56,7 +56,7 @@ def distill(
         training: by default `Training()`.
         validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
         hooks: callbacks for events, stopping and checkpoints.
-        regularizers: further terms, such as `kirsch.Slimming(1e-4)`.
+        regularizers: further loss terms that depend on the student only, such as `kirsch.Slimming(1e-4)`.
         check_teacher: raise an error if the teacher is no better than predictions that ignore the inputs.
         progress: show a line for each epoch and a bar during the epoch, on the standard error; warnings are shown as
             lines, too. None: only on a terminal and in a notebook.
@@ -67,12 +67,14 @@ def distill(
     Raises:
         UsageError: student and teacher are one object, a model does not run on the first batch, or a model returns
             probabilities that the objective does not declare.
-        ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
-        UnknownNameError: a model has no such layer.
+        ShapeError: student and teacher return different numbers of classes, or no adapter can convert the student's
+            feature of a term to the shape of the teacher's.
+        UnknownNameError: a term names a layer that the model does not have.
         DataError: there are no samples, the label loss does not take the targets, the data is a dataset and not a
             loader, or a model does not take a batch.
         StoreError: a store was built from other data.
-        NumericError: the teacher is not better than chance, a term has no gradient, or numbers are not finite.
+        NumericError: the teacher is not better than chance, a term has no gradient, or a loss, gradient or output is
+            not finite.
     """
     objective, validation = objective or Objective.kd(), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
@@ -182,9 +184,9 @@ def with_validation(
     """Return the hooks with a validation.
 
     Args:
-        hooks: their own `validate` has precedence.
-        framework: of the students.
-        validation: as `to_validation` returns it.
+        hooks: hooks of the run. If they have a `validate`, it is kept.
+        framework: the framework of the students.
+        validation: a validation that `to_validation` returned.
         objective: supplies the label loss.
         students: models to check the validation with.
 
@@ -202,6 +204,6 @@ def with_validation(
 
 
 def warn_of_result(hooks: TrainingHooks) -> None:
-    """Warn of a trained model that predicts one class for all samples."""
+    """Warn if the trained model predicts one class for all samples."""
     if isinstance(hooks.validate, Validation) and (text := hooks.validate.warning()):
         hooks.warn(text)

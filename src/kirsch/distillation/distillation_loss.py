@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LABEL = "label"
-"""Name of the label loss in records."""
+"""Name of the label loss among the terms of a `LossOutput`, in events and in histories."""
 
 Features = Mapping[str, list[Any]]
 """The teachers' features of each term, by adapter name.
@@ -40,9 +40,9 @@ class DistillationLoss:
     """label_weight · label loss + Σ weight · distillation loss, with the names and layers of the terms resolved.
 
     Args:
-        objective: the weight and kind of the label loss, and how several teachers are combined.
-        terms: bound to the layers of student and teachers.
-        positions_of: function: mask of the inputs of a model of sequences → mask of its hidden states.
+        objective: supplies the weight and kind of the label loss, and the rule that combines several teachers.
+        terms: terms of the objective, bound to the layers of student and teachers.
+        positions_of: function that converts the mask of a sequence model's inputs to the mask of its hidden states.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class DistillationLoss:
         return [term for term in self.terms if at(term.weight, epoch)]
 
     def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> Features:
-        """Return the teacher's feature of each active term; the logits of several teachers are combined.
+        """Return the teachers' features of each active term; the logits of several teachers are combined.
 
         Args:
-            outputs: for each teacher, its values by layer.
+            outputs: the features of each teacher, by layer name.
             epoch: number of epochs done.
         """
         return {term.adapter_name: self._features_of(term, outputs, epoch) for term in self.active(epoch)}
@@ -97,13 +97,13 @@ class DistillationLoss:
         Args:
             student: outputs of the student with adapters: `features` by layer; `adapted`, the pair of features that an
                 adapter returns, by adapter name; `adapter_losses`, the loss of an adapter itself, by adapter name.
-            features: of the teachers, see the method `features`.
-            batch: the batch of student and teachers.
+            features: features of the teachers, as the method `features` returns them.
+            batch: the batch on which student and teachers have run.
             epoch: number of epochs done.
             step_counts: counts of all batches of the optimizer step. None: the step has only this batch.
             batch_counts: counts of the batch; None: count here, which synchronizes with the device of the batch.
-            factors: by name of a term, a factor of its weight; 1 if left out.
-            regularization: further terms of the student, by name.
+            factors: factors of the weights, by name of the term; 1 for a term that is left out.
+            regularization: values of the regularizers, by name.
             targets_checked: the targets of the batch are known to be valid. Otherwise the losses on labels check them,
                 which synchronizes with the device of the batch.
 
@@ -121,7 +121,7 @@ class DistillationLoss:
         adapter_losses: dict[str, Any] = {}
 
         def value_checks(*, of_labels: bool) -> AbstractContextManager[None]:
-            """No mask is empty, since its count is above 0, so that only labels need checks."""
+            """Return a context without checks of values: only labels need them, as no mask is empty (counts > 0)."""
             return nullcontext() if of_labels and not targets_checked else ops.without_value_checks()
 
         if fractions["labels"]:  # the mean over no labels is not defined
@@ -162,7 +162,7 @@ class DistillationLoss:
                 logits, labels, mask=masks.label_mask, label_smoothing=self.objective.label_smoothing
             )
         except (IndexError, RuntimeError):
-            # Raises an error that names the problem: not every batch was checked before.
+            # Not every batch was checked before the loss. If its labels are invalid, this check names the problem.
             check_labels(labels, tuple(logits.shape[1:]), self.objective)
             raise
         terms[LABEL] = weight * fraction * masks.mean_over_samples(loss)
@@ -197,7 +197,7 @@ class DistillationLoss:
         return masks.mean_over_samples(loss) if "labels" in names else loss
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in some batches: the denominators of the means.
+        """Return the numbers of samples, labels and positions in batches, by which sums of losses are divided.
 
         Counting batches on the host before they are moved to an accelerator avoids synchronizing with it.
         """
@@ -218,21 +218,21 @@ def add(terms: dict[str, Any], name: str, value: Any) -> None:
 def top_k_record_loss(
     term: BoundTerm, student: Any, record: Mapping[str, Any], mask: Any, options: Mapping[str, Any]
 ) -> Any:
-    """Return the soft-target loss for a record that holds the teacher's largest logits.
+    """Return the soft-target loss for stored teacher outputs that hold only the k largest logits.
 
     Raises:
-        UsageError: the term needs all logits, or an option that the record does not support.
+        UsageError: the term needs all logits, or it has an option that needs them.
     """
     if term.loss.name not in ("kd", "top-k"):
         raise UsageError(
-            f"The term {term.name!r} needs all logits of the teacher, and the store holds only the largest.",
+            f"The term {term.name!r} needs all logits of the teacher, and the store holds only the k largest.",
             fix="Build the store with Dense(), or use the terms 'kd' or 'top-k'.",
         )
     unsupported = set(options) - {"temperature", "tail", "k"}
     if unsupported:
         raise UsageError(
             f"The term {term.name!r} has the options {', '.join(sorted(unsupported))}.",
-            "A store of the largest logits does not support these options.",
+            "A store that holds only the k largest logits does not support these options.",
             "Build the store with Dense(), or leave the options out.",
         )
     stored = record["indices"].shape[-1]

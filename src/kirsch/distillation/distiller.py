@@ -56,21 +56,22 @@ class Distiller:
             inference mode and without gradient. An objective without terms needs no teacher.
         objective: the weighted terms.
         example_batch: a batch with the form of the training batches; a few of its samples are run to find shapes.
-        seed: of the initial weights of adapters.
+        seed: seed of the initial weights of adapters.
         regularizers: further loss terms that depend on the student only, see `kirsch.distill`.
         warn: called with each warning.
 
     Attributes:
         student: the model to train.
         module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
-        step: returns the loss of a batch; a `kirsch.frameworks.training.LossFunction`.
+        step: the loss function of a batch; a `kirsch.frameworks.training.LossFunction`.
         rows: the layers that are compared, with shapes and adapters.
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
             run on the batch, or a model returns probabilities instead of logits.
-        ShapeError: student and teacher return different numbers of classes, or no adapter joins two layers.
-        UnknownNameError: a model has no such layer.
+        ShapeError: student and teacher return different numbers of classes, or no adapter can convert the student's
+            feature of a term to the shape of the teacher's.
+        UnknownNameError: a term names a layer that the model does not have.
         DataError: the label loss does not take the targets, or it is unclear which elements of the batch are inputs and
             which are targets.
     """
@@ -166,9 +167,10 @@ class Distiller:
             batch: a batch that `kirsch.Batch.of` accepts, such as (inputs, targets) or a dict with "labels". Its arrays
                 are those of numpy or of the framework, on any device.
             epoch: number of epochs done, for weights and temperatures that change during training.
-            step_counts: for gradient accumulation: the result of `counts` for all batches of the optimizer step. The
+            step_counts: the result of `counts` for all batches of the optimizer step, for gradient accumulation. The
                 losses of these batches then add up to the loss of one large batch. None: the step has one batch.
-            module: for distributed training: `DistributedDataParallel(distiller.module)`. None: `distiller.module`.
+            module: the module to run instead of `distiller.module`. In distributed training,
+                `DistributedDataParallel(distiller.module)`.
 
         Raises:
             NumericError: a term gives the student no gradient.
@@ -176,8 +178,8 @@ class Distiller:
         """
         model = self.module if module is None else module
         converted = Batch.of(batch)
-        # The returned warning, about batches without targets after batches with targets, is ignored: a custom loop
-        # chooses its batches.
+        # `check` warns if a batch without targets follows one with targets. The warning is ignored here, because a
+        # custom loop may mix such batches on purpose.
         self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
         counts = self.step.counts([converted])  # before the batch is moved to the device of the student
         placed = self._framework.inference.to_device(converted, self.student)
@@ -192,12 +194,12 @@ class Distiller:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each term in the gradient on the first batch of the last epoch; empty before."""
+        """Share of each term in the gradient, on the first batch of the latest training epoch; initially empty."""
         return self._gradient_shares.latest
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in some batches, for `step_counts`.
+        """Return the numbers of samples, labels and positions in the batches of one optimizer step, for `step_counts`.
 
         In distributed training, sum the counts of all processes by name, and pass the sums as `step_counts`.
         """
@@ -284,7 +286,7 @@ class Distiller:
 
 
 def _copies(student: Any, teacher: Any) -> list[Any]:
-    """Return copies of the teachers, frozen."""
+    """Return frozen copies of the teachers."""
     teachers = one_or_more(teacher)
     if any(model is student for model in teachers):
         raise UsageError(
@@ -294,9 +296,9 @@ def _copies(student: Any, teacher: Any) -> list[Any]:
 
 
 def _require_classes(store: TeacherStore, objective: Objective, shape: tuple[int, ...]) -> None:
-    """Refuse a store of the largest logits whose teacher has a different number of classes than the student.
+    """Refuse a store that holds only the k largest logits, if its teacher and the student differ in number of classes.
 
-    A store of all logits is checked when the terms are bound, by the shape of its logits.
+    A store that holds all logits is checked when the terms are bound, by the shape of the logits.
     """
     compared = any(term.layers == ("logits", "logits") for term in objective.terms)
     if compared and store.specification.k and store.specification.classes != shape[-1]:

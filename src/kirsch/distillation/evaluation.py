@@ -41,7 +41,7 @@ WANTED_OTHERS = 8
 """Number of samples outside the most frequent class after which a loader is no longer read."""
 
 MOST_SAMPLES = 1024
-"""Largest number of samples in memory, or of one batch, that are evaluated. A loader is read until it is reached."""
+"""Largest number of samples that are evaluated: of data in memory, or of one batch. A loader is read up to it, too."""
 
 NOT_EVALUATED = (
     "The teacher was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
@@ -71,7 +71,7 @@ def evaluate_teacher(
     two standard deviations better than chance, or that predicts one class for all samples, gives a warning.
 
     Args:
-        framework: of the teacher.
+        framework: the framework of the teacher.
         teacher: a model or a store.
         data, validation: see `distill`; the data is used only if there are no validation batches.
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
@@ -105,7 +105,7 @@ class EvaluatedBatch:
 
     Args:
         outputs: predicted class numbers; for binary labels, logits (..., K); for regression, predicted values (..., K).
-        targets: of the same samples or positions.
+        targets: targets of the same samples or positions.
         classes: number of classes.
     """
 
@@ -316,8 +316,8 @@ def evaluated_batch(
     """Return the predictions and targets of the labeled samples or positions of one batch.
 
     Args:
-        outputs: of the model, a numpy array.
-        targets: as the label loss of the objective takes them.
+        outputs: outputs of the model, a numpy array.
+        targets: targets in the form that the label loss of the objective takes.
         objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
         stated: "probabilities" if the objective says that the model returns probabilities.
 
@@ -357,7 +357,7 @@ class Validation:
     accuracy of binary labels; R² of a regression.
 
     Args:
-        framework: of the model.
+        framework: the framework of the model.
         batches: an iterable of labeled batches that can be iterated more than once.
         objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
     """
@@ -395,7 +395,7 @@ class Validation:
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
     def _labeled(self) -> Iterator[tuple[int, Batch]]:
-        """Return the batches with targets and their numbers, counted from 1."""
+        """Return pairs of the position of a batch, from 1, and the batch, for all batches with targets."""
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 

@@ -34,8 +34,9 @@ class BatchMasks:
 
     Args:
         batch: inputs and targets, on one device.
-        objective: for `causal`, `ignore_index` and the label loss.
-        positions_of: function: mask of the inputs, shape (N, T) → mask of the hidden states, shape (N, L).
+        objective: supplies `causal`, `ignore_index` and the label loss.
+        positions_of: function that converts the mask of the inputs, shape (N, T), to the mask of the hidden states,
+            shape (N, L).
         labeled: count "labeled" of the batch, see `count`; None if only counts are needed.
     """
 
@@ -97,7 +98,7 @@ class BatchMasks:
 
     @cached_property
     def padding(self) -> Mapping[str, Any]:
-        """The inputs of a model of sequences by name, with the mask of the hidden states as `attention_mask`."""
+        """The inputs of a sequence model by name, with the mask of the hidden states as `attention_mask`."""
         inputs = self.batch.inputs if isinstance(self.batch.inputs, Mapping) else {}
         mask = inputs.get("attention_mask")
         return inputs if mask is None else {**inputs, "attention_mask": self._positions_of(mask)}
@@ -188,7 +189,7 @@ class BatchMasks:
 
 
 def _with_int64_targets(batch: Batch) -> Batch:
-    """Return the batch with class numbers in 64 bits, since -100 in 8 bits is class 156."""
+    """Return the batch with class numbers as int64: as uint8, the ignored label -100 would be class 156."""
     kind = str(getattr(batch.targets, "dtype", "")).removeprefix("torch.")
     if "int" not in kind or kind == "int64":
         return batch

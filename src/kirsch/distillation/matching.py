@@ -26,8 +26,8 @@ def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[
     """Return pairs of matching layers: the last feature maps of each size, or layers at the same relative depth.
 
     Convolutional networks have a stage for each size of their feature maps; stages of equal size are matched. The
-    stages of a transformer are the elements of its longest list of layers. If no size is shared, stages are matched by
-    depth.
+    stages of a transformer are the elements of its longest list of layers. If student and teacher have no size in
+    common, stages are matched by depth.
 
     Returns:
         Pairs (student layer, teacher layer), from the first to the last.
@@ -65,12 +65,12 @@ def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: 
     Args:
         shapes: path and output shape of modules, in the order in which they finish.
         image: shape of the model's input.
-        model_name: for errors.
+        model_name: name of the model for error messages.
 
     Raises:
         UsageError: there are no stages.
     """
-    # Windows of images are left out: their axis 0 is larger than the number of samples.
+    # Outputs for the windows of an image, as in Swin, are left out: their axis 0 is larger than the number of samples.
     shapes = [(path, shape) for path, shape in shapes if shape[:1] == image[:1]]
     shape_of = dict(shapes)
     maps: dict[str, Shape] = {}

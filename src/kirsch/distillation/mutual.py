@@ -55,8 +55,8 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. With `teachers="probabilities"`, the soft-target loss has the gradient of the mean of its
-    values for each peer, as in the paper.
+    `Objective.teachers`. With `teachers="probabilities"`, the gradient of the soft-target loss equals the mean of its
+    gradients for the single peers, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their
@@ -65,9 +65,9 @@ def distill_mutually(
         objective: its terms compare logits; by default the preset "dml".
         training: settings for all students. `max_grad_norm` limits the norm of all gradients together.
         validation: see `distill`; each student is evaluated.
-        hooks: of the run of all students, which has one state to save and resume. In events and states, the names of
-            terms and metrics begin with the index of the student: "0.kd", "1.accuracy".
-        regularizers: further terms of each student.
+        hooks: hooks for the common run of all students, which has one state to save and to resume from. In events and
+            states, the names of terms and metrics begin with the index of the student: "0.kd", "1.accuracy".
+        regularizers: further loss terms, computed for each student.
         progress: see `distill`.
 
     Returns:
@@ -79,8 +79,8 @@ def distill_mutually(
         ShapeError: the students return different numbers of classes.
         DataError, NumericError: see `distill`.
 
-    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2, where students may also
-        be updated in turn.
+    Source: Zhang et al. 2018, Deep mutual learning, arXiv:1706.00384, section 2. In the paper, students may also be
+        updated in turn.
     """
     objective, validation = objective or Objective.preset("dml"), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
@@ -188,9 +188,9 @@ class MutualStep:
     """Runs all students on a batch and sums their losses; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
-        features: of the framework of the students.
-        steps: for each student, its step, whose loss has the other students as teachers.
-        logits: for each student, the function that converts its outputs to logits; None if they are logits.
+        features: the `Features` object of the students' framework.
+        steps: the step of each student, in whose loss the other students are the teachers.
+        logits: the function that converts the outputs of each student to logits; None if they are logits.
     """
 
     def __init__(self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[Logits | None]) -> None:
@@ -247,13 +247,13 @@ class MutualStep:
         return {"students": [step.state() for step in self._steps]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state that `state` returned."""
         for step, stored in zip(self._steps, state["students"], strict=True):
             step.restore(stored)
 
 
 def _logits_layer(index: int) -> str:
-    """Return the layer of the cohort whose values are the logits of one student."""
+    """Return the layer of the cohort (all students as one module) whose output is the logits of one student."""
     return f"output.{index}"
 
 

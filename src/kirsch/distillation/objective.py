@@ -99,7 +99,7 @@ class Objective:
 
         Args:
             temperature: > 0; 4 is usual for small images, 1 to 2 for teachers with low confidence.
-            weight: of the soft-target loss, 0 to 1; 0.9 is usual.
+            weight: weight of the soft-target loss, 0 to 1; 0.9 is usual.
         """
         if not 0 <= weight <= 1:
             raise UsageError(
@@ -142,7 +142,7 @@ class Objective:
         """Return the objective from the data that `to_dict` returned.
 
         Raises:
-            UnknownNameError: objectives have no such field.
+            UnknownNameError: a key is not a field of an objective or of a term.
         """
         terms = tuple(_from_fields(Term, term, "a term") for term in values.get("terms", ()))
         outputs = values.get("teacher_outputs")

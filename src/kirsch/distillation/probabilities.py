@@ -28,7 +28,8 @@ ACTIVATIONS: Mapping[str, Activation] = {"cross-entropy": "softmax", "binary": "
 """Activation that each label loss applies to the logits of the student."""
 
 SIGMOID_COUNT, SIGMOID_MARGIN = 128, 0.02
-"""Number of values from 0 to 1, and distance of some of them from 0 and from 1, that show outputs of a sigmoid."""
+"""Values from 0 to 1 are taken for outputs of a sigmoid if there are at least 128, and some are within 0.02 of 0 and
+some within 0.02 of 1."""
 
 ROUNDING = 1e-6
 
@@ -119,9 +120,10 @@ def logits_converter(
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
     Args:
-        features: of the framework of the model.
+        features: the `Features` object of the model's framework.
         model: the student, or a teacher.
-        objective: may declare the outputs of the model; else, outputs that look like probabilities raise an error.
+        objective: may declare the kind of the model's outputs. If it does not, outputs that look like probabilities
+            raise an error.
         layers: the layers at which losses take logits.
         inputs: a few samples for a dry run.
         teacher: index of the teacher; None for the student.
@@ -168,7 +170,7 @@ def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
     if are_probabilities(rows):  # rows that are equal for all samples may be a bias with sum 1
         constant = values.shape[0] > 1 and bool((values == values[:1]).all())
         return "inside" if constant else "softmax"
-    few_values = len(np.unique(values)) <= len((0, 1, 2))  # constants and codes of 0 and 1 do not show a softmax
+    few_values = len(np.unique(values)) <= len((0, 1, 2))  # constants and 0/1 codes can have equal sums, too
     if are_scaled_probabilities(rows) and not few_values and not (values == values[:1]).all():
         return "scaled softmax"
     if "sigmoid" in activations and rows.shape[-1] > 1 and rows.max() <= 0 and are_probabilities(np.exp(rows)):
@@ -185,7 +187,7 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
     Args:
         subject: the model, as the subject of a sentence.
         kind: see `kind_of_outputs`.
-        objective: has the losses that take the outputs.
+        objective: supplies the losses that take the outputs.
         field: name of the field of the objective that declares the outputs of the model.
     """
     description = {
@@ -235,7 +237,7 @@ def check_training(values: Mapping[str, Any], layers: Sequence[str], objective: 
     Args:
         values: outputs of the student in training mode, by layer.
         layers: the layers at which losses take logits.
-        objective: may declare the outputs of the student.
+        objective: supplies the losses, and may declare the kind of the student's outputs.
 
     Raises:
         UsageError: the outputs are probabilities, and the objective does not declare the outputs of the student.

@@ -31,8 +31,8 @@ class TargetCheck:
     """Checks the targets of each batch of a loader.
 
     Args:
-        objective: the label loss and the terms.
-        logits_shape: of one sample; None leaves the targets unchecked.
+        objective: supplies the label loss and the terms.
+        logits_shape: shape of the logits of one sample; None leaves the targets unchecked.
 
     Attributes:
         all_checked: whether the targets of every batch so far were checked; False before the first batch.
@@ -47,7 +47,7 @@ class TargetCheck:
         """Return a warning if batches without targets follow batches with targets, once per run.
 
         Args:
-            batch: of a loader.
+            batch: a training batch.
             on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Raises:
@@ -77,12 +77,12 @@ class DistillationStep:
     """Runs teachers and student on a batch and returns the loss; a `kirsch.frameworks.training.LossFunction`.
 
     Args:
-        features: of the framework of student and teachers.
-        objective: the label loss and the weights of the terms.
-        terms: of the objective, bound to the layers of the models.
-        teacher_source: the outputs of the teachers for a batch; None without terms.
-        regularizers: further terms of the student alone.
-        positions_of: function: mask of the inputs of a model of sequences → mask of its hidden states.
+        features: the `Features` object of the framework of student and teachers.
+        objective: supplies the label loss and the weights of the terms.
+        terms: terms of the objective, bound to the layers of the models.
+        teacher_source: function that returns the outputs of the teachers for a batch; None without terms.
+        regularizers: further loss terms that depend on the student only.
+        positions_of: function that converts the mask of a sequence model's inputs to the mask of its hidden states.
         logits_shape: see `TargetCheck`.
     """
 
@@ -137,7 +137,7 @@ class DistillationStep:
 
         Args:
             student, features: outputs of the student and features of the teachers, see `DistillationLoss`.
-            model: the student, for the regularizers.
+            model: the student, to which the regularizers are applied.
             batch, epoch, step_counts, batch_counts: see `LossFunction`.
             training: whether the student is in training mode.
         """
@@ -158,7 +158,7 @@ class DistillationStep:
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in some batches: the denominators of the means."""
+        """Return the numbers of samples, labels and positions in batches, by which sums of losses are divided."""
         return self.loss.counts(batches)
 
     def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
@@ -192,9 +192,9 @@ def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Se
     """Return the factors of the terms that make the norms of their gradients proportional to their weights.
 
     Args:
-        norms: of the gradients of the weighted terms, by name.
-        weights: of the terms when the norms were computed.
-        names: of the terms.
+        norms: norms of the gradients of the weighted terms, by name.
+        weights: weights with which the norms were computed, by name of the term.
+        names: names of the terms, in order.
     """
     present = [name for name in dict.fromkeys((LABEL, *names)) if norms.get(name) and weights.get(name)]
     unweighted = {name: norms[name] / weights[name] for name in present}

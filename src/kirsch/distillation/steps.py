@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kirsch.jobs.job import Job, Record
 
 TEMPERATURE, WEIGHT = 4.0, 0.9
-"""Defaults of soft targets."""
+"""Default temperature and weight of the soft-target loss."""
 
 TRIAL_BATCHES = 3
 """Number of batches on which training is timed, to estimate the time of a step of the job."""
@@ -40,7 +40,7 @@ FORMS = "Give the name of a preset such as dkd, {preset: at, label_weight: 0.5} 
 
 
 def _read_objective(value: Any) -> Any:
-    """Return the name of a preset as it is; a dict with a preset or terms as an `Objective`."""
+    """Convert a dict with a preset or terms to an `Objective`; return the name of a preset unchanged."""
     try:
         if isinstance(value, str):
             PRESETS[value]
@@ -79,7 +79,7 @@ def _objective(fields: dict[str, Any]) -> Objective:
 
 
 def _write_objective(value: Objective | str) -> Any:
-    """Return the fields of an objective that differ from their defaults; a name as it is."""
+    """Return the fields of an objective that differ from their defaults; return the name of a preset unchanged."""
     return value if isinstance(value, str) else {"terms": [], **_changed_fields(value)}
 
 
@@ -136,7 +136,7 @@ ONE_EPOCH = Training(epochs=1, learning_rate=1e-6)
 
 @STEPS.register("evaluate")
 class Evaluate(Step):
-    """Evaluate the given teacher. A job without a step `train` for the teacher begins with this step."""
+    """Evaluate the teacher without training. A job without a step `train` for the teacher begins with this step."""
 
     repeatable: ClassVar[bool] = False
 
@@ -145,7 +145,7 @@ class Evaluate(Step):
         job.count(job.teacher)
 
     def run(self, job: Job, folder: Path) -> Record:
-        """Write the weights of the teacher, and return its quality."""
+        """Write the weights of the teacher, and return its metrics."""
         framework_of(job.teacher).inference.inference_mode(job.teacher)
         record = {"model": "teacher", "did": "given", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
@@ -205,7 +205,7 @@ class Train(TrainingStep):
         return job.teacher if self.model == "teacher" else job.model
 
     def _put(self, job: Job, model: Any) -> None:
-        """Replace the teacher or the student. Without a student, the teacher is the model to compress, too."""
+        """Replace the teacher or the student. If the job has no student, the teacher is also the model to compress."""
         if self.model == "teacher":
             job.teacher = model
         if self.model == job.model_name:
@@ -215,7 +215,7 @@ class Train(TrainingStep):
 
 @STEPS.register("distill")
 class Distill(TrainingStep):
-    """Train the student on the teacher."""
+    """Train the student on the outputs of the teacher."""
 
     needs_student: ClassVar[bool] = True
     makes: ClassVar[str] = "student"
@@ -231,7 +231,9 @@ class Distill(TrainingStep):
     temperature: Positive | None = Field(None, description="temperature of the objective kd; null: 4")
     weight: Share | None = Field(
         None,
-        description="weight of the soft-target loss of the objective kd; the label loss has 1 - weight; null: 0.9",
+        description=(
+            "weight of the soft-target loss of the objective kd; the label loss has the weight 1 - weight; null: 0.9"
+        ),
     )
 
     def check(self) -> None:
@@ -287,7 +289,7 @@ class Distill(TrainingStep):
         return self._timed(job, trial)
 
     def run(self, job: Job, folder: Path) -> Record:
-        """Train the model on the teacher, and write its weights."""
+        """Train the model on the outputs of the teacher, and write its weights."""
         trained = distill(
             _apart(job),
             job.teacher,
@@ -318,7 +320,7 @@ class Distill(TrainingStep):
 
 @STEPS.register("recover")
 class Recover(Distill):
-    """Train a pruned model on the teacher, which restores most of its quality."""
+    """Train a pruned model on the outputs of the teacher, to recover the quality lost by pruning."""
 
     needs_student: ClassVar[bool] = False
     makes: ClassVar[str] = "recovered"

@@ -25,7 +25,7 @@ KHW = 3
 """Number of axes of one sample's logits for dense prediction: classes, height, width."""
 
 MASK_LEVEL = 255
-"""The foreground of masks that are stored as images; in other data sets, pixels without a label."""
+"""Value of foreground pixels in masks that are stored as images; in other data sets, of pixels without a label."""
 
 
 def uses_labels(objective: Objective) -> bool:
@@ -47,8 +47,8 @@ def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> N
 
     Args:
         labels: all targets, or those of the first batch; None if there are none.
-        shape: of the logits of one sample.
-        objective: the label loss and the terms.
+        shape: shape of the logits of one sample.
+        objective: supplies the label loss and the terms.
 
     Raises:
         DataError: the targets have another type or shape or are out of range, or there is nothing to learn from.
@@ -82,12 +82,12 @@ def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> N
 
 
 def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on_any_device: bool = False) -> bool:
-    """Refuse targets of one batch that the label loss does not take. The number of positions may differ per batch.
+    """Refuse targets of one batch that the label loss does not take; batches may have different numbers of positions.
 
     Args:
         labels: targets of the batch, or None.
-        shape: of the logits of one sample.
-        objective: the label loss and the terms.
+        shape: shape of the logits of one sample.
+        objective: supplies the label loss and the terms.
         on_any_device: also check targets on an accelerator, which synchronizes with it.
 
     Returns:
@@ -186,7 +186,7 @@ def positions_and_classes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]
     """Return the shape of the labels of one sample, and the number of classes.
 
     Args:
-        shape: of the logits of one sample: (K,), (L, K) or (K, H, W).
+        shape: shape of the logits of one sample: (K,), (L, K) or (K, H, W).
     """
     return (shape[1:], shape[0]) if len(shape) >= KHW else (shape[:-1], shape[-1] if shape else 1)
 
@@ -203,7 +203,7 @@ def _first_sample(wrong: NDArray[np.bool_]) -> int:
 
 
 def out_of_range(targets: NDArray[Any], wrong: NDArray[np.bool_], classes: int, ignore_index: int) -> DataError:
-    """Return the error for class numbers that are not classes of the model where `wrong` is true."""
+    """Return the error for targets that are not class numbers of the model; `wrong` is True for these targets."""
     values, wrong_values = (set(np.unique(array).tolist()) for array in (targets, targets[wrong]))
     fix = f"Correct the labels, or give the model a larger head; {ignore_index} stands for no label."
     if values <= {0, MASK_LEVEL} and classes == len((0, MASK_LEVEL)):
@@ -313,7 +313,7 @@ _TO_AXIS_1 = "targets.permute(0, 3, 1, 2) of a tensor, targets.transpose(0, 3, 1
 
 
 def _regression_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
-    """Return the fix for real numbers."""
+    """Return the fix for real-valued targets."""
     found = targets.shape[1:] or (1,)
     outputs = "" if _fits(targets, shape) else f", with a model whose outputs have shape {found} per sample"
     return (
@@ -412,7 +412,7 @@ def _check_binary(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
 
 
 def _check_regression(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Refuse targets of the squared error that are not finite numbers, one for each output."""
+    """Refuse targets of the squared error unless they are finite values, one for each output."""
     fits = _fits(targets, shape)
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Framework, Inference
 
 TOP_K = ("indices", "log_p", "tail")
-"""Fields of a record that holds the largest logits only."""
+"""Fields of stored outputs that hold only the k largest logits."""
 
 
 Teacher = Model | TeacherStore | Sequence[Model]
@@ -36,7 +36,7 @@ class TeacherSource(Protocol):
     """Returns the outputs of the teachers for a batch."""
 
     def __call__(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return for each teacher its values by layer, without gradient, on the device of the batch."""
+        """Return the features of each teacher by layer name, without gradient, on the device of the batch."""
 
     def close(self) -> None:
         """Remove the hooks; the next call adds them again."""
@@ -46,10 +46,10 @@ class LiveTeachers:
     """Teachers that are run on every batch, in inference mode and without gradient.
 
     Args:
-        framework: of the teachers.
-        models: frozen, in inference mode.
-        layers: for each teacher, the layers whose values are needed.
-        logits: for each teacher, a function that converts probabilities among its values to logits, or None.
+        framework: the framework of the teachers.
+        models: the teachers, frozen and in inference mode.
+        layers: the layers of each teacher whose features are needed.
+        logits: the function that converts the probabilities of each teacher to logits; None if they are logits.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StoredTeacher:
     """The outputs of a teacher, read from a store.
 
     Args:
-        inference: of the framework of the student.
+        inference: the `Inference` object of the student's framework.
         store: a `TeacherStore`.
     """
 
@@ -132,7 +132,7 @@ class StoredTeacher:
 
 
 def holds_top_k(values: Any) -> bool:
-    """Return whether a record holds only the largest logits."""
+    """Return whether stored outputs hold only the k largest logits."""
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
@@ -153,7 +153,7 @@ def replayed(store: TeacherStore, data: Any) -> ArrayData:
 
 
 def require_temperature(store: TeacherStore, objective: Objective) -> None:
-    """Refuse a store that holds probabilities of another temperature.
+    """Refuse a store whose probabilities have a temperature other than that of the terms.
 
     Raises:
         UsageError: the temperature of a term changes during training.
@@ -178,7 +178,7 @@ def combined(
     activation: Activation = "softmax",
     axis: int = -1,
 ) -> Any:
-    """Return the logits of several teachers combined.
+    """Combine the logits of several teachers.
 
     Args:
         logits: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
@@ -187,8 +187,9 @@ def combined(
             the probabilities, weighted for each sample, or label, by the softmax over teachers of their negative
             entropies.
         temperature: temperature of the softened probabilities.
-        activation: of the loss: "softmax", "sigmoid", or "identity" for real numbers, which are averaged.
-        axis: of the classes.
+        activation: the activation that the loss applies: "softmax", "sigmoid", or "identity" for real-valued outputs,
+            which are averaged.
+        axis: the axis of the classes.
 
     Source: the mean of the probabilities p_i minimizes Σ KL(p_i ‖ q) over q. Confidence by entropy: Kwon et
         al. 2020, Adaptive knowledge distillation based on entropy, ICASSP.

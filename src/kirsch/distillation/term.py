@@ -16,7 +16,7 @@ from kirsch.errors import UnknownNameError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
-"""Found in the paths of the cross-attention modules of transformers."""
+"""Pattern in the paths of the cross-attention modules of the library transformers."""
 
 STACK = re.compile(r"encoder|decoder|cross")
 """The first match in a path is the stack of a layer: `decoder.layers.0.encoder_attn` is in the decoder."""
@@ -28,7 +28,8 @@ class Ramp:
     """A number that changes linearly from `start` to `end` over some epochs, and then stays at `end`.
 
     Args:
-        start, end: finite.
+        start: value before the change, finite.
+        end: value after the change, finite.
         epochs: number of epochs of the change, > 0.
         after: number of epochs before the change, >= 0.
     """
@@ -61,7 +62,7 @@ def ends(number: Number) -> tuple[float, ...]:
 
 
 def problem(name: str, number: Number, *, above: float | None = None, least: float | None = None) -> str | None:
-    """Return the problem as text if the number is not finite or leaves its range, else None."""
+    """Return the problem as text if the number is not finite or out of range, else None."""
     if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
         return (
             f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; epochs must be above 0, and "
@@ -93,15 +94,15 @@ class Term:
 
     Args:
         loss: name of a loss in `LOSSES`.
-        weight: >= 0, or a `Ramp`.
-        temperature: > 0, or a `Ramp`; None for the default of the loss.
+        weight: weight of the loss, >= 0, or a `Ramp`.
+        temperature: temperature of the loss, > 0, or a `Ramp`; None for the default of the loss.
         student_layer: layer of the student, see `kirsch.frameworks.layers`: "logits", "layer3", "hidden[2]", "auto".
         teacher_layer: layer of the teacher; None for the same name as in the student.
         adapter: name of the adapter that brings both features to one shape; "auto" adds one only where the shapes
             differ, "none" adds none.
         options: keyword arguments of the loss.
         adapter_options: keyword arguments of the adapter.
-        name: name of the term in records; by default the name of the loss.
+        name: name of the term in events and in the history; by default the name of the loss.
         teacher: index of the teacher to compare with. None: all teachers combined for losses on outputs, the first
             teacher for other losses.
 
@@ -125,7 +126,7 @@ class Term:
 
     @property
     def record_name(self) -> str:
-        """Name of the term in records."""
+        """Name of the term in events, in the history and in messages."""
         return self.name or self.loss
 
     @property
@@ -182,16 +183,16 @@ class BoundTerm:
     If the layers of a term are a pattern, there is one bound term for each pair of layers.
 
     Args:
-        name: of the term in records. A second term of the same name has "#2" appended.
-        adapter_name: unique in an objective; the key of the adapter and of the features.
+        name: name of the term in events and in the history. A second term of the same name has "#2" appended.
+        adapter_name: key of the adapter and of the features, unique in an objective.
         loss: the loss function.
-        weight: of the term, at least 0.
-        options: keywords of the loss.
-        temperature: of the loss; None if it has none.
+        weight: weight of the term, at least 0.
+        options: keyword arguments of the loss.
+        temperature: temperature of the loss; None if the loss has no temperature.
         student_layer, teacher_layer: concrete layers, see `kirsch.frameworks.layers`.
         teacher: index of the teacher; None: all teachers, combined.
         adapter: module that brings both features to one shape; None if they are compared directly.
-        shapes: of one sample of the student's and the teacher's feature, as text.
+        shapes: shapes of the student's and the teacher's feature for one sample, as text.
     """
 
     name: str
@@ -218,7 +219,7 @@ class BoundTerm:
 
     @property
     def on_logits(self) -> bool:
-        """Whether the term compares outputs (logits or predicted numbers), to which the labels belong."""
+        """Whether the term compares outputs (logits, or the predictions of a regression), to which labels belong."""
         return self.loss.takes in OUTPUT_KINDS
 
     @property
@@ -239,7 +240,7 @@ class BoundTerm:
 
     @cached_property
     def mean_over(self) -> str:
-        """Items over which the loss is averaged. A batch has a weight in its step that is the number of its items.
+        """Items over which the loss is averaged. If a step has several batches, each is weighted by its items.
 
         "labels" (samples, or positions with a label), "samples", or the positions or pairs of positions of a stack,
         such as "positions of decoder".

@@ -1,4 +1,4 @@
-"""Formats of model and weight files, found by content, and how to convert them for Kirsch."""
+"""Find the format of a model or weight file by its content, and explain how to convert the file for Kirsch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _by_content(path: Path, head: bytes, size: int) -> Format | None:
     if not size:
         return _other("an empty file", "It has no content.", "Write or download it again.")
     header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header + 8 <= size:  # first: the header length may equal the magic bytes of other formats
+    if head[8:9] == b"{" and header + 8 <= size:  # before MAGIC: a header length may equal magic bytes
         return _safetensors(complete=True, size=size)
     text = head.lstrip().lower()
     for at, magic, what, why, fix in MAGIC:
@@ -122,11 +122,13 @@ def _by_name(path: Path) -> Format:
             IN_CALLABLE,
         )
     if suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        why = "It does not start like a zip archive, a pickle or a safetensors file: it is damaged or something else."
-        return _other(f"a file named {suffix} of an unknown format", why, "Save or download it again.")
+        why = (
+            "It does not start like a zip archive, a pickle or a safetensors file: it is damaged or has another format."
+        )
+        return _other(f"a file of an unknown format with the extension {suffix}", why, "Save or download it again.")
     if suffix in (".h5", ".hdf5", ".keras", ".tflite", ".pb"):
-        why = f"{KERAS_WHY} The file also does not start like such a file: it is damaged."
-        return _other(f"a file named {suffix}", why, IN_CALLABLE)
+        why = f"{KERAS_WHY} The file also does not start like a file with this extension: it is damaged."
+        return _other(f"a file with the extension {suffix}", why, IN_CALLABLE)
     if suffix == ".py":
         return Format("Python code", OTHER_WHY, f"Name the callable in it: {path}:build.", IN_CALLABLE)
     return _other("a file of an unknown format", OTHER_WHY, IN_CALLABLE)
@@ -163,10 +165,12 @@ def _folder(path: Path) -> Format:
         return _other("a TensorFlow SavedModel", NO_CODE_WHY, IN_CALLABLE)
     if (path / "config.json").is_file():
         fix = f'Give a callable that loads it: AutoModel.from_pretrained("{path}") in file.py:callable.'
-        return Format("a folder of a transformers model", "Its code is in transformers.", fix, fix)
+        return Format(
+            "a folder of a transformers model", "The code of the model is in the package transformers.", fix, fix
+        )
     files = sorted(path.glob("*.safetensors"))
     fix = f"Give the file in it: {files[0]}." if files else "Give a safetensors file."
-    return Format("a folder", "A model is given by its code, and weights by a file.", AS_CALLABLE, fix)
+    return Format("a folder", "A model is given as code, and weights are given as a file.", AS_CALLABLE, fix)
 
 
 def _checkpoint(path: Path, what: str, load: str = "torch.load") -> Format:

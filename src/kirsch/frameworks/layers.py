@@ -35,11 +35,11 @@ LayerNames = Annotated[
     Any,
     Kind("a layer name, or a list or dict of layer names", _is_layer_names, lambda _: 'Give, for example, "layer3".'),
 ]
-"""A layer name; a list of names for losses of stages or relations; a dict for losses of sets; or "auto", which matches
-the stages of both models."""
+"""A layer name; a list of names for losses that compare stages or relations between layers; a dict of names for losses
+of set predictions, as of detectors; or "auto", which matches the stages of both models."""
 
 Key = tuple[str, str, bool]
-"""Path of a module, function called in its forward or "", and whether the input is meant."""
+"""Path of a module; name of a function that its forward calls, or ""; whether the layer is the input."""
 
 GRAMMAR = re.compile(
     r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
@@ -56,9 +56,9 @@ class LayerName:
         text: name as written.
         path: path of the module, or "logits", "output.NAME", "hidden", "attention".
         function: name of a function that the module's code calls; empty for the module itself.
-        given: whether the input is meant, not the output.
-        call: number of the call; None if the module must be called once.
-        item: number or name of an output.
+        given: whether the layer is the input, not the output.
+        call: number of the call, from 0. None if it is not stated: the module must then be called exactly once.
+        item: number or name of one of several outputs; empty for the first one.
         index: index of a layer, or of the modules that match a pattern: a number, "*" or empty.
     """
 
@@ -97,7 +97,7 @@ class LayerName:
 
     @property
     def key(self) -> Key:
-        """Return path, function and side, without the number of the call and the output."""
+        """Return path, function, and whether the layer is the input; without the numbers of the call and the output."""
         return self.path, self.function, self.given
 
     @property

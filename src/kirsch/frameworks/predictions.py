@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 UNNAMED = re.compile(r"(output_)?\d+([._]\d+)*|output")
-"""Names of the outputs of a tuple, by their position, in a model and in an ONNX file."""
+"""Names that the outputs of a tuple have by their position, in a model or in an ONNX file."""
 
 ASIDE = ("hidden_state", "attention", "past_key_values", "router_logits")
-"""Words in the names of outputs that a model returns beside its predictions."""
+"""Words in the names of outputs that are not predictions."""
 
 MAIN = "out"
 """The main output of the segmentation models of torchvision, which return "aux" as well."""
@@ -23,8 +23,9 @@ MAIN = "out"
 def logits_output(names: Sequence[str]) -> str:
     """Return the name of the output that holds the logits.
 
-    It is the output named "logits", or the only one whose name contains that word; otherwise the first of a tuple, or
-    the only output of a dict that is not a hidden state, an attention, a cache or a loss.
+    This is the output named "logits", or the only output whose name contains "logits". Without such a name, it is the
+    first output of a tuple, the output "out" of a dict, or the only output of a dict that is not a hidden state, an
+    attention weight, a cache or a loss.
 
     Args:
         names: names of all outputs, in their order; at least one.
@@ -38,21 +39,21 @@ def logits_output(names: Sequence[str]) -> str:
     if len(named) > 1:
         raise UsageError(
             f"The model returns {', '.join(named)}, and none of them is named logits.",
-            fix=f'Name each by itself, as "output.{named[0]}", and leave the labels out: label_weight=0.',
+            fix=f'Compare each of these outputs by its name, such as "output.{named[0]}", with label_weight=0.',
         )
     if UNNAMED.fullmatch(names[0]):
         return names[0]
     if "hidden_state" in names[0]:
         raise UsageError(
             f"The model returns {names[0]} and no logits: it has no head.",
-            fix=f'Give a model with one, or compare "output.{names[0]}" alone, with label_weight=0.',
+            fix=f'Give a model with a head, or compare only "output.{names[0]}", with label_weight=0.',
         )
     main = [name for name in names if name != "loss" and not any(word in name for word in ASIDE)] or list(names)
     if len(main) > 1 and MAIN not in main:
         raise UsageError(
             f"The model returns {', '.join(main)}, and none of them is named logits.",
             "The labels and the teacher are compared with one output.",
-            f'Rename that output to "logits" in the forward, or compare "output.{main[0]}" and the like alone, with '
-            "label_weight=0.",
+            'Name the output with the predictions "logits" in the forward. Or compare outputs by their names, such as '
+            f'"output.{main[0]}", with label_weight=0.',
         )
     return MAIN if MAIN in main else main[0]

@@ -1,4 +1,4 @@
-"""Progress of a training that is called from Python."""
+"""Progress of a training run that is called from Python."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def shown_on(progress: bool | None) -> Display | None:
-    """Return where the progress of a call is shown; None if it is not shown.
+    """Return the display for the progress of a call; None if the progress is not shown.
 
     Args:
-        progress: True to show it, False not to; None to show it on a terminal and in a notebook. Of several processes
-            that are started by `torchrun`, only the first shows it.
+        progress: True shows the progress, False does not; None shows it on a terminal and in a notebook. Of several
+            processes that are started by `torchrun`, only the first one shows it.
     """
     if progress is False or os.environ.get("RANK", "0") != "0":
         return None
@@ -28,9 +28,9 @@ def shown_on(progress: bool | None) -> Display | None:
 
 
 def with_progress(hooks: TrainingHooks | None, progress: bool | None) -> TrainingHooks:
-    """Return the hooks of a training, which also show its progress; see `shown_on`.
+    """Return hooks that show the progress of a training run and call the given hooks; see `shown_on`.
 
-    The callbacks of the user are called, too. Warnings become lines, in place of Python warnings.
+    If the progress is shown, warnings are printed as lines and are not Python warnings.
     """
     hooks, display = hooks or TrainingHooks(), shown_on(progress)
     if display is None:

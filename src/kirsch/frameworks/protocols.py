@@ -1,7 +1,10 @@
-"""What a framework package implements: five protocols, each fulfilled by one object of the framework.
+"""Protocols that a framework package implements.
 
-`model` is a model of the framework, `batch` and `inputs` hold numpy arrays or arrays of the framework, and features and
-adapters are objects of the framework that the layers above only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
+A `Framework` has one object for each of the five protocols `Analysis`, `Surgery`, `Features`, `TrainingLoop` and
+`Inference`. `AdaptedStudent` and `Exportable` are objects that methods of these protocols return.
+
+`model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
+adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
 conformance suite.
 """
 
@@ -26,33 +29,36 @@ if TYPE_CHECKING:
 
 
 class Analysis(Protocol):
-    """From a model to its graph."""
+    """Analysis of models; the result is a `Graph`."""
 
     def trace(self, model: Any, example_inputs: Any, /, tracing: Tracing, *, of_part: bool = False) -> Graph:
         """Return the coupling analysis of a model, or of the part that `tracing` names; the model is not changed.
 
         Args:
-            model: model, which may have no values.
+            model: the model; its parameters may be on the meta device, without values.
             example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments.
             tracing: options of the analysis.
-            of_part: whether the example inputs are those of the part.
+            of_part: whether the example inputs are inputs of the part, not of the whole model.
         """
 
     def count(self, model: Any, example_inputs: Any) -> tuple[int, int]:
-        """Return the parameters, and the multiply-accumulates counted during one forward pass."""
+        """Return the number of parameters, and the number of multiply-accumulates in one forward pass."""
 
     def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
-        """Return example inputs of the form, shapes and types that a plan stores, on the device of a model."""
+        """Return random inputs of the structure, shapes and types that a plan stores, on the device of a model."""
 
 
 class Surgery(Protocol):
-    """From a model and a plan to the pruned model."""
+    """Application of plans to models; the result is the pruned model."""
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
         """Return a copy of the model without the units that the plan removes, and its verification."""
 
     def changed_computed_weights(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
-        """Return path → relative change, of modules whose computed weights change for the kept units."""
+        """Return the modules whose computed weights, as of spectral normalization, change for the kept units.
+
+        The result maps the path of a module to the size of its weight after the cut, relative to the size before.
+        """
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
@@ -69,8 +75,7 @@ class Surgery(Protocol):
             verify: search for the new values and verify them; otherwise use only the values that the plan states.
 
         Returns:
-            New values of the configuration, notes, and the reason with a fix if no checkpoint can be saved; "" if it
-            can.
+            New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".
         """
 
 
@@ -80,8 +85,8 @@ class StudentOutputs:
 
     Args:
         features: the student's features by layer.
-        adapted: by name of an adapter, the student's and the teacher's features for the loss.
-        adapter_losses: by name of an adapter, its own loss.
+        adapted: the student's and the teacher's features for the loss, by name of the adapter.
+        adapter_losses: losses that train only an adapter, by name of the adapter.
     """
 
     features: dict[str, Any]
@@ -103,9 +108,10 @@ class AdaptedStudent(Protocol):
     training: bool
 
     def __call__(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
-        """Run the student on one batch, and each adapter on its features and the teacher's, by name of the adapter.
+        """Run the student on one batch, and each adapter on the student's and the teacher's features.
 
-        `ids`: ids of the samples, for adapters that store features by sample.
+        `teacher_source`: the teacher's features by name of the adapter. `ids`: ids of the samples, for adapters that
+        store features by sample.
         """
 
     def parameters(self) -> Iterator[Any]:
@@ -125,7 +131,7 @@ class AdaptedStudent(Protocol):
 
 
 class Features(Protocol):
-    """Features of layers, adapters between them, and models that wrap others. Layers: `kirsch.frameworks.layers`."""
+    """Features of layers, adapters, and models that wrap other models; layer names: see `kirsch.frameworks.layers`."""
 
     def expand(self, model: Any, text: str, inputs: Any) -> list[str]:
         """Return the layers that a pattern such as "layer*" matches."""
@@ -142,7 +148,7 @@ class Features(Protocol):
     def is_squashed(self, model: Any, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
         """Return whether the feature of a layer is the output of a sigmoid or a softmax, in a run on some samples.
 
-        `logarithm`: whether it is the output of `logsigmoid` instead.
+        `logarithm`: return whether the feature is the output of `logsigmoid` instead.
         """
 
     def feature_mask(self, model: Any, mask: Any) -> Any:
@@ -183,7 +189,7 @@ class Features(Protocol):
 
 
 class TrainingLoop(Protocol):
-    """Training, and what it needs of gradients and random numbers."""
+    """Training, gradients, and random numbers."""
 
     def train(self, model: Any, batches: Any, loss: Any, training: Training, hooks: TrainingHooks) -> Trained:
         """Train a copy of the model; the model itself is not changed.
@@ -195,10 +201,12 @@ class TrainingLoop(Protocol):
         """Return the result of `build` with this random seed; the caller's random state is not changed."""
 
     def gradient_norms(self, student: Any, parts: dict[str, Any]) -> dict[str, float]:
-        """Return the norm of the gradient of each part for the student; empty if gradients are disabled.
+        """Return the norm of each loss term's gradient for the student; empty if gradients are disabled.
+
+        `parts`: the loss terms by name.
 
         Raises:
-            NumericError: a part has no gradient for the student.
+            NumericError: a loss term has no gradient for the student.
         """
 
     def batch_norm_scales(self, model: Any) -> Iterable[Any]:
@@ -209,7 +217,7 @@ class TrainingLoop(Protocol):
 
 
 class Inference(Protocol):
-    """Models that run: predictions, arrays, weights in files, and export."""
+    """Running of models, conversion of arrays, weight files, and export."""
 
     def predict(self, model: Any, inputs: Any, *, batch_size: int = 256) -> NDArray[Any]:
         """Return the outputs of a classifier in inference mode, numpy (N, K), for inputs of shape (N, ...)."""
@@ -268,7 +276,7 @@ class Inference(Protocol):
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework: its name, one object for each protocol, and its built-in models.
+    """A framework: its name, one object for each of the five protocols, and its built-in models.
 
     Args:
         name: name of the framework.

@@ -29,17 +29,19 @@ def trace(
         model: model of a supported framework; it may be on the meta device. It is not changed.
         example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments.
         outputs: names of the outputs whose shapes must not change: a key ("logits"), an index ("0") or a path
-            ("aux.0"). By default all outputs, except hidden states and the like beside logits or predictions.
+            ("aux.0"). By default all outputs; if the model returns logits or predictions, without hidden states,
+            attention weights and caches.
         decisions: treatment of code that branches on values of its input, such as `if x.sum() > 0` or the selection of
             boxes in a detector. "refuse": raise an error that names the line. "example": follow the branch of the
             example inputs; other branches are not analyzed.
         module: path of a part, such as "backbone", that is analyzed alone. The inputs of the part are recorded in a run
             of the whole model; shapes of its inputs and outputs do not change. Goals of plans are fractions of the cost
             of the part, and `kirsch.prune` returns the whole model with the pruned part.
-        softmax: treatment of units under a softmax, whose removal changes all other values, or under a selection of the
-            k largest, which then selects others. "freeze": these units are kept. "kept": these units may be removed,
-            and softmax or selection run over the kept units, which is a different function from the masked model; the
-            verification reports the number of such operations. Needed to remove experts of a mixture.
+        softmax: treatment of an axis over which a softmax or a selection of the k largest values is computed. Removal
+            of its units changes the other probabilities, or selects other units. "freeze": all units of the axis are
+            kept. "kept": units may be removed, and the softmax or selection is computed over the kept units. The pruned
+            model then computes another function than the original with the units set to zero; the verification
+            reports the number of such operations. "kept" is needed to remove experts of a mixture of experts.
         as_graph: whether the pruned model is the traced program, a `torch.fx.GraphModule`, in place of the module's own
             code. Integers in the code that would freeze units are then rewritten. The program is valid for the shapes
             of the example inputs (the batch size may differ unless the code contains it) and stays in inference mode:

@@ -33,7 +33,7 @@ class Training(Options):
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         weight_decay: >= 0; not applied to biases and normalization parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
-        milestones: ascending fractions of the steps after the warm-up, for "multistep".
+        milestones: for "multistep": ascending fractions of the steps after the warm-up.
         warmup_epochs: epochs of linear warm-up, 0 to `epochs`.
         max_grad_norm: largest gradient norm, > 0; None for no clipping.
         gradient_accumulation_steps: batches per optimizer step, >= 1; each sample has the same weight, also if the
@@ -54,7 +54,13 @@ class Training(Options):
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
     weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="for multistep, ascending fractions of the run")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75),
+        description=(
+            "for multistep: ascending fractions of the run after the warm-up; at each, the learning rate is divided "
+            "by 10"
+        ),
+    )
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
     max_grad_norm: Positive | None = Field(None, description="largest gradient norm; null: no limit")
     gradient_accumulation_steps: Count = Field(1, description="batches per optimizer step")
@@ -107,21 +113,22 @@ class LossFunction(Protocol):
         Args:
             model: model to train.
             batch: one batch.
-            epoch: number of epochs done so far.
+            epoch: number of completed epochs, with the completed fraction of the current one.
             step_counts: counts of the whole optimizer step, see `counts`. Means are divided by
                 these counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
                 step. None if the batch is the whole step.
-            batch_counts: counts of the batch, taken before it was moved to its device. None to count here.
+            batch_counts: counts of the batch, taken before it was moved to its device. None: they are taken here.
         """
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Return the denominators of the means by name, always with the same names; one of them is "labels".
 
-        They count the samples or positions that contribute to the loss. A step with none of them cannot be trained on.
+        They count the samples or positions that contribute to the loss. A step raises an error if its count "labels"
+        is 0.
         """
 
     def check(self, batch: Batch) -> list[str]:
-        """Check the targets of a batch of a loader; targets on another device are skipped.
+        """Check the targets of a batch of a loader, if they are on the CPU.
 
         Returns:
             Warnings, one sentence each.
@@ -142,7 +149,7 @@ class LossFunction(Protocol):
         """Return the state of the loss itself, JSON-able."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Load a state."""
+        """Load the result of `state`."""
 
 
 @checked
@@ -154,11 +161,12 @@ class TrainingHooks:
         validate: function model → metrics by name, called after each epoch; "accuracy" is displayed if present.
         event: called with a JSON-able dict for each event: {"event": "first_batch" | "warning" | "epoch", ...}.
             Without this callback a warning is a Python warning.
-        stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each batch.
+        stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each optimizer step and
+            after each epoch.
         save: called with a `TrainingState` after each epoch, and before the run stops.
         resume: state to resume from.
-        batch: called after each optimizer step with the number of the epoch (from 1), the number of epochs, the batches
-            done in the epoch, and the batches of an epoch, None if not known.
+        batch: called after each optimizer step with the number of the epoch (from 1), the number of epochs, the number
+            of completed batches of this epoch, and the number of batches of an epoch (None if it is not known).
         close: called when the training ends, also by an error.
     """
 
@@ -182,12 +190,13 @@ class TrainingHooks:
 
 @dataclass
 class TrainingState:
-    """State from which a run can be resumed bit for bit.
+    """State from which a run is resumed; on one CPU, the result is bit-identical to that of an uninterrupted run.
 
     Args:
         arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of the loader's
             random generators.
-        values: JSON-able: epoch, batches done in it, sums over them, history, shares of the first batch, settings.
+        values: JSON-able: number of the epoch, completed batches of this epoch and sums of their losses, history,
+            shares of the terms on the first batch, settings.
     """
 
     arrays: dict[str, Any]
@@ -212,11 +221,11 @@ def shares_of(norms: Mapping[str, float]) -> dict[str, float]:
 def share_warnings(shares: Mapping[str, float], began: Mapping[str, float]) -> dict[str, str]:
     """Return a warning for each term whose share of the gradient suggests a wrong weight or a wrong comparison.
 
-    A term whose share was normal on the first batch and has become small since is learned, which is not warned of.
+    A term whose share was normal on the first batch and is small now has been learned, and gives no warning.
 
     Args:
-        shares: by term; they add up to 1, or are all 0.
-        began: shares of the first batch of the run.
+        shares: share of each term in the gradient, by name; the shares add up to 1, or are all 0.
+        began: the shares on the first batch of the run.
     """
     found = {
         name: f"The term {name!r} is 0 on the first batch, and has no gradient. This is expected if student and "
@@ -230,15 +239,15 @@ def share_warnings(shares: Mapping[str, float], began: Mapping[str, float]) -> d
     for name, share in present.items():
         if share < LEAST_SHARE and name not in learned:
             found[name] = (
-                f"The term {name!r} is {share:.2g} of the gradient, so it has almost no effect. Its weight may be "
-                "that of another convention: a loss that is averaged over classes, or lacks the factor T², is that "
-                "much smaller."
+                f"The term {name!r} is {share:.2g} of the gradient, so it has almost no effect. Its weight may belong "
+                "to another convention of the loss: a loss that is averaged over classes, or that lacks the factor T², "
+                "needs a larger weight."
             )
         elif share > MOST_SHARE and len(present) > 1 and not learned:
             found[name] = (
                 f"The term {name!r} is {share:.4%} of the gradient, so that the other terms have almost no effect. Its "
-                "weight may be that of another convention: a loss that is summed over samples or elements is that much "
-                "larger."
+                "weight may belong to another convention of the loss: a loss that is summed over samples or elements "
+                "needs a smaller weight."
             )
     return found
 
@@ -271,7 +280,7 @@ class GradientShares:
 
 
 def require_labels(counts: Mapping[str, int], step: str) -> None:
-    """Refuse a step without targets.
+    """Raise an error for a step without targets.
 
     Raises:
         DataError: all targets of the step are masked.
@@ -292,7 +301,7 @@ class Trained(Printable):
         model: trained model, in inference mode.
         history: one dict per epoch: epoch, loss, terms (the weighted loss of each term; they add up to the loss),
             gradient_shares, learning_rate, seconds, and the validation metrics.
-        first_batch: shares of the terms in loss and gradient at the first batch.
+        first_batch: shares of the terms in the loss and in the gradient of the first batch.
     """
 
     model: Any

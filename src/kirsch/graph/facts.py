@@ -171,7 +171,7 @@ class Facts:
                 self.touch(labels)
                 self.freezes.append(replace(self.cause, labels=np.unique(labels)))
             else:
-                self.freeze(labels, "it meets an axis that cannot change")
+                self.freeze(labels, "the axis is coupled to a frozen axis")
             return None
         if len(first) != len(second):
             raise ValueError(f"axes of {len(first)} and {len(second)} cannot be equal")
@@ -180,7 +180,7 @@ class Facts:
         differs = first != second
         frozen = differs & ((first == 0) | (second == 0))
         if frozen.any():
-            self.freeze(np.maximum(first[frozen], second[frozen]), "it meets an index that cannot change")
+            self.freeze(np.maximum(first[frozen], second[frozen]), "the index is coupled to a frozen index")
         tied = differs & ~frozen
         self.left.append(first if tied.all() else first[tied])
         self.right.append(second if tied.all() else second[tied])

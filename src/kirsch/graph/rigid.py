@@ -65,10 +65,10 @@ def _reason(demand: Demand) -> str:
     """Return why an axis is frozen by a demand, for messages."""
     has_leaves = bool(demand.expression.leaves)
     if demand.operation.name == COMPARISON:
-        return f"a comparison in the code reads its size{f' and {demand.names}' if has_leaves else ''}"
+        return f"a comparison in the code reads the size of the axis{f' and {demand.names}' if has_leaves else ''}"
     if not has_leaves and not len(demand.labels):
-        return "the code uses its size as a number"
-    return f"{demand.names} cannot follow it"
+        return "the code uses the size of the axis as a number"
+    return f"{demand.names} cannot be updated when the axis is pruned"
 
 
 def _failing(

@@ -53,20 +53,21 @@ STATE = "distiller.safetensors"
 class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     """Mixin that makes a Trainer minimize an objective; list it before the Trainer among the base classes.
 
-    The model in training is the student with its adapters. So the adapters are part of the optimizer, of DDP, of
-    gradient clipping and of checkpoints; `save_model` writes the student alone. The batches of a step, and the
-    processes, are weighted by the number of samples or positions that contribute to the loss. The log contains each
-    term of the loss, and its share of the gradient in the first process.
+    The model in training is the student with its adapters. The optimizer, DDP, gradient clipping and checkpoints
+    therefore include the adapters; `save_model` writes the student alone. The losses of the batches and processes of an
+    optimizer step are weighted by their numbers of samples or positions that contribute to the loss. The log contains
+    each term of the loss, and the share of this term in the gradient of the first process.
 
     Args:
         args, kwargs: arguments of the Trainer; its model is the student. `compute_loss_func` and
             `label_smoothing_factor` are refused, since the objective defines the loss.
         teacher: see `kirsch.Distiller`. The copy of the teacher is kept until the trainer is deleted.
         objective: objective to minimize. Evaluation uses the student's own loss.
-        regularizers: additional terms of the student alone.
+        regularizers: additional loss terms that depend on the student only.
 
     Attributes:
-        distiller: the `kirsch.Distiller`, from the first call of `train` on; the seed of its adapters is `args.seed`.
+        distiller: the `kirsch.Distiller`, None before the first call of `train`. The seed of its adapters is
+            `args.seed`.
 
     Raises:
         UsageError: the model is distributed in an unsupported way, or the Trainer defines a loss of its own.
@@ -89,7 +90,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         self._check(objective)
 
     def _check(self, objective: Objective) -> None:
-        """Refuse settings with which training would run and minimize something else."""
+        """Refuse settings with which training would run, but not minimize the objective."""
         unsupported = {
             "FSDP": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
@@ -151,9 +152,8 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            loader, first = framework.training.seeded(
-                fetch, self.args.seed
-            )  # keeps the random state, so the order of the run
+            # `seeded` restores the random state afterwards, because it determines the order of the training samples.
+            loader, first = framework.training.seeded(fetch, self.args.seed)
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
@@ -216,7 +216,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         steps = self.state.global_step - self._globalstep_last_logged
         if self.control.should_log and steps > 0:
             local = {name: float(part) / steps for name, part in self._parts.items()}
-            gathered = gather_object([local])  # objects, since a process may lack a part
+            gathered = gather_object([local])  # as objects, because a process may lack a term
             names = dict.fromkeys(name for parts in gathered for name in parts)
             mean = {f"loss/{name}": sum(parts.get(name, 0.0) for parts in gathered) / len(gathered) for name in names}
             self._to_log = mean | {f"gradient_share/{name}": share for name, share in self._bound().shares.items()}
@@ -240,7 +240,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # Ids are used by adapters with a memory bank, and by stores.
+        # The Trainer removes other columns. Adapters with a memory bank, and stores, need the ids.
         self._signature_columns += [name for name in (IDS, *TARGETS) if name not in self._signature_columns]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -43,26 +43,26 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
     During training, adapters are among the `parameters()` of the student, so that `configure_optimizers`, DDP and
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
-    model contains them. The batches and processes of a step are weighted by the number of samples or positions that
-    contribute to the loss. Each term of the loss and its share of the gradient are logged.
+    model contains them. The losses of the batches and processes of an optimizer step are weighted by their numbers of
+    samples or positions that contribute to the loss. Each term of the loss and its share of the gradient are logged.
 
     Args:
         teacher: see `kirsch.Distiller`.
         objective: objective to minimize.
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
-        batch_of: function batch of the loader → (inputs, targets), or another form that
-            `kirsch.Batch.of` takes; by default the batch itself.
-        example_batch: batch of the loader; by default the first of the training data.
+        batch_of: function that converts a batch of the loader to (inputs, targets), or to another form that
+            `kirsch.Batch.of` accepts; by default the batch is used unchanged.
+        example_batch: batch of the loader, for the dry run that finds shapes; by default the first training batch.
         seed: seed of the initial weights of adapters.
-        regularizers: additional terms of the student alone.
+        regularizers: additional loss terms that depend on the student only.
 
     Attributes:
-        distiller: the `kirsch.Distiller`, from the first call of `fit` on.
+        distiller: the `kirsch.Distiller`; None before the first call of `fit`.
 
     Raises:
         UsageError: the kind of training is not supported, or the optimizer lacks the adapters.
-        UnknownNameError: the module has no part with the path `student`.
+        UnknownNameError: the LightningModule has no submodule with the path `student`.
         CheckpointError: a checkpoint to resume from has no adapters.
         DataError: all targets of a step are masked.
     """
@@ -112,7 +112,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
     def _register_adapters(self, student: Any, adapters: Any) -> None:
         """Register the adapters' parameters in the student, without adding them to its `state_dict`.
 
-        Parameters and not modules, since a `Sequential` would call modules in its forward.
+        They are registered as parameters, since a `Sequential` would call registered modules in its forward.
         """
         parameters = {f"{ADAPTER_PREFIX}{number}": p for number, p in enumerate(adapters.parameters())}
         for name, parameter in parameters.items():
@@ -169,7 +169,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             return loss.total
         items = counts["labels"]
         if not self._item_unit:
-            # The same in all processes. A power of two, so that a resumed run has the same rounding.
+            # The unit is the same in all processes. It is a power of two, so that a resumed run has the same rounding.
             self._item_unit = 2.0 ** round(math.log2(max(1.0, float(_over_processes(trainer, items, "mean")))))
         self._step_items += items
         return loss.total * (items / self._item_unit * accumulate)
@@ -187,7 +187,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
                     parameter.grad.mul_(self._item_unit * trainer.world_size / items)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of adapters and balance, for checkpoints."""
+        """Return the state of the distiller, for checkpoints."""
         return {} if self.distiller is None else self.distiller.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
 
 def _check(trainer: Any, module: Any, objective: Objective) -> None:
-    """Refuse settings with which training would run and minimize something else."""
+    """Refuse settings with which training would run, but not minimize the objective."""
     strategy = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise UsageError(
@@ -261,9 +261,8 @@ def _first_batch(trainer: Any, student: Any) -> tuple[Any, Any]:
             "The training data is not a single loader.",
             fix="Give Distillation an example_batch, and batch_of= if a batch is not (inputs, targets).",
         )
-    first = framework_of(student).training.seeded(
-        lambda: next(iter(loader), None), 0
-    )  # keeps the random state of the run
+    # `seeded` restores the random state of the run afterwards.
+    first = framework_of(student).training.seeded(lambda: next(iter(loader), None), 0)
     if first is None:
         raise DataError("The training data is empty.", fix="Give at least one batch.")
     return loader, first

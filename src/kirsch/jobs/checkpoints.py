@@ -21,7 +21,7 @@ KEEP = 2
 
 
 def save(folder: Path, state: TrainingState, inputs: str) -> Path:
-    """Write a checkpoint to the folder of a step, and remove the oldest beyond two.
+    """Write a checkpoint to the folder of a step, and remove all checkpoints but the newest two.
 
     Args:
         folder: folder of the step.

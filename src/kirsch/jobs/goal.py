@@ -24,7 +24,7 @@ class JobGoal(Options):
 
     macs: Fraction | None = Field(None, description="multiply-accumulates, as a fraction of the model at the start")
     parameters: Fraction | None = Field(None, description="parameters, as a fraction of the model at the start")
-    max_drop: MaxDrop | None = Field(None, description="allowed drop of accuracy: 0.01 is one point")
+    max_drop: MaxDrop | None = Field(None, description="allowed drop of accuracy: 0.01 is one percentage point")
     speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
 
     @property

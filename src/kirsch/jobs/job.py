@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kirsch.tasks.task import Task
 
 Record = dict[str, Any]
-"""Result of a step as JSON: "did", what the step did in a few words; "cells", texts for the table of steps; and of a
-step that makes a model, "model", its name such as "pruned", and the keys of `Job.evaluate`."""
+"""Result of a step as JSON. "did": what the step did, in a few words. "cells": texts for the table of steps. A step
+that makes a model adds "model", a name such as "pruned", and the keys of `Job.evaluate`."""
 
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
@@ -194,7 +194,7 @@ class Job:
             fix: fix of the error.
 
         Raises:
-            NumericError: the model is such a model.
+            NumericError: the model is unusable.
         """
         numbers, reason = self.task.weakness(record)
         if reason:

@@ -33,12 +33,14 @@ class Step(Options):
     repeatable: ClassVar[bool] = True
 
     def identity(self, job: Job) -> str:
-        """Return a text that changes with everything of the recipe that the result of this step depends on."""
+        """Return a text that changes with each part of the recipe on which the result of this step depends."""
         del job
         return self.model_dump_json()
 
     def preview(self, job: Job) -> None:
-        """Check before any long work that the step can run, and set `job.model` to a model of the resulting shapes.
+        """Check before any long work that the step can run.
+
+        Set `job.model` to a model of the shapes that the step will produce.
 
         Raises:
             KirschError: the step would fail.

@@ -9,8 +9,9 @@ def my_loss(student, teacher):
     return ops.mean((student - teacher) ** 2)
 ```
 
-A library joins by registering an object with the functions of `kirsch.ops.operations` under the name of the package
-that defines its array type: `IMPLEMENTATIONS.register("jax")(module)`, or an entry point of the group `kirsch.ops`.
+To support another library, register an object with the functions of `kirsch.ops.operations` under the name of the
+package that defines the array type: `IMPLEMENTATIONS.register("jax")(module)`, or an entry point of the group
+`kirsch.ops`.
 """
 
 from kirsch.ops.formulas import (

@@ -134,8 +134,8 @@ def classes_last(logits: Any, axis: int | None = None) -> Any:
     """Move the class axis of pixel logits, such as (N, K, H, W), to the end; return logits of other shapes unchanged.
 
     Args:
-        logits: shape (N, K), (N, L, K) or, with four axes or more, that of pixels.
-        axis: of the classes of pixels; None: by the convention of the library.
+        logits: shape (N, K), (N, L, K), or the shape of pixel logits, with four axes or more.
+        axis: class axis of pixel logits; None: the convention of the library.
     """
     if len(logits.shape) < len("NKHW"):
         return logits
@@ -318,10 +318,10 @@ def raise_if(condition: Any, error: Callable[[], Exception]) -> None:
 
 
 def is_known_to_hold(condition: Any) -> bool:
-    """Return whether a condition is known to be true for all elements, so that the work for the others can be left out.
+    """Return whether a condition is known to be true for all elements; the caller can then skip work for exceptions.
 
-    The answer is False while a compiler traces the function, and within `without_value_checks()`; so the result of the
-    caller must not depend on it.
+    The answer is False while a compiler traces the function, and within `without_value_checks()`. The result of the
+    caller must therefore not depend on the answer.
     """
     return not is_traced(condition) and _enabled.get() and bool(convert_to_numpy(all(condition)))
 

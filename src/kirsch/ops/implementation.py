@@ -1,4 +1,4 @@
-"""Implementations of the array operations, and the one of an array."""
+"""Implementations of the array operations, and the choice of the implementation for an array."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from kirsch.errors import UsageError
 from kirsch.registry import Registry
 
 MODULES = {"numpy": "kirsch.ops.numpy_arrays", "torch": "kirsch.frameworks.pytorch.ops"}
-"""Package that defines an array type → module with its operations, which is imported with the first such array."""
+"""Module with the operations, by the package that defines the array type; imported when such an array is first used."""
 
 IMPLEMENTATIONS: Registry[Any] = Registry("ops")
-"""Package that defines an array type, of another library → object with the functions of `kirsch.ops.operations`.
+"""Objects with the functions of `kirsch.ops.operations`, by the package of another library that defines an array type.
 
-In place of `channel_axis` it has `CHANNEL_AXIS`, the axis of the channels of maps. In place of the keyword `like`, the
-functions take a second positional argument.
+In place of `channel_axis`, an object has `CHANNEL_AXIS`, the axis of the channels of maps. Its functions take `like` as
+the second positional argument, not as a keyword.
 """
 
 _OF_TYPE: dict[type, Any] = {}
 
 
 def implementation_of(array: Any) -> Any:
-    """Return the operations for an array: an object with one function for each.
+    """Return the operations for an array: an object with one function for each operation.
 
     Raises:
         UsageError: no implementation is registered for arrays of this type.

@@ -1,6 +1,6 @@
-"""Array operations with the names of `keras.ops`; each calls the function of this name for the library of its array.
+"""Array operations with the names of `keras.ops`. Each calls the function of the same name of its array's library.
 
-Where nothing else is stated, an operation is the one of numpy, and works elementwise. An `axis` is an integer; the
+Unless stated otherwise, an operation is defined as in numpy, and works elementwise. An `axis` is an integer; the
 reductions `sum`, `mean`, `amax` and `amin` also take a tuple of integers, or None for all axes. The operators (`+`,
 `@`, `<`, `&`, indexing, ...) and `x.shape` work on all arrays, and need no function.
 """
@@ -67,7 +67,7 @@ def sign(x: Any) -> Any:
 
 
 def sqrt(x: Any) -> Any:
-    """Return the square root. Its slope at 0 is infinite; `safe_sqrt` has a finite one."""
+    """Return the square root. Its gradient at 0 is infinite; that of `safe_sqrt` is 0."""
     return implementation_of(x).sqrt(x)
 
 
@@ -100,12 +100,12 @@ def amin(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
 
 
 def any(x: Any, axis: int | None = None) -> Any:
-    """Return whether any value along an axis, or of all, is true."""
+    """Return whether any value is true, along an axis or in the array."""
     return implementation_of(x).any(x, axis)
 
 
 def all(x: Any, axis: int | None = None) -> Any:
-    """Return whether all values along an axis, or all, are true."""
+    """Return whether all values are true, along an axis or in the array."""
     return implementation_of(x).all(x, axis)
 
 
@@ -128,7 +128,7 @@ def broadcast_to(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def concatenate(arrays: Sequence[Any], axis: int = 0) -> Any:
-    """Join arrays along an axis that they have."""
+    """Join arrays along an existing axis."""
     return implementation_of(arrays[0]).concatenate(arrays, axis)
 
 
@@ -209,7 +209,7 @@ def arange(stop: int, *, like: Any) -> Any:
 
 
 def convert_to_tensor(values: Any, *, like: Any) -> Any:
-    """Return numbers, a list or a numpy array as an array with the library, type and device of `like`."""
+    """Convert a number, a list or a numpy array to an array of the library, type and device of `like`."""
     return implementation_of(like).convert_to_tensor(values, like)
 
 

@@ -50,7 +50,7 @@ def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, 
     if not plans:
         raise UsageError(
             f"This {type(small).__name__} was not pruned by Kirsch.",
-            "The model stores no plan with the kept channels.",
+            "It stores no plan with the kept channels.",
             "Give the model that kirsch.prune or kirsch.load returned first, and the original second.",
         )
     result: dict[str, Kept] | None = None

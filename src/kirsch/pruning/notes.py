@@ -44,7 +44,7 @@ def changes(stated: Plan, counted: Plan) -> list[str]:
         notes.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")
     if stated.configuration not in ({}, counted.configuration):
         result = (
-            f"The pruned model has the configuration {_configuration_text(counted.configuration)}, which is used."
+            f"The pruned model has {_configuration_text(counted.configuration)}, which is used."
             if counted.configuration
             else "This configuration does not describe the pruned model, and is not used."
         )

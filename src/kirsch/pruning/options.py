@@ -34,14 +34,21 @@ class PlanOptions(Options):
 
     importance: str | None = Field(
         None,
-        description="what ranks units: magnitude (default), random; blocks: influence (default), change, random",
+        description=(
+            'score that ranks the units: "magnitude" (default) or "random"; for residual blocks "influence" (default), '
+            '"change" or "random"'
+        ),
     )
-    norm: Norm = Field(2, description="norm of the importance magnitude, 1 or 2")
+    norm: Norm = Field(2, description='norm that the importance "magnitude" uses, 1 or 2')
     ranking: Ranking = Field(
         "global", description="rank the units of all layers together (global), or of each layer by itself (local)"
     )
     round_to: RoundTo = Field(
-        "auto", description="kept widths are multiples of this number, or of a number by kind of unit"
+        "auto",
+        description=(
+            "the number of kept units of a group is a multiple of this number; a dict has a number for each kind of "
+            'unit; "auto": 16, 8, 4 or 1, by the size of the group'
+        ),
     )
     kinds: Kinds = Field(
         None,
@@ -55,7 +62,7 @@ class PlanOptions(Options):
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
     exclude: Names = Field((), description="layers whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description="seed of the importance random")
+    seed: Seed = Field(0, description='seed of the importance "random"')
 
     def check(self) -> None:
         """Check what the types cannot express.

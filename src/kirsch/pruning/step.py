@@ -45,9 +45,9 @@ class Prune(PlanOptions, Step):
     """Remove units of the model, and verify the result. The options are those of `kirsch.plan`."""
 
     goal: PlanGoal | None = Field(
-        None, description="limits, as fractions of the model before this step; null: those of the goal of the job"
+        None, description="limits, as fractions of the model before this step; null: the goal of the job"
     )
-    seed: Seed | None = Field(None, description="seed of the importance random; null: the seed of the recipe")  # type: ignore[assignment]
+    seed: Seed | None = Field(None, description='seed of the importance "random"; null: the seed of the recipe')  # type: ignore[assignment]
 
     def identity(self, job: Job) -> str:
         """Return the options, and the goal of the job if the step has none."""

@@ -74,7 +74,7 @@ class Compressed(Printable):
 
 
 DEFAULT_TRAINING = Training()
-"""Settings of trainings for which none are given."""
+"""Options of a training for which the call gives none."""
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -197,7 +197,7 @@ def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> It
 
 
 def _batch_size(batch_size: int | None, data: DataSet) -> int:
-    """Return the batch size of training, which a loader has itself."""
+    """Return the batch size of training: that of the loader if the training part is a loader."""
     if not data.is_stream:
         return batch_size or DEFAULT_BATCH_SIZE
     if batch_size is not None:
@@ -268,7 +268,7 @@ def _artifact(folder: Path) -> Artifact | None:
     if not record.is_file():
         return None
     exported = strict_json.read(record)["artifact"]
-    del exported["usage"]  # code for the report
+    del exported["usage"]  # code for the report, not a field of `Artifact`
     return Artifact.of_dict(folder / MODEL, exported)
 
 

@@ -34,9 +34,11 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         JSON-able: "name", "goal", "data", "steps" (key, model, parameters, macs, seconds), "plans" (key of a step →
-        groups, cost before and after), "plan_weights" (description of the weights that the plans were made from; if
-        they are trained before pruning, the run removes other units, and with a global ranking its cost may differ
-        within the goal), "disk_bytes", "seconds", "missing" (packages), "notes".
+        groups, cost before and after), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+
+        "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
+        prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,
+        within the limits of the goal.
 
     Raises:
         KirschError: the run would fail before its first long step.

@@ -1,4 +1,4 @@
-"""Check of a run folder: files are compared with their hashes, and files that must agree with each other."""
+"""Check of a run folder: each file is compared with its hash, and files that must agree are compared."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _metrics(folder: Path, records: list[Path]) -> list[str]:
     if not isinstance(found, dict):
         return [f"{path} is missing, or is not a JSON object"]
     return [
-        f"{path} does not have the {name} that the records of the steps give"
+        f"the key {name!r} of {path} does not agree with the records of the steps"
         for name, value in expected.items()
         if found.get(name) != value
     ]
@@ -168,4 +168,5 @@ def _artifact(folder: Path, record: Path) -> list[str]:
     path = folder / MODEL
     if not path.is_file():
         return [f"{path} is missing"]
-    return [] if files.sha256(path) == digest else [f"{path} does not have the sha256 of its step"]
+    is_equal = files.sha256(path) == digest
+    return [] if is_equal else [f"{path} does not have the sha256 that the record of its step states"]

@@ -21,7 +21,7 @@ NOT_COVERED = (LOCK, TRACEBACK)
 """Files that are not results of a run; the manifest does not list them."""
 
 MANIFEST_KEY = "manifest_sha256"
-"""Key of run.json while the manifest is valid. It tells a manifest that was deleted from one not yet written."""
+"""Key that run.json has while the manifest is valid. Without it, a missing manifest is not yet written, not deleted."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def trusted_run(folder: Path) -> dict[str, Any]:
-    """Return the content of run.json; empty also if the file differs from its entry in the manifest."""
+    """Return the content of run.json; empty if the file is missing, or differs from its entry in the manifest."""
     run = read_run(folder)
     try:
         matches = _run_matches_manifest(folder, run)
@@ -46,7 +46,7 @@ def trusted_run(folder: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a run, or the remains of one."""
+    """Return whether a folder holds a run, or the remains of a run."""
     if os.path.lexists(folder / RUN):
         return True
     started = (folder / EVENTS).is_file() and (folder / CHECKPOINTS).is_dir()

@@ -63,7 +63,7 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
-    """Return key of a step → name of the model that it made; the second of a name is "pruned-2"."""
+    """Return the name of the model that each step made, by key of the step; a second "pruned" is "pruned-2"."""
     keys = [key for key, record in records.items() if "model" in record]
     return dict(zip(keys, keys_of([records[key]["model"] for key in keys]), strict=True))
 
@@ -85,7 +85,7 @@ def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, A
     records, goal, items = job.records, job.goal, []
     prunings = {key: step for key, step in steps.items() if isinstance(step, Prune) and key in records}
     for number, (key, step) in enumerate(prunings.items()):
-        reference = job.model_name if number == 0 else "model before it"
+        reference = job.model_name if number == 0 else "model before this step"
         items += _cost_items(step.goal, records[key], records[key]["before"], reference, key if number else "")
     first, final = _first_and_last(records)
     if prunings:
@@ -117,7 +117,14 @@ WORDS = {"macs": "MACs", "parameters": "parameters"}
 def _cost_items(
     goal: Goal | None, after: Record, before: Mapping[str, int], reference: str, key: str
 ) -> list[dict[str, Any]]:
-    """Return an item for each limit of the cost; `key` is that of a step if the goal is that of a later step."""
+    """Return an item for each limit of the cost.
+
+    Args:
+        goal: the limits; None for no limits.
+        after, before: records with the costs.
+        reference: name of the model with the cost `before`.
+        key: key of the step, if this is the goal of the second or a later step `prune`; otherwise empty.
+    """
     items = []
     for name, limit in (goal.to_dict() if goal is not None else {}).items():
         value = after[name] / max(before[name], 1)

@@ -30,7 +30,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         weights: for timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
 
     Raises:
-        UsageError: the reference has another form, or names a model or a callable with arguments.
+        UsageError: the reference has another form, or names a model, or a callable that needs arguments.
         LoadError: the file, module, callable or timm model does not exist.
         ModelError: the callable fails, or does not return a model.
     """
@@ -100,7 +100,8 @@ def _refuse_files(reference: str, base: Path) -> None:
     """Refuse a file or folder in place of a reference to a model.
 
     Raises:
-        ModelError: the reference is a file or folder, other than a Python file with a callable; describes the format.
+        ModelError: the reference is a file or folder, other than a Python file with a callable. The message describes
+            the format of the file.
     """
     kind = reference.rpartition(":")[0]
     for text in (reference, kind):
@@ -150,8 +151,9 @@ def example_shape(reference: str, model: Any, *, base: Path | None = None) -> tu
 def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> Any:
     """Return example inputs in the form that a model states; None if the model states no form.
 
-    The inputs are random numbers of its `example_shape`; otherwise its `dummy_inputs` (a dict, an array or a tuple of
-    arrays), or, for a vision model of transformers, images of the size in its configuration.
+    If the model has an `example_shape`, the inputs are random numbers of this shape. Otherwise they are the model's
+    `dummy_inputs` (a dict, an array or a tuple of arrays), or, for a vision model of transformers, images of the size
+    in its configuration.
     """
     framework = framework_of(model)
     sizes = example_shape(reference, model, base=base)
@@ -167,7 +169,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
-        named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may be those of another part
+        named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may belong to a part of it
         return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
     arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
     return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None

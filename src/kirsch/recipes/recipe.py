@@ -37,8 +37,8 @@ class DataSection(Options):
     source: str | None = Field(
         "digits",
         description=(
-            "digits, cifar10, file.py:callable or package.module:callable; the callable returns a kirsch.DataSet and "
-            "takes the options as keyword arguments, and the recipe's seed if it has a parameter seed"
+            "digits, cifar10, file.py:callable or package.module:callable; the callable takes the options as keyword "
+            "arguments, and the seed of the recipe if it has a parameter seed; it returns a kirsch.DataSet"
         ),
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
@@ -46,7 +46,7 @@ class DataSection(Options):
 
 
 class ModelSection(Options):
-    """A model before training."""
+    """A model as the callable returns it, before any step."""
 
     model: str | None = Field(description=REFERENCE)
     outputs: Literal["logits", "probabilities"] | None = Field(
@@ -55,14 +55,14 @@ class ModelSection(Options):
 
 
 class Recipe(Options):
-    """Recipe of a job. Models and data are references; they are null if they were passed to `kirsch.compress`."""
+    """Recipe of a job. A reference to a model or to data is null if the object was passed to `kirsch.compress`."""
 
     version: Literal[2] = Field(2, description="version of the format")
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
         "recipe", description="name in the run folder and the report"
     )
     seed: Seed = Field(0, description="seed of all random numbers")
-    task: str = Field("classification", description="what the models are for: classification")
+    task: str = Field("classification", description="task of the models: classification")
     data: DataSection = Field(default_factory=DataSection, description="data of training and evaluation")
     teacher: ModelSection = Field(description="the large model")
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
@@ -131,7 +131,8 @@ def read_recipe(
         environment: environment variables; those that start with KIRSCH_RECIPE__ are used.
 
     Raises:
-        RecipeError: the recipe is not valid; lists every problem with its line, key, found and expected value.
+        RecipeError: the recipe is not valid. The message lists every problem with its line, key, found and expected
+            value.
     """
     document = read(source)
     data, lines = document.data, dict(document.lines)
@@ -174,7 +175,7 @@ REMOVED = object()
 
 
 def _items(steps: Any) -> Any:
-    """Return the list of steps with `export` in the form {"export": {}}; other values as they are."""
+    """Return the list of steps, with a plain name such as "export" as {"export": {}}; other values are unchanged."""
     if not isinstance(steps, list):
         return steps
     return [{item: {}} if isinstance(item, str) else item for item in steps]
@@ -202,7 +203,7 @@ def recipe_of(
     lines: Mapping[str, int] = MappingProxyType({}),
     origins: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
-    """Return the recipe of plain data.
+    """Return a recipe from plain data.
 
     Args:
         data: sections by name. A step is a dict with one key, its name, and its options as the value.
@@ -211,7 +212,7 @@ def recipe_of(
         origins: dotted key → origin in error messages, for keys that are not from the source.
 
     Raises:
-        RecipeError: the recipe is not valid; lists every problem.
+        RecipeError: the recipe is not valid. The message lists every problem.
     """
     problems: list[tuple[tuple[int | str, ...], Any]] = []
     steps = _read_steps(data.get("steps"), problems)
@@ -233,7 +234,7 @@ def recipe_of(
 
 
 def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
-    """Yield the problems; several ones inside the value of a field separately, each with its place."""
+    """Yield the problems with their places; problems inside the value of one field are yielded separately."""
     for place, details in problems:
         error = details.get("ctx", {}).get("error")
         if isinstance(error, FieldsError):
@@ -245,7 +246,7 @@ def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tup
 
 
 def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
-    """Return the steps of a list of dicts, and add the problems of those that are not valid."""
+    """Return the steps of a list of dicts, and add the problems of invalid steps to `problems`."""
     items = _items(items)
     if not isinstance(items, (list, tuple)):
         return items

@@ -39,9 +39,9 @@ def recovery(
     """Return an objective for training a pruned model with the original model as its teacher.
 
     The objective adds one term for each layer: the mean squared difference between the features of the pruned model and
-    the kept channels of the original's features. The difference is divided by the mean square of the latter on the
-    inputs given, so that 0.1 means ten percent in every layer. The objective contains the kept channels and these
-    divisors, and can be written as JSON.
+    the kept channels of the original's features. This difference is divided by the mean square of the original's
+    features on `inputs`, so that 0.1 means ten percent in every layer. The objective contains the kept channels and
+    these divisors, and can be written as JSON.
 
     Args:
         small: pruned model from `kirsch.prune` or `kirsch.load`, pruned once or several times.
@@ -78,7 +78,7 @@ def recovery(
 def _comparable_layers(
     features: Features, small: Any, original: Any, inputs: Any
 ) -> dict[str, tuple[Kept, tuple[int, ...]]]:
-    """Return path → kept channels and shape in the original, of modules in both models, in order of execution."""
+    """Return kept channels and original shape of each module that both models have, by path, in order of execution."""
     kept_channels, small_shapes = (
         kept(small, original, example_inputs=inputs),
         dict(features.shapes(small, inputs)),

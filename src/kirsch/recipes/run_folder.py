@@ -30,7 +30,7 @@ WRITTEN = re.compile(
 
 
 def refuse_foreign(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder with files of something else, before anything in it is changed or cleaned up.
+    """Refuse a folder with files that do not belong to a run, before anything in it is changed or cleaned up.
 
     Raises:
         OutputError: the folder is not empty, and does not hold a run.
@@ -89,7 +89,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
     """Return the recipe of a run, and the folder that its references are relative to.
 
     Raises:
-        LoadError: the folder does not hold a run, or not enough of one.
+        LoadError: the folder does not hold a run, or files that the run cannot continue without are lost.
         RecipeError: recipe.yaml is damaged.
     """
     run = manifest.trusted_run(folder)

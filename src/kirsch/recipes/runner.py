@@ -104,7 +104,7 @@ def job_of(recipe: Recipe, folder: Path, materials: Materials, listen: Listen = 
     """Return the job of a recipe, with its models and data.
 
     Raises:
-        DataError: the labels are not those of the task.
+        DataError: the labels are not valid for the task.
     """
     task = TASKS[recipe.task]()
     task.check_data(materials.data)
@@ -200,7 +200,7 @@ def run(
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
-    """Continue a run that was stopped, killed or damaged; of a finished run only the report is written again.
+    """Continue a run that was stopped, killed or damaged. If the run has finished, only its report is written again.
 
     Raises:
         LoadError: the folder does not hold a run, or its models were passed as objects.
@@ -230,11 +230,11 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
     """Return a note if the batch size of a recipe does not apply to training."""
     if recipe.data.source is None or not job.data.is_stream:
         return []
-    return ["data.batch_size applies to evaluations only: the training part is a loader, which has its own."]
+    return ["data.batch_size applies to evaluations only: the training part is a loader with its own batch size."]
 
 
 def preflight(job: Job, steps: Mapping[str, Step]) -> None:
-    """Check disk space and the steps in order before any long work, on models that are not trained."""
+    """Check the disk space, and each step in order on untrained models, before any long work."""
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
     sizes = sum(4 * job.count(model)[0] for model in models)
@@ -312,7 +312,7 @@ def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) 
 def _run_step(job: Job, step: Step, done: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
-        # Inside `new_folder`, which reports every OSError as an error of the folder.
+        # Errors of the step are translated inside `new_folder`, which reports every OSError as an error of the folder.
         with during(f"in the step {job.key!r}", _lower(job)):
             record = step.run(job, folder)
         record |= {"inputs": job.inputs, "seconds": round(time.perf_counter() - started, 3)}

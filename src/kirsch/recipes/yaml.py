@@ -29,7 +29,7 @@ SCALARS = {f"{TAG}{name}" for name in ("str", "null", "bool", "int", "float")}
 
 
 class _Resolver(VersionedResolver):
-    """Types of plain scalars by YAML 1.2; ruamel.yaml adds dates, merge keys and values, which are strings here."""
+    """Types of plain scalars in YAML 1.2. The dates, merge keys and values that ruamel.yaml adds remain strings."""
 
     processing_version = (1, 2)  # a %YAML directive does not change what a recipe means
 
@@ -39,7 +39,7 @@ class _Resolver(VersionedResolver):
 
 
 class _Representer(SafeRepresenter):
-    """Representer whose output YAML 1.1 reads as the same data: no is quoted, and 1e-06 has a point."""
+    """Representer whose output a YAML 1.1 reader reads as the same data: "no" is quoted, 1e-06 is written 1.0e-06."""
 
     yaml_1_1 = VersionedResolver((1, 1))
 
@@ -76,7 +76,7 @@ def read(source: str | Path) -> Document:
     """Read a YAML mapping from a text (`str`) or a file (`Path`).
 
     Raises:
-        RecipeError: the source is not YAML with plain data; names the line.
+        RecipeError: the source is not YAML with plain data. The message names the line.
     """
     name = "The recipe" if isinstance(source, str) else str(source)
     reader = _Reader(name)
@@ -113,7 +113,7 @@ def dump(data: Any, *, one_line: bool = False) -> str:
     stream = io.StringIO()
     yaml.dump(data, stream)
     text = stream.getvalue()
-    return text.split("\n", 1)[0] if one_line else text  # drops the end mark after a scalar
+    return text.split("\n", 1)[0] if one_line else text  # without the line "..." after a scalar
 
 
 def _yaml() -> YAML:
@@ -140,8 +140,8 @@ def _text(path: Path) -> str:
 class _Reader:
     """Converts YAML to plain data. Aliases are expanded, and the expanded values count towards the limit.
 
-    ruamel.yaml alone would share one object between aliases, construct what tags name, make numbers of keys,
-    and keep the lines of a file only together with its comments.
+    The constructors of ruamel.yaml would share one object between aliases, create the Python objects that tags name,
+    convert keys to numbers, and keep line numbers only together with comments.
     """
 
     def __init__(self, name: str) -> None:

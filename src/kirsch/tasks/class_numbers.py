@@ -1,4 +1,4 @@
-"""Whether labels are one class number per sample, and the fix for those that are not."""
+"""Check that labels are one class number per sample, and fixes for other labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
         name: whose labels they are, for the message: "of the test part of digits".
 
     Raises:
-        DataError: they have another shape or type, or one is not from 0 to K - 1.
+        DataError: the labels have another shape or type, or a label is not from 0 to K - 1.
     """
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         values = "" if labels.dtype.kind == "b" else f", values {labels.min():g} to {labels.max():g}"

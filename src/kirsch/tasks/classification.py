@@ -32,7 +32,7 @@ class PredictionSummary:
         n: number of samples.
         accuracy: fraction of correct predictions, 0 to 1.
         balanced: balanced accuracy, the mean recall over the classes that occur among the labels.
-        chance: expected accuracy of predictions with the same class frequencies that do not depend on the sample. For
+        chance: expected accuracy of predictions that have the same class frequencies, but ignore the inputs. For
             constant predictions it equals the accuracy. Cohen's kappa is (accuracy - chance) / (1 - chance).
         most_frequent: number of samples of the most frequent class.
         classes: number of classes that occur among the labels.
@@ -200,8 +200,8 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 FEW_OTHERS = 3
-"""Smallest number of samples outside the most frequent class for which chance is that of predictions that ignore the
-inputs; with fewer, chance is one divided by the number of classes."""
+"""Smallest number of samples outside the most frequent class for which `PredictionSummary.chance` counts. With fewer
+such samples, chance is 1 / number of classes."""
 
 
 @TASKS.register("classification")
@@ -211,7 +211,7 @@ class Classification:
     label_loss = "cross-entropy"
 
     def check_data(self, data: DataSet) -> None:
-        """Check that the labels in memory are one class number per sample, and that each class can be learned.
+        """Check that the labels in memory are one class number per sample, and that each class has training samples.
 
         Raises:
             DataError: labels have another shape or type or are out of range, or a class has no training sample.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What a model is for. All arrays are numpy arrays; outputs are those of `Inference.predict`.
+    """Interface of a task. All arrays are numpy arrays; outputs are arrays that `Inference.predict` returns.
 
     Attributes:
         label_loss: name of the loss on labels, as `kirsch.Objective` takes it.
@@ -25,7 +25,7 @@ class Task(Protocol):
         """Check the labels of all parts of a data set.
 
         Raises:
-            DataError: the labels are not those of the task; names the part and the sample.
+            DataError: the labels are not valid for the task. The message names the part and the sample.
         """
 
     def check_outputs(self, outputs: NDArray[Any], data: DataSet) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check_each_unit_has_one_finite_score(importance: Importance) -> None:
-    """Each unit has one finite score, in a chain of layers in which each channel has several inputs of the last."""
+    """Each unit has one finite score, in a chain of layers whose last layer has several inputs for each channel."""
     _assert_one_finite_score_per_unit(importance, trace(_chain(), _image()), layers=2)
 
 

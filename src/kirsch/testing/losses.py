@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.losses import Loss
 
 TEMPERATURES = (1.0, 4.0)
-"""Temperatures that a loss with a temperature is called with."""
+"""Temperatures with which a loss is tested, if it has the option."""
 
 SHAPES: dict[str, Any] = {
     "logits": (5, 7),
@@ -223,7 +223,7 @@ def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The loss of the same samples in another order is the same."""
     values = _values(loss)
     indices = np.arange(len(ops.first_array(values[0])))
-    order = np.concatenate([indices[1::2], indices[::2]])  # changes the neighbors, as a reversal would not
+    order = np.concatenate([indices[1::2], indices[::2]])  # a reversal would keep the neighbors of each sample
     for options in _options(loss):
         permuted = [ops.map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
@@ -231,7 +231,7 @@ def check_order_of_samples_does_not_matter(loss: Loss) -> None:
 
 
 def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
-    """The loss of a batch with each sample twice is the same, so that its scale does not depend on the batch size.
+    """Two copies of each sample do not change the loss, so that its scale does not depend on the batch size.
 
     Skipped for losses with `relational=True`, which relate samples to each other.
     """
@@ -247,8 +247,8 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
 def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
     """The mean of the losses of two parts of a batch, weighted by their numbers of items, is the loss of the batch.
 
-    So a step does not depend on the distribution of its samples over batches and processes. Skipped for losses with
-    `relational=True` or `over="contents"`.
+    A training step then does not depend on how its samples are distributed over batches and processes. Skipped for
+    losses with `relational=True` or `over="contents"`.
     """
     over = getattr(loss, "over", "samples")
     if getattr(loss, "relational", False) or over == "contents":

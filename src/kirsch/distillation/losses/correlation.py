@@ -45,7 +45,7 @@ def correlated(
 
     Returns:
         Scalar, from 0 to 2 T² (inter + intra); 0 if the softened outputs agree, up to a convention's constant.
-        The correlation counts as 0 where one side is constant, and as 1 where both sides are.
+        The correlation counts as 0 where either student or teacher is constant, and as 1 where both are.
 
     Raises:
         ShapeError: the shapes differ.
@@ -65,7 +65,7 @@ def correlated(
 
 
 def _correlation(first: Any, second: Any, axis: int, convention: str, rows: Any = None) -> Any:
-    """Return the Pearson correlation of two matrices (N, K) along an axis; along axis 0 of the unmasked rows (N,)."""
+    """Return the Pearson correlation of two matrices (N, K) along an axis; `rows`, (N,), is a mask for axis 0."""
     sides = [_centered(array, axis, rows) for array in (first, second)]
     if convention == "torchdistill":
         return ops.sum(ops.normalize(sides[0], axis, 1e-8) * ops.normalize(sides[1], axis, 1e-8), axis=axis)
@@ -90,7 +90,7 @@ def _correlation(first: Any, second: Any, axis: int, convention: str, rows: Any 
 
 
 def _centered(matrix: Any, axis: int, rows: Any) -> Any:
-    """Subtract the mean along an axis; with a mask (N,) the mean is over the unmasked rows, and the others become 0."""
+    """Subtract the mean along an axis; a mask (N,) restricts the mean to unmasked rows, and sets masked rows to 0."""
     if rows is None:
         return matrix - ops.mean(matrix, axis=axis, keepdims=True)
     count = ops.cast(ops.count_nonzero(rows), ops.dtype(matrix))  # masked rows of the matrix are 0
@@ -162,7 +162,7 @@ def multi_level(
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.
         temperatures: each > 0, at least one.
         instance, batch, classes: weights of `kd`, `batch-correlation` and `class-correlation`.
-        standardize: as in `kd`, for the term `kd` only.
+        standardize: see `kd`; it applies to the term `kd` only.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
@@ -188,7 +188,7 @@ def multi_level(
 
 
 def _softened_outputs(student: Any, teacher: Any, temperature: float, mask: Any) -> tuple[Any, Any, Any]:
-    """Return the softened outputs (N, K) of both sides, 0 where masked, and the mask (N,), which is None for all."""
+    """Return the softened outputs (N, K) of student and teacher, 0 where masked, and the mask (N,) or None."""
     check_temperature(temperature)
     check_same_shape(student, teacher)
     p_s, p_t = (ops.exp(ops.log_softmax(ops.zero_masked(logits, mask) / temperature)) for logits in (student, teacher))

@@ -1,4 +1,6 @@
-"""Losses of detectors: feature maps, logits and boxes of dense heads, and sets of queries.
+"""Losses of detectors: feature maps, logits and boxes of dense heads, and the sets of predictions of DETR models.
+
+A dense head makes one prediction for each cell, which is a position of the feature map; a DETR model, one per query.
 
 Boxes are (center x, center y, width, height), relative to the image size, so that the absolute difference
 and the GIoU of two boxes have a similar magnitude.

@@ -32,8 +32,8 @@ class LabelLoss(Protocol):
     ) -> Any:
         """Return a scalar, smallest where the student predicts the targets.
 
-        `axis`: of the classes of pixels, such as 1 for (N, K, H, W) and -1 for (N, H, W, K); None: by the convention of
-        the library of the arrays, 1 for numpy and PyTorch.
+        `axis` is the class axis of pixels: 1 for (N, K, H, W), -1 for (N, H, W, K). None: the convention of the library
+        of the arrays; 1 for numpy and PyTorch.
         """
 
 
@@ -41,7 +41,10 @@ LABEL_LOSSES: Registry[LabelLoss] = Registry("label-loss")
 
 
 def _label_loss(name: str) -> Callable[[Callable[..., Any]], LabelLoss]:
-    """Decorate a function to register it; it receives at least 32 bits, classes last, and runs without autocast."""
+    """Decorate a function to register it as a label loss.
+
+    The function runs without autocast. It receives arrays of at least 32 bits with the classes on the last axis.
+    """
 
     def register(formula: Callable[..., Any]) -> LabelLoss:
         @functools.wraps(formula)
@@ -137,7 +140,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
     Args:
         student: outputs, shape (N, D), (N, L, D), (N, D, H, W) for pixels, or (N,), floating.
-        targets: finite numbers, same shape, or (N,) for (N, 1). -100 is a valid target here; use the mask for samples
+        targets: finite values, same shape, or (N,) for (N, 1). -100 is a valid target here; use the mask for samples
             without a target.
         mask: shape (N,), (N, L) or (N, H, W), true where a sample or position counts; None counts all.
         label_smoothing: 0; smoothing is only defined for classes.

@@ -47,7 +47,7 @@ CHANNEL_KINDS = ("pixels", "maps", "stages")
 """Kinds with an axis of channels or classes before the height and the width, or, by another convention, after them."""
 
 Over = Literal["samples", "positions", "pairs", "contents"]
-"""Elements over which a loss is averaged. If a step has several batches, their weights are the numbers of elements:
+"""Elements over which a loss is averaged. If a step has several batches, each is weighted by its number of elements:
 
 - samples; for logits of sequences and pixels, the positions that are not masked
 - positions of a sequence; for attention, the queries
@@ -62,7 +62,7 @@ positions; `mask`, True where a position counts; `epoch`, the number of epochs d
 
 
 class Loss(Protocol):
-    """A registered loss of student, teacher and keywords. Only keywords in `STEP_ARGUMENTS` may lack a default."""
+    """A registered loss: a function of student, teacher and keywords. Only `STEP_ARGUMENTS` may lack a default."""
 
     name: str
     takes: Takes
@@ -79,9 +79,9 @@ class Loss(Protocol):
 
         Args:
             student, teacher: values of the kind `takes`.
-            axis: for `CHANNEL_KINDS`, the axis of the channels or classes, such as 1 for (N, C, H, W) and -1 for
-                (N, H, W, C); None: by the convention of the library of the arrays, 1 for numpy and PyTorch.
-            options: keywords of the formula.
+            axis: the axis of the channels or classes, for `CHANNEL_KINDS` only: 1 for (N, C, H, W), -1 for
+                (N, H, W, C). None: the convention of the library of the arrays; 1 for numpy and PyTorch.
+            options: options of the formula, by keyword.
         """
 
 
@@ -107,7 +107,7 @@ def loss(
     the values of arrays, so that a compiler can trace it; check values with `ops.raise_if`.
 
     Args:
-        name: the name in objectives.
+        name: name of the loss in objectives.
         takes: kind of values that the loss compares.
         widths: "same" if the channels or hidden sizes of student and teacher must agree, so that an adapter is added
             where they differ; "any" if the formula does not depend on them.
@@ -176,7 +176,7 @@ def _channels_first(side: Any, axis: int | None) -> Any:
 
 
 def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
-    """Return the values of student or teacher, with a class axis added to one number per sample.
+    """Return the checked values of student or teacher; outputs of shape (N,) are reshaped to (N, 1).
 
     Raises:
         ShapeError: the class axis is missing, a softmax has only one class, or there are no arrays.

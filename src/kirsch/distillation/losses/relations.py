@@ -237,7 +237,7 @@ def kernel_correlation(
     Args:
         student, teacher: shape (N, ...), floating; they are scaled to norm 1. Widths may differ.
         kernel: "gaussian", the Taylor series of exp(-gamma |x - y|²) in x · y, or "bilinear", x · y.
-        gamma, order: for "gaussian": width, > 0, and highest power of the series, >= 1.
+        gamma, order: width of the Gaussian, > 0, and highest power of its series, >= 1; not used by "bilinear".
         convention: "paper", or "torchdistill", the norm of the difference divided by N².
 
     Returns:

@@ -1,4 +1,4 @@
-"""Sequences: alignment of causal models, frames of speech, and filters for sequences that a teacher generated.
+"""Sequences: masks from lengths, the loss of speech frames, and a filter for sequences that a teacher generated.
 
 Word-level distillation of translation and of causal language models uses the loss "kd" with a mask (N, L).
 """
@@ -174,11 +174,11 @@ class DroppedTarget:
 
 @dataclass(frozen=True)
 class FilteredTargets:
-    """Generated targets to train on, and those left out.
+    """Generated targets to train on, and targets that were left out.
 
     Args:
         kept: indices of the targets to use, ascending.
-        dropped: one record for each other target, by ascending index.
+        dropped: a `DroppedTarget` for each other target, by ascending index.
     """
 
     kept: tuple[int, ...]

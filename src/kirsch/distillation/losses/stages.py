@@ -24,8 +24,8 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
         student, teacher: maps of two or more stages, shape (N, C, H, W) each, floating; sizes may differ. The larger
             map of a pair is pooled to the size of the other.
         convention: "mean" pools by the average, and averages the squared difference over samples and pairs of channels,
-            as RepDistiller does; "torchdistill" pools by the maximum, and sums over the second channel the norm of the
-            difference along the first.
+            as RepDistiller does; "torchdistill" pools by the maximum, takes the norm of the difference over the
+            channels of the first stage, and sums the norms over the channels of the second.
 
     Returns:
         Scalar, >= 0; 0 if all flow matrices agree.
@@ -198,7 +198,7 @@ def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) 
     Args:
         student, teacher: a list of maps (N, C, H, W), one for each stage; the student's maps are the outputs of the
             adapter "review".
-        sizes: as in `hcl`.
+        sizes: see `hcl`.
 
     Returns:
         Scalar, >= 0; 0 if all maps agree.

@@ -26,15 +26,16 @@ def decoupled(
 ) -> Any:
     """Return the soft-target loss with separate weights for the labeled class and for the other classes.
 
-    alpha · KL of (p_label, 1 - p_label) + beta · KL of the softmax over the other classes, times temperature². In
-    plain soft targets the second term has the weight 1 - p_label of the teacher, near 0 where the teacher is confident.
+    The loss is alpha · KL of (p_label, 1 - p_label) + beta · KL of the softmax over the other classes, times
+    temperature². In plain soft targets the second term has the weight 1 - p_label of the teacher, which is near 0 where
+    the teacher is confident.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating, K >= 2; no gradient reaches the teacher.
         labels: class numbers, shape (N,) or (N, L); those equal to -100 do not count.
         alpha, beta: >= 0, weights of the two terms.
         temperature: > 0.
-        standardize: as in `kd`.
+        standardize: see `kd`.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:

@@ -22,11 +22,14 @@ def top_k(
         k: >= 1; with k >= K there is no tail, and the loss equals `kd`.
         tail: treatment of the other classes, a key of `TAILS`:
 
-            - "bucket": they form one more class with the sum of their probabilities. The loss is never above the
-              divergence of all classes, and 0 only if the mass of the tail agrees, too.
-            - "zero": the teacher's tail probabilities become 0, and the k others are divided by their sum.
-            - "renormalized": as "zero", for the student, too, so the loss does not depend on the student's tail mass.
-            - "uniform": the teacher's tail mass is spread evenly over the classes of the tail.
+            - "bucket": the other classes form one class, whose probability is their sum. The loss is never above the
+              divergence of all classes, and 0 only if this sum also agrees.
+            - "zero": the teacher's probabilities of the other classes become 0; its k probabilities are divided by
+              their sum.
+            - "renormalized": as "zero", but also for the student, so the loss does not depend on the student's
+              probabilities of the other classes.
+            - "uniform": the sum of the teacher's probabilities of the other classes is spread evenly over these
+              classes.
         temperature: > 0; applied before the k classes are selected.
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
@@ -41,10 +44,9 @@ def top_k(
         UnknownNameError: the tail is unknown.
         DataError: the mask is false everywhere.
 
-    Source: "bucket" as TRL computes it with a teacher server, and DistillKit, as "symmetric uniform", with stored
-        logits; "zero" is from DistillKit, "renormalized" from NVIDIA's Model Optimizer for Megatron. "uniform" is the
-        loss of Wu et al. 2022 (TinyViT), arXiv:2207.10666, minus the entropy of the targets; k is 10 for ImageNet-1k,
-        100 for ImageNet-22k.
+    Source: "bucket": TRL with a teacher server; DistillKit with stored logits (named "symmetric uniform" there).
+        "zero": DistillKit. "renormalized": NVIDIA's Model Optimizer for Megatron. "uniform": the loss of Wu et al. 2022
+        (TinyViT), arXiv:2207.10666, minus the entropy of the targets; k is 10 for ImageNet-1k, 100 for ImageNet-22k.
     """
     check_temperature(temperature)
     check_same_shape(student, teacher)
@@ -78,7 +80,7 @@ def stored_top_k(
         log_probabilities: log-probabilities of these classes, same shape.
         log_tail: logarithm of the sum of all other probabilities, shape (N,) or (N, L); minus infinity if there are
             none.
-        tail: as in `top_k`.
+        tail: see `top_k`.
         temperature: > 0, for student and teacher.
         stored_temperature: > 0, the temperature at which the teacher's logits were stored. If it differs from
             `temperature`, the stored probabilities are softened again with the tail as a single class, as DistillKit

@@ -1,4 +1,4 @@
-"""Building a store range by range, by one process or several; an interrupted build can be continued."""
+"""Build a store in ranges (consecutive samples, one file each), by one process or several, with interruptions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from kirsch.errors import OutputError, StoreError, UsageError
 from kirsch.frameworks.find import framework_of
 
 RANGE_SAMPLES, RANGE_SHARE, RANGE_BYTES = 16384, 32, 1 << 26
-"""A range, which is lost if a build is killed, has 16,384 samples or 1/32 of all, and at most 64 MiB. More ranges would
-make reading slower, since a batch needs a lookup in each."""
+"""A range has the larger of 16,384 samples and 1/32 of all samples, but at most 64 MiB. If a build is killed, its
+current range is lost. Smaller ranges would make reading slower, because the samples of a batch lie in more files."""
 
 
 @checked
@@ -49,23 +49,23 @@ def build_store(
 ) -> TeacherStore | None:
     """Run a teacher once on every view of every sample, and store its outputs.
 
-    Existing ranges are kept, so an interrupted build continues when it is called again. Several processes may share a
-    build: process i of n passes `ranges=(i, n)`.
+    The outputs are written in ranges of consecutive samples, one file each. Existing ranges are kept, so a second call
+    continues an interrupted build. Several processes may share a build: process i of n passes `ranges=(i, n)`.
 
     Args:
         folder: folder of the store; created if it does not exist.
-        teacher: run in inference mode and not changed.
+        teacher: the model to run in inference mode; it is not changed.
         data: inputs, ids and transform; targets are not used.
         keep: format of the logits: `TopK(k)`, `Dense()`, or None if `outputs` has no "logits".
         outputs: callable that takes inputs and returns arrays by name, to store features in addition to, or instead of,
-            the logits. "logits" are stored as `keep` states, other arrays as float16. By default the teacher's logits.
-            It declares a version, such as `outputs.version = "1"`.
+            the logits. "logits" are stored as `keep` states, other arrays as float16. The callable must declare a
+            version, such as `outputs.version = "1"`. By default, the teacher's logits are stored.
         views: number of augmented views of each sample; train with `ArrayData(..., views=views)`.
         seed: seed of the augmentation; by default that of the data, or 0.
         temperature: temperature of the log-probabilities of `TopK`.
         batch_size: number of samples in a batch of the teacher.
         ranges: (i, n): build only ranges i, i + n, i + 2n, ...
-        range_size: number of samples in a range; by default 16,384 or 1/32 of all, and at most 64 MiB.
+        range_size: number of samples in a range; by default the larger of 16,384 and 1/32 of all, but at most 64 MiB.
         event: called with {"event": "range", "view", "range", "done", "of"} after each range.
         stop: called after each range; if it returns an error, the error is raised.
 
@@ -97,7 +97,7 @@ def build_store(
             raise error
     if not all(file.path.is_file() for file in specification.files(folder)):
         return None
-    files.remove_temporary(folder)  # of processes that were killed
+    files.remove_temporary(folder)  # temporary files of processes that were killed
     return TeacherStore.open(folder)
 
 
@@ -167,7 +167,9 @@ def _begin(folder: Path, data: ArrayData, specification: Specification, shares: 
     files.check_writable(folder, sum(missing) // shares)
     if not (folder / spec.NAME).is_file():
         if len(missing) < specification.views * specification.ranges:
-            raise StoreError(f"{folder} has records without a {spec.NAME}.", fix="Remove it, or choose another folder.")
+            raise StoreError(
+                f"{folder} has records without a {spec.NAME}.", fix="Remove the records, or choose another folder."
+            )
         if specification.ids_sha256 is not None:
             files.write_bytes(folder / spec.IDS, data.sample_ids.astype("<i8").tobytes())
         files.write_json(folder / spec.NAME, specification.model_dump(mode="json"))

@@ -1,4 +1,8 @@
-"""Reading and verifying a finished store."""
+"""Reading and verifying a finished store.
+
+A record holds the teacher's outputs for one sample and view. A range is a series of consecutive samples, whose records
+for one view are one file.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,11 @@ from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.find import framework_of
 
 TOLERANCE = 2.0**-9
-"""Four times the rounding error of 16 bits, because the teacher's outputs depend slightly on the batch size."""
+"""Largest difference of a store that agrees with its teacher: four times the rounding error of 16 bits, because the
+teacher's outputs depend slightly on the batch size."""
 MAX_LISTED = 4
 MAX_MAPPED = 256
-"""Ranges mapped at a time. Each map holds a file descriptor, and a process may have 1,024."""
+"""Largest number of files mapped at the same time: each holds a file descriptor, and a process may have only 1,024."""
 
 View = Annotated[int, Between(0, 2**53)]
 
@@ -122,13 +127,13 @@ class TeacherStore:
     def read(
         self, ids: NDArray[Any] | Sequence[int], view: View = 0, seeds: NDArray[np.uint64] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Return the records of samples, in the order of the ids: arrays by field with the samples as first axis.
+        """Return the stored outputs of samples in the order of the ids, as arrays by field with the samples on axis 0.
 
         Args:
             ids: ids of the samples, shape (N,).
             view: number of the view. Ignored without a transform, since all views are then equal.
-            seeds: augmentation seeds of the samples, shape (N,), which are compared with the stored ones; by default
-                those derived from the store's seed. Ignored without a transform.
+            seeds: augmentation seeds of the samples, shape (N,), to compare with the stored seeds; by default derived
+                from the store's seed. Ignored without a transform.
 
         Raises:
             DataError: a sample or view is not in the store, or the teacher's sample was augmented with another seed.
@@ -187,7 +192,7 @@ class TeacherStore:
         return rows.astype(np.int64, copy=False)
 
     def _records(self, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the records of sorted rows of a view, by one lookup in each range that has some of them."""
+        """Return the records of sorted rows of a view; the file of each range is accessed once."""
         numbers, offsets = np.divmod(rows, self.specification.range_size)
         edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(rows)]
         records = np.empty(len(rows), self.record_type)
@@ -223,7 +228,7 @@ class TeacherStore:
 
         Args:
             teacher: a model whose weights must equal those of the store's teacher.
-            data: its inputs, ids and transform are compared, and its views and seed if they are set.
+            data: data whose inputs, ids and transform are compared, and also the views and the seed if they are set.
             temperature: temperature of the log-probabilities; only compared if the store keeps them (`TopK`).
             seed: seed of the augmentation; only compared if there is a transform.
 
@@ -244,7 +249,7 @@ class TeacherStore:
 
     @checked
     def verify_once(self, view: View) -> None:
-        """Verify the sha256 of a view on the first call for it; later calls return at once.
+        """Verify the sha256 of a view on the first call for this view; later calls return at once.
 
         Raises:
             DataError: the view is not in the store.
@@ -286,7 +291,7 @@ class TeacherStore:
         """Compare stored outputs with current outputs of the teacher, for samples evenly spread over all views.
 
         Args:
-            teacher, data, outputs: as passed to `build_store`.
+            teacher, data, outputs: the arguments of `build_store` with which the store was built.
             samples: number of pairs of sample and view to compare, at most all.
             batch_size: number of samples in a batch of the teacher.
 

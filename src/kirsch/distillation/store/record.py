@@ -1,4 +1,4 @@
-"""Records, which hold the teacher's outputs for one sample and view: their fields and values; running the teacher."""
+"""Records (the teacher's outputs for one sample and view): fields, values, and the run of the teacher."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ class TeacherRunner:
             valid = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
             if not valid.all():
                 sample = batch.ids[~valid.reshape(len(valid), -1).all(axis=1)][0]
-                problem = "are not finite" if name == LOGITS else f"are not finite, or beyond ±{LARGEST:.0f}"
+                problem = "NaN or infinity" if name == LOGITS else f"NaN, infinity or values beyond ±{LARGEST:.0f}"
                 raise NumericError(
-                    f"The teacher's {name} {problem} for sample {sample} in view {view}.",
-                    "The store has 16 bits for each.",
+                    f"The teacher's output {name!r} contains {problem} for sample {sample} in view {view}.",
+                    "The store has 16 bits for each value.",
                     "Check the teacher's weights and inputs; scale features in the callable.",
                 )
         return outputs
 
 
 def shapes_of(outputs: Arrays) -> dict[str, Any]:
-    """Return the number of classes, the positions and the shapes of the features, as a `Specification` has them."""
+    """Return the number of classes, the positions and the shapes of the features, as fields of a `Specification`."""
     *positions, classes = outputs[LOGITS].shape[1:] if LOGITS in outputs else (None,)
     features = {name: array.shape[1:] for name, array in outputs.items() if name != LOGITS}
     return {"classes": classes, "positions": tuple(positions), "features": features}

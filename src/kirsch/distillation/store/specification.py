@@ -1,8 +1,8 @@
 """Contents and origin of a store, and the paths and hashes of its files.
 
 A folder holds `store.json`, the ids unless they are 0, 1, 2, ..., and one file for each range of samples of each view.
-The file of a range is its records, followed by their sha256 together with that of the specification. So it is found
-damaged wherever its records, its place or the origin of the store differ from those that it was written with.
+The file of a range contains its records, and a sha256 of the specification, the view and number of the range, and the
+records. The sha256 therefore shows whether any of these differ from what was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NAME, IDS = "store.json", "ids.bin"
 LARGEST_RECORD = 2**31 - 1
-"""Bytes; the limit of numpy types."""
+"""Largest size of a record in bytes: the limit of numpy types."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -42,9 +42,9 @@ FeatureName = Annotated[str, Field(min_length=1, max_length=500)]
 
 @dataclass(frozen=True)
 class RangeFile:
-    """File of the records of a range of samples of a view, in the order of the data, and their sha256.
+    """File of one range of a view: the records of consecutive samples, and their sha256.
 
-    `number` counts the ranges of the view, and `samples` are the indices of the samples in the data.
+    `number` is the index of the range in the view; `samples` are the indices of its samples in the data.
     """
 
     path: Path
@@ -179,7 +179,7 @@ class Specification(BaseModel):
             raise StoreError(
                 f"The store {folder} is stale.",
                 f"It was built with another value of {'; '.join(different)}.",
-                "Pass the values it was built with, or build it in another folder.",
+                "Pass the values that the store was built with, or build another store in another folder.",
             )
 
 
@@ -231,8 +231,8 @@ def view_options(data: ArrayData) -> dict[str, int]:
 def description(value: Any) -> str | None:
     """Return a text that is the same for two callables if both have the same name, version and fields.
 
-    Transforms of Kirsch describe themselves by their fields. A callable of the user declares a version, since its code
-    does not tell what it computes: it may call other code, or read values from its module.
+    Transforms of Kirsch are described by their fields. A callable of the user must declare a version, because its code
+    does not determine what it computes: it may call other code, or read values from its module.
 
     Args:
         value: a transform of Kirsch, a callable of the user with a version, or None.

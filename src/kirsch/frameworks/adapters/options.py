@@ -27,7 +27,8 @@ class AdapterOptions:
     """Options of an adapter, with their defaults; a subclass checks them.
 
     Attributes:
-        stages: takes a list of features, one for each stage. Of any other adapter, one is built for each stage.
+        stages: whether the adapter takes lists of features, one for each stage. Any other adapter is built once for
+            each stage.
     """
 
     stages: ClassVar[bool] = False
@@ -41,7 +42,7 @@ def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of an adapter: the given ones, and the defaults of the others.
 
     Raises:
-        UsageError: the adapter does not have an option, or the value of one is out of range.
+        UsageError: the adapter does not have a given option, or the value of an option is out of range.
     """
     declared: Any = ADAPTER_OPTIONS[name]
     known = [field.name for field in fields(declared)]
@@ -91,11 +92,12 @@ class ConvolutionOptions(AdapterOptions):
 class RegressorOptions(AdapterOptions):
     """Convert the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
 
-    For twice the teacher's size this is a 3 × 3 convolution with stride 2, for half the size a transposed 4 × 4
-    convolution; for another larger size, a convolution without padding whose kernel reduces it to the teacher's size.
+    If the student's maps have twice the size of the teacher's, the convolution is 3 × 3 with stride 2. If they have
+    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, it has no padding, and a
+    kernel that reduces the maps to the teacher's size.
 
     Args:
-        relu: end with a ReLU, for a teacher's value after its ReLU.
+        relu: apply a ReLU at the end, for teacher's maps that are taken after a ReLU.
 
     Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
@@ -108,12 +110,12 @@ class RegressorOptions(AdapterOptions):
 class ConnectorOptions(AdapterOptions):
     """Convert the student's maps before a ReLU to the teacher's channels by a 1 × 1 convolution and a batch norm.
 
-    The teacher's maps must be those before its ReLU, too. With `margins` they are clipped from below; the loss "ofd"
-    then takes the same margins, or lower ones.
+    The teacher's maps must also be taken before a ReLU. With `margins`, the teacher's maps are clipped from below; the
+    loss "ofd" then needs the same margins, or lower ones.
 
     Args:
-        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after its batch norm, as
-            computed by `kirsch.distillation.losses.maps.margins` from bias and weight.
+        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after the teacher's batch
+            norm, as `kirsch.distillation.losses.maps.margins` computes it from the bias and weight of the batch norm.
 
     Source: Heo et al. 2019, arXiv:1904.01866.
     """
@@ -127,13 +129,13 @@ class GeneratorOptions(AdapterOptions):
     """Generate the teacher's maps from the student's maps, of which most positions are masked.
 
     The masked positions are drawn for each sample separately and for all channels together. In inference mode nothing
-    is masked. If the channels differ, a 1 × 1 convolution precedes.
+    is masked. If the numbers of channels differ, a 1 × 1 convolution is applied first.
 
     Args:
-        masked_fraction: fraction of the positions, 0 <= fraction < 1.
+        masked_fraction: fraction of the positions that are masked, 0 <= fraction < 1.
         spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. There, too, positions are masked, not channels; 65 % of them.
+    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks positions, not channels: 65 % of the positions.
     """
 
     masked_fraction: float = 0.65
@@ -150,12 +152,12 @@ class GeneratorOptions(AdapterOptions):
 @ADAPTER_OPTIONS.register("vid")
 @dataclass(frozen=True, kw_only=True)
 class DensityOptions(AdapterOptions):
-    """Predict a normal distribution of the teacher's maps, with means from the student's and one scale a channel.
+    """Predict a normal distribution of the teacher's maps: means from the student's maps, and one scale per channel.
 
-    The student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
+    The adapted student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
 
     Args:
-        hidden: channels between the three 1 × 1 convolutions; by default those of the teacher.
+        hidden: number of channels between the three 1 × 1 convolutions; by default that of the teacher.
         norm: add a batch norm before both ReLUs, unlike the authors' code.
         variance: > 1e-5, initial variance of every channel.
 
@@ -174,16 +176,17 @@ class DensityOptions(AdapterOptions):
 @ADAPTER_OPTIONS.register("factor")
 @dataclass(frozen=True, kw_only=True)
 class FactorOptions(AdapterOptions):
-    """Compute factors of both maps, the teacher's by a paraphraser, the student's by a translator.
+    """Compute a factor of the teacher's maps by a paraphraser, and a factor of the student's maps by a translator.
 
     The paraphraser is trained as an autoencoder: its loss is the mean squared error between the teacher's maps and
     their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
     the authors, first train on this loss alone, then freeze the paraphraser.
 
     Args:
-        rate: channels of a factor divided by the teacher's channels, > 0.
+        rate: number of channels of a factor, divided by the number of the teacher's channels, > 0.
 
-    Source: Kim et al. 2018, arXiv:1802.04977; rate 0.5, and the layers of both, as in RepDistiller.
+    Source: Kim et al. 2018, arXiv:1802.04977; rate 0.5, and the layers of paraphraser and translator, as in
+        RepDistiller.
     """
 
     rate: float = 0.5
@@ -192,12 +195,12 @@ class FactorOptions(AdapterOptions):
 @ADAPTER_OPTIONS.register("review")
 @dataclass(frozen=True, kw_only=True)
 class ReviewOptions(AdapterOptions):
-    """Fuse the stages of the student from the deepest to the first, and convert each to the shape of the teacher's.
+    """Fuse the student's stages from the deepest to the first, and convert each to the shape of the teacher's stage.
 
     Both outputs are lists of maps. The loss is the sum of a loss of maps ("hcl" in the paper) over the stages.
 
     Args:
-        hidden: channels passed from stage to stage; by default those of the student's last stage, at most 512.
+        hidden: number of channels passed from stage to stage; by default that of the student's last stage, at most 512.
 
     Source: Chen et al. 2021, arXiv:2104.09044, and the authors' code.
     """
@@ -216,7 +219,7 @@ class KeptChannelsOptions(AdapterOptions):
 
     Args:
         indices: indices of the teacher's channels, in the order of the student's channels.
-        axis: axis of the channels, with the batch first.
+        axis: axis of the channels; axis 0 is the batch.
     """
 
     indices: Sequence[int] | None = None
@@ -238,7 +241,7 @@ class KeptChannelsOptions(AdapterOptions):
 class LinearOptions(AdapterOptions):
     """Convert the last axis of the student's value to the teacher's width by a linear layer.
 
-    Student and teacher have shapes (N, ..., D), with at least two axes, which agree except for the last.
+    Student and teacher have shapes (N, ..., D) with at least two axes. All axes except the last must agree.
 
     Args:
         bias: add a bias.
@@ -305,15 +308,15 @@ class EmbedOptions(AdapterOptions):
 class ProjectorOptions(AdapterOptions):
     """Compute logits from a stage of the student, to compare with the teacher's logits.
 
-    The height and width of maps are halved by pairs of separable convolutions until both are at most 7, as the last
-    stage of most networks for 224 × 224 images; then the maps are averaged. Tokens are averaged.
+    The height and width of maps are halved by pairs of separable convolutions until both are at most 7, as in the last
+    stage of most networks for 224 × 224 images. The maps are then averaged over positions, and so are tokens.
 
     Args:
         classes: number of classes; by default that of the teacher.
         width: channels after the last convolution; by default doubled with each halving.
 
-    Source: Hao et al. 2023, arXiv:2310.19444, which uses transformer blocks for tokens, and as `width` the larger of
-        the last widths of student and teacher.
+    Source: Hao et al. 2023, arXiv:2310.19444. The paper uses transformer blocks for tokens, and sets `width` to the
+        larger of the last widths of student and teacher.
     """
 
     classes: int | None = None
@@ -326,8 +329,8 @@ class MemoryBankOptions(AdapterOptions):
     """Contrast the embedding of each sample with stored embeddings of the other network.
 
     Args:
-        samples: number of samples in the data; ids must be from 0 to samples - 1. Optional with `size`, and then any
-            ids are accepted.
+        samples: number of samples in the data; ids must be from 0 to samples - 1. Optional if `size` is set; without
+            `samples`, any ids are accepted.
         size: number of rows of a queue, instead of one row per sample.
         negatives: number of negatives for each sample and direction.
         temperature: > 0.
@@ -335,8 +338,8 @@ class MemoryBankOptions(AdapterOptions):
         width: width of the embeddings.
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, and the authors' code: 16384 negatives, temperature 0.07,
-        momentum 0.5, width 128. There a sample itself may be drawn as a negative. The queue is from He et al. 2020,
-        arXiv:1911.05722.
+        momentum 0.5, width 128. In that code, a sample itself may be drawn as a negative. The queue is from He et al.
+        2020, arXiv:1911.05722.
     """
 
     samples: int | None = None
@@ -352,12 +355,12 @@ class MemoryBankOptions(AdapterOptions):
         if rows is None:
             raise UsageError(
                 "The adapter 'crd-bank' needs the number of samples.",
-                "It stores one embedding of each.",
+                "It stores one embedding of each sample.",
                 "Set the option `samples`, or `size` for a queue.",
             )
         if is_queue and self.momentum is not None:
             raise UsageError(
-                "The adapter 'crd-bank' has no 'momentum' with a 'size'.", "A queue stores embeddings unchanged."
+                "The adapter 'crd-bank' has no 'momentum' if 'size' is set.", "A queue stores embeddings unchanged."
             )
         minimum = 1 if is_queue else 2  # the sample itself, and a negative
         for name, value, is_valid, needed in (

@@ -1,4 +1,4 @@
-"""The adapter that fits two shapes, and checks of shapes. The batch is first, and channels before positions."""
+"""Choose the adapter for two shapes, and check shapes. The batch is the first axis; channels come before positions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAP, TOKENS, VECTOR = len("NCHW"), len("NLD"), len("ND")
 
 
 def choose_adapter(student: Shape, teacher: Shape, *, widths: str = "same", takes: str | None = None) -> str | None:
-    """Return the name of the adapter that makes two shapes comparable, or None if they need none.
+    """Return the name of the adapter that makes two shapes comparable, or None if no adapter is needed.
 
     Args:
-        student, teacher: shapes with the batch first, which is ignored.
+        student, teacher: shapes; the first axis, the batch, is ignored.
         widths: "any" if the loss accepts different widths.
         takes: kind of values that the loss compares, if known.
 
@@ -30,7 +30,7 @@ def choose_adapter(student: Shape, teacher: Shape, *, widths: str = "same", take
         return None
     if takes == "attention":
         raise ShapeError(
-            f"The student's attention has {shape_s[0]} heads, the teacher's {shape_t[0]}."
+            f"The student's attention has {shape_s[0]} heads, the teacher's attention has {shape_t[0]}."
             if ranks == (MAP, MAP) and shape_s[1:] == shape_t[1:]
             else f"The student's attention has shape {tuple(student)}, the teacher's {tuple(teacher)}.",
             "An adapter that mixes heads would not return attention weights.",
@@ -60,7 +60,7 @@ def _reason(shape_s: tuple[int, ...], shape_t: tuple[int, ...], ranks: tuple[int
         )
     if ranks == (TOKENS, TOKENS):
         return f"The student has {shape_s[0]} tokens, the teacher {shape_t[0]}."
-    return "They are of different kinds."
+    return "The values are of different kinds, such as maps and vectors."
 
 
 def map_size(shape: Shape, role: str, adapter: str) -> tuple[int, int, int]:
@@ -96,7 +96,7 @@ def infer_prefix(length: int, size: tuple[int, int], prefix: int | None = None) 
     """Return the number of tokens at the start that are not positions of the map.
 
     Raises:
-        ShapeError: the number of tokens is not that of positions plus the prefix.
+        ShapeError: the number of tokens is not the number of positions plus the prefix.
     """
     positions = size[0] * size[1]
     extra = length - positions
@@ -114,7 +114,7 @@ def width_of(shape: Shape) -> int:
     """Return the channels of maps, or the last axis of tokens and vectors.
 
     Raises:
-        ShapeError: the shape is none of these.
+        ShapeError: the value is neither maps, tokens nor vectors.
     """
     if len(shape) not in (2, 3, 4):
         raise ShapeError(f"A value has shape {tuple(shape)}; (N, D), (N, L, D) or (N, C, H, W) is needed.")

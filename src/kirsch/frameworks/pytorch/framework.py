@@ -15,4 +15,4 @@ from kirsch.ops import load_implementation
 
 PYTORCH = Framework("pytorch", analysis, surgery, features, training, inference, MODELS)
 
-load_implementation(torch.Tensor, torch.nn.Parameter)  # torch.compile, which traces a loss, cannot import it
+load_implementation(torch.Tensor, torch.nn.Parameter)  # torch.compile cannot import it while it traces a loss

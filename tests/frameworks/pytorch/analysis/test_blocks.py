@@ -90,7 +90,7 @@ IMAGES, WORDS = torch.randn(2, 3, 9, 9), torch.randn(2, 5, 4)
 
 
 class SharedWeight(nn.Module):
-    """A block whose weight is used outside of it, too."""
+    """A block whose weight is also used outside the block."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class CalledTwice(nn.Module):
 
 
 class InnerFeatureUsed(nn.Module):
-    """A block of which an inner feature is used outside."""
+    """A block with an inner feature that is used outside the block."""
 
     def __init__(self):
         super().__init__()
@@ -185,7 +185,7 @@ def plan_without(model, inputs, *names):
     return Plan(graph.fingerprint, graph.model_name, (), graph.cost, after, blocks=skips, inputs=graph.inputs)
 
 
-def test_a_block_in_a_list_is_deleted_and_the_remaining_ones_are_renumbered():
+def test_a_block_in_a_list_is_deleted_and_the_remaining_blocks_are_renumbered():
     model = with_noise(TokenNet(4))
     plan = plan_without(model, WORDS, "layers.1", "layers.2")
     result = prune_with_verification(model, plan)
@@ -314,7 +314,7 @@ def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
 
 
 @pytest.mark.parametrize("other", ["layers.0", "layers.2"])
-def test_the_verification_rejects_the_removal_of_another_block(monkeypatch, other):
+def test_the_verification_rejects_the_removal_of_a_block_that_is_not_in_the_plan(monkeypatch, other):
     model, drop = with_noise(TokenNet(3)), dropping.drop
 
     def wrong(pruned, gone, args, options):
@@ -326,7 +326,7 @@ def test_the_verification_rejects_the_removal_of_another_block(monkeypatch, othe
         kirsch.prune(model, plan_without(model, WORDS, "layers.1"))
 
 
-def test_the_verification_rejects_a_block_that_was_not_removed(monkeypatch):
+def test_the_verification_rejects_a_block_of_the_plan_that_was_not_removed(monkeypatch):
     model = with_noise(TokenNet(3))
     monkeypatch.setattr(dropping, "drop", lambda pruned, *_: {path: path for path, _ in pruned.named_modules()})
     with pytest.raises(VerificationError, match="not equal to the masked original"):

@@ -172,7 +172,7 @@ def test_a_size_compared_with_a_constant_is_frozen_and_the_error_has_the_line_an
     ("today", "widths_today"), [(16, {8: 8, 12: 12, 7: 7}), (8, {12: 6, 14: 7}), (4, {12: 4, 8: 4})]
 )
 def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths_today):
-    """Each size is divisible by 1, which is not what the attribute stands for."""
+    """The attribute is scaled with the size. It is not set to 1, although 1 divides each size."""
 
     def divides(s, x):
         assert x.shape[1] % s.channels == 0
@@ -186,7 +186,7 @@ def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths
         assert (pruned.first.out_channels, pruned.checked.channels) == (width, expected)
 
 
-def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_line():
+def test_the_error_for_a_size_that_no_value_of_the_attribute_divides_names_the_line():
     def divides(s, x):
         assert x.shape[1] % s.channels == 0
 
@@ -199,7 +199,7 @@ def test_a_size_that_no_value_in_the_same_relation_divides_is_refused_at_the_lin
 
 
 def removing(plan, name, number):
-    """The plan with nothing but so many units of one group."""
+    """Return the plan that removes only this number of units of one group."""
     only = dataclasses.replace(plan.groups[0], name=name, size=16, removed=tuple(range(number)))
     return dataclasses.replace(plan, groups=(only,))
 
@@ -230,7 +230,7 @@ def test_a_comparison_in_a_torch_fx_graph_is_kept():
     assert result.verification.power > 1e-3
 
 
-def test_comparisons_that_only_choose_a_branch_do_not_freeze():
+def test_comparisons_that_only_choose_a_branch_do_not_freeze_sizes():
     def choosing(_, x):
         if all(size == 16 for size in x.shape[1:2]):
             return x
@@ -308,7 +308,7 @@ def test_a_dictionary_lookup_is_not_a_comparison():
 def test_an_error_of_the_pruned_model_has_the_line_and_a_fix():
     model = with_noise(Net(lambda _, x: {16: None}[x.shape[1]]))
     plan = kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.5))
-    sentence = r"does not run\. KeyError: \d+\. It is raised at test_comparisons\.py:\d+\..*as_graph=True"
+    sentence = r"does not run\. KeyError: \d+\. The exception is raised at test_comparisons\.py:\d+\..*as_graph=True"
     with pytest.raises(VerificationError, match=sentence) as caught:
         kirsch.prune(model, plan)
     assert not re.search("report the model", str(caught.value))

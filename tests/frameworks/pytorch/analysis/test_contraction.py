@@ -23,7 +23,7 @@ CONVOLUTIONS = {
         IMAGE,
         [2, 2, 2, 4],
     ),
-    "groups of the image freeze the number of groups": (
+    "groups over the channels of the image, whose number is frozen": (
         nn.Sequential(nn.Conv2d(3, 9, 1, groups=3), nn.ReLU(), conv(9, 5)),
         IMAGE,
         [3],
@@ -44,7 +44,7 @@ CONVOLUTIONS = {
         IMAGE,
         [2, 3, 4],
     ),
-    "transposed groups, other arguments off their defaults": (
+    "transposed groups, other arguments not at their defaults": (
         nn.Sequential(
             conv(3, 8),
             nn.ReLU(),
@@ -81,7 +81,7 @@ def test_a_grouped_convolution_is_pruned_correctly(name, seed):
     assert graph.blockers == ()
 
 
-def test_groups_and_positions_in_them_have_different_kinds():
+def test_groups_of_a_convolution_and_positions_in_the_groups_have_different_kinds():
     graph, _ = assert_pruned_correctly(*CONVOLUTIONS["groups"][:2])
     assert sorted((group.kind, group.size) for group in graph.groups) == [
         ("conv group", 4),

@@ -107,10 +107,12 @@ def test_experts_are_removed_if_tokens_are_sorted_by_expert():
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_experts_are_frozen_without_softmax_kept(run):
+def test_experts_are_frozen_unless_the_option_softmax_is_kept(run):
     graph = kirsch.trace(with_noise(Mixture(RUNS[run])), ROWS)
     assert not [group for group in graph.groups if group.kind == "expert" or group.size == 5]
-    assert {"the order along it matters", "a softmax spans it"} & {blocker.reason for blocker in graph.blockers}
+    assert {"the result depends on the order along the axis", "a softmax is computed over the axis"} & {
+        blocker.reason for blocker in graph.blockers
+    }
 
 
 def test_at_least_as_many_experts_are_kept_as_are_selected():
@@ -160,7 +162,7 @@ def reordered(self, x, logits):
 
 @pytest.mark.parametrize("run", [maximum, reordered])
 @pytest.mark.parametrize("softmax", ["freeze", "kept"])
-def test_experts_are_removed_only_with_softmax_kept(run, softmax):
+def test_experts_are_removed_only_if_the_option_softmax_is_kept(run, softmax):
     model = with_noise(Mixture(run))
     graph = kirsch.trace(model, ROWS, softmax=softmax)
     experts = [group for group in graph.groups if ("router.weight", 0) in group.footprint]
@@ -181,4 +183,4 @@ class ReturnsIndices(Mixture):
 def test_experts_are_frozen_if_their_indices_are_an_output():
     graph = kirsch.trace(with_noise(ReturnsIndices(softmax_over_chosen)), ROWS, softmax="kept")
     assert not [group for group in graph.groups if ("router.weight", 0) in group.footprint]
-    assert "indices into it are an output of the model" in graph.explain("router")
+    assert "indices into the axis are an output of the model" in graph.explain("router")

@@ -1,4 +1,4 @@
-"""Operators that read or write by a tensor of indices: the indexed axis is frozen, other axes can be pruned."""
+"""Operators that read or write at the indices in a tensor: the indexed axis is frozen, other axes can be pruned."""
 
 from __future__ import annotations
 

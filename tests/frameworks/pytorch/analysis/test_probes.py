@@ -1,4 +1,4 @@
-"""Small networks with operations that break other pruning tools: each is cut right, or frozen with a reason."""
+"""Small networks with operations that break other pruning tools: each is cut correctly, or frozen with a reason."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ PROBES = {
     ),
     "every second channel": image(8, lambda s, x: s.head(x[:, ::2]), frozen="sliced with a stride", head=conv(4, 3)),
     "channels by a list of indices": image(
-        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="it is indexed by a tensor", head=conv(4, 3)
+        8, lambda s, x: s.head(x[:, [6, 0, 3, 5]]), frozen="the axis is indexed by a tensor", head=conv(4, 3)
     ),
     "repeat": image(4, lambda s, x: s.head(x.repeat(1, 3, 1, 1)), 4, head=conv(12, 3)),
     "repeat_interleave": image(4, lambda s, x: s.head(x.repeat_interleave(3, dim=1)), 4, head=conv(12, 3)),
@@ -160,7 +160,9 @@ PROBES = {
         8, lambda s, x: s.head(torch.stack([x, x.tanh()], 2).flatten(1, 2)), 8, head=conv(16, 3)
     ),
     "mean over channels": image(8, channel_mean, 8, head=conv(8, 3)),
-    "softmax over channels": image(8, lambda s, x: s.head(x.softmax(1)), frozen="a softmax spans it", head=conv(8, 3)),
+    "softmax over channels": image(
+        8, lambda s, x: s.head(x.softmax(1)), frozen="a softmax is computed over the axis", head=conv(8, 3)
+    ),
     "squeeze and excite": image(8, gated, *(8, 4), down=nn.Conv2d(8, 4, 1), up=nn.Conv2d(4, 8, 1), head=conv(8, 3)),
     "cat of a sum": image(
         8, lambda s, x: s.head(torch.cat([x + s.other(x.relu()), x], 1)), 8, other=conv(8, 8), head=conv(16, 3)
@@ -173,7 +175,7 @@ PROBES = {
         *(8, 3, 4, 4),
         heads=3,
         q=nn.Linear(8, 12),
-        k=nn.Linear(8, 12, bias=False),  # a softmax is invariant to it, so it would not train
+        k=nn.Linear(8, 12, bias=False),  # a softmax is invariant to this bias, so the bias would have no gradient
         v=nn.Linear(8, 12),
         head=nn.Linear(12, 3),
     ),

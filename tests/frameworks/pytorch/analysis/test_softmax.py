@@ -36,11 +36,11 @@ GATES = {
 def test_units_under_a_softmax_are_frozen_by_default(gate):
     graph = kirsch.trace(with_noise(Gate(GATES[gate])), torch.randn(5, 4))
     assert not graph.groups
-    assert graph.blockers[0].reason == "a softmax spans it"
+    assert graph.blockers[0].reason == "a softmax is computed over the axis"
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_with_the_option_units_are_removed_and_the_verification_states_it(gate):
+def test_with_softmax_kept_units_are_removed_and_the_verification_reports_the_softmax(gate):
     model, inputs = with_noise(Gate(GATES[gate])), torch.randn(5, 4)
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6))
     result = prune_with_verification(model, plan)

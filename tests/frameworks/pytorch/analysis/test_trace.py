@@ -29,7 +29,7 @@ TOKENS = torch.randn(2, 5, 6)
 class Net(nn.Module):
     """Two linear layers with a function between them.
 
-    Blockers have the line of a forward, so this one must be in this file.
+    A blocker contains the line of the forward, so this forward must be in this file.
     """
 
     def __init__(self, between, width=8, **attributes):
@@ -43,20 +43,20 @@ class Net(nn.Module):
 
 
 FROZEN = {
-    "topk": ("the order along it matters", lambda _, x: x.topk(4)[0], 4),
-    "sort": ("the order along it matters", lambda _, x: x.sort(-1)[0], 8),
-    "cumsum": ("the order along it matters", lambda _, x: x.cumsum(-1), 8),
-    "argmax": ("the order along it matters", lambda _, x: x * x.argmax(-1, keepdim=True), 8),
-    "median": ("median spans it", lambda _, x: x * x.median(-1, keepdim=True)[0], 8),
-    "prod": ("prod spans it", lambda _, x: x * x.prod(-1, keepdim=True), 8),
-    "index": ("it is indexed by a tensor", lambda _, x: x[..., [3, 1, 0]], 3),
+    "topk": ("the result depends on the order along the axis", lambda _, x: x.topk(4)[0], 4),
+    "sort": ("the result depends on the order along the axis", lambda _, x: x.sort(-1)[0], 8),
+    "cumsum": ("the result depends on the order along the axis", lambda _, x: x.cumsum(-1), 8),
+    "argmax": ("the result depends on the order along the axis", lambda _, x: x * x.argmax(-1, keepdim=True), 8),
+    "median": ("median is computed over the axis", lambda _, x: x * x.median(-1, keepdim=True)[0], 8),
+    "prod": ("prod is computed over the axis", lambda _, x: x * x.prod(-1, keepdim=True), 8),
+    "index": ("the axis is indexed by a tensor", lambda _, x: x[..., [3, 1, 0]], 3),
     "gather": (
-        "it is indexed by a tensor",
+        "the axis is indexed by a tensor",
         lambda _, x: x.gather(-1, torch.zeros(2, 5, 8, dtype=torch.int64)),
         8,
     ),
-    "roll": ("it is rolled by a fixed offset", lambda _, x: x.roll(1, -1), 8),
-    "unbind": ("unbind splits it", lambda _, x: torch.stack(x.unbind(-1), -1), 8),
+    "roll": ("the axis is rolled by a fixed offset", lambda _, x: x.roll(1, -1), 8),
+    "unbind": ("unbind splits the axis", lambda _, x: torch.stack(x.unbind(-1), -1), 8),
     "fft": ("there is no rule for aten.fft_rfft", lambda _, x: torch.fft.rfft(x).abs(), 5),
 }
 
@@ -88,15 +88,18 @@ def test_blockers_are_sorted_by_their_share_of_the_parameters():
 
     graph = trace(TwoBranches(), TOKENS)
     counts = [(b.reason, round(b.share * graph.cost.parameters)) for b in graph.blockers]
-    # The softmax also freezes the inputs of `last`, that is, all of it except the bias.
-    weights = {"a softmax spans it": 6 * 30 + 30 + 32 * 3, "the order along it matters": 6 * 2 + 2}
+    # The softmax also freezes the inputs of `last`, so all parameters of `last` except the bias are frozen.
+    weights = {
+        "a softmax is computed over the axis": 6 * 30 + 30 + 32 * 3,
+        "the result depends on the order along the axis": 6 * 2 + 2,
+    }
     assert {reason: n for reason, n in counts if reason in weights} == weights
     assert [share for _, share in counts] == sorted((share for _, share in counts), reverse=True)
 
 
 def test_a_constant_tensor_is_a_blocker_with_the_line_that_uses_it():
     graph = trace(Net(lambda _, x: x * torch.arange(8.0)), TOKENS)
-    assert graph.blockers[0].reason == "it is combined with a constant tensor"
+    assert graph.blockers[0].reason == "the axis is combined with a constant tensor"
     assert graph.blockers[0].source.startswith("test_trace.py:")
     assert graph.blockers[0].operation == "aten.mul"
 
@@ -104,9 +107,9 @@ def test_a_constant_tensor_is_a_blocker_with_the_line_that_uses_it():
 @pytest.mark.parametrize(
     "function", [lambda _, x: x * torch.rand(8), lambda _, x: x + (torch.rand(8) * 2)], ids=["rand", "scaled"]
 )
-def test_a_tensor_of_random_numbers_is_a_blocker_of_that_name(function):
+def test_a_tensor_of_random_numbers_is_a_blocker_that_names_random_numbers(function):
     graph = trace(Net(function), TOKENS)
-    assert graph.blockers[0].reason == "it is combined with a tensor of random numbers"
+    assert graph.blockers[0].reason == "the axis is combined with a tensor of random numbers"
 
 
 def test_units_added_to_an_input_are_not_blockers():
@@ -123,17 +126,17 @@ def test_units_added_to_an_input_are_not_blockers():
 
 
 def test_attributes_that_cannot_change_are_named():
-    between = lambda s, x: x.view(2, 5, s.heads, s.each).flatten(2)  # noqa: E731 - what is traced
+    between = lambda s, x: x.view(2, 5, s.heads, s.each).flatten(2)  # noqa: E731 - the traced function
     graph = trace(Net(between, heads=2, each=4, fixed=nn.Parameter(torch.ones(2, 1))), TOKENS)
     assert sorted(group.size for group in graph.groups) == [2, 4]
     product = trace(Net(lambda s, x: x.view(10, s.heads * s.each).view(2, 5, -1), heads=2, each=4), TOKENS)
     assert product.groups == ()
-    assert product.blockers[0].reason == "`heads`, `each` cannot follow it"
+    assert product.blockers[0].reason == "`heads`, `each` cannot be updated when the axis is pruned"
 
 
 def test_a_width_used_as_a_number_is_a_blocker_with_the_line_of_the_arithmetic():
     graph = trace(Net(lambda _, x: x * x.shape[-1] ** -0.5), TOKENS)
-    assert graph.blockers[0].reason == "the code uses its size as a number"
+    assert graph.blockers[0].reason == "the code uses the size of the axis as a number"
     assert graph.blockers[0].source.startswith("test_trace.py:")
 
 
@@ -282,7 +285,7 @@ def test_arrays_that_hold_no_numbers_are_named_by_their_type(array, dtype):
         kirsch.trace(nn.Linear(6, 8), (torch.randn(2, 6), array))
 
 
-def test_an_input_without_entries_beside_one_with_samples_is_taken():
+def test_an_input_without_entries_beside_one_with_samples_is_accepted():
     class Attending(nn.Module):
         def __init__(self):
             super().__init__()

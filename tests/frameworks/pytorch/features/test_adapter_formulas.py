@@ -90,7 +90,7 @@ def test_a_map_becomes_tokens_row_by_row_without_the_teachers_prefix():
     assert teacher_out.flatten().tolist() == [5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
 
 
-def test_the_initial_variance_of_vid_is_that_of_the_option():
+def test_the_initial_variance_of_vid_is_the_option_variance():
     scale = build("vid", MAP, WIDE, options={"variance": 3.0}).scale
     assert torch.allclose(F.softplus(scale) + 1e-5, torch.tensor(3.0), rtol=1e-6)
     assert torch.allclose(F.softplus(build("vid", MAP, WIDE, options={}).scale), torch.tensor(5.0), rtol=1e-5)

@@ -129,7 +129,9 @@ def test_every_adapter_has_a_case():
 def test_every_adapter_takes_the_options_that_are_declared_for_all_frameworks(name):
     parameters = list(inspect.signature(ADAPTERS[name]).parameters.values())[2:]
     assert [parameter.name for parameter in parameters] == [field.name for field in fields(ADAPTER_OPTIONS[name])]
-    assert {parameter.default for parameter in parameters} == {inspect.Parameter.empty}  # they stand there alone
+    assert {parameter.default for parameter in parameters} == {
+        inspect.Parameter.empty
+    }  # the defaults are only in ADAPTER_OPTIONS
     assert ADAPTER_OPTIONS[name].__doc__.splitlines()[0].endswith(".")
 
 
@@ -319,7 +321,7 @@ def test_auto_needs_no_adapter_for_relations_of_samples():
         ),
         (MAP, (4, 63, 6), r"map of 8 × 8 has 64 positions, and there are 63 tokens"),
         ((4, 5, 6), (4, 6, 6), r"student has 5 tokens, the teacher 6"),
-        ((4, 6), MAP, r"No adapter fits .* \(4, 6\) and .* \(4, 6, 8, 8\)\. They are of different kinds"),
+        ((4, 6), MAP, r"No adapter fits .* \(4, 6\) and .* \(4, 6, 8, 8\)\. The values are of different kinds"),
     ],
 )
 def test_auto_refuses_shapes_without_an_adapter(student, teacher, message):
@@ -366,8 +368,8 @@ def test_the_extra_loss_of_stages_is_the_sum():
         ("conv", MAP, WIDE, {"spatial": "crop"}, UsageError, r"'spatial' is 'crop'.*'pool' or 'interpolate'"),
         ("conv", (4, 5, 6), WIDE, {}, ShapeError, r"student's value has shape \(4, 5, 6\); \(N, C, H, W\) is needed"),
         ("conv", MAP, (4, 6), {}, ShapeError, r"teacher's value has shape \(4, 6\); \(N, C, H, W\) is needed"),
-        ("conv", [MAP], [MAP, MAP], {}, ShapeError, r"student has 1 stages, the teacher 2 stages"),
-        ("conv", MAP, [MAP], {}, ShapeError, r"student has one value, the teacher 1 stages"),
+        ("conv", [MAP], [MAP, MAP], {}, ShapeError, r"student has 1 stages, the teacher has 2 stages"),
+        ("conv", MAP, [MAP], {}, ShapeError, r"student has one value, the teacher has 1 stages"),
         ("review", MAP, WIDE, {}, ShapeError, r"'review' needs a list of stages; there is only one value"),
         ("fitnet", (4, 6, 3, 3), WIDE, {}, ShapeError, r"student's map is 3 × 3, the teacher's 8 × 8"),
         ("linear", (4, 5, 6), (4, 6, 6), {}, ShapeError, r"can only change the last axis"),
@@ -375,7 +377,7 @@ def test_the_extra_loss_of_stages_is_the_sum():
         ("map-to-tokens", MAP, (4, 65, 6), {"prefix": 2}, ShapeError, r"equal, except for a prefix of 2"),
         ("mgd", MAP, WIDE, {"masked_fraction": 1.0}, UsageError, r"`masked_fraction` is 1\.0; a number"),
         ("vid", MAP, WIDE, {"variance": 0.0}, UsageError, r"`variance` is 0\.0; a number above 1e-05"),
-        ("factor", MAP, WIDE, {"rate": 0.01}, UsageError, r"`rate` is 0\.01, which gives no channels of 10"),
+        ("factor", MAP, WIDE, {"rate": 0.01}, UsageError, r"`rate` is 0\.01, which leaves 0 of 10 channels"),
         ("embed", MAP, WIDE, {"size": 0}, UsageError, r"`size` of an embedding is 0"),
         ("embed", (4,), WIDE, {}, ShapeError, r"value has shape \(4,\); \(N, D\), \(N, L, D\) or"),
         ("ofa", MAP, (4, 10), {"classes": 11}, ShapeError, r"teacher's value has shape \(4, 10\); \(N, 11\) is needed"),
@@ -385,7 +387,7 @@ def test_the_extra_loss_of_stages_is_the_sum():
         ("crd-bank", MAP, WIDE, {}, UsageError, r"needs the number of samples"),
         ("crd-bank", MAP, WIDE, {"samples": 1}, UsageError, r"'samples' of 'crd-bank' is 1; at least 2"),
         ("crd-bank", MAP, WIDE, {"size": 0}, UsageError, r"'size' of 'crd-bank' is 0; at least 1"),
-        ("crd-bank", MAP, WIDE, {"size": 9, "momentum": 0.5}, UsageError, r"no 'momentum' with a 'size'"),
+        ("crd-bank", MAP, WIDE, {"size": 9, "momentum": 0.5}, UsageError, r"no 'momentum' if 'size' is set"),
         ("crd-bank", MAP, WIDE, {"samples": 9, "momentum": 1.0}, UsageError, r"'momentum' of 'crd-bank' is 1\.0"),
         ("crd-bank", MAP, WIDE, {"samples": 9, "temperature": 0.0}, UsageError, r"'temperature' of 'crd-bank' is 0\.0"),
         ("crd-bank", MAP, WIDE, {"samples": 9, "negatives": 0}, UsageError, r"'negatives' of 'crd-bank' is 0"),

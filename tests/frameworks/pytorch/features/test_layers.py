@@ -105,11 +105,11 @@ def test_inputs_are_not_copied_after_the_first_run_if_the_model_does_not_write()
     assert seen == [False, True, True]
 
 
-def test_a_model_that_starts_to_write_into_its_inputs_is_an_error():
+def test_a_model_that_starts_to_write_into_its_inputs_raises_an_error():
     inputs, late = torch.from_numpy(SAMPLES.copy()), []
     capture = FeatureCapture(InPlaceModel(when=lambda _model: bool(late)), ["logits"])
     capture(inputs)
     late.append(True)
-    message = r"InPlaceModel writes into its inputs in this forward, and did not in earlier ones\. .* inputs\.clone\(\)"
+    message = r"InPlaceModel writes into its inputs in this forward, unlike in earlier ones\. .* inputs\.clone\(\)"
     with pytest.raises(UsageError, match=message):
         capture(inputs)

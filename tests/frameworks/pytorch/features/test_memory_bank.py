@@ -193,7 +193,7 @@ def test_missing_and_wrong_numbers_of_ids_are_refused():
 def test_an_id_outside_the_bank_is_refused(sample):
     bank = small_bank()
     before = bank.bank_student.clone()
-    with pytest.raises(DataError, match=rf"has the sample {sample}\. The bank has 5 samples, numbered from 0 to 4"):
+    with pytest.raises(DataError, match=rf"has the sample id {sample}\. The bank has 5 samples, numbered from 0 to 4"):
         bank(VALUES_S, VALUES_T, ids=torch.tensor([1, sample]))
     assert torch.equal(bank.bank_student, before)
 

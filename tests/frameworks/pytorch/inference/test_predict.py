@@ -89,6 +89,6 @@ def test_infer_records_no_gradient(model):
     assert torch.is_grad_enabled()
 
 
-def test_predict_without_samples_is_an_error():
+def test_predict_without_samples_raises_an_error():
     with pytest.raises(DataError, match=r"^The inputs have no samples, so there is nothing to predict\.$"):
         predict(nn.Linear(3, 2), np.zeros((0, 3), np.float32))

@@ -76,7 +76,7 @@ def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
 
 
 def test_the_batch_axis_is_free_for_an_example_of_one_sample(tmp_path):
-    """In a recurrent layer, the exporter takes an axis of size 1 for a constant."""
+    """In a recurrent layer, the exporter treats an axis of size 1 as a constant."""
     torch.manual_seed(0)
     model, samples = nn.GRU(3, 4, batch_first=True), torch.randn(5, 2, 3)
     details = export_onnx(model, samples[:1], tmp_path / "m.onnx")
@@ -201,12 +201,12 @@ def test_the_export_names_unsupported_operations_as_the_trace_does(model, inputs
     ],
     ids=["keywords", "scalar", "number"],
 )
-def test_inputs_without_a_batch_axis_are_an_error(inputs, sentence, tmp_path):
+def test_inputs_without_a_batch_axis_raise_an_error(inputs, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence):
         export_onnx(nn.ReLU(), inputs, tmp_path / "m.onnx")
 
 
-def test_an_exporter_that_returns_none_is_an_error(tmp_path, monkeypatch):
+def test_an_exporter_that_returns_none_raises_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
     with pytest.raises(ModelError, match=r"A ReLU cannot be exported to ONNX\. The exporter returned None\."):
         export_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "m.onnx")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from kirsch.errors import LoadError, MissingExtraError, SurroundingsError
+from kirsch.errors import LoadError, MissingExtraError, RequirementError
 from kirsch.frameworks.pytorch.io import hub
 from kirsch.frameworks.pytorch.io.hub import from_timm
 
@@ -67,6 +67,6 @@ def test_the_error_for_a_broken_timm_gives_the_cause(monkeypatch):
 
     monkeypatch.setattr(hub, "import_beside", broken)
     with pytest.raises(
-        SurroundingsError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Reinstall"
+        RequirementError, match=r"cannot be imported\. RuntimeError: operator x::y is not there\. Reinstall"
     ):
         from_timm("resnet18", pretrained=False)

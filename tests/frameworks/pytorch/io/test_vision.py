@@ -46,13 +46,13 @@ def test_other_errors_of_an_import_are_raised_unchanged(package):
         import_beside("kirsch_is_not_there")
 
 
-def test_an_operator_that_is_missing_after_its_declaration_is_an_error(package):
+def test_an_operator_that_is_missing_after_its_declaration_raises_an_error(package):
     text = "raise RuntimeError('operator torchvision::kirsch_never does not exist')\n"
     with pytest.raises(RuntimeError, match="kirsch_never does not exist"):
         import_beside(package("kirsch_never_content", text))
 
 
-def test_more_missing_operators_than_the_limit_are_an_error(package):
+def test_more_missing_operators_than_the_limit_raise_an_error(package):
     text = """
 import itertools, builtins
 number = builtins.__dict__.setdefault("kirsch_number", itertools.count())

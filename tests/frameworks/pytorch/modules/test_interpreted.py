@@ -21,7 +21,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 TOKENS = torch.randn(2, 5, 16)
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PyTorch's, about its own exported modules
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PyTorch warns about its own exported modules
 ]
 
 
@@ -213,7 +213,7 @@ def modes(model):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("maker", ["dual", "within", "symbolic"])
-def test_modes_and_the_graph_of_the_mode_are_those_of_the_original(maker, training):
+def test_modes_and_the_graph_of_each_mode_equal_those_of_the_original(maker, training):
     plain = with_noise(Images())
     made = fx.symbolic_trace(plain) if maker == "symbolic" else dual(plain)
     model = (nn.Sequential(made) if maker == "within" else made).train(training)
@@ -241,7 +241,7 @@ class Silent(nn.Linear):
         self.kept = super().forward(x)
 
 
-def test_a_model_that_returns_no_tensors_is_an_error():
+def test_a_model_that_returns_no_tensors_raises_an_error():
     model = nn.Sequential(nn.Linear(16, 8), Silent(8, 4))
     with pytest.raises(ModelError, match=r"The model Sequential returns no tensors\. .* could not be verified\."):
         kirsch.trace(model, TOKENS)
@@ -258,7 +258,7 @@ class Constant(nn.Module):
         return self.other(x) + torch.relu(self.second(torch.relu(self.first(x))) - 1e6)
 
 
-def test_a_cut_without_effect_on_the_outputs_is_an_error_unless_verify_is_false():
+def test_a_cut_without_effect_on_the_outputs_raises_an_error_unless_verify_is_false():
     model = with_noise(Constant())
     plan = kirsch.plan(kirsch.trace(model, TOKENS), Goal(macs=0.9))
     with pytest.raises(VerificationError, match=r"Its outputs do not depend on the removed units.* verify=False"):

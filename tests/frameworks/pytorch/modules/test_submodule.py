@@ -37,7 +37,7 @@ def detector():
     return Detector().eval()
 
 
-def test_a_model_that_branches_on_values_is_an_error_and_its_backbone_can_be_pruned(detector):
+def test_a_model_that_branches_on_values_raises_an_error_and_its_backbone_can_be_pruned(detector):
     with pytest.raises(ModelError, match=r'test_submodule\.py:30.*module="backbone"'):
         kirsch.trace(detector, IMAGE)
     graph = kirsch.trace(detector, IMAGE, module="backbone")
@@ -53,7 +53,7 @@ def test_a_model_that_branches_on_values_is_an_error_and_its_backbone_can_be_pru
     torch.testing.assert_close(pruned.head.weight, detector.head.weight)
 
 
-def test_a_model_pruned_with_a_scope_is_saved_and_loaded(detector, tmp_path):
+def test_a_model_pruned_with_the_option_module_is_saved_and_loaded(detector, tmp_path):
     plan = kirsch.plan(kirsch.trace(detector, IMAGE, module="backbone"), kirsch.Goal(macs=0.5), round_to=1)
     pruned = kirsch.prune(detector, Plan.from_json(plan.to_json()))
     kirsch.save(pruned, tmp_path / "model")
@@ -76,7 +76,7 @@ def test_parameters_shared_with_the_rest_of_the_model_are_not_cut():
 
     graph = kirsch.trace(Shared(), torch.randn(2, 8), module="part")
     assert [(group.name, group.size) for group in graph.groups] == [("2", 8)]
-    assert "the rest of the model reads it too" in {blocker.reason for blocker in graph.blockers}
+    assert "the rest of the model also uses the parameter" in {blocker.reason for blocker in graph.blockers}
 
 
 def test_a_submodule_with_keyword_only_inputs_is_pruned():
@@ -103,17 +103,17 @@ def test_a_submodule_with_keyword_only_inputs_is_pruned():
     assert kirsch.prune(model, plan).inner.first.out_features == 4
 
 
-def test_the_error_for_an_unknown_scope_proposes_the_nearest_name(detector):
+def test_the_error_for_an_unknown_module_proposes_the_nearest_name(detector):
     with pytest.raises(UnknownNameError, match=r"no module 'backbon'.*Did you mean 'backbone'"):
         kirsch.trace(detector, IMAGE, module="backbon")
 
 
-def test_a_scope_that_the_model_does_not_call_is_an_error(detector):
-    with pytest.raises(ModelError, match=r"The part 'spare' of Detector is not run\..*Trace it by itself"):
+def test_a_module_that_the_model_does_not_call_raises_an_error(detector):
+    with pytest.raises(ModelError, match=r"The part 'spare' of Detector is not run\..*Trace the part by itself"):
         kirsch.trace(detector, IMAGE, module="spare")
 
 
-def test_a_scope_in_a_model_that_does_not_run_is_an_error(detector):
+def test_the_option_module_for_a_model_that_does_not_run_raises_an_error(detector):
     with pytest.raises(ModelError, match=r"The model Detector does not run\. RuntimeError: .*Check the example inputs"):
         kirsch.trace(detector, IMAGE[:, :2], module="backbone")
     assert not detector.backbone._forward_pre_hooks
@@ -132,7 +132,7 @@ def test_with_decisions_example_the_branch_of_the_example_inputs_is_traced():
     assert (pruned.backbone[4].out_channels, pruned.other.in_features) == (6, 6)  # the other branch needs 6 features
 
 
-def test_a_pruned_model_that_takes_another_branch_than_the_trace_is_an_error(detector):
+def test_a_pruned_model_that_takes_another_branch_than_the_trace_raises_an_error(detector):
     detector.bound = -1e9  # the trace takes the branch of `head`
     graph = kirsch.trace(detector, IMAGE, decisions="example")
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["head", "other"])  # both branches keep their width

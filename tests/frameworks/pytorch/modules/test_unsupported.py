@@ -207,7 +207,7 @@ def test_a_model_on_the_meta_device_can_only_be_planned_with_random_importance()
     assert kirsch.plan(graph, Goal(macs=0.5), importance="random").groups
 
 
-def test_distill_with_a_model_on_the_meta_device_is_an_error():
+def test_distill_with_a_model_on_the_meta_device_raises_an_error():
     data = [(X, torch.tensor([0, 1, 2]))]
     for student, teacher in ((Net().to("meta"), Net()), (Net(), Net().to("meta"))):
         with pytest.raises(ModelError, match=r"Its parameter `a\.weight` is on the meta device"):
@@ -243,9 +243,9 @@ def test_a_trace_does_not_change_what_hooks_stored_in_the_model():
     assert torch.equal(copy_of(pruned)(x), pruned(x))
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's, of its own quantization
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns about its own quantization
 @pytest.mark.parametrize("use", [kirsch.export, kirsch.measure])
-def test_exporting_a_quantized_model_is_an_error(tmp_path, use):
+def test_exporting_a_quantized_model_raises_an_error(tmp_path, use):
     quantization = torch.ao.quantization
     model = nn.Sequential(quantization.QuantStub(), nn.Linear(4, 2), quantization.DeQuantStub()).eval()
     model.qconfig = quantization.get_default_qconfig("x86")

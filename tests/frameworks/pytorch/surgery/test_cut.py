@@ -184,7 +184,7 @@ def test_unused_parameters_are_kept_and_reported_as_a_blocker():
     model.register_parameter("spare", nn.Parameter(torch.ones(40)))
     graph, pruned = assert_pruned_correctly(model, torch.randn(2, 6), sizes=[8])
     assert pruned.spare.shape == (40,)
-    assert "no traced forward uses it" in graph.blockers[0].reason
+    assert "the traced forward pass does not use the parameter" in graph.blockers[0].reason
 
 
 class Several(nn.Module):
@@ -219,7 +219,7 @@ def test_an_attribute_with_two_uses_that_no_value_fits_freezes_its_units():
 
     # The second view fixes `width` to the output size, and the first view uses the same attribute.
     graph, _ = assert_pruned_correctly(Twice(), IMAGE, sizes=[])
-    assert graph.blockers[0].reason == "`width` cannot follow it"
+    assert graph.blockers[0].reason == "`width` cannot be updated when the axis is pruned"
     assert graph.blockers[0].source.startswith("test_cut.py:")
 
 

@@ -180,6 +180,6 @@ def test_nested_inputs_are_refused():
         kirsch.prune(model, plan)
 
 
-def test_as_graph_with_a_module_is_an_error():
+def test_as_graph_with_a_module_raises_an_error():
     with pytest.raises(UsageError, match=r"`as_graph` of kirsch\.trace cannot be combined with `module`"):
         kirsch.trace(convolutional(), IMAGES, module="0", as_graph=True)

@@ -20,7 +20,7 @@ SETTINGS = kirsch.Training(epochs=2, learning_rate=0.1)
 
 
 def losses(*totals: float) -> EpochLosses:
-    """Return the losses of batches with these totals, each with half of it as a term and weighted by its number."""
+    """Return the losses of batches with these totals. One term is half of the total; the weight is the batch number."""
     found = EpochLosses(CPU, {})
     for number, total in enumerate(totals, start=1):
         found.add(number, number, {TOTAL: torch.tensor(total), "part.kd": torch.tensor(total / 2)})
@@ -72,7 +72,7 @@ def test_losses_on_an_accelerator_are_not_read_in_every_step():
         found.add(epoch_losses.READ_EVERY_ON_ACCELERATORS, 1, {TOTAL: torch.empty((), device="meta")})
 
 
-def test_training_has_the_same_history_and_bits_with_fewer_reads(monkeypatch):
+def test_training_has_the_same_history_and_identical_weights_with_fewer_reads(monkeypatch):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     often = fit(model, data(), training=SETTINGS)

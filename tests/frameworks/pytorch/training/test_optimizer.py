@@ -112,7 +112,7 @@ def test_the_first_step_of_adamw_changes_each_weight_by_the_learning_rate():
     np.testing.assert_allclose(moved, np.full((K, D), 0.01), rtol=1e-4)  # eps of 1e-8 beside gradients of 1e-3
 
 
-def test_gradients_are_clipped_to_clip_norm():
+def test_gradients_are_clipped_to_max_grad_norm():
     training = Training(epochs=1, learning_rate=1.0, weight_decay=0.0, schedule="constant", max_grad_norm=0.25)
     model = plain_linear()
     found = trained(batches(N), training=training, model=model, loss=scaled(1e3)).model
@@ -128,6 +128,6 @@ def scaled(factor):
     return loss
 
 
-def test_a_model_without_trainable_parameters_is_an_error():
+def test_a_model_without_trainable_parameters_raises_an_error():
     with pytest.raises(UsageError, match=r"Sequential has no trainable parameters\. All its parameters have req"):
         trained(model=network().requires_grad_(requires_grad=False))

@@ -205,12 +205,12 @@ def assert_equal_results(one, two):
         np.testing.assert_allclose(two[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_two_processes_train_the_model_of_one_process(tmp_path):
+def test_two_processes_train_the_same_model_as_one_process(tmp_path):
     """With and without gradient accumulation."""
     assert_equal_results(*(run(PROGRAM, tmp_path, processes) for processes in (1, 2)))
 
 
-def test_two_processes_with_a_data_loader_train_the_model_of_one_process(tmp_path):
+def test_two_processes_with_a_data_loader_train_the_same_model_as_one_process(tmp_path):
     """53 samples in batches of 8 leave a last batch of 5. The order depends on the seed only, also in a resumed run."""
     one, two = (run(LOADERS, tmp_path, processes) for processes in (1, 2))
     assert_equal_results(one, two)
@@ -235,13 +235,13 @@ def test_the_threads_of_the_process_group_end_before_the_interpreter(tmp_path):
     assert not [name for name in threads["after"] if "gloo" in name]
 
 
-def test_different_batches_in_each_process_are_an_error(tmp_path):
+def test_different_batches_in_each_process_raise_an_error(tmp_path):
     output = run(SHARDED, tmp_path, 2)
     assert "The processes have different first batches in epoch 1." in output
     assert "Remove DistributedSampler" in output
 
 
-def test_processes_that_accelerate_does_not_see_are_an_error(monkeypatch):
+def test_processes_that_accelerate_does_not_see_raise_an_error(monkeypatch):
     """The caller has set up Accelerate for this process alone."""
     PartialState()
     monkeypatch.setenv("WORLD_SIZE", "2")

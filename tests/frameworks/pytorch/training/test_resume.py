@@ -1,4 +1,4 @@
-"""A resumed run ends with the same bits as an uninterrupted one."""
+"""The result of a resumed run is bit-identical to that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ LOADERS = ["in order", "shuffled", "own generator", "generator of the sampler", 
         ("no length", "adamw"),
     ],
 )
-def test_a_run_that_is_resumed_after_each_batch_ends_with_the_same_bits(data, optimizer):
+def test_a_run_that_is_resumed_after_each_batch_is_bit_identical_to_an_uninterrupted_run(data, optimizer):
     schedule = "constant" if data == "no length" else "cosine"
     training = Training(epochs=2, learning_rate=0.02, optimizer=optimizer, schedule=schedule)
     uninterrupted = train(network(), loader(data), Loss(cross_entropy), training, TrainingHooks())
@@ -114,7 +114,7 @@ def without_seconds(history):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_in_bfloat16_ends_with_the_same_bits(optimizer):
+def test_a_resumed_run_in_bfloat16_is_bit_identical_to_an_uninterrupted_run(optimizer):
     """numpy has no bfloat16, so weights and moments are stored as int16."""
     inputs, targets = (torch.from_numpy(part) for part in samples())
     data = [(inputs[part].bfloat16(), targets[part]) for part in (slice(0, 7), slice(7, 14))]
@@ -174,7 +174,7 @@ def test_a_saved_state_is_not_changed_by_further_training():
     assert [len(state.values["history"]) for state in states] == [1, 2, 3]
 
 
-def test_resuming_with_another_model_is_an_error():
+def test_resuming_with_another_model_raises_an_error():
     states = []
     trained(save=states.append)
     other = nn.Sequential(nn.Linear(D, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, K))
@@ -193,7 +193,7 @@ def test_resuming_with_another_model_is_an_error():
         ({"epochs": 5}, "epochs is 5, and was 3"),
     ],
 )
-def test_resuming_with_other_settings_is_an_error(changed, sentence):
+def test_resuming_with_other_settings_raises_an_error(changed, sentence):
     states, settings = [], {"epochs": 3, "learning_rate": 0.1}
     trained(training=Training(**settings), save=states.append)
     state = TrainingState(states[0].arrays, json.loads(json.dumps(states[0].values)))
@@ -202,7 +202,7 @@ def test_resuming_with_other_settings_is_an_error(changed, sentence):
         trained(training=Training(**settings | changed), resume=state)
 
 
-def test_resuming_with_another_number_of_batches_is_an_error():
+def test_resuming_with_another_number_of_batches_raises_an_error():
     states = []
     trained(save=states.append)
     with pytest.raises(CheckpointError, match=r"other settings: batches of an epoch is 2, and was 4\."):

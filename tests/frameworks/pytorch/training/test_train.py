@@ -63,7 +63,7 @@ def test_data_without_a_length_is_trained_on_at_a_constant_learning_rate(data):
     assert not torch.equal(found.model[0].weight, network()[0].weight)
 
 
-def test_data_that_is_empty_in_the_second_epoch_is_an_error():
+def test_data_that_is_empty_in_the_second_epoch_raises_an_error():
     class Once:
         def __init__(self):
             self.rest = iter(pairs())
@@ -78,7 +78,7 @@ def test_data_that_is_empty_in_the_second_epoch_is_an_error():
         trained(Once(), training=Training(epochs=2))
 
 
-def test_array_data_adds_a_last_sample_to_the_batch_before():
+def test_array_data_adds_a_single_last_sample_to_the_previous_batch():
     """Batch normalization cannot train on one sample; 13 = 4 + 4 + 5."""
     inputs, targets = samples()
     found = trained(ArrayData(inputs[:13], targets[:13], 4), training=Training(epochs=1))
@@ -94,7 +94,7 @@ def test_loss_terms_may_be_named_loss_and_samples():
     assert record["terms"] == pytest.approx({"loss": record["loss"] / 2, "samples": record["loss"] / 2})
 
 
-def test_a_validation_metric_with_the_name_of_a_record_entry_is_an_error():
+def test_a_validation_metric_with_the_name_of_a_record_entry_raises_an_error():
     with pytest.raises(UsageError, match=r"`validate` returns 'loss', a name that the record of an epoch already has"):
         trained(validate=lambda model: {"accuracy": 1.0, "loss": 0.0})
 
@@ -132,7 +132,7 @@ def test_the_shares_of_the_terms_in_the_first_batch_in_closed_form():
     assert found["gradient_shares"] == pytest.approx({"first": 3 / 7, "second": 4 / 7})
 
 
-def test_a_term_without_gradient_is_a_warning_if_its_value_is_zero_and_else_an_error():
+def test_a_term_without_gradient_gives_a_warning_if_its_value_is_zero_and_else_raises_an_error():
     def loss(value):
         def with_flat_term(model, inputs, targets):
             label, flat = F.cross_entropy(model(inputs), targets), (model[0].weight * 0).sum() + value
@@ -148,7 +148,7 @@ def test_a_term_without_gradient_is_a_warning_if_its_value_is_zero_and_else_an_e
         trained(loss=loss(0.5))
 
 
-def test_a_term_of_value_zero_that_does_not_depend_on_the_model_is_an_error():
+def test_a_term_of_value_zero_that_does_not_depend_on_the_model_raises_an_error():
     def loss(model, inputs, targets):
         label, other = F.cross_entropy(model(inputs), targets), torch.zeros((), requires_grad=True)
         return label + other, {"label": label, "other": other}
@@ -158,8 +158,8 @@ def test_a_term_of_value_zero_that_does_not_depend_on_the_model_is_an_error():
 
 
 def test_runs_in_one_process_may_have_different_precisions():
-    """Accelerate has one precision for the process; that of the caller is restored."""
-    AcceleratorState._reset_state()  # a test before may have left one
+    """Accelerate has one precision for the process; the caller's precision is restored after a run."""
+    AcceleratorState._reset_state()  # an earlier test may have set a precision
     accelerator = Accelerator(mixed_precision="bf16")
     models = [trained(training=Training(epochs=1, precision=precision)).model for precision in ("fp32", "bf16", "fp32")]
     assert accelerator.mixed_precision == "bf16"
@@ -170,7 +170,7 @@ def test_runs_in_one_process_may_have_different_precisions():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
-def test_fp16_without_a_gpu_is_an_error():
+def test_fp16_without_a_gpu_raises_an_error():
     sentence = r"precision is 'fp16', which this machine cannot train in\. .*fp16.* Use \"bf16\" or \"fp32\""
     with pytest.raises(UsageError, match=sentence):
         trained(training=Training(epochs=1, precision="fp16"))

@@ -1,4 +1,4 @@
-"""The configuration of a pruned model is updated if one describes the model."""
+"""The configuration of a pruned model is updated if a configuration describes the model."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_configuration_is_unchanged_if_no_number_counts_the_dropped_blocks()
     )
     assert plan.without == ("wide",)
     notes = config_notes(prune_with_verification(model, plan))
-    assert_one_note(notes, "No configuration describes .* other names of parameters")
+    assert_one_note(notes, "No configuration describes .* other parameter names")
 
 
 def test_the_configuration_is_unchanged_if_layers_have_different_sizes():
@@ -215,7 +215,8 @@ def test_the_note_names_the_exception_for_numbers_that_the_configuration_rejects
     found = halved(configurable(heads=8), kinds=["embedding dim"])
     assert found.model.first.out_features < 8
     assert_one_note(
-        config_notes(found), r"rejects the numbers that have its sizes: ValueError: \d is no multiple of 8\."
+        config_notes(found),
+        r"cannot be built with the numbers that give its sizes: ValueError: \d is no multiple of 8\.",
     )
 
 
@@ -230,7 +231,7 @@ def test_the_search_stops_at_the_limit_of_builds(monkeypatch):
 def test_the_note_says_if_the_configuration_does_not_build_the_original():
     model = configurable()
     model.inner = nn.Identity()
-    assert_one_note(config_notes(halved(model)), r"Its configuration builds a model with other names of parameters\.")
+    assert_one_note(config_notes(halved(model)), r"Its configuration builds a model with other parameter names\.")
 
 
 def test_the_configuration_is_unchanged_without_verification():
@@ -255,7 +256,7 @@ def test_a_loaded_model_without_a_configuration_raises_the_error_of_the_pruned_m
     assert errors[0] == errors[1]
 
 
-def test_the_configuration_is_unchanged_after_pruning_with_a_scope():
+def test_the_configuration_is_unchanged_after_pruning_with_the_option_module():
     model = configurable()
     graph = kirsch.trace(model, INPUT, module="wide")
     found = prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6)))
@@ -297,7 +298,7 @@ def test_a_model_that_is_pruned_twice_and_loaded_has_the_updated_configuration(t
         ),
     ],
 )
-def test_a_plan_with_numbers_that_the_configuration_lacks_is_an_error(numbers_, sentence):
+def test_a_plan_with_numbers_that_the_configuration_lacks_raises_an_error(numbers_, sentence):
     model = configurable()
     content = json.loads(halved(model).plan.to_json()) | {"configuration": numbers_}
     for verify in (True, False):
@@ -313,7 +314,7 @@ def test_the_configuration_is_unchanged_if_the_numbers_of_the_plan_do_not_fit():
     found = prune_with_verification(copy.deepcopy(model), kirsch.Plan.from_json(json.dumps(content)), verify=False)
     assert found.model.config.ffn is None
     assert found.plan.configuration == {}
-    assert_one_note(stated_notes(found), r"states the configuration ffn=\d+, .*\. It does not describe the model")
+    assert_one_note(stated_notes(found), r"states the configuration ffn=\d+, .*\. This configuration does not describe")
 
 
 @pytest.mark.parametrize("numbers_", [{"width": 5}, {"ffn": 20}])

@@ -25,7 +25,7 @@ KEEP_HEAD_DIM = {"head dim": 0}
 FFN = ["ffn unit"]
 
 CASES = {
-    # name: class, class and numbers of its configuration, kinds, excluded layers, goal of MACs, changed numbers
+    # name → model class, class and numbers of the configuration, kinds, excluded layers, goal of MACs, changed numbers
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHARED, KEEP_HEAD_DIM, (), 0.5, LIKE_LLAMA),
     "qwen2": (
         "Qwen2ForCausalLM",
@@ -108,7 +108,7 @@ def pruned(transformers, name):
 def round_trip(transformers, tmp_path_factory):
     """Save each pruned model, and load it in a process without Kirsch.
 
-    Returns name → (pruned, folder), and folder → whether the outputs are the same bits.
+    Returns name → (pruned, folder), and folder → whether the outputs are bit-identical.
     """
     out, folders = {}, {}
     for name in CASES:

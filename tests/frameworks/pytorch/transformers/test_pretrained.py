@@ -251,7 +251,7 @@ def test_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_w
 
 def test_a_model_with_pytorch_model_hub_mixin_raises_the_error(tmp_path):
     model, warned = pruned(Mixed(), torch.randn(4, 5))
-    assert "from_pretrained would build it in its original size" in warned[0]
+    assert "from_pretrained would build the model in its original size" in warned[0]
     assert_cannot_be_saved(model, tmp_path)
 
 

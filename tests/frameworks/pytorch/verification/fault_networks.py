@@ -60,7 +60,7 @@ def heads_of_constant_size(_, x):
 
 
 def every_statistic(_, x):
-    far = 2 + x.abs()  # a masked channel, a 2, would be the smallest, and its negative the largest
+    far = 2 + x.abs()  # a masked channel is 2 everywhere, which would be the minimum, and its negative the maximum
     statistics = [x.sigmoid().mean(1), x.sigmoid().sum(1), far.neg().amax(1), far.amin(1), x.var(1), x.std(1)]
     return x * torch.stack([*statistics, torch.linalg.vector_norm(far, dim=1)]).sum(0).unsqueeze(1)
 

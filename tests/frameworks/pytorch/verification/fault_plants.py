@@ -69,7 +69,7 @@ def columns(*shape):
 
 
 def unfrozen(reason):
-    """Do not freeze anything for a reason."""
+    """Skip all freezes whose reason contains this text."""
 
     def make(plain):
         def freeze(self, axis, stated, **options):
@@ -183,7 +183,7 @@ def rows_for_columns(plain):
 
     def embedding(op):
         table, indices = op.args
-        relations.freeze(op.facts, [table], "it is indexed by a tensor", [1])
+        relations.freeze(op.facts, [table], "the axis is indexed by a tensor", [1])
         return Tensor.of(op.shape, [*indices.axes, table.axes[0]])
 
     return embedding
@@ -241,7 +241,7 @@ def buffers(change):
 
 
 def in_both(make):
-    """Return a plant that replaces `sliced` in the surgery and in the verification, which cuts its noise with it."""
+    """Return a plant that replaces `sliced` in the surgery, and in the verification, where it cuts the noise."""
 
     def plant(patch):
         for module in (surgery, verifying):

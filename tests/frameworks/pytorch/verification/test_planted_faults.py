@@ -144,18 +144,18 @@ FAULTS = {
         ),
     ),
     # Freezes, demands and pins.
-    "channels under a softmax are removed": Fault("softmax", unfrozen("a softmax spans it")),
-    "rolled channels are removed": Fault("roll", unfrozen("it is rolled by a fixed offset")),
-    "channels sliced with a stride are removed": Fault("strided slice", unfrozen("it is sliced with a stride")),
+    "channels under a softmax are removed": Fault("softmax", unfrozen("a softmax is computed over the axis")),
+    "rolled channels are removed": Fault("roll", unfrozen("the axis is rolled by a fixed offset")),
+    "channels sliced with a stride are removed": Fault("strided slice", unfrozen("the axis is sliced with a stride")),
     "channels beside a selected one are removed": Fault(
-        "selected channel", unfrozen("a fixed index of it is selected")
+        "selected channel", unfrozen("a fixed index of the axis is selected")
     ),
-    "indexed channels are removed": Fault("indexed channels", unfrozen("it is indexed by a tensor")),
+    "indexed channels are removed": Fault("indexed channels", unfrozen("the axis is indexed by a tensor")),
     "heads are removed although their number is in the code": Fault(
         "heads of a constant size", unfrozen("is a number in the code")
     ),
-    "kernel positions are removed": Fault("batch norm", unfrozen("it is a kernel axis")),
-    "outputs are removed": Fault("linear", unfrozen("it is an output of the model")),
+    "kernel positions are removed": Fault("batch norm", unfrozen("the axis is a kernel axis")),
+    "outputs are removed": Fault("linear", unfrozen("the axis is part of an output of the model")),
     "the width that sets the scale of attention is reduced": Fault(
         "attention with normalized queries", unfrozen("the scale of attention")
     ),
@@ -224,7 +224,7 @@ EXPORTED = {}
 
 @pytest.fixture(autouse=True)
 def _exported_once(monkeypatch):
-    """Export each network once, since the export takes most of the time; the faults are planted behind it."""
+    """Export each network once, since the export takes most of the time; the faults are planted after the export."""
     plain = tracing.export
 
     def export(model, args, options, recorded, decisions, *, training):

@@ -53,7 +53,8 @@ def shuffled(x):
     return x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
-# Step → (widths a and b of its inputs and a chosen width w → layer; layer and inputs → output; widths → output width).
+# Name of a step → functions for the layer (from the input widths a and b and a chosen width w), for the output (from
+# the layer and the inputs), and for the output width.
 STEPS = {
     "conv": (lambda a, b, w: nn.Conv2d(a, w, 3, padding=1), lambda f, x, y: f(x), lambda a, b, w: w),
     "linear": (lambda a, b, w: Tokens(nn.Linear(a, w)), lambda f, x, y: f(x), lambda a, b, w: w),
@@ -93,7 +94,7 @@ ALL = {**STEPS, **EVEN}
 
 
 class RandomNet(nn.Module):
-    """Steps over a list of activations; each step takes one or two of these and appends one."""
+    """Steps over a list of activations; each step takes one or two of them and appends its output."""
 
     def __init__(self, steps):
         super().__init__()

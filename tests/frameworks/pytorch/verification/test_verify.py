@@ -154,10 +154,12 @@ OUTPUTS = {
     "a mask": lambda s, x: s.second(x) > 0,
     "complex numbers": lambda s, x: torch.fft.fft(s.second(x)),
     "infinities beside numbers": lambda s, x: s.second(x).unsqueeze(1) + torch.full((6, 6), -torch.inf).triu(1),
-    "the least number of a type": lambda s, x: limited(s.second(x), torch.finfo(x.dtype).min),
-    "a part of the least number": lambda s, x: limited(s.second(x), torch.finfo(type=x.dtype).min / 2),
-    "the least number, read before": lambda s, x: limited(s.second(x), FINFO(x.dtype).min),
-    "the largest number, added": lambda s, x: s.second(x) + (x[:, :1] > 0) * torch.finfo(x.dtype).max,
+    "the smallest number of a dtype": lambda s, x: limited(s.second(x), torch.finfo(x.dtype).min),
+    "half of the smallest number of a dtype": lambda s, x: limited(s.second(x), torch.finfo(type=x.dtype).min / 2),
+    "the smallest number, by a function that was imported before": lambda s, x: limited(
+        s.second(x), FINFO(x.dtype).min
+    ),
+    "the largest number of a dtype, added": lambda s, x: s.second(x) + (x[:, :1] > 0) * torch.finfo(x.dtype).max,
 }
 FINFO = torch.finfo
 
@@ -205,7 +207,7 @@ def test_the_noise_keeps_small_variances_and_arguments_of_logarithms_positive():
     assert verification.power > 0.01
 
 
-def test_a_model_that_draws_random_numbers_in_inference_is_an_error():
+def test_a_model_that_draws_random_numbers_in_inference_raises_an_error():
     model, inputs = Between(lambda s, x: s.second(F.dropout(x, 0.5, training=True))), torch.randn(3, 4)
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -268,12 +270,12 @@ def test_the_distance_from_a_reference_of_zeros_is_zero_only_for_zeros():
     assert distance(zeros, [torch.ones(3)]) > 1e9
 
 
-def test_a_model_that_returns_nan_is_an_error():
+def test_a_model_that_returns_nan_raises_an_error():
     with pytest.raises(VerificationError, match="It returns NaN"):
         verified(Between(lambda s, x: s.second(x).sub(100).log()), torch.randn(3, 4))
 
 
-def test_a_model_that_returns_only_infinity_is_an_error():
+def test_a_model_that_returns_only_infinity_raises_an_error():
     with pytest.raises(VerificationError, match="no finite number"):
         verified(Between(lambda s, x: s.second(x).abs() / 0), torch.randn(3, 4))
 
@@ -297,7 +299,7 @@ def test_outputs_with_large_values_only_are_compared():
     assert distance([torch.tensor([1e38, 2e38])], [torch.tensor([1e38, 1e38])]) > 0.1
 
 
-def test_a_model_on_the_meta_device_is_an_error():
+def test_a_model_on_the_meta_device_raises_an_error():
     model = Between(lambda s, x: s.second(x)).to("meta")
     with pytest.raises(VerificationError, match="is on the meta device"):
         verified(model, torch.randn(3, 4, device="meta"))
@@ -330,7 +332,9 @@ def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
     model = with_noise(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Checked(8, 2)))
     graph = trace(model, torch.randn(3, 4))
     keep = graph.keep(randomly_removed(graph))
-    with pytest.raises(VerificationError, match=r"does not run\. KeyError: 4\. It is raised at test_verify\.py:\d+\."):
+    with pytest.raises(
+        VerificationError, match=r"does not run\. KeyError: 4\. The exception is raised at test_verify\.py:\d+\."
+    ):
         verify_cut(cut(model, graph, keep), model, graph, keep)
 
 

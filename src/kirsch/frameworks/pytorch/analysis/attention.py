@@ -33,16 +33,16 @@ PRODUCERS = {
     "layer_norm": (2, 3, -1),
     "rms_norm": (2, 3, -1),
 }
-"""Operator → positions of weight and bias in its arguments, and the axis of its output that belongs to their rows."""
+"""Operator → positions of weight and bias in its arguments, and the axis of its output with one entry for each row."""
 
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Rows that are multiplied by sqrt(new width / old width) when a part of the width is removed.
+    """Rows of parameters that are multiplied by sqrt(new width / old width) when a part of the width is removed.
 
     Args:
-        width: labels of the axis that the scale is computed from.
-        rows: path of a parameter → rows along its first axis.
+        width: labels of the axis whose size sets the scale.
+        rows: path of a parameter → indices of the rows along its first axis.
     """
 
     width: Labels
@@ -92,7 +92,7 @@ def _name(node: Node) -> str:
 
 
 def _producer_of(node: Node, between: set[Node]) -> Node | None:
-    """Return the only producer that a value is linear in, or None; adds the nodes on the path to `between`."""
+    """Return the only producer of which a value is a linear function, or None. Add the nodes between to `between`."""
     name = _name(node)
     if node.op != "call_function":
         return None

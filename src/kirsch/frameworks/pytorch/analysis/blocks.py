@@ -45,11 +45,11 @@ class ResidualBlock:
     """A module that can be removed.
 
     Args:
-        path: of the module.
+        path: path of the module.
         entry: node of the input that replaces the output when the block is removed.
         exit: node of the output.
         argument: position or keyword of the entry among the arguments of the module.
-        plain: whether the entry is the only argument and the exit the only result.
+        plain: whether the entry is the only argument, and the exit is the only result.
         features: axis of the exit that holds channels; None if it is unknown.
         part: the block's part of the graph, if a `torch.fx` graph runs the operations and never calls the module.
     """
@@ -69,7 +69,7 @@ class ResidualBlock:
 
 
 class _Program:
-    """The traced operations that blocks are searched in.
+    """The traced operations in which blocks are searched.
 
     Args:
         states: labels of the result of each node, in the order of the program.
@@ -90,8 +90,8 @@ def find(
     Of two nested blocks, the outer one is returned if it has additions outside of the inner one.
 
     Args:
-        model: that was traced.
-        states: labels of the result of each node of its program, in the order of the program.
+        model: the traced model.
+        states: labels of the result of each node of the traced program, in the order of the program.
         constants: names of the nodes that are parameters, buffers and constants.
         recorded: the calls of the traced forward pass.
     """
@@ -115,7 +115,7 @@ def find(
             (block.entry, block.exit)  # a graph does not show which of two nested modules adds
         ]
         if inner and not same and not any(_adds(node) and node not in covered for node in way):
-            continue  # a sequence of blocks
+            continue  # the outer module is a sequence of blocks
         for name in inner:
             del blocks[name]
         blocks[path] = block
@@ -145,10 +145,10 @@ def _called_block(
 def _block_of_graph(
     model: nn.Module, path: str, region: list[Node], program: _Program
 ) -> tuple[ResidualBlock, list[Node]] | None:
-    """Return the same for a module whose operations a `torch.fx` graph runs one by one.
+    """Return block and path as `_called_block` does, for a module whose operations a `torch.fx` graph runs one by one.
 
-    Operations without parameters that follow the module, such as a pooling, may be attributed to it. They are removed
-    from its region until a block is found.
+    Operations without parameters that follow the module, such as a pooling, may be attributed to the module. They are
+    removed from the end of its region until a block is found.
     """
     region = list(region)
     path_back = _path_through(region, program)
@@ -169,7 +169,10 @@ def _block_of_graph(
 
 
 def _path_through(region: list[Node], program: _Program) -> list[Node] | None:
-    """Return the path from the only output of a region to its entry; None if another input depends on the entry."""
+    """Return the path from the only output of a region, the operations of a module, back to its entry.
+
+    None if there is no such path, or if another input of the region depends on the entry.
+    """
     inside = set(region)
     ends = exits(region)
     way = _path_back(ends[0], inside) if len(ends) == 1 else None
@@ -193,7 +196,7 @@ def _adds(node: Node) -> bool:
 
 
 def _path_back(exit_: Node, inside: set[Node]) -> list[Node] | None:
-    """Return the shortest path from the output of a region to a tensor of the same shape outside of it.
+    """Return the shortest path from the output of a region to a tensor of the same shape outside the region.
 
     The path follows additions and `CARRYING` operations, and has at least one addition.
     """
@@ -246,7 +249,7 @@ class BlockRunner:
 
     Args:
         whole: the model that is run.
-        model: the part of it that was traced, or `whole` itself.
+        model: the part of `whole` that was traced, or `whole` itself.
         blocks: the residual blocks of `model`.
     """
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
-    """Return the number of parameters, and of the multiply-accumulates of one forward pass.
+    """Return the number of parameters, and the number of multiply-accumulates in one forward pass.
 
     Args:
-        model: in any mode, which is kept.
+        model: the model; its mode is not changed.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Source: torch.utils.flop_counter counts two floating-point operations for each multiply-accumulate. It cannot
-        count inside of the fast paths of attention and of oneDNN, so these are off.
+        count inside the fast paths of attention and of oneDNN, so these paths are switched off.
     """
     args, options = arguments(example_inputs)
     counter = _counter()

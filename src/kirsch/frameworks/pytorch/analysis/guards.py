@@ -1,4 +1,6 @@
-"""Detect comparisons whose other result makes a model's code raise, such as an `assert`, from the bytecode.
+"""Find comparisons, such as in an `assert`, whose other result makes a model's code raise an exception.
+
+The comparisons are found in the bytecode.
 
 A comparison that only chooses between two branches, such as `if repeats == 1: return x`, may change its result after
 a cut: both branches compute a valid result, and the verification compares the outputs. If it fails, its error names the
@@ -20,7 +22,7 @@ ASSERTING = ("_assert", "_check", "assert")
 """Prefixes of the names of functions that raise if their argument is false."""
 
 MAX_INSTRUCTIONS = 500
-"""Instructions that are searched."""
+"""Largest number of instructions that are searched after a comparison."""
 
 COMPARING = ("COMPARE_OP", "CONTAINS_OP")
 PASSING = ("CACHE", "COPY", "TO_BOOL", "NOT_TAKEN", "EXTENDED_ARG", "NOP")
@@ -28,17 +30,17 @@ ENDING = ("RETURN", "YIELD")
 
 
 def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
-    """Return whether the code of a frame raises if the test at its current instruction has another result.
+    """Return whether the code of a frame raises an exception if the test at its current instruction changes its result.
 
     Args:
-        frame: that runs the test.
-        result: of the test before any cut.
-        compares: whether the test is a comparison. Only some instructions are comparisons in the code itself; others
-            compare to look something up, as in a cache of earlier results.
+        frame: the frame that runs the test.
+        result: result of the test before any cut.
+        compares: whether the test is a comparison. It then counts only if the current instruction is a comparison.
+            Other instructions compare values to look something up, as in a cache of earlier results.
     """
     caller = frame.f_back
     if compares and caller is not None and _yielded(frame.f_code, frame.f_lasti, caller.f_code, caller.f_lasti):
-        # The result of `all` is that of each element; the result of `any` is that of the deciding element.
+        # `all` and `any` return the result of the last element that they test, so the test in the caller has it, too.
         return _guards(caller.f_code, caller.f_lasti, bool(result), compares=False)
     return _guards(frame.f_code, frame.f_lasti, bool(result), compares=compares)
 
@@ -52,7 +54,7 @@ def guards_in_graph(frame: FrameType) -> bool:
 
 
 def compares(frame: FrameType) -> bool:
-    """Whether the instruction that a frame is at compares, and does not look something up."""
+    """Return whether the current instruction of a frame is a comparison, not a lookup that compares values."""
     return _compares(frame.f_code, frame.f_lasti)
 
 
@@ -127,7 +129,7 @@ def _line(instruction: Any) -> int | None:
 
 
 def _raises(instructions: list[Any], start: int, taken: int) -> bool:
-    """Return whether each path from an instruction raises, apart from paths that lead to the taken branch."""
+    """Return whether each path from an instruction raises, except for paths that lead to the taken branch."""
     index_of = {each.offset: number for number, each in enumerate(instructions)}
     raising, seen, waiting = False, {taken}, [start]
     while waiting:

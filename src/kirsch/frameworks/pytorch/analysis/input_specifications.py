@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from kirsch.graph.inputs import Input
 
 CONTAINERS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
-"""Containers that plain data can rebuild; subclasses are not, since a model may depend on their other attributes."""
+"""Containers that can be rebuilt from plain data. Subclasses cannot: a model may read their other attributes."""
 LARGEST = 2**63 - 2
-"""Largest random integer; the end of its range must be an int64."""
+"""Largest random integer. The end of its range, which is larger by 1, must fit into int64."""
 COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that layers compute in; inputs of these types must have the type of the parameters."""
 
 
 def specification(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Input, ...]:
-    """Return example inputs as a plan stores them, without the values of tensors; empty if one cannot be stored."""
+    """Return example inputs as a plan stores them, without values of tensors; empty if an input cannot be stored."""
     inputs = [("", value) for value in args] + list(options.items())
     described = [_described(name, value) for name, value in inputs]
     stored = [item for item in described if item is not None]
@@ -67,8 +67,8 @@ def inputs_like(specification: Sequence[Input], model: nn.Module) -> Any:
     pruned model may have been converted, as by `model.half()`.
 
     Args:
-        specification: of the inputs; those with a name are keyword arguments.
-        model: that the inputs are for.
+        specification: specification of each input; inputs with a name are keyword arguments.
+        model: the model that takes the inputs.
 
     Raises:
         PlanError: a type is unknown to PyTorch.
@@ -102,7 +102,7 @@ def _random(spec: Input, generator: torch.Generator) -> Any:
 
 
 def _moved(inputs: Any, model: nn.Module) -> Any:
-    """Return inputs on the device of a model, with its floating type if no input has one of its types."""
+    """Return inputs on the device of a model, in its floating type if no input has a floating type of the model."""
     types = {p.dtype for p in model.parameters() if p.dtype in COMPUTED_IN}
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dtype in COMPUTED_IN]
     other = bool(types and leaves) and types.isdisjoint(leaf.dtype for leaf in leaves)

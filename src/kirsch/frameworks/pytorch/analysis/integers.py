@@ -24,7 +24,8 @@ INTERPRETER = interpreter.__file__
 """The file that runs the operations of `torch.fx` graphs."""
 
 MAX_DEPTH = 100
-"""Nested computations that are remembered; evaluating the sum of a long loop again would exhaust the stack."""
+"""Largest depth of nested computations that is recorded. Computing the sum of a long loop again would exceed the
+recursion limit of Python."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Comparison:
         compare: the comparison of two integers.
         result: the result before any cut.
         source: the line of code, "" for an operation of a graph.
-        chooses: whether it only chooses between two ways; the model's code raises if any other turns out otherwise.
+        chooses: whether the comparison only selects a branch. If the result of another comparison changes, the model's
+            code raises an exception.
     """
 
     left: int
@@ -61,7 +63,7 @@ class Comparison:
 
 
 class TracedInt(int):
-    """An integer that can be computed again from its leaves.
+    """An integer that can be computed again for other values of its leaves: attributes and sizes of tensors.
 
     The origin is lost in an operation whose result is not an integer, such as `width ** -0.5`: after a cut, the code
     would still use the old value. Each such operation is recorded in `events`.
@@ -84,10 +86,10 @@ class TracedInt(int):
 
         Args:
             value: the value before any cut.
-            compute: values of the leaves → value of the integer.
+            compute: function from the values of the leaves to the value of the integer.
             leaves: each leaf with its value before any cut.
             events: list that lost origins and comparisons are appended to.
-            depth: nested computations between the integer and its leaves.
+            depth: number of nested computations between the integer and its leaves.
         """
         created = super().__new__(cls, value)
         created.compute = compute
@@ -98,7 +100,7 @@ class TracedInt(int):
 
     @classmethod
     def leaf(cls, value: int, leaf: object, events: list[LostOrigin | Comparison]) -> TracedInt:
-        """Return the integer of a leaf."""
+        """Return an integer that is itself a leaf."""
         return cls(value, lambda values: values.get(leaf, value), ((leaf, value),), events)
 
     def lose(self) -> None:

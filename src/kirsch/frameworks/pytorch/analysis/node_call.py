@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 OPEN = 2**31
-"""Integers from here on mean the end of an open slice."""
+"""Integers of at least this value stand for the end of a slice whose end is not stated."""
 
 
 def call_of(node: Node) -> UserCall:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Axis
 
 INFERRED: Final = object()
-"""In place of a size: the framework infers the size from the tensor, so a cut needs no change in the code."""
+"""Stands for a size that the framework infers from the tensor, so that a cut needs no change in the code."""
 
 
 @dataclass
@@ -31,11 +31,11 @@ class OperationContext:
 
     Args:
         facts: collects what the rule of the operator states.
-        name: of the operator without its overload, such as "conv2d".
+        name: name of the operator without its overload, such as "conv2d".
         args, options: positional and keyword arguments; each tensor is a `Tensor` with labels.
-        shapes: of the results.
+        shapes: shapes of the results.
         call: the call in the user's code that made the operation; None if it is unknown.
-        labels_of: returns the labels of a size that the code read; raises KeyError if they are unknown.
+        labels_of: returns the labels of an axis whose size the code read; raises KeyError if they are unknown.
         macs: returns the multiply-accumulates of the operation before any cut.
         keeps_scale: returns whether an attention can keep its scale when a part of its width is removed.
         is_weight: returns whether a tensor is computed from parameters and constants only.
@@ -113,11 +113,12 @@ class OperationContext:
         if expression is not None:
             self.facts.demand(axis, expression, -less)
         elif isinstance(size, TracedInt):
-            self.facts.freeze(axis, f"its size {size} is computed from values that cannot change", number=True)
+            reason = f"the size {size} of the axis is computed from values that cannot change"
+            self.facts.freeze(axis, reason, number=True)
         elif isinstance(size, int):
-            self.facts.freeze(axis, f"its size {size} is a number in the code", number=True)
+            self.facts.freeze(axis, f"the size {size} of the axis is a number in the code", number=True)
         else:
-            self.facts.freeze(axis, "its size is set by code that is not traced", number=True)
+            self.facts.freeze(axis, "the size of the axis is set by code that is not traced", number=True)
         return axis
 
     def can_tie(self, size: Any) -> bool:
@@ -125,7 +126,7 @@ class OperationContext:
         return size is INFERRED or (isinstance(size, TracedInt) and self.expression(size) is not None)
 
     def mark_activated(self, tensor: Tensor) -> None:
-        """Mark the axes of a tensor that is not the output of a linear map."""
+        """Mark the axes of a tensor as "activated": the tensor is not the output of a linear map."""
         for axis in tensor.axes:
             self.facts.mark(axis, "activated")
 
@@ -138,8 +139,8 @@ class OperationContext:
     def add_comparison(self, comparison: Comparison) -> None:
         """Require that a comparison in the code keeps its result.
 
-        A size that equals an attribute requires that the attribute changes with the size. A size that equals a number
-        in the code is frozen. Any other comparison is a condition on the plan.
+        If a size must equal an attribute, the attribute must change with the size. If a size must equal a number in the
+        code, the axis is frozen. Any other comparison is a condition on the plan.
         """
         sides = (comparison.left, comparison.right)
         expressions = [self.expression(side) if isinstance(side, TracedInt) else None for side in sides]
@@ -163,7 +164,7 @@ class OperationContext:
                 if expression is None:
                     continue
                 if expression.plain and expression.sizes:
-                    reason = f"its size is compared with {int(number)}, a number in the code"
+                    reason = f"the size of the axis is compared with {int(number)}, a number in the code"
                     self.facts.freeze(expression.sizes[0], reason, number=True)
                 else:  # an expression of attributes and sizes can be solved for an attribute
                     must = expression.plain or bool(expression.sizes and expression.leaves)
@@ -246,5 +247,5 @@ def dims_of(dims: Any, rank: int) -> list[int]:
 
 
 def unlabeled_size(tensor: Tensor, dims: Sequence[int]) -> int:
-    """Return the product of the sizes of those of the given axes that have no labels."""
+    """Return the product of the sizes of the given axes that have no labels."""
     return int(np.prod([tensor.shape[dim] for dim in dims if tensor.axes[dim] is None], initial=1))

@@ -28,29 +28,29 @@ def add_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> Non
 
 
 def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Freeze parameters that no traced forward uses, since other code may depend on their shapes."""
+    """Freeze parameters that the traced forward passes do not use, because other code may depend on their shapes."""
     for name, tensor in tensors.items():
         if id(tensor) in unused:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
             for axis in tensor.axes:
-                facts.freeze(axis, "no traced forward uses it")
+                facts.freeze(axis, "the traced forward pass does not use the parameter")
 
 
 def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Freeze tensors that the rest of a model uses, too."""
+    """Freeze the tensors of the traced part that the rest of the model also uses."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if id(value) in shared:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
             for axis in tensors[name].axes:
-                facts.freeze(axis, "the rest of the model reads it too")
+                facts.freeze(axis, "the rest of the model also uses the parameter")
 
 
 def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
     """Return the values of a parameter as floats.
 
     Args:
-        parameter: on any device.
-        name: its path.
+        parameter: the parameter, on any device.
+        name: path of the parameter.
         model: name of the model, for the error.
 
     Raises:

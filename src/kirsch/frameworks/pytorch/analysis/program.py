@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 WITH_VALUES = ("fake_tensor_propagate_real_tensors", "generate_fake_kernels_from_real_mismatches")
-"""Options that make the exporter compute with values besides shapes."""
+"""Options that make the exporter compute with values, not only with shapes."""
 
 ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
 """Checks of types and sizes that the exporter adds; they would fail for inputs of another type or size."""
@@ -52,7 +52,7 @@ def export(
     Args:
         model: the model to export.
         args, options: the example inputs.
-        recorded: where the calls of the user's code are recorded.
+        recorded: object to which the calls of the user's code are added.
         decisions: "refuse" to raise an error for branches that depend on values, or "example" to take the branches
             that the example inputs take.
         training: whether the model runs in training mode.
@@ -97,7 +97,7 @@ def _parameters_to_buffers(model: nn.Module) -> None:
 def _quiet() -> Iterator[None]:
     """Silence PyTorch's warnings about its internals, and restore the random state."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    # These loggers report each followed decision, and the traceback of an error that is raised as well.
+    # These loggers report each followed decision, and the traceback of an error that is also raised.
     quiet = {"torch.fx.experimental.symbolic_shapes": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
     levels = {name: logging.getLogger(name).level for name in quiet}
     for name, level in quiet.items():
@@ -139,7 +139,7 @@ def _reason(
         'or follow the decisions for these inputs (decisions="example").'
         if dynamic
         else fix_of_inputs(model, args, options, error)
-        or "Check that model(*example_inputs) runs, and that the shapes are those that the model expects."
+        or "Check that model(*example_inputs) runs, and that the model expects inputs of these shapes."
     )
     return what, why, fix
 

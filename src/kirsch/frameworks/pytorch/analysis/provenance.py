@@ -64,7 +64,7 @@ class SizeOf:
     Args:
         call: number of the call, -1 for a parameter or buffer.
         output: index of the tensor among several results; None if the call returns one tensor.
-        axis: of the tensor.
+        axis: axis of the tensor.
         name: path of the parameter or buffer, "" for a result of a call.
     """
 
@@ -79,9 +79,9 @@ class UserCall:
     """A call in the user's code that made nodes of the graph.
 
     Args:
-        name: of the function, such as "view".
-        arguments: None in place of tensors; integers may be `TracedInt`s.
-        options: keyword arguments, likewise.
+        name: name of the function, such as "view".
+        arguments: positional arguments, with None in place of tensors; integers may be `TracedInt`s.
+        options: keyword arguments, in the same form.
     """
 
     name: str
@@ -112,7 +112,7 @@ class TensorArgument:
     Args:
         argument: position or keyword.
         origin: number of the call that returned the tensor, -1 for none.
-        shape: of the tensor.
+        shape: shape of the tensor.
     """
 
     argument: int | str
@@ -127,7 +127,7 @@ class ModuleCall:
     Args:
         tensors: the tensor arguments.
         single: whether the call has exactly one argument.
-        result: "tensor", "first" for a tuple or list that begins with a tensor, "other".
+        result: kind of the result: "tensor"; "first" for a tuple or list that begins with a tensor; or "other".
     """
 
     tensors: tuple[TensorArgument, ...]
@@ -160,7 +160,7 @@ class CallRecorder(TorchFunctionMode):
     """Records calls, numbers their graph nodes, and returns sizes as `TracedInt`s.
 
     Args:
-        recorded: where the calls are recorded.
+        recorded: object to which the calls are added.
         names: identity of each parameter and buffer → its path.
     """
 
@@ -184,7 +184,7 @@ class CallRecorder(TorchFunctionMode):
             with self:  # the function reads sizes and computes with them, like user code
                 return _attention(*args, **kwargs)
         number = len(self._recorded.log)
-        if name in LIKE_ANOTHER:  # the other tensor stands for its shape
+        if name in LIKE_ANOTHER:  # the function reads only the shape of the other tensor
             other = args[1] if len(args) > 1 else kwargs["other"]
             shape = tuple(self._size(other, axis, size) for axis, size in enumerate(other.shape))
             self._recorded.log.append(UserCall(name, (None, shape), {}))
@@ -255,7 +255,10 @@ def called_name(func: Any) -> str:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    """Run PyTorch's multi-head attention with recorded calls; the query has the width that the module states."""
+    """Run PyTorch's multi-head attention with recorded calls.
+
+    The query is first viewed in the width that the module states, so that this width is recorded, too.
+    """
     arguments = inspect.signature(nn.functional.multi_head_attention_forward).bind(*args, **kwargs).arguments
     query = arguments["query"]
     viewed = query.view(*query.shape[:-1], arguments["embed_dim_to_check"])
@@ -266,7 +269,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def _asks_no_mode(_tensors: Any) -> bool:
-    """Let the attention run under an active function mode; it would pass itself to the mode again without end."""
+    """Replace `has_torch_function`; otherwise the attention would pass itself to the active function mode forever."""
     return False
 
 
@@ -291,10 +294,10 @@ def _without_tensors(value: Any) -> Any:
 def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
     """Return a copy of a model in inference or training mode.
 
-    The hooks of the model are kept, since they may change the outputs of a module.
+    The copy keeps the hooks of the model, because they may change the outputs of a module.
 
     Args:
-        model: to copy.
+        model: the model to copy.
         shared: whether the copy uses the parameters and buffers of the model itself.
         training: the mode.
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 TOLERANCE = 1e-5
-"""Relative to the largest output; sums on several threads have no fixed order, so equal runs may differ a little."""
+"""Largest difference of equal runs, relative to the largest output: sums on several threads have no fixed order."""
 
 RANDOMNESS_FIX = (
-    "Draw only where self.training is true (F.dropout takes training=self.training), or let the random numbers be an "
-    "input of the model."
+    "Draw random numbers only if self.training is true (F.dropout takes training=self.training), or make them an input "
+    "of the model."
 )
 """Fix for a model that draws random numbers in inference mode."""
 
@@ -69,7 +69,7 @@ def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) 
     if changed:
         return (
             f"It changes its buffer `{changed[0]}` in inference mode, so that each run starts from another state.",
-            "Change it only where self.training is true, or make the state an input and an output.",
+            "Change the buffer only if self.training is true, or make it an input and an output of the model.",
         )
     return (
         "Two runs with the same inputs give different outputs.",

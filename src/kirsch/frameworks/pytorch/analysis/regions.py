@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
-    """Return the operations of each module by its path, inner modules and all calls of the module included."""
+    """Return the region of each module, keyed by path: the operations of all its calls, with those of inner modules."""
     operations: dict[str, list[Node]] = {}
     for node in nodes:
         for path, _ in (node.meta.get("nn_module_stack") or {}).values():
@@ -25,7 +25,7 @@ def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
 
 
 def exits(region: Sequence[Node]) -> list[Node]:
-    """Return the operations of a region whose results are read outside of it."""
+    """Return the operations of a region whose results are read by operations outside the region."""
     inside = set(region)
     return [node for node in region if any(user not in inside and _reads(user) for user in node.users)]
 
@@ -35,7 +35,7 @@ def _reads(user: Node) -> bool:
 
 
 def module_outputs(states: Mapping[Node, Any]) -> dict[str, tuple[Tensor, ...]]:
-    """Return the tensors that each module returns by its path, with labels.
+    """Return the output tensors of each module, with coupling labels, keyed by module path.
 
     Args:
         states: labels of the result of each node.

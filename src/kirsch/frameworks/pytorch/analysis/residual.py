@@ -29,7 +29,7 @@ def last_layers_of_branch(node: Node, index: Mapping[Node, int]) -> list[Node] |
 
     Args:
         node: an addition.
-        index: of each node in the order of the program.
+        index: position of each node in the program.
     """
     for stream in node.all_input_nodes:
         for branch in node.all_input_nodes:
@@ -61,7 +61,7 @@ def _computed_from(branch: Node, stream: Node, index: Mapping[Node, int]) -> boo
 
 
 def _last_layers(branch: Node, first: int, index: Mapping[Node, int]) -> list[Node]:
-    """Return the first layers on each path back from a branch."""
+    """Return the first layer on each path back from the end of a branch."""
     layers: list[Node] = []
     seen: set[Node] = set()
     waiting = [branch]

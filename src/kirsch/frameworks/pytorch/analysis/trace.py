@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Axis
 
 DEFAULT = Tracing()
-CONSTANT = "it is combined with a constant tensor"
-RANDOM = "it is combined with a tensor of random numbers"
+CONSTANT = "the axis is combined with a constant tensor"
+RANDOM = "the axis is combined with a tensor of random numbers"
 
 
 def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, of_part: bool = False) -> Graph:
@@ -66,7 +66,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         whole: the model.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         tracing: the options, such as the part to analyze.
-        of_part: whether the example inputs are those of the part, not of the whole model.
+        of_part: whether the example inputs are inputs of the part, not of the whole model.
 
     Raises:
         ModelError: the model cannot be traced, or returns no tensors.
@@ -117,7 +117,10 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
 
 
 def _check_samples(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Raise if the example inputs hold no samples, or no values where the model has some: any cut would pass."""
+    """Raise an error if the example inputs have no samples, or no values although the model has values.
+
+    The verification would accept any cut on such inputs.
+    """
     given = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)]
     empty = without_values(model, args, options) if any(value.is_meta for value in given) else None
     if empty is not None:
@@ -126,7 +129,7 @@ def _check_samples(model: nn.Module, args: tuple[Any, ...], options: dict[str, A
     if axes and not any(shape[0] for shape in axes):
         raise ModelError(
             f"The example inputs have no samples: their shapes are {', '.join(str(tuple(shape)) for shape in axes)}.",
-            "On no samples, a verification would show nothing.",
+            "Without samples, the verification would compare nothing.",
             "Give at least one sample on the first axis.",
         )
 
@@ -274,7 +277,7 @@ class _Walk:
         if not isinstance(value, torch.Tensor):
             return None
         constant = node.name in self._constants
-        reason = CONSTANT if constant else "it is combined with an input of the model"
+        reason = CONSTANT if constant else "the axis is combined with an input of the model"
         self._causes[node] = Freeze(np.zeros(0, np.int64), reason, Operation(node.name), boundary=not constant)
         return Tensor.of(value.shape)
 
@@ -329,14 +332,14 @@ class _Walk:
         return state
 
     def freeze_outputs(self, indices: Iterable[int], selected: Collection[int]) -> None:
-        """Freeze the axes of the selected outputs, and axes that any output holds indices into."""
+        """Freeze the axes of the selected outputs, and the axes into which any output holds indices."""
         self._facts.begin(Operation("output"))
         for index in indices:
             state = self._outputs[index]
             if isinstance(state, Tensor):
-                self._facts.freeze(state.points, "indices into it are an output of the model")
+                self._facts.freeze(state.points, "indices into the axis are an output of the model")
                 for axis in state.axes if index in selected else ():
-                    self._facts.freeze(axis, "it is an output of the model", boundary=True)
+                    self._facts.freeze(axis, "the axis is part of an output of the model", boundary=True)
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
         found = None if width is None else query_scaling(node, width, self._slots)

@@ -27,7 +27,8 @@ class Traced:
         query_scalings: rows that are multiplied to keep the scale of attention.
         blocks: residual blocks that can be removed.
         statistics: names of the nodes whose result is a statistic over units.
-        training: the record of a run in training mode; None unless only that run uses some parameters.
+        training: the record of a trace in training mode; None if inference uses all parameters, or the model cannot be
+            traced in training mode.
     """
 
     program: ExportedProgram

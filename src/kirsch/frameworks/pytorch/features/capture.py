@@ -35,8 +35,8 @@ class FeatureCapture:
     """Runs a model and returns the values at some layers. Its hooks stay until `close`.
 
     A value that is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is returned as it was at
-    the layer. The first run copies all values to find out which ones these are; later runs copy only these. Likewise
-    the inputs are copied in the first run of each mode, and in later runs only if the model writes into them.
+    the layer. The first run copies all values and records which of them are overwritten; later runs copy only those.
+    Likewise, the inputs are copied in the first run of each mode, and in later runs only if the model writes into them.
 
     Args:
         model: called in its current mode.
@@ -54,7 +54,7 @@ class FeatureCapture:
         self._values: dict[Key, list[Any]] = {}
         self._versions: dict[tuple[Key, int], list[tuple[torch.Tensor, int]]] = {}
         self._overwritten: dict[tuple[Key, int], bool] = {}
-        self._writes: dict[bool, bool] = {}  # whether it writes into its inputs, in training and in inference mode
+        self._writes: dict[bool, bool] = {}  # training mode or not → whether the model writes into its inputs
         self._called: dict[str, set[str]] = {}
         self._inside: list[str] = []
         self._running = False
@@ -62,7 +62,7 @@ class FeatureCapture:
         self._functions = {key[:2] for key in keys if key[1]}
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
-        for path in (path for path, _, _ in keys if path not in modules):  # before any hook is set
+        for path in (path for path, _, _ in keys if path not in modules):  # checked before any hook is set
             raise UnknownNameError(f"layer in {type(model).__name__}", path, [*filter(None, modules), *OUTPUT_NAMES])
         for path in (path for path, _, _ in keys if is_torchscript(modules[path])):
             raise UsageError(
@@ -127,7 +127,7 @@ class FeatureCapture:
                 location = _quoted(f"{path}/{function}" if function else path)
                 raise UsageError(
                     f"The value at {location} is overwritten in place in this forward of {type(self.model).__name__}, "
-                    "and was not in earlier ones.",
+                    "and was not overwritten in earlier ones.",
                     fix="Choose another layer, or compute the value without in-place operations.",
                 )
             self._overwritten[call] = self._overwritten.get(call, False) or changed
@@ -136,10 +136,10 @@ class FeatureCapture:
         """Return the values at the layers for one batch, by the text of the layer.
 
         Raises:
-            UsageError: a layer runs several times and its text does not state which call, or it does not run.
+            UsageError: a layer runs several times and its text does not state which call, or a layer does not run.
             UnknownNameError: the code of a module does not call the function, or an output has no such name.
         """
-        mode, compiling = self.model.training, torch.compiler.is_compiling()  # then tensors have no versions
+        mode, compiling = self.model.training, torch.compiler.is_compiling()  # when compiling, no versions
         copies = compiling or self._writes.get(mode, True)
         inputs = copied(inputs) if copies else inputs
         args, options = arguments(inputs)
@@ -158,7 +158,7 @@ class FeatureCapture:
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not copies:
                 raise UsageError(
-                    f"{type(self.model).__name__} writes into its inputs in this forward, and did not in earlier ones.",
+                    f"{type(self.model).__name__} writes into its inputs in this forward, unlike in earlier ones.",
                     "Other models would get changed data.",
                     "Start its forward with inputs = inputs.clone().",
                 )
@@ -178,7 +178,7 @@ class FeatureCapture:
         if layer.layered:
             layers = layers_of(self.model, outputs, layer)
             if not -len(layers) <= int(layer.index) < len(layers):
-                raise UsageError(f"There is no {layer.text}: the model returns {len(layers)}, numbered from 0.")
+                raise UsageError(f"There is no {layer.text}: the model returns {len(layers)} layers, numbered from 0.")
             return layers[int(layer.index)]
         if layer.path == "logits":
             return logits_of(outputs)
@@ -246,14 +246,14 @@ def _output_keyword(model: nn.Module, layer: LayerName) -> str:
     """Return the keyword by which a model returns the hidden states or attention weights of its layers.
 
     Raises:
-        UsageError: its forward has no such keyword.
+        UsageError: the forward of the model has no such keyword.
     """
     name = OUTPUT_KEYWORDS[layer.layered[2]] if layer.layered else ""
     parameters = inspect.signature(model.forward).parameters
     if name not in parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise UsageError(
             f"{type(model).__name__} does not take the keyword {name}, so {layer.text!r} has no value.",
-            "Models of transformers take it.",
+            "Models of transformers take this keyword.",
             "Choose the module that computes the value.",
         )
     return name

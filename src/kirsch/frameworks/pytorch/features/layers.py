@@ -62,10 +62,10 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
 
 
 def _last_layer(model: nn.Module, inputs: Any) -> str:
-    """Return the path of the last module with parameters, from whose output the logits are computed without others.
+    """Return the path of the last module with parameters; only operations without parameters may follow it.
 
     Raises:
-        UsageError: the logits are not the output of such a module.
+        UsageError: the logits are not computed from the output of such a module.
     """
     outputs: dict[str, Any] = {}
     handles = [

@@ -24,12 +24,13 @@ mkldnn_convolution mkldnn_linear embedding _embedding_bag lstm gru rnn_tanh rnn_
 native_batch_norm native_group_norm _native_batch_norm_legit_no_training cudnn_batch_norm
 """
 LEARNED = frozenset(_LEARNED.split())
-"""Operators of layers. What they return is no longer the result of an activation before them."""
+"""Operators of layers. Their results do not count as results of an activation before the layer."""
 
 LOGARITHM = "log_sigmoid_forward"
 _COPIES = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
 COPIES = frozenset(_COPIES.split())
-"""Operators whose result on a logarithm of a sigmoid is still one. A difference of two is not: it is a logit."""
+"""Operators whose result counts as a logarithm of a sigmoid if their input is one. Subtraction is not among them: the
+difference of log(sigmoid(x)) and log(sigmoid(-x)) is the logit x."""
 
 
 class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in PyTorch
@@ -75,7 +76,7 @@ def _memory(tensor: torch.Tensor) -> int:
 def is_squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
     """Return whether the value at a layer comes from a sigmoid, a softmax or the like, by operators without weights.
 
-    Only meaningful for values from 0 to 1, because a difference of two sigmoids also comes from them.
+    The result is meaningful only for values from 0 to 1, because a difference of two sigmoids also comes from sigmoids.
 
     Args:
         model, layer, inputs: model, layer and batch of the run.

@@ -108,7 +108,7 @@ def gradient_norms(
     parts: Mapping[str, torch.Tensor],
     summed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Return the norm of the gradient of each loss term for the student's parameters, without those of adapters.
+    """Return the norm of the gradient of each loss term for the student's parameters, without parameters of adapters.
 
     The graph is retained for the training step. Empty if gradients are disabled.
 
@@ -119,7 +119,7 @@ def gradient_norms(
 
     Raises:
         NumericError: no gradient of a term reaches the student.
-        UsageError: the student uses reentrant checkpoints, which do not support gradients of a single term.
+        UsageError: the student uses reentrant activation checkpoints, which do not support the gradient of one term.
     """
     if not torch.is_grad_enabled():
         return {}
@@ -139,7 +139,8 @@ def gradient_norms(
             raise NumericError(
                 f"No gradient of the loss term {name!r} reaches the model.",
                 f"Its value on the first batch of the epoch is {float(part.detach()):.3g}.",
-                "Compute it from the outputs of the model that is trained; its checkpoints need use_reentrant=False.",
+                "Compute the term from the outputs of the trained model. Activation checkpoints in this model need "
+                "use_reentrant=False.",
             )
         norms[name] = norm
     return norms
@@ -154,7 +155,7 @@ def _gradients(
         if "use_reentrant" not in str(error):
             raise
         raise UsageError(
-            f"{type(student.student).__name__} uses checkpoints with use_reentrant=True.",
+            f"{type(student.student).__name__} uses activation checkpoints with use_reentrant=True.",
             "They do not support the gradient of a single loss term.",
             "Set use_reentrant=False; in models of transformers by "
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',

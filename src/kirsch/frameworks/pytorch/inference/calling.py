@@ -48,8 +48,8 @@ def embedding_fix(args: Any, options: Any) -> str:
 def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, Any]:
     """Return positional and keyword arguments for the forward of a model.
 
-    If the forward does not have the name of a single keyword argument, the value becomes the first positional argument:
-    loaders call an input "image" or "x" whatever its name in the model.
+    A single keyword argument whose name the forward does not have becomes the first positional argument, because a
+    loader may call the input "image" or "x" whatever its name in the model.
 
     Args:
         model: the model to call.
@@ -72,7 +72,7 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
 
 
 def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names that the forward does not have; none for a single name, which is the first argument."""
+    """Return the names that the forward does not have; empty for a single name, which becomes the first argument."""
     known = {p.name for p in _parameters(model) or []}
     return [name for name in names if name not in known] if known and len(names) > 1 else []
 
@@ -107,8 +107,8 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
 
     Args:
         model: the model that was called.
-        args, options: its positional and keyword arguments.
-        error: the exception that it raised.
+        args, options: positional and keyword arguments of the call.
+        error: the exception that the model raised.
     """
     name = type(model).__name__
     parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
@@ -130,8 +130,8 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
     integers = _integers(parts, error) if model_types and not input_types else None
     if integers is not None:
         return UsageError(
-            f"{name} computes in {_dtype_name(next(iter(model_types)))}, and its inputs are {summary(integers)}, "
-            f"values {int(integers.min())} to {int(integers.max())}.",
+            f"{name} computes in {_dtype_name(next(iter(model_types)))}, and its inputs are {summary(integers)}, with "
+            f"values from {int(integers.min())} to {int(integers.max())}.",
             error_text(error),
             _fix_of_integers(integers),
         )
@@ -214,7 +214,7 @@ def one_sample(model: nn.Module, error: Exception) -> DataError:
         f"A batch has one sample, and {type(model).__name__} normalizes over the samples of a batch.",
         error_text(error),
         "Set drop_last=True in the DataLoader, or choose a batch size without a last batch of one sample. ArrayData "
-        "adds such a sample to the batch before.",
+        "adds such a sample to the previous batch.",
     )
 
 

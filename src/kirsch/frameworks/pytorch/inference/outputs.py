@@ -95,9 +95,9 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def feature_mask(model: nn.Module, mask: Any) -> Any:
-    """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs.
+    """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs, shape (N, T).
 
-    L is T, except for speech models, whose convolutions have strides over the samples of the sound.
+    L equals T, except for speech models, whose convolutions have strides over the samples of the sound.
 
     Args:
         model: any model.

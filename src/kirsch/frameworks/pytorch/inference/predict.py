@@ -173,9 +173,9 @@ def on(device: torch.device, array: Any) -> Any:
 
 
 def infer(run: Any, inputs: Any) -> Any:
-    """Return the logits of a model in inference mode, or the features of a watch, without gradient.
+    """Return the logits of a model, or the features of a `FeatureCapture`, without gradient.
 
-    The model is moved to the device of the inputs.
+    The model runs in its current mode, and is moved to the device of the inputs.
     """
     first = next(value for value in tree_leaves(inputs) if isinstance(value, torch.Tensor))
     getattr(run, "model", run).to(first.device)

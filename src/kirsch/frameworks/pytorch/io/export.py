@@ -81,7 +81,7 @@ class TorchExportable:
         """Return all outputs for one batch, by their path in the value that the model returns.
 
         Raises:
-            ModelError: an output is bfloat16, which numpy lacks, too; or an embedding gets floating-point indices.
+            ModelError: an output is bfloat16, which numpy lacks; or an embedding gets floating-point indices.
         """
         try:
             outputs = self._run(inputs)
@@ -133,18 +133,18 @@ class TorchExportable:
         """Write one ONNX file.
 
         Args:
-            path: of the file.
-            free_batch: allow any size of the first axis of every input. Otherwise, all sizes are those of the example
-                inputs.
+            path: path of the file.
+            free_batch: allow any size of the first axis of every input. Otherwise, all sizes are fixed to those of the
+                example inputs.
 
         Returns:
             opset, IR version, exporter, and name, shape and type of each input and output.
 
         Raises:
-            ModelError: the model cannot be exported. The error names the operation if the exporter does.
+            ModelError: the model cannot be exported. The error names the operation if the exporter names it.
             NumericError: the model draws random numbers.
         """
-        # The exporter takes an axis of size 1 for a constant.
+        # The exporter treats an axis of size 1 as a constant.
         double_batch = free_batch and all(len(value) == 1 for value in self._flat.inputs.values())
         tensors = self._tensors(self.inputs.values())
         tensors = tuple(torch.cat([value, value]) for value in tensors) if double_batch else tensors
@@ -181,13 +181,13 @@ class TorchExportable:
 
 @contextlib.contextmanager
 def _own_types(model: nn.Module) -> Iterator[None]:
-    """Without the autocast of the caller, which the file would hold; that of the model's own code stays."""
+    """Disable the caller's autocast, whose conversions the file would contain; autocast in the model's code stays."""
     with torch.autocast("cpu", enabled=False), torch.autocast(predict.device_of(model).type, enabled=False):
         yield
 
 
 class _Functions(TorchFunctionMode):
-    """Notes the names of the functions that are called."""
+    """Records the names of the functions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def _without_cache(model: nn.Module) -> None:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Return the first exception; the exporter wraps it in advice to its own developers."""
+    """Return the exception at the start of the chain; the exporter wraps it in advice to its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

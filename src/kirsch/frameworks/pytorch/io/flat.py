@@ -27,7 +27,7 @@ class Flat(nn.Module):
     """A model that takes its input tensors as positional arguments and returns a tuple of tensors.
 
     The tensors are inserted into lists, dicts and keyword arguments as in the example inputs. None, numbers, booleans
-    and strings keep their values of the example inputs.
+    and strings keep the values that they have in the example inputs.
 
     Args:
         model: the module to wrap.
@@ -79,7 +79,7 @@ def output_names(paths: Sequence[str], taken: Iterable[str]) -> list[str]:
     """Return a valid ONNX name for each output, such as `logits`, `aux_0` or `output_1`; `output` for a single tensor.
 
     Args:
-        paths: of the outputs; see `named`.
+        paths: paths of the outputs; see `named`.
         taken: names of the inputs.
     """
     names: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kirsch.errors import LoadError, MissingExtraError, SurroundingsError, UnknownNameError, error_text
+from kirsch.errors import LoadError, MissingExtraError, RequirementError, UnknownNameError, error_text
 from kirsch.frameworks.pytorch.io.vision import import_beside
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
 
     Raises:
         MissingExtraError: timm is not installed.
-        SurroundingsError: timm is installed and cannot be imported.
+        RequirementError: timm is installed and cannot be imported.
         LoadError: timm has no such model, or its weights cannot be downloaded.
     """
     try:
@@ -36,7 +36,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
     except ModuleNotFoundError as error:
         raise MissingExtraError("timm", "zoo", "for models named timm:NAME") from error
     except (ImportError, RuntimeError, OSError) as error:
-        raise SurroundingsError(
+        raise RequirementError(
             "timm is installed and cannot be imported.",
             error_text(error),
             "Reinstall timm, with the torchvision for this torch.",

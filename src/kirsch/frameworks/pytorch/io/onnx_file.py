@@ -28,7 +28,7 @@ def finish(path: Path, *, inputs: Sequence[str], outputs: Sequence[str], prefix:
     types of intermediate values, names of nodes, opset, and the producer with its version.
 
     Args:
-        path: of the file; an external weights file beside it is not changed.
+        path: path of the file; an external weights file beside it is not changed.
         inputs, outputs: new names in the order of the graph, C identifiers, all different.
         prefix: prefix to remove from the names of weights.
         model: name of the model's class, for errors.
@@ -141,7 +141,7 @@ def _check_bfloat16(graph: Any, model: str) -> None:
 
 
 def computing_in_bfloat16(model: str, line: str, output: str) -> ModelError:
-    """Return the error for a model with other weights that converts activations to bfloat16."""
+    """Return the error for a model that computes in bfloat16, although its weights have another dtype."""
     return ModelError(
         f"A {model} that computes in bfloat16 cannot be exported{line}.",
         f"{output}ONNX Runtime lacks most operators in this type.",

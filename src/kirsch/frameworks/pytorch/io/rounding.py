@@ -16,7 +16,7 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch a
     the normalization of a constant, no two runtimes agree on the model.
 
     Args:
-        seed: of the random numbers.
+        seed: seed of the random numbers.
 
     Source: Monte Carlo arithmetic, Parker 1997, UCLA CSD-970002.
     """

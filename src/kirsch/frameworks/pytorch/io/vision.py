@@ -2,7 +2,7 @@
 
 A torchvision wheel for another build of torch (often a CUDA wheel beside a CPU torch) cannot load its compiled
 operators, and its import fails although most models do not call them. `import_beside` declares the operators without
-kernels, so that the import succeeds. A model that calls one raises an error that names the operator.
+kernels, so that the import succeeds. A model that calls such an operator raises an error that names the operator.
 """
 
 from __future__ import annotations

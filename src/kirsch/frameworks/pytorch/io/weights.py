@@ -96,7 +96,7 @@ def match_dtypes(model: nn.Module, path: Path) -> bool:
         if value is None or is_lazy(value) or not (_is_floating(value.dtype) and _is_floating(dtype)):
             continue
         if value.dtype != dtype:
-            real = value.is_complex() and not dtype.is_complex  # as `model.to(torch.float16)` makes it
+            real = value.is_complex() and not dtype.is_complex  # `model.to(torch.float16)` also drops imaginary parts
             value.data = (value.data.real if real else value.data).to(dtype)
             changed = True
     return changed
@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load the weights of a safetensors file into a model; names and shapes must agree.
 
     Args:
-        model: changed in place.
+        model: the model, which is changed in place.
         path: a file of `save_weights`, or of another program. Its dtypes must be those of the model, or narrower
             floating-point ones, because other conversions would change values.
 
@@ -131,7 +131,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         keys = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines()[:3]]  # a title, then the differences
+        lines = [line.strip() for line in str(error).splitlines()[:3]]  # the first line is a title
         raise _unfit(model, path, " ".join(lines)) from error
     # A missing name is allowed if the model ties its tensor to one that is in the file.
     nonempty = {name: value for name, value in current.items() if _has_values(value) and value.numel()}
@@ -172,7 +172,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. A repeated key is an error, because readers differ in which value they use."""
+    """Return a JSON object. A repeated key raises a ValueError, because readers differ in which value they use."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
@@ -185,7 +185,8 @@ def _difference(name: str, value: torch.Tensor, current: dict[str, Any]) -> str:
     target = current.get(name)
     if not isinstance(target, torch.Tensor):  # load_state_dict reports it, or a hook of the model renames it
         types = {other.dtype for other in current.values() if isinstance(other, torch.Tensor)}
-        return "" if value.dtype in types else f"No tensor of the model is {_dtype_name(value.dtype)}, as {name} is."
+        dtype = _dtype_name(value.dtype)
+        return "" if value.dtype in types else f"{name} is {dtype} in the file; the model has no tensor of this type."
     if is_lazy(target):
         return ""
     if target.shape != value.shape:
@@ -235,7 +236,7 @@ def _check_format(path: Path) -> None:
             "Give a safetensors file.",
         )
     if form.why:
-        raise LoadError(f"The weights in {path} cannot be loaded: it is {form.what}.", form.why, form.as_weights)
+        raise LoadError(f"The file of weights {path} cannot be loaded: it is {form.what}.", form.why, form.as_weights)
 
 
 def _unwritable(model: nn.Module, name: str, what: str) -> ModelError:
@@ -249,4 +250,4 @@ def _unwritable(model: nn.Module, name: str, what: str) -> ModelError:
 
 def _unfit(model: nn.Module, path: Path, why: str) -> LoadError:
     what = f"The weights in {path} do not fit a {type(model).__name__}."
-    return LoadError(what, why, "Give the model that they were saved from, in its shapes and types.")
+    return LoadError(what, why, "Give the model from which they were saved, with the same shapes and types.")

@@ -38,7 +38,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
     Args:
         model: the module to copy.
         memo: id of an object of the model → its replacement in the copy.
-        name: of the model in errors; the name of its class if empty.
+        name: name of the model in errors; if empty, the name of its class.
 
     Raises:
         ModelError: an attribute cannot be copied. The error names it.
@@ -53,7 +53,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
             replacements.setdefault(id(value), LOCKS[type(value)]())
     try:
         with warnings.catch_warnings(), torch.no_grad():  # copies of TorchScript modules would record gradients
-            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch, about its own classes
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns about its own classes
             copied: nn.Module = copy.deepcopy(model, replacements)
     except Exception as error:
         raise ModelError(*_reason(model, name or type(model).__name__, error)) from error
@@ -92,7 +92,10 @@ def restoring_attributes(model: nn.Module) -> Iterator[None]:
 
 
 def _values(model: nn.Module) -> Iterator[Any]:
-    """Yield the attributes of all modules except their state, and the objects reachable from these, each once."""
+    """Yield the attributes of all modules except their state, and the objects reachable from these attributes.
+
+    Each object is yielded once.
+    """
     seen: set[int] = set()
     pending = [value for module in model.modules() for _, value in _attributes(module)]
     while pending:
@@ -144,7 +147,7 @@ def _reason(model: nn.Module, name: str, error: Exception) -> tuple[str, str, st
 def recompute_weights(module: nn.Module) -> None:
     """Recompute the weight that a hook of `weight_norm`, `spectral_norm` or `prune` stores in a module.
 
-    The hook only updates it in a forward. Until then, a cut module would have a weight of the old shape.
+    The hook updates the weight only in a forward pass. Until then, a cut module would have a weight of the old shape.
     """
     with torch.no_grad():
         for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - has no public name

@@ -2,7 +2,7 @@
 
 `torch.fx.GraphModule`s come from `symbolic_trace`, `torch.export`, feature extractors and `as_graph` of Kirsch; the
 modules of `torch.export.unflatten` have a graph, too. The code of a `GraphModule` is generated from its graph. An
-integer in it, such as a size of a view, is an argument of a node, where a cut updates it.
+integer in the graph, such as a size of a view, is an argument of a node, and a cut updates this argument.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def graph_in(module: nn.Module) -> fx.Graph | None:
 
 
 def _graphs_in(module: nn.Module) -> list[fx.Graph]:
-    """Return the graph that a module runs, and then those that it stores for another mode."""
+    """Return the graph that a module runs, followed by graphs that it stores for another mode."""
     graphs = [graph_in(module), *(value for value in vars(module).values() if isinstance(value, fx.Graph))]
     return list(dict.fromkeys(graph for graph in graphs if graph is not None))
 
@@ -68,8 +68,8 @@ def replace_integers(module: nn.Module, path: str, replacement: Callable[[int, L
 
     Args:
         module: the copy.
-        path: of the module in the model.
-        replacement: integer, its leaf → the replacement.
+        path: path of the module in the model.
+        replacement: function of an integer and its leaf that returns the replacement.
     """
     graph = graph_in(module)
     for node in graph.nodes if graph is not None else ():
@@ -133,7 +133,7 @@ class Part:
     """Nodes of a graph between an entry and an exit.
 
     Args:
-        path: of the module with the graph.
+        path: path of the module with the graph.
         entry: name of the node before the part.
         exit: name of the last node of the part.
         nodes: names of the nodes of the part.
@@ -153,7 +153,7 @@ def part_in(model: nn.Module, region: list[Node], entry: Node, exit_: Node) -> P
     Args:
         model: the traced model.
         region: operations of the traced program.
-        entry, exit_: the operation before the region, and its last one.
+        entry, exit_: the operation before the region, and the last operation of the region.
     """
     origins = [_origin(node) for node in region]
     paths = {origin[0] for origin in origins if origin is not None}
@@ -245,10 +245,10 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
 
 
 def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
-    """Set `nn_module_stack` of the operations that come from a graph, which does not call containers.
+    """Set `nn_module_stack` of the operations that come from a `torch.fx` graph, which calls layers without containers.
 
-    An operation that reads parameters is assigned to the module with these. Any other operation is assigned to the
-    container of its latest input.
+    An operation that reads parameters is assigned to the module with these parameters. Any other operation is assigned
+    to the container of its latest input.
     """
     position = {node: number for number, node in enumerate(program.graph.nodes)}
     paths = [path.rpartition(".")[0].split(".") for path in slots.values()]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module, with containers before what they contain.
+    """Set the mode of each module; containers must come before their submodules.
 
     A class may do more than set `training` in its `train`, such as torchvision's feature extractors, which have a graph
     for each mode.
@@ -20,7 +20,7 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     modes = list(modes)
     for module, training in modes:
         if module.training != training and type(module).train is not nn.Module.train:
-            with contextlib.suppress(NotImplementedError):  # of torch.export, whose mode is the one it was exported in
+            with contextlib.suppress(NotImplementedError):  # modules of torch.export have a fixed mode
                 module.train(training)
     for module, training in modes:
         module.training = training

@@ -1,4 +1,4 @@
-"""Submodules by path: their inputs in a run of the model, and copies of the model with one replaced."""
+"""Submodules by path: their inputs in a run of the model, and copies of the model with a replaced submodule."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
     if not calls:
         raise ModelError(
             f"The part {path!r} of {type(model).__name__} is not run.",
-            "The model does not call it in inference mode.",
-            "Trace it by itself: kirsch.trace(model.part, inputs).",
+            "The model does not call the part in inference mode.",
+            "Trace the part by itself: kirsch.trace(model.part, inputs).",
         )
     args, options = calls[0]
     if not args or not options:

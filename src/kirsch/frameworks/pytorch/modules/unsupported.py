@@ -82,7 +82,7 @@ def check_exportable(model: nn.Module) -> None:
     check_values(model)
     for path, module in model.named_modules():
         for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
-            fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - of the same reason
+            fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - another fix for the same reason
             raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
 
@@ -190,7 +190,7 @@ def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] |
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
             "Give a model whose forward passes the padded batch to the recurrent layer.",
         )
-    signs = ("nested_tensor", "is not tracked with proxy")  # the second is of a ragged size
+    signs = ("nested_tensor", "is not tracked with proxy")  # the second one is raised for a ragged size
     if any("nested" in name for name in names) or any(sign in str(error) for sign in signs):
         return (
             "It computes with nested tensors, which torch.export does not trace.",

@@ -29,8 +29,8 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
 
     Args:
         model: the original.
-        graph: of the original.
-        keep: component → whether it is kept.
+        graph: graph of the original.
+        keep: for each component of coupled labels, whether it is kept.
         constants: whether to update the integer attributes that the forward reads.
     """
     memo: dict[int, Any] = {}
@@ -77,7 +77,7 @@ def sliced(value: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.
 
 
 def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.bool_]) -> None:
-    """Multiply, in place, the rows of a cut tensor that keep the scale of attention."""
+    """Multiply in place the rows of a cut tensor that must be scaled to keep the scale of attention."""
     for scaling in graph.traced.query_scalings:
         for name, rows in scaling.rows.items():
             width = graph.kept(scaling.width, keep) if graph.tensors[name] is labeled else None

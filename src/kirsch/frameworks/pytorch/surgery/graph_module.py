@@ -28,8 +28,8 @@ VIEWS = frozenset(["view", "reshape", "_unsafe_view"])
 def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.GraphModule:
     """Return a module that runs the traced operations on the kept units.
 
-    It takes the inputs of the model. It returns a single tensor, a tuple, or a dict if the outputs are named. Batch
-    normalization and dropout act as in inference, also in training mode.
+    The module takes the inputs of the model, and returns a single tensor, a tuple, or a dict if the outputs are named.
+    Batch normalization and dropout act as in inference, also in training mode.
 
     Raises:
         ModelError: an input of the model is not a tensor.

@@ -37,7 +37,7 @@ def prune(model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> tuple[
         verify: whether to compare the pruned model with the masked original.
 
     Raises:
-        PlanError: the configuration in the plan cannot be one of the model.
+        PlanError: the configuration in the plan cannot be a configuration of the model.
         VerificationError: the pruned model differs from the masked original, or does not run.
     """
     configuration.check(model, plan)
@@ -74,7 +74,7 @@ def verify_cut(
         both = Call(traced.args, traced.options) if traced.args and traced.options else None
         check_runs(model, both or traced.options or traced.args)  # the inputs may be at fault
         line = user_line(error)
-        at = f" It is raised at {line}." if line else ""
+        at = f" The exception is raised at {line}." if line else ""
         raise VerificationError(
             f"The pruned {graph.model_name} does not run.",
             f"{error_text(error)}{at}{_changed_comparisons(graph, keep)}",
@@ -97,7 +97,7 @@ def _changed_comparisons(graph: Graph, keep: Any) -> str:
 
 
 def changed_computed_weights(model: nn.Module, plan: Plan, graph: Graph) -> dict[str, float]:
-    """Return path → relative change, of modules whose computed weights change for the kept units."""
+    """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
     part = submodule.part_of(model, graph.tracing.module)
     return verification.computed(part, graph, plan.keep(graph), torch.float64)
 
@@ -108,7 +108,7 @@ def configure(
     """Update the configuration of a pruned model of transformers; see `configuration.configure`.
 
     Returns:
-        New values of the configuration, notes, and why no checkpoint can be saved, with the fix; "" if it can.
+        New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".
     """
     configured = configuration.configure(pruned, model, plan, graph, verify=verify)
     return configured.numbers, configured.notes, f"{configured.why} {configured.fix}".strip()

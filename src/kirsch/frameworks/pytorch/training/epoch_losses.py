@@ -21,7 +21,7 @@ class NotFiniteLosses(Exception):  # noqa: N818 - never leaves the training loop
 
     Args:
         batch: number of the first such batch in the epoch, from 1.
-        terms: its terms by name, as numbers.
+        terms: the loss terms of this batch by name.
     """
 
     def __init__(self, batch: int, terms: dict[str, float]) -> None:
@@ -34,7 +34,7 @@ class EpochLosses:
 
     Args:
         device: device of the losses.
-        sums: sums of the batches that are already done.
+        sums: sums over the completed batches of the epoch.
     """
 
     def __init__(self, device: torch.device, sums: Mapping[str, float]) -> None:

@@ -46,13 +46,13 @@ def check_initial(model: nn.Module) -> set[str]:
 
 
 def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch: int, number: int) -> NumericError:
-    """Return the error for a loss that is not finite. It names the parameter, layer or loss term where that begins.
+    """Return the error for a loss that is not finite. It names the first parameter, layer or loss term that is not.
 
     Args:
         model: the model in training.
         batch: inputs and targets of the step.
         parts: values of the loss terms by name.
-        epoch, number: of the batch, for the message, from 1.
+        epoch, number: numbers of the epoch and of the batch for the message, from 1.
     """
     when = f"at epoch {epoch}, batch {number}"
     for name in not_finite_names(model):
@@ -92,7 +92,7 @@ def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
     largest = _largest(targets)
     if not math.isfinite(largest):
         return NumericError(f"The labels contain NaN or infinity {when}.", fix="Repair the data.")
-    what = f"The loss term {terms} is not finite {when}, and the outputs of the model are."
+    what = f"The loss term {terms} is not finite {when}, although the outputs of the model are finite."
     if largest**2 > torch.finfo(torch.float32).max:
         return NumericError(
             what,
@@ -102,8 +102,8 @@ def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
     return NumericError(
         what,
         "The labels are finite, so the cause is in the loss itself or in the teacher outputs.",
-        "Check the loss and the outputs of the teacher, if there is one, for NaN and infinity. If it happens after "
-        "some steps, lower the learning rate.",
+        "Check the loss and the outputs of the teacher, if there is one, for NaN and infinity. If the loss was finite "
+        "in earlier steps, lower the learning rate.",
     )
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def separate_precision() -> Iterator[None]:
     """Reset the precision of Accelerate within the block, and restore it afterwards.
 
-    Accelerate has one precision for all `Accelerator`s of a process, those of the caller included, and rejects another.
+    Accelerate has one precision for all `Accelerator`s of a process, including those of the caller, and raises an error
+    for a second one.
     """
     before = dict(AcceleratorState._shared_state)  # noqa: SLF001 - has no public name
     AcceleratorState._reset_state()  # noqa: SLF001 - as above
@@ -50,7 +51,8 @@ def accelerator_for(training: Training) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     creates_group = started > 1 and not torch.distributed.is_initialized()
     if creates_group:
-        # Its functions have the process group as a default argument and keep it alive, unless it is imported before.
+        # Functions of this module have the process group as a default argument, which keeps it alive, unless the module
+        # is imported before the group is created.
         importlib.import_module("torch.distributed.nn")
     why = "fp16 needs a GPU."
     try:
@@ -140,7 +142,7 @@ def optimizer_of(model: nn.Module, training: Training, name: str) -> torch.optim
     Args:
         model: the module to train.
         training: settings.
-        name: of the model, for the error.
+        name: name of the model, for the error.
 
     Raises:
         UsageError: no parameter requires a gradient.

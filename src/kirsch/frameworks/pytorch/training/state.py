@@ -30,7 +30,7 @@ def to_tensor(array: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def load_arrays(model: nn.Module, state: TrainingState, prefix: str) -> None:
-    """Load the arrays of a state with a prefix into a model."""
+    """Load the arrays of a state whose names have a prefix into a model."""
     current = model.state_dict()
     stored = {n.removeprefix(prefix): a for n, a in state.arrays.items() if n.startswith(prefix)}
     if set(current) != set(stored) or any(tuple(current[n].shape) != a.shape for n, a in stored.items()):

@@ -1,4 +1,7 @@
-"""The training loop, on Hugging Face Accelerate. On one CPU, a resumed run ends with the same bits."""
+"""The training loop, on Hugging Face Accelerate.
+
+On one CPU, the result of a resumed run is bit-identical to that of an uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +67,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     Raises:
         NumericError: a loss term has no gradient on the first batch of an epoch, or values are not finite.
         DataError: an epoch has no batches, or all targets of a step are masked.
-        CheckpointError: the state to resume from is of another model or of other settings. The number of epochs is one
-            of these, because the schedule depends on it.
+        CheckpointError: the state to resume from belongs to another model or to other settings. The settings include
+            the number of epochs, because the schedule depends on it.
         UsageError: no parameter is trainable, this machine lacks the precision, or the processes have different
             batches.
         Stopped: `hooks.stop` requested it, after a call of `hooks.save`.
@@ -115,7 +118,7 @@ class _Run:
         self.generators = generators_of(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._synchronize_generators()
         normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
-        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # of a batch that is split
+        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # of a divided batch
         self.length = length_of(batches)
         if self.length is None and needs_length(training):
             states = [generator.get_state() for generator in self.generators]
@@ -161,7 +164,7 @@ class _Run:
 
         PyTorch's generators are set from (seed, epoch, batch) before each batch is loaded, because a DataLoader draws
         the order and the augmentation while it loads. A resumed run thus draws the same numbers. It loads and skips the
-        completed batches, except of `SeededData`, which can start at any batch.
+        completed batches; `SeededData` can start at any batch, so it skips nothing.
         """
         start = self.batch if isinstance(self.batches, SeededData) else 0
         self._seed(start)
@@ -187,7 +190,7 @@ class _Run:
                 yield self._shard(batch)
 
     def _require_same(self, batch: Batch) -> None:
-        """Raise an error if processes have different batches, for example of a DistributedSampler."""
+        """Raise an error if processes have different batches, for example because of a DistributedSampler."""
         identity = next(part for part in (batch.ids, batch.targets, batch.inputs) if part is not None)
         digests = gather_object([(len(batch), digest(identity))])
         if any(other != digests[0] for other in digests):
@@ -237,7 +240,7 @@ class _Run:
         main = self.accelerator.is_main_process
         own = [shard.counts for shard in window if main or not shard.replicated]
         counts = self._sum_over_processes({name: sum(shard[name] for shard in own) for name in window[0].counts})
-        require_labels(counts, f"a step, at epoch {self.epoch + 1}, batch {self.batch + 1},")
+        require_labels(counts, f"the step at epoch {self.epoch + 1}, batch {self.batch + 1}")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
         for shard in window:
@@ -258,8 +261,8 @@ class _Run:
         Args:
             shard: the samples of this process.
             epoch: time of the step, in epochs.
-            counts: of the step, over all processes; see `LossFunction`.
-            samples: of this process in the step.
+            counts: counts of the step over all processes; see `LossFunction`.
+            samples: number of samples of this process in the step.
         """
         batch = shard.batch
         if self.accelerator.num_processes > 1:
@@ -268,7 +271,7 @@ class _Run:
             loss = self.loss(self.model, batch, epoch, counts, batch_counts=shard.counts)
         if not self.batch:
             self._check_shares(loss)
-        # DDP averages the gradients of the processes; the loss of a shard is a summand of the step.
+        # DDP averages the gradients of the processes, but the loss of the step is the sum of the losses of the shards.
         factor = 1 if shard.replicated else self.accelerator.num_processes
         values = {TOTAL: loss.total, **_prefixed(loss.terms), **_prefixed(loss.adapter_losses)}
         self.last_batch = batch
@@ -319,7 +322,7 @@ class _Run:
         """Return the norm of each term's gradient over the batch. Gradients are summed over the processes."""
         if self.accelerator.num_processes == 1:
             return gradient_norms(self.module, loss.terms)
-        zero = 0.0 * loss.total.detach()  # a term that no sample of this process has
+        zero = 0.0 * loss.total.detach()  # for a term to which no sample of this process contributes
         names = dict.fromkeys(gather_object(list(loss.terms)))
 
         def summed(gradient: torch.Tensor) -> torch.Tensor:
@@ -371,7 +374,7 @@ class _Run:
 
     def _check_finite(self) -> None:
         """Raise an error if a weight is not finite, before the model is validated, saved or returned."""
-        self._sums()  # names the batch where the losses ceased to be finite
+        self._sums()  # raises an error with the first batch whose loss is not finite
         name = next((name for name in not_finite_names(self.module.student) if name not in self.not_finite), None)
         if name is not None:
             raise NumericError(f"The {name} is no longer finite in epoch {self.epoch + 1}.", fix=FIX)
@@ -412,7 +415,7 @@ class _Run:
                 f"The run was started with other settings: {'; '.join(changes)}.",
                 "The optimizer, the order of the samples and the schedule depend on them, the schedule also on the "
                 "number of epochs.",
-                "Resume with the settings of before, or start the run again.",
+                "Resume with the previous settings, or start the run again.",
             )
 
     def _restore(self, state: TrainingState) -> None:

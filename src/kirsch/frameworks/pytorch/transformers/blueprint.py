@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Numbers = dict[str, float]  # path in a configuration, "vision_config.hidden_size" or "conv_dim.0" → its value
 
 MOST_BUILDS = 500
-"""Limit of one search. A model of 7 billion parameters and 32 layers is built on the meta device in 20 ms."""
+"""Largest number of builds in one search. Building a model of 7 billion parameters on the meta device takes 20 ms."""
 INSTEAD_OF_NONE = 8, 12
 """Trial values for a number that is None or missing, which often means a default such as four times the width."""
 
@@ -155,9 +155,9 @@ class SizeNumber:
     """A number of a configuration that determines sizes.
 
     Args:
-        path: in the configuration.
+        path: path of the number in the configuration.
         value: current value.
-        trial: another value.
+        trial: another value, with which the model was built.
         affected: axis → its size with the trial value.
     """
 
@@ -172,8 +172,8 @@ class SizeNumber:
         Args:
             axis: an affected axis.
             start: size of the axis with the current configuration.
-            current: its size with the numbers chosen so far.
-            target: its size in the pruned model.
+            current: size of the axis with the numbers chosen so far.
+            target: size of the axis in the pruned model.
         """
         value, step = Fraction(self.value), Fraction(self.affected[axis] - start) / Fraction(self.trial - self.value)
         for guess in (value * target / max(current, 1), value + (target - start) / step):
@@ -198,8 +198,8 @@ class Search:
         self.target = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
-        self.unreachable: list[tuple[str, int]] = []  # axes of another size that no open number affects
-        self._best = (MOST_BUILDS, 0)  # number of open numbers and of unreachable axes, at `unreachable`
+        self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that no open number affects
+        self._best = (MOST_BUILDS, 0)  # counts of open numbers and of unreachable axes for `unreachable`
         self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
         self.integers = integer_attributes(model)
         self._trials: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
@@ -215,13 +215,13 @@ class Search:
         if self.exhausted:
             return f"None was found in {MOST_BUILDS} trials."
         if self.rejections:
-            return f"The model rejects the numbers that have its sizes: {self.rejections[0]}"
+            return f"The model cannot be built with the numbers that give its sizes: {self.rejections[0]}"
         if not self.unreachable:
             self.trial({})
             why = self._trials[frozenset()]
             if isinstance(why, Exception):
                 return f"The model cannot be built from its configuration: {error_text(why)}"
-            return "Its configuration builds a model with other names of parameters."
+            return "Its configuration builds a model with other parameter names."
         name, axis = self.unreachable[0]
         return (
             "Layers of one kind have different sizes, or a size follows from another one: "
@@ -230,11 +230,12 @@ class Search:
 
     @property
     def misfit(self) -> str:
-        """Sentence on the first difference between the model and the one that its configuration builds; "" if none."""
+        """Sentence on the first difference between the model and a model built from its configuration; "" if none."""
         found = self.trial({})
         if found is None:
             error = self._trials[frozenset()]
-            return f"Its configuration does not build it: {error_text(error) if isinstance(error, Exception) else ''}"
+            why = error_text(error) if isinstance(error, Exception) else ""
+            return f"It cannot be built from its configuration: {why}"
         for name, axis in _different(found, self.stored)[:1]:
             size = found.get((name, axis))
             builds = f"it with size {size}" if size is not None else "no such tensor"
@@ -244,7 +245,7 @@ class Search:
     def solutions(self) -> list[Numbers]:
         """Return the changes of each configuration that builds the stored tensors.
 
-        Those with the fewest differences in other buffers come first.
+        Solutions with the fewest differences in other buffers come first.
         """
         counts = self._layer_counts()
         start = None if counts is None else self.trial(counts)
@@ -282,7 +283,7 @@ class Search:
         return None if isinstance(found, Exception) else found
 
     def _layer_counts(self) -> Numbers | None:
-        """Return the changed numbers of layers after blocks were dropped; None if none gives the stored names."""
+        """Return the changed numbers of layers after blocks were dropped; None if no numbers give the stored names."""
         extra = self._extra_names({})
         dropped = {len(indices) for indices in _list_indices(extra or set()).values()}
         counts: Numbers = {}
@@ -297,7 +298,7 @@ class Search:
         return None if extra is None or extra else counts
 
     def _extra_names(self, changes: Numbers) -> set[str] | None:
-        """Return names that are built and not stored; None if the build fails or lacks a stored name."""
+        """Return names of built tensors that are not stored; None if the build fails or lacks a stored name."""
         try:
             names = set(build(self.model, changes, "meta").state_dict())
         except Exception:  # noqa: BLE001 - whatever the model's own code raises if numbers do not fit
@@ -352,7 +353,9 @@ class Search:
         return {axis for axes in affected if axes <= within for axis in axes}
 
     def _solutions(self, open_: list[SizeNumber], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
-        """Yield the solutions that extend the chosen numbers with values of the open ones, depth first.
+        """Yield the solutions that extend the chosen numbers with values of the open, not yet chosen, numbers.
+
+        The search is depth first.
 
         A branch ends when an axis has another size than the target and no open number affects the axis.
         """

@@ -1,8 +1,8 @@
 """Update the configuration of a pruned transformers model, so that `from_pretrained` can load it.
 
 A model has a configuration if `type(model)(config)` builds the model and the configuration converts to a dict and back.
-New numbers are only set after a check: a model built from them must return the same bits. If no configuration describes
-the pruned model, `save_pretrained` raises an error; see `pretrained.py`.
+New numbers are only set after a check: the outputs of a model built from them must be bit-identical to those of the
+pruned model. If no configuration describes the pruned model, `save_pretrained` raises an error; see `pretrained.py`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 MOST_SOLUTIONS = 4
 """Configurations of the right shapes whose outputs are compared with those of the pruned model."""
 MOST_GROWTH = 4
-"""Limit of a number in a plan, relative to the largest size. Ratios grow when their divisor shrinks."""
+"""Limit of a number that a plan states, relative to the largest size. A ratio grows when its divisor is pruned."""
 
 SCALING = ("embedding dim", "head dim")
-"""Kinds of units whose number often sets a factor, too, such as the scale of attention, which shapes do not show."""
+"""Kinds of units whose number often also sets a factor that shapes do not show, such as the scale of attention."""
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Raise an error if the configuration in a plan cannot be one of a model, before a model is built from it.
+    """Raise an error if the configuration in a plan cannot be a configuration of the model; no model is built.
 
     Raises:
         PlanError: the model has no configuration, or its configuration does not have these numbers.
@@ -79,7 +79,7 @@ def check(model: nn.Module, plan: Plan) -> None:
             )
 
 
-ORIGINAL_SIZE = "from_pretrained would build it in its original size."
+ORIGINAL_SIZE = "from_pretrained would build the model in its original size."
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,9 @@ def _in_words(model: nn.Module, changes: Numbers) -> str:
 def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) -> str:
     """Return how a model built from a changed configuration differs from the pruned model, in words; "" if not at all.
 
-    The same noise is added to the stored tensors of both, because parameters that are zero would hide a difference.
-    Both must then return the same bits. The pruned model must also return the same bits with the new configuration.
+    The same noise is added to the stored tensors of both models, because parameters that are zero would hide a
+    difference. The outputs of both must then be bit-identical. The new configuration must not change the outputs of the
+    pruned model, either.
     """
     noise = noise_of(pruned)
     copied = copy_of(pruned).eval()
@@ -257,7 +258,7 @@ def _convert_buffers(built: nn.Module, pruned: nn.Module) -> None:
 def _cause(pruned: nn.Module, built: nn.Module, differs: Callable[[], bool]) -> str:
     """Return the attribute of a module that makes the outputs differ, in words.
 
-    `differs` compares the outputs of `pruned` with those of before, after an attribute was set as in `built`.
+    `differs` returns whether the outputs of `pruned` have changed, after an attribute was set to its value in `built`.
     """
     tried = set()
     for path, module in built.named_modules():

@@ -24,7 +24,7 @@ METHODS = ("save_pretrained", "push_to_hub")
 class Refusal:
     """Replacement of a method of one model that raises an error.
 
-    An attribute of the instance, so that copies, pickles and models of `kirsch.distill` keep it. It contains only
+    It is an attribute of the instance, so that copies, pickles and models of `kirsch.distill` keep it. It contains only
     strings, so that it can be copied and pickled.
 
     Args:
@@ -48,7 +48,7 @@ class Refusal:
 
 
 def savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of the model ("") and each submodule with `save_pretrained`."""
+    """Yield path and module of each module with `save_pretrained`: the model itself, with path "", and submodules."""
     return ((path, module) for path, module in model.named_modules() if _has(module, "save_pretrained"))
 
 
@@ -71,5 +71,5 @@ def allow(module: nn.Module) -> None:
 
 
 def refused(module: nn.Module) -> bool:
-    """Return whether `save_pretrained` of a module raises the error."""
+    """Return whether `save_pretrained` of a module raises the error that `refuse` sets."""
     return isinstance(vars(module).get("save_pretrained"), Refusal)

@@ -1,7 +1,8 @@
 """Find the computed weights that a cut changes for the kept units.
 
 Spectral and weight normalization, orthogonal parametrizations and standardized convolutions compute a weight from a
-full parameter. When rows or columns of the parameter are removed, the computed weight of the kept ones changes.
+full parameter. When rows or columns of the parameter are removed, the computed weights of the kept rows and columns
+change.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
     in both compared weights.
 
     Args:
-        graph: of the original.
-        keep: component → whether it is kept.
+        graph: graph of the original.
+        keep: for each component of coupled labels, whether it is kept.
         tensors: parameters and buffers of the original by path.
 
     Returns:
-        Path of the module → root mean square of the kept entries after the cut, relative to before.
+        Path of the module → root mean square of the kept entries after the cut, divided by that before the cut.
     """
     traced: Traced = graph.traced
     input_free = input_free_nodes(traced)
@@ -100,7 +101,7 @@ def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> d
     traced: Traced = graph.traced
     cut = {name for name, tensor in graph.tensors.items() if any(graph.kept(a, keep) is not None for a in tensor.axes)}
     from_cut: set[Node] = set()  # depends on a cut parameter
-    computed: set[Node] = set()  # of these, more than views of the parameter
+    computed: set[Node] = set()  # computed from the parameter, not only a view of it
     first_users = {}
     for node in traced.program.graph.nodes:
         if node.op == "placeholder":

@@ -22,9 +22,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 @contextlib.contextmanager
 def limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
-    """Make `torch.finfo` return the limits of the dtype of the trace, in which they are constants.
+    """Make `torch.finfo` return the limits of the dtype of the trace, because the traced program has them as constants.
 
-    Only if all values of the trace have one floating-point dtype.
+    This is done only if all floating-point values of the trace have the same dtype.
     """
     values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
     types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
@@ -44,7 +44,7 @@ def limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
 
 
 class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
-    """Compute all operations in one floating dtype, also where the model's code converts to another."""
+    """Compute all operations in one floating dtype, also where the model's code converts to another dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -76,8 +76,8 @@ class MaskedRun(Interpreter):
         """Prepare a run.
 
         Args:
-            graph: of the original.
-            keep: component → whether it is kept.
+            graph: graph of the original.
+            keep: for each component of coupled labels, whether it is kept.
             tensors: parameters and buffers by path, in the dtype to compute in.
             blocks: paths of residual blocks to skip.
             training: run the trace of training mode.
@@ -99,7 +99,7 @@ class MaskedRun(Interpreter):
         Args:
             inputs: the flat user inputs.
             gradients: record gradients.
-            outputs_keep: component → whether it is returned in outputs that may lose units; by default the same as
+            outputs_keep: component → whether its units are returned, for outputs that may lose units; by default
                 `keep`.
         """
         outputs_keep = self._keep if outputs_keep is None else outputs_keep
@@ -114,7 +114,7 @@ class MaskedRun(Interpreter):
         ]
 
     def feed(self, inputs: list[Any]) -> list[Any]:
-        """Return the arguments of the program: None for parameters and buffers, constants, and the user inputs."""
+        """Return the arguments of the program: constants, user inputs, and None for parameters and buffers."""
         signature = self._traced.program.graph_signature
         user_inputs = iter(inputs)
         feed: list[Any] = []

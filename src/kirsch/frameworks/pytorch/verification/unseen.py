@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 FAINT = 1e-6
-"""Effects below this fraction of the largest one are rounding. With the noise of `verify`, others are above 1e-3."""
+"""Effects below this fraction of the largest effect are rounding errors. With the noise of `verify`, real effects are
+above 1e-3 of it."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""
@@ -35,13 +36,14 @@ def unseen(
     """Return the paths of modules in which the units of a cut group have no effect on any output.
 
     Args:
-        graph: of the original.
-        keep: component → whether it is kept.
+        graph: graph of the original.
+        keep: for each component of coupled labels, whether it is kept.
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
 
     Returns:
-        Paths in the order of the groups. Empty also if an operator has no gradient or no output is differentiable.
+        Paths in the order of the groups. The result is also empty if an operator has no gradient, or no output is
+        differentiable.
     """
     try:
         effects = _effects(graph, tensors, inputs)

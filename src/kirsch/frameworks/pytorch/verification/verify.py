@@ -60,15 +60,15 @@ def verify(
     without: Collection[str] = (),
     moved: Mapping[str, str] | None = None,
 ) -> Verification:
-    """Compare a pruned module with the masked original, in float64 if the model can run in it.
+    """Compare a pruned module with the masked original, in float64 if the model runs in float64.
 
-    The same noise is added to the parameters of both. Biases, scales and branches that are zero would otherwise hide a
-    wrong cut.
+    The same noise is added to the parameters of both modules. Biases, scales and branches that are zero would otherwise
+    hide a wrong cut.
 
     Args:
-        pruned, original: the new model, and the one that was traced.
-        graph: of the original.
-        keep: component → whether it is kept.
+        pruned, original: the pruned model, and the model that was traced.
+        graph: graph of the original.
+        keep: for each component of coupled labels, whether it is kept.
         without: paths of the dropped blocks.
         moved: path of a module in the original → its path in the pruned model. None if no block was dropped.
 
@@ -241,7 +241,7 @@ def _training_error(
 
     try:
         follows_trace = error(original, nothing) <= TOLERANCES[dtype][0]
-    except Exception:  # noqa: BLE001 - whatever an operation of training raises in this type
+    except Exception:  # noqa: BLE001 - whatever an operation of training raises in this dtype
         return None
     return error(pruned, removal) if follows_trace else None
 
@@ -255,7 +255,7 @@ def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dty
 
 
 def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return the example inputs in a dtype, with noise added to constant ones."""
+    """Return the example inputs in a dtype, with noise added to inputs whose entries are all equal."""
     both: tuple[Any, Any] = tree_map(lambda v: cast(v, dtype), (graph.traced.args, graph.traced.options))
     if graph.tracing.decisions != "example":  # other values could take another branch
         both = tree_map(_without_constant, both)
@@ -300,7 +300,7 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> bool:
-    """Return whether two names share a tensor in the pruned model exactly if they share one in the original."""
+    """Return whether the same names share a tensor in the pruned model and in the original."""
     tensors = _named(pruned)
     pairs = {
         (id(value), id(tensors[new_name]))
@@ -313,9 +313,9 @@ def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> boo
 def noise_of(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return noise for each floating tensor, by its id.
 
-    The standard deviation is 0.1, for tensors of two or more axes times their mean absolute value. The noise has the
-    sign of the value, because variances and arguments of logarithms must stay positive. Infinite values, as in
-    attention masks, stay infinite.
+    The standard deviation is 0.1. For tensors of two or more axes, it is 0.1 times their mean absolute value, and at
+    least 0.001. The noise has the sign of the value, because variances and arguments of logarithms must stay positive.
+    Infinite values, as in attention masks, stay infinite.
     """
     generator = torch.Generator().manual_seed(0)
     noise_by_id: dict[int, torch.Tensor] = {}
@@ -342,7 +342,7 @@ def _without_constant(value: Any) -> Any:
 
 
 def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity in place of the limits of a dtype, beside which other differences would vanish."""
+    """Return a tensor with infinity for the limits of a dtype, beside which other values would be negligible."""
     if not value.is_floating_point():
         return value
     limits = value.double().abs() >= LIMIT
@@ -379,9 +379,9 @@ def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 
 def power(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
-    """Return the largest difference of two runs relative to the largest value of both, over all outputs.
+    """Return the largest difference of two runs relative to the largest value of both runs, over all outputs.
 
-    From 0 to 2. Entries of which only one is finite differ by 1; entries that are both not finite are equal.
+    The result is from 0 to 2. Two entries differ by 1 if only one of them is finite, and are equal if neither is.
     """
     largest = 0.0
     for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):

@@ -22,7 +22,10 @@ PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scal
 
 
 def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
-    """Return `relations.relate` of a product of tensors, and record its cost, with one factor for each letter."""
+    """Return the result of `relations.relate` for a product of tensors, and record the multiply-accumulates.
+
+    Their number has one factor for each letter: the size of the axis.
+    """
     out = relations.relate(op.facts, operands, result, shape)
     if sum(not op.is_weight(tensor) for tensor, _ in operands) > 1:
         _mark(op, operands, result)
@@ -40,7 +43,7 @@ def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], resul
 
 
 def _mark(op: OperationContext, operands: Sequence[tuple[Tensor, str]], result: str) -> None:
-    """Mark the axes of a product of activations: axes of all operands and the result are heads."""
+    """Mark the axes of a product of activations. Axes that all operands and the result have are heads."""
     axes = [dict(zip(tensor_letters, tensor.axes, strict=True)) for tensor, tensor_letters in operands]
     common = {letter for letter in axes[0] if all(letter in others for others in axes[1:])}
     heads = [
@@ -62,7 +65,7 @@ def _biased(op: OperationContext, out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _mark_linear(op: OperationContext, x: Tensor, into: Axis, out: Axis) -> None:
-    """Mark the axes of a linear layer, and whether it is applied once a sample or at many positions."""
+    """Mark the axes of a linear layer, and whether the layer is applied once for each sample or at many positions."""
     op.facts.mark(out, "out of linear")
     op.facts.mark(into, "into linear")
     positions = int(np.prod(x.shape[:-1], initial=1))
@@ -156,9 +159,9 @@ def _attention(op: OperationContext) -> Tensor:
     scores = contract(op, [(query, lead + "XE"), (key, lead + "YE")], lead + "XY", shape)
     if mask is not None:
         scores = relations.elementwise(op.facts, [scores, mask], shape)
-    relations.freeze(op.facts, [scores], "a softmax spans it", [-1])
+    relations.freeze(op.facts, [scores], "a softmax is computed over the axis", [-1])
     if scale is None and not op.keeps_scale(query.axes[-1]):
-        relations.freeze(op.facts, [query, key], "the scale of attention is computed from its width", [-1])
+        relations.freeze(op.facts, [query, key], "the scale of attention is computed from the size of the axis", [-1])
     return contract(op, [(scores, lead + "XY"), (value, lead + "YF")], lead + "XF", op.shape)
 
 
@@ -171,15 +174,15 @@ def _repeat_heads(op: OperationContext, tensor: Tensor, query: Tensor) -> Tensor
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 def _convolution(op: OperationContext) -> Tensor:
-    """`convolution` replaces all the others in a decomposed program."""
+    """`convolution` replaces the other convolution operators in a decomposed program."""
     x, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
     transposed = op.name.startswith("conv_transpose") or (op.name == "convolution" and op.args[6])
     rank = len(weight.shape) - 2
     at = len(x.shape) - rank - 1  # the channel axis: 1, or 0 without a batch axis
     spatial = range(at + 1, len(x.shape))
-    relations.freeze(op.facts, [x], "a convolution slides along it", spatial)
+    relations.freeze(op.facts, [x], "a convolution slides along the axis", spatial)
     for dim in range(2, rank + 2):
-        op.facts.freeze(weight.axes[dim], "it is a kernel axis", boundary=True)
+        op.facts.freeze(weight.axes[dim], "the axis is a kernel axis", boundary=True)
     op.facts.mark(weight.axes[0] if transposed else weight.axes[1], "into convolution")
     channels = _channels(op, x.axes[at], x.shape[at], weight, transposed=transposed)
     if bias is not None:

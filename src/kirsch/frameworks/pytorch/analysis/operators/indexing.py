@@ -1,4 +1,4 @@
-"""Rules of operators that read or write by a tensor of indices, and of operators that depend on the order."""
+"""Rules of operators that read or write at the indices in a tensor, or whose result depends on the order of entries."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.analysis.operation import OperationContext
     from kirsch.graph.labels import Axis
 
-INDEXED = "it is indexed by a tensor"
-WRITTEN = "it is written to by a tensor of indices"
+INDEXED = "the axis is indexed by a tensor"
+WRITTEN = "the axis is written to at the indices in a tensor"
 
 
 @rule("embedding")
@@ -63,7 +63,7 @@ def _index(op: OperationContext) -> Tensor:
     position = indexed[0] if adjacent else 0
     axes = [*rest[:position], *selected, *rest[position:]]
     if len(axes) != len(op.shape):
-        return op.freeze_all("a mask selects from it")[0]
+        return op.freeze_all("a mask selects from the axis")[0]
     return Tensor.of(op.shape, axes)
 
 
@@ -83,7 +83,7 @@ def _index_select(op: OperationContext) -> Tensor:
 
 @rule("gather", "take_along_dim")
 def _gather(op: OperationContext) -> Tensor:
-    """The index has the shape of the result, so its other axes equal those of x."""
+    """The index has the shape of the result, so its axes except `dim` equal the axes of x."""
     x, index = op.args[0], op.args[1] if op.name == "take_along_dim" else op.args[2]
     dim = op.arg(2, "dim") if op.name == "take_along_dim" else op.args[1]
     if dim is None:
@@ -93,7 +93,7 @@ def _gather(op: OperationContext) -> Tensor:
     shorter = [
         position for position, (n, m) in enumerate(zip(x.shape, op.shape, strict=True)) if n != m and position != dim
     ]
-    relations.freeze(op.facts, [x], "the index covers only a part of it", shorter)
+    relations.freeze(op.facts, [x], "the index covers only a part of the axis", shorter)
     rest = [None if position == dim or position in shorter else axis for position, axis in enumerate(x.axes)]
     others = Tensor.of(
         [1 if position == dim or position in shorter else n for position, n in enumerate(op.shape)], rest
@@ -109,7 +109,7 @@ def _index_put(op: OperationContext) -> Tensor:
     if any(index is None or len(index.shape) > 1 for index in indices):  # a mask may cover several axes
         return op.freeze_all(WRITTEN)[0]
     relations.freeze(op.facts, [x], WRITTEN, range(count))
-    relations.freeze(op.facts, indices, "it holds the indices to write to")
+    relations.freeze(op.facts, indices, "the axis holds the indices to write to")
     rest = Tensor.of(x.shape[count:], x.axes[count:])
     tail = max(len(values.shape) - len(rest.shape), 0)
     relations.freeze(op.facts, [values], WRITTEN, range(tail))
@@ -135,8 +135,8 @@ def _scatter(op: OperationContext) -> Tensor:
             if position != dim and other.shape[position] == op.shape[position]:
                 axes[position] = op.facts.equate(axes[position], axis)
             elif position != dim:
-                op.facts.freeze(axis, "only a part of it is written to")
-                op.facts.freeze(axes[position], "only a part of it is written to")
+                op.facts.freeze(axis, "only a part of the axis is written to")
+                op.facts.freeze(axes[position], "only a part of the axis is written to")
     return Tensor.of(op.shape, [None if position == dim else axis for position, axis in enumerate(axes)])
 
 
@@ -145,7 +145,7 @@ def _slice_scatter(op: OperationContext) -> Tensor:
     """x[start:end:step] = part; a cut of the sliced axis would move the bounds."""
     x, part = op.args[:2]
     dim = op.arg(2, "dim", 0) % len(op.shape)
-    relations.freeze(op.facts, [x, part], "a fixed range of it is overwritten", [dim])
+    relations.freeze(op.facts, [x, part], "a fixed range of the axis is overwritten", [dim])
     others = [None if position == dim else axis for position, axis in enumerate(x.axes)]
     axes = [None if i == dim else op.facts.equate(axis, part.axes[i]) for i, axis in enumerate(others)]
     return Tensor.of(op.shape, axes)
@@ -155,7 +155,7 @@ def _slice_scatter(op: OperationContext) -> Tensor:
 def _select_scatter(op: OperationContext) -> Tensor:
     x, part = op.args[:2]
     dim = op.args[2] % len(op.shape)
-    relations.freeze(op.facts, [x], "a fixed index of it is overwritten", [dim])
+    relations.freeze(op.facts, [x], "a fixed index of the axis is overwritten", [dim])
     rest = [axis for position, axis in enumerate(x.axes) if position != dim]
     axes = [op.facts.equate(axis, written) for axis, written in zip(rest, part.axes, strict=True)]
     return Tensor.of(op.shape, [*axes[:dim], None, *axes[dim:]])
@@ -179,7 +179,7 @@ def _topk(op: OperationContext) -> Tensor | list[Tensor]:
 def _histc(op: OperationContext) -> Tensor:
     """Counts of the indices into a labeled axis, if there is one bin for each index."""
     x, bins = op.args[0], op.arg(1, "bins", 100)
-    relations.freeze(op.facts, [x], "a histogram spans it")
+    relations.freeze(op.facts, [x], "a histogram is computed over the axis")
     points, stated_bins, stated_max = x.points, op.traced_arg(1, "bins"), op.traced_arg(3, "max")
     if points is None or (bins, op.arg(2, "min", 0), op.arg(3, "max", 0)) != (len(points), 0, len(points) - 1):
         op.facts.freeze(points, INDEXED)
@@ -205,7 +205,7 @@ def _ordered(op: OperationContext) -> list[Tensor]:
     position = 2 if op.name in ("topk", "kthvalue") else 1
     dim = op.arg(position, "dim", None if op.name in ("argmax", "argmin") else -1)
     dims = dims_of(dim, rank)
-    relations.freeze(op.facts, [x], "the order along it matters", dims)
+    relations.freeze(op.facts, [x], "the result depends on the order along the axis", dims)
     kept = [None if position in dims else axis for position, axis in enumerate(x.axes)]
     if len(op.shape) < rank:
         kept = [axis for position, axis in enumerate(kept) if position not in dims]
@@ -215,5 +215,5 @@ def _ordered(op: OperationContext) -> list[Tensor]:
 @rule("tril", "triu")
 def _triangle(op: OperationContext) -> Tensor:
     x = op.args[0]
-    relations.freeze(op.facts, [x], "only a triangle of it is kept", [-2, -1])
+    relations.freeze(op.facts, [x], "only a triangle of the matrix is kept", [-2, -1])
     return Tensor.of(op.shape, [*x.axes[:-2], None, None])

@@ -28,7 +28,7 @@ def _per_channel_norm(op: OperationContext) -> Tensor:
     running |= op.name == "native_batch_norm" and not op.args[5]
     if not running:  # weight standardization applies this operator to weights
         others = [dim for dim in range(len(x.shape)) if dim != 1]
-        relations.freeze(op.facts, [x], "a normalization computes its statistics over it", others)
+        relations.freeze(op.facts, [x], "a normalization computes its statistics over the axis", others)
     parameters = [(t, letters(x)[1]) for t in op.args[1:5] if isinstance(t, Tensor)]
     out = relations.relate(op.facts, [(x, letters(x)), *parameters], letters(x), op.shape)
     op.mark_activated(out)
@@ -67,7 +67,7 @@ def _group_norm(op: OperationContext) -> Tensor:
     native = op.name == "native_group_norm"
     x, groups = op.args[0], op.args[6 if native else 1]
     others = [dim for dim in range(len(x.shape)) if dim != 1]
-    relations.freeze(op.facts, [x], "a normalization computes its statistics over it", others)
+    relations.freeze(op.facts, [x], "a normalization computes its statistics over the axis", others)
     weights = op.args[1:3] if native else (op.arg(2, "weight"), op.arg(3, "bias"))
     parameters = [(t, letters(x)[1]) for t in weights if t is not None]
     out = relations.relate(op.facts, [(x, letters(x)), *parameters], letters(x), op.shape)
@@ -95,7 +95,7 @@ def _softmax(op: OperationContext) -> Tensor:
     if op.softmax == "kept":
         op.facts.statistic([x.axes[dim] for dim in dims])
     else:
-        relations.freeze(op.facts, [x], "a softmax spans it", dims)
+        relations.freeze(op.facts, [x], "a softmax is computed over the axis", dims)
     return Tensor.of(op.shape, x.axes)
 
 
@@ -115,7 +115,7 @@ def _linalg_norm(op: OperationContext) -> Tensor | list[Tensor]:
     order, dim = op.arg(1, "ord"), op.arg(2, "dim")
     vectors = isinstance(dim, int) or (isinstance(dim, (list, tuple)) and len(dim) == 1)
     if order is not None and not (vectors and isinstance(order, (int, float))):
-        relations.freeze(op.facts, [op.args[0]], "a matrix norm spans it")
+        relations.freeze(op.facts, [op.args[0]], "a matrix norm is computed over the axis")
         return [Tensor.of(shape) for shape in op.shapes]
     x = op.args[0]
     dims = dims_of(dim, len(x.shape))
@@ -130,7 +130,7 @@ def _freezing_reduction(op: OperationContext) -> Tensor | list[Tensor]:
     """Reductions whose value without a part of the axis is not analyzed."""
     x = op.args[0]
     dims = dims_of(None if isinstance(op.arg(1, "dim"), bool) else op.arg(1, "dim"), len(x.shape))
-    relations.freeze(op.facts, [x], f"{op.name} spans it", dims)
+    relations.freeze(op.facts, [x], f"{op.name} is computed over the axis", dims)
     return [_reduced(op, x, dims)] * len(op.shapes)
 
 

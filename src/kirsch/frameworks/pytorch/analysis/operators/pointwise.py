@@ -50,7 +50,7 @@ def _elementwise(op: OperationContext) -> Tensor:
 @rule("type_as")
 def _type_as(op: OperationContext) -> Tensor:
     x, other = op.args
-    relations.freeze(op.facts, [other], "only its data type is used")
+    relations.freeze(op.facts, [other], "only the data type of the tensor is used")
     return Tensor.of(op.shape, x.axes)
 
 

@@ -32,7 +32,7 @@ def _recurrent(op: OperationContext) -> list[Tensor]:
     each = len(weights) // (layers * directions)  # weights of one layer in one direction
     projected = each > 2 + 2 * biased
     facts = op.facts
-    relations.freeze(facts, [x], "it is the time or batch axis of a recurrent layer", range(len(x.shape) - 1))
+    relations.freeze(facts, [x], "the axis is the time or batch axis of a recurrent layer", range(len(x.shape) - 1))
     below, hidden = x.axes[-1], weights[each - 1].axes[1] if projected else weights[1].axes[1]
     output = weights[1].axes[1]  # the state, or its projection
     for layer in range(layers):
@@ -67,7 +67,7 @@ def _cell(op: OperationContext) -> list[Tensor]:
     op.facts.equate(x.axes[-1], weights[0].axes[1])
     hidden = _gated(op, weights[1].axes[1], weights)
     states = start if isinstance(start, (list, tuple)) else [start]
-    relations.freeze(op.facts, [x, *states], "it is the batch axis of a recurrent layer", [0])
+    relations.freeze(op.facts, [x, *states], "the axis is the batch axis of a recurrent layer", [0])
     for tensor in states:
         op.facts.equate(hidden, tensor.axes[-1])
     op.facts.mark(hidden, "recurrent unit")

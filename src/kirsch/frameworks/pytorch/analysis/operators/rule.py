@@ -45,8 +45,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(op: OperationContext) -> list[Tensor]:
     """Return the results of one operation.
 
-    A rule that raises or loses a label is a bug of Kirsch. The operation is then treated like one without a rule, and
-    a warning asks for a report.
+    A rule that raises an exception or loses a label is a bug of Kirsch. The operation is then treated like an operation
+    without a rule, and a warning asks the user to report the model.
     """
     known = RULES.get(op.name)
     if known is None:
@@ -88,8 +88,8 @@ CARRIES = frozenset(_CARRIES.split())
 def _with_points(op: OperationContext, results: list[Tensor]) -> list[Tensor]:
     """Return the results, with `points` if they hold indices into a labeled axis.
 
-    The axis is frozen if the operation computes with the indices. It is also frozen if the operation selects by them,
-    unless the option `softmax="kept"` permits another selection.
+    The axis is frozen if the operation computes with the indices. It is also frozen if the operation selects entries by
+    the indices, unless the option `softmax="kept"` permits another selection.
     """
     pointing = [tensor for tensor in op.tensors() if tensor.points is not None]
     if not pointing:
@@ -99,7 +99,7 @@ def _with_points(op: OperationContext, results: list[Tensor]) -> list[Tensor]:
     follows = op.name in HANDLES_POINTS and op.softmax == "kept"
     for tensor in pointing:
         if tensor is not carried and not follows:
-            op.facts.freeze(tensor.points, "the code computes with indices into it")
+            op.facts.freeze(tensor.points, "the code computes with indices into the axis")
     if carried is not None and carried.points is not None:
         results = [replace(results[0], points=carried.points), *results[1:]]
     return results

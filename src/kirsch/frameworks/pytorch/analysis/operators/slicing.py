@@ -39,7 +39,7 @@ def _stack(op: OperationContext) -> Tensor:
 def _select(op: OperationContext) -> Tensor:
     x = op.args[0]
     dim = op.args[1] % len(x.shape)
-    relations.freeze(op.facts, [x], "a fixed index of it is selected", [dim])
+    relations.freeze(op.facts, [x], "a fixed index of the axis is selected", [dim])
     return relations.drop(op.facts, x, [dim], keepdim=False)
 
 
@@ -47,7 +47,7 @@ def _select(op: OperationContext) -> Tensor:
 def _unbind(op: OperationContext) -> list[Tensor]:
     x = op.args[0]
     dim = op.arg(1, "dim", 0) % len(x.shape)
-    relations.freeze(op.facts, [x], "unbind splits it", [dim])
+    relations.freeze(op.facts, [x], "unbind splits the axis", [dim])
     return [relations.drop(op.facts, x, [dim], keepdim=False)] * len(op.shapes)
 
 
@@ -63,13 +63,13 @@ def _flip(op: OperationContext) -> Tensor:
 def _roll(op: OperationContext) -> Tensor:
     x = op.args[0]
     dims = op.arg(2, "dims", ())
-    relations.freeze(op.facts, [x], "it is rolled by a fixed offset", dims_of(dims, len(x.shape)))
+    relations.freeze(op.facts, [x], "the axis is rolled by a fixed offset", dims_of(dims, len(x.shape)))
     return Tensor.of(op.shape, x.axes)
 
 
 @rule("repeat", "tile")
 def _repeat(op: OperationContext) -> Tensor:
-    """Repeat each axis by a number; an axis of size 1 without labels gets new labels that can equal others."""
+    """Repeat each axis. An axis of size 1 without labels gets new labels, so that it can be coupled to others."""
     x = op.args[0]
     stated = stated_sizes(op)
     shape = (1,) * (len(op.shape) - len(x.shape)) + x.shape
@@ -89,7 +89,7 @@ def _repeat(op: OperationContext) -> Tensor:
 def _repeat_interleave(op: OperationContext) -> Tensor:
     x, times, dim = op.args[0], op.args[1], op.arg(2, "dim")
     if dim is None or isinstance(times, Tensor):
-        return op.freeze_all("repeat_interleave flattens it, or repeats it by a tensor of counts")[0]
+        return op.freeze_all("repeat_interleave flattens the tensor, or repeats by a tensor of counts")[0]
     return relations.gather(op.facts, x, dim % len(x.shape), np.repeat(np.arange(x.shape[dim]), times))
 
 
@@ -107,11 +107,11 @@ def _slice(op: OperationContext) -> Tensor:
     axis = x.axes[dim]
     name = op.call.name if op.call is not None else ""
     if axis is not None and stride != 1:
-        op.facts.freeze(axis, "it is sliced with a stride")
+        op.facts.freeze(axis, "the axis is sliced with a stride")
     elif axis is not None and any(isinstance(bound, int) and bound < 0 for bound in bounds):
-        op.facts.freeze(axis, "it is sliced with a negative index")
+        op.facts.freeze(axis, "the axis is sliced with a negative index")
     elif axis is not None and name not in SLICING:
-        op.facts.freeze(axis, "its slice bounds are not stated in the code")
+        op.facts.freeze(axis, "the code does not state the bounds of the slice")
     elif axis is not None:
         for bound in (start, end):
             number = stated_bound(op, start, end, bound)
@@ -149,7 +149,7 @@ def _tie_parts(op: OperationContext, axis: Labels, parts: list[NDArray[np.int64]
         if name == "split":
             op.tie_size(axis[parts[0]], stated)
     else:
-        op.facts.freeze(axis, "it is split into parts whose sizes are not traced")
+        op.facts.freeze(axis, "the axis is split into parts whose sizes are not traced")
 
 
 @rule("pad", "constant_pad_nd")
@@ -166,7 +166,7 @@ def _pad(op: OperationContext) -> Tensor:
         if not before and not after:
             continue
         if min(before, after) < 0 or (not constant and out.axes[dim] is not None):
-            relations.freeze(op.facts, [out], "it is cropped or padded with its own values", [dim])
+            relations.freeze(op.facts, [out], "the axis is cropped, or padded with its own values", [dim])
         size = out.shape[dim] + before + after
         shape = [size if position == dim else n for position, n in enumerate(out.shape)]
         if out.axes[dim] is None or min(before, after) < 0:

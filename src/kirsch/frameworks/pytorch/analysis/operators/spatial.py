@@ -21,17 +21,17 @@ def _pixel_shuffle(op: OperationContext) -> Tensor:
     channels = x.axes[-3]
     if channels is None:
         return Tensor.of(op.shape, [*x.axes[:-3], None, None, None])
-    relations.freeze(op.facts, [x], "it becomes a spatial axis", [-2, -1])
+    relations.freeze(op.facts, [x], "the axis becomes a spatial axis", [-2, -1])
     cells = channels.reshape(op.shape[-3], -1)
     rows, positions = op.facts.split(cells, "pixel shuffle")
-    op.facts.freeze(positions, "it becomes a spatial axis", boundary=True)
+    op.facts.freeze(positions, "the axis becomes a spatial axis", boundary=True)
     return Tensor.of(op.shape, [*x.axes[:-3], rows, None, None])
 
 
 @rule("pixel_unshuffle")
 def _pixel_unshuffle(op: OperationContext) -> Tensor:
     x = op.args[0]
-    relations.freeze(op.facts, [x], "it is unfolded into channels", [-2, -1])
+    relations.freeze(op.facts, [x], "the axis is unfolded into channels", [-2, -1])
     times = op.shape[-3] // x.shape[-3]
     channels = relations.gather(op.facts, x, len(x.shape) - 3, np.repeat(np.arange(x.shape[-3]), times)).axes[-3]
     return Tensor.of(op.shape, [*x.axes[:-3], channels, None, None])
@@ -53,7 +53,7 @@ def _channel_shuffle(op: OperationContext) -> Tensor:
 def _unfold(op: OperationContext) -> Tensor:
     """Each channel becomes one channel for each position in the window."""
     x = op.args[0]
-    relations.freeze(op.facts, [x], "a window slides along it", [-2, -1])
+    relations.freeze(op.facts, [x], "a window slides along the axis", [-2, -1])
     size = x.shape[-3]
     channels = relations.gather(op.facts, x, len(x.shape) - 3, np.repeat(np.arange(size), op.shape[-2] // size))
     return Tensor.of(op.shape, [*channels.axes[:-2], None])
@@ -62,12 +62,12 @@ def _unfold(op: OperationContext) -> Tensor:
 @rule("col2im")
 def _fold(op: OperationContext) -> Tensor:
     x = op.args[0]
-    relations.freeze(op.facts, [x], "fold sums the windows along it", [-1])
+    relations.freeze(op.facts, [x], "fold sums the windows along the axis", [-1])
     columns = x.axes[-2]
     if columns is None:
         return Tensor.of(op.shape, [*x.axes[:-2], None, None, None])
     rows, positions = op.facts.split(columns.reshape(op.shape[-3], -1), "fold")
-    op.facts.freeze(positions, "it is a position in a window", boundary=True)
+    op.facts.freeze(positions, "the axis is a position in a window", boundary=True)
     return Tensor.of(op.shape, [*x.axes[:-2], rows, None, None])
 
 
@@ -75,7 +75,7 @@ def _fold(op: OperationContext) -> Tensor:
 def _windows(op: OperationContext) -> Tensor:
     x = op.args[0]
     dim = op.args[1] % len(x.shape)
-    relations.freeze(op.facts, [x], "a window slides along it", [dim])
+    relations.freeze(op.facts, [x], "a window slides along the axis", [dim])
     return Tensor.of(op.shape, [*(None if position == dim else axis for position, axis in enumerate(x.axes)), None])
 
 
@@ -84,8 +84,8 @@ def _grid_sampler(op: OperationContext) -> Tensor:
     """Values (N, C, ...) sampled at the coordinates of a grid (N, ..., 2 or 3)."""
     x, grid = op.args[:2]
     others = [dim for dim in range(len(x.shape)) if dim != 1]
-    relations.freeze(op.facts, [x], "grid sampling spans it", others)
-    relations.freeze(op.facts, [grid], "it holds sampling coordinates")
+    relations.freeze(op.facts, [x], "grid sampling interpolates along the axis", others)
+    relations.freeze(op.facts, [grid], "the axis holds sampling coordinates")
     return Tensor.of(op.shape, [None, x.axes[1], *[None] * (len(x.shape) - 2)])
 
 
@@ -93,7 +93,7 @@ def _spatial(rank: int) -> Rule:
     def pooled(op: OperationContext) -> list[Tensor]:
         x = op.args[0]
         dims = range(len(x.shape) - rank, len(x.shape))
-        relations.freeze(op.facts, [x], "it is pooled or resized", dims)
+        relations.freeze(op.facts, [x], "the axis is pooled or resized", dims)
         return [Tensor.of(shape, [*x.axes[: len(x.shape) - rank], *[None] * rank]) for shape in op.shapes]
 
     return pooled

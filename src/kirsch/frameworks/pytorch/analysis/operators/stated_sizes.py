@@ -67,10 +67,10 @@ def stated_bound(op: OperationContext, start: int, end: int, bound: int) -> Any:
 
     Args:
         op: the slice.
-        start, end: its bounds.
-        bound: one of them.
+        start, end: bounds of the slice.
+        bound: the bound to return, `start` or `end`.
     """
-    if op.call is not None and op.call.name == "slice":  # of a model that is cut as a graph
+    if op.call is not None and op.call.name == "slice":  # a node of a model that is cut as a graph
         return op.traced_arg(2, "start") if bound == start and bound != end else op.traced_arg(3, "end")
     integers = op.call.integers() if op.call is not None else []
     if op.call is not None and op.call.name == "narrow":

@@ -29,7 +29,7 @@ def _complex(op: OperationContext) -> Tensor:
     x = op.args[0]
     if op.name == "view_as_real":
         return Tensor.of(op.shape, [*x.axes, None])
-    relations.freeze(op.facts, [x], "it holds the real and the imaginary part", [-1])
+    relations.freeze(op.facts, [x], "the axis holds the real and the imaginary part", [-1])
     return relations.drop(op.facts, x, [len(x.shape) - 1], keepdim=False)
 
 

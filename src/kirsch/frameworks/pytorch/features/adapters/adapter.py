@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTERS: Registry[Callable[..., nn.Module]] = Registry("adapter")
-"""Classes or functions by name; they take the shape of the student's value, that of the teacher's, and options.
+"""Classes or functions by name. They take the shapes of the student's and of the teacher's value, and options.
 
 The options, defaults and descriptions are those of `kirsch.frameworks.adapters.ADAPTER_OPTIONS` under the same name. An
-adapter without such an entry is one of PyTorch alone, and its keywords have defaults of their own.
+adapter without such an entry exists only for PyTorch, and its keyword arguments have their own defaults.
 """
 
 META = torch.device("meta").type
@@ -35,7 +35,7 @@ class Adapter(nn.Module):
     pair with which the loss is called. No gradient flows to the teacher's value.
 
     An adapter is registered under a name, and built from two shapes and its options. An adapter with `stages = True`
-    takes lists of shapes and values, one for each stage. Of any other adapter, one is built for each stage.
+    takes lists of shapes and values, one for each stage. Any other adapter is built once for each stage.
     """
 
     stages: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
         return None
 
     def cast(self, values: Tensor) -> Tensor:
-        """Convert values to the type of the parameters, unless autocast is on, which chooses the type itself."""
+        """Convert values to the dtype of the parameters, unless autocast is on and chooses the dtype."""
         if values.device.type != META and torch.is_autocast_enabled(values.device.type):
             return values
         return values.to(next(self.parameters()).dtype)

@@ -34,9 +34,9 @@ def build(
         name: a name in `ADAPTERS`, or "auto" to choose by the shapes.
         student, teacher: shape of one captured value, or a list with one shape for each stage.
         options: options of the adapter, and
-            "widths": that of the loss, "same" or "any"; with "any", "auto" needs no adapter for different widths.
-            "takes": that of the loss; "auto" accepts maps with tokens if a loss of "features" accepts any widths.
-            "dtype": type of the captured value. Parameters are float64 if it is float64, else float32.
+            "widths": `widths` of the loss, "same" or "any"; with "any", "auto" adds no adapter if only widths differ.
+            "takes": `takes` of the loss; with "features" and widths "any", "auto" adds no adapter for maps and tokens.
+            "dtype": dtype of the captured value. The parameters are float64 for float64 values, else float32.
 
     Returns:
         A module with `forward(student, teacher, *, ids=None)`, see `Adapter`; None if "auto" finds that no adapter is
@@ -44,15 +44,15 @@ def build(
 
     Raises:
         UnknownNameError: there is no adapter of this name.
-        UsageError: the adapter does not have an option.
+        UsageError: the adapter does not have a given option.
         ShapeError: the adapter does not support these shapes, or no adapter does.
     """
     adapter_options = {key: value for key, value in options.items() if key not in COMMON_OPTIONS}
     is_list = _is_list(student)
     if is_list != _is_list(teacher) or (is_list and len(student) != len(teacher)):
         raise ShapeError(
-            f"The student has {_describe(student)}, the teacher {_describe(teacher)}.",
-            "An adapter needs one value of each, or as many stages.",
+            f"The student has {_describe(student)}, the teacher has {_describe(teacher)}.",
+            "An adapter needs one value of each model, or the same number of stages.",
             "Choose the same number of layers in both.",
         )
     if name != "auto" and _takes_stages(name):
@@ -72,10 +72,10 @@ def build(
 
 
 def build_adapter(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> nn.Module | None:
-    """Build an adapter between two features, or two lists of features, on the device of the student's.
+    """Build an adapter between two features, or two lists of features, on the device of the student's features.
 
     Returns:
-        None if "auto" finds that no adapter is needed.
+        The adapter; None if "auto" finds that no adapter is needed.
     """
     first = student[0] if isinstance(student, list) else student
     shapes = [[part.shape for part in side] if isinstance(side, list) else side.shape for side in (student, teacher)]
@@ -112,7 +112,7 @@ def _create(name: str, student: Any, teacher: Any, options: dict[str, Any]) -> n
     factory = ADAPTERS[name]
     if name in ADAPTER_OPTIONS:
         return factory(student, teacher, **complete_options(name, options))
-    parameters = list(inspect.signature(factory).parameters.values())[2:]  # an adapter of PyTorch alone
+    parameters = list(inspect.signature(factory).parameters.values())[2:]  # an adapter that exists only for PyTorch
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         check_known(name, options, [parameter.name for parameter in parameters])
     return factory(student, teacher, **options)

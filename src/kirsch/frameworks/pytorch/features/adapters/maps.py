@@ -181,7 +181,7 @@ class Density(Adapter):
 
 @ADAPTERS.register("factor")
 class Factor(Adapter):
-    """The adapter "factor": factors of both maps; `extra_loss` is that of the autoencoder of the teacher's maps.
+    """The adapter "factor": factors of both maps; `extra_loss` is the loss of the autoencoder of the teacher's maps.
 
     To train in two phases, first train on `extra_loss` alone, then freeze `paraphraser` and `restore`.
 
@@ -198,7 +198,7 @@ class Factor(Adapter):
         channels_s, channels_t = map_size(student, "student", "factor")[0], map_size(teacher, "teacher", "factor")[0]
         factors = int(rate * channels_t)
         if factors < 1:
-            raise UsageError(f"`rate` is {rate}, which gives no channels of {channels_t}.", fix="Use a larger rate.")
+            raise UsageError(f"`rate` is {rate}, which leaves 0 of {channels_t} channels.", fix="Use a larger rate.")
         self.paraphraser = _leaky(nn.Conv2d, (channels_t, channels_t, factors, factors), norm=False)
         self.restore = _leaky(nn.ConvTranspose2d, (factors, factors, channels_t, channels_t), norm=False)
         self.translator = _leaky(nn.Conv2d, (channels_s, channels_s, factors, factors), norm=True)

@@ -36,8 +36,8 @@ def bank_bytes(rows: int, width: int = 128, dtype: torch.dtype = torch.float32) 
 class MemoryBank(Adapter):
     """The adapter "crd-bank": contrasts the embedding of each sample with stored embeddings of the other network.
 
-    Returns two arrays (N, 1 + negatives) for the loss "crd", one for each direction, with the positive first and then
-    the negatives,
+    Returns two arrays (N, 1 + negatives) for the loss "crd", one for each direction. The first column is the positive,
+    the others are the negatives. Each value is
 
         log(exp(v · w / temperature) / Z) - log(negatives / rows)
 
@@ -123,13 +123,13 @@ class MemoryBank(Adapter):
         ids = torch.as_tensor(ids, device=student.device)
         if ids.shape != (len(student),):
             raise ShapeError(
-                f"The ids have shape {tuple(ids.shape)} for {len(student)} samples; one for each is needed."
+                f"The ids have shape {tuple(ids.shape)} for {len(student)} samples; one id per sample is needed."
             )
         if self.samples is not None and ids.device.type != META:
             outside = (ids < 0) | (ids >= self.samples)
             if bool(outside.any()):
                 raise DataError(
-                    f"A batch has the sample {int(ids[outside][0])}.",
+                    f"A batch has the sample id {int(ids[outside][0])}.",
                     f"The bank has {self.samples} samples, numbered from 0 to {self.samples - 1}.",
                     "Set the option `samples` to the number of samples in the data.",
                 )
@@ -146,7 +146,7 @@ class MemoryBank(Adapter):
         return rows
 
     def _logits(self, vectors: Tensor, others: Tensor, bank: Tensor, z: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-        """Return log(exp(v · w / temperature) / Z / noise) of one direction, (N, 1 + K)."""
+        """Return log(exp(v · w / temperature) / Z / noise) of one direction, (N, 1 + K); noise is negatives / rows."""
         positive = others.detach() if self.queue else bank[ids]
         negatives = products(vectors, bank, rows)
         if self.queue:
@@ -181,7 +181,7 @@ def products(vectors: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Return the inner products of each vector (N, D) with its rows (N, K) of a bank (R, D): shape (N, K).
 
     The products with all rows, (N, R), often need less memory than the selected rows, (N, K, D), even with a copy of
-    the bank, which the gradient needs because the bank is written to before the backward pass.
+    the bank. The gradient needs this copy, because the bank is overwritten before the backward pass.
     """
     (count, width), selected = vectors.shape, rows.shape[1]
     if len(bank) * (count + width) <= count * selected * width:

@@ -59,7 +59,7 @@ class Fusion(nn.Module):
         channels: channels of the student's maps.
         hidden: channels of the maps passed from stage to stage.
         out_channels: channels of the teacher's maps.
-        deepest: there is no deeper stage.
+        deepest: whether this is the deepest stage.
     """
 
     def __init__(self, channels: int, hidden: int, out_channels: int, *, deepest: bool) -> None:

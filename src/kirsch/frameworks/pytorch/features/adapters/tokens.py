@@ -19,7 +19,7 @@ class Linear(Adapter):
     """The adapter "linear": a linear layer on the last axis of the student's value.
 
     Args:
-        student, teacher: shape (N, ..., D), with at least two axes, which agree except for the last.
+        student, teacher: shape (N, ..., D), with at least two axes; all axes except the last must agree.
         options: see `LinearOptions`.
 
     Raises:
@@ -51,7 +51,7 @@ class TokensToMap(Adapter):
         options: see `TokensToMapOptions`.
 
     Raises:
-        ShapeError: the number of tokens is not that of positions plus the prefix.
+        ShapeError: the number of tokens is not the number of positions plus the prefix.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None) -> None:
@@ -77,7 +77,7 @@ class MapToTokens(Adapter):
         options: see `MapToTokensOptions`.
 
     Raises:
-        ShapeError: the number of tokens is not that of positions plus the prefix.
+        ShapeError: the number of tokens is not the number of positions plus the prefix.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, prefix: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Adapters that compute one vector a sample: embeddings, and logits from a stage."""
+"""Adapters that compute one vector for each sample: embeddings, and logits from a stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST_SIDE = 7
 
 
 class Embedding(nn.Module):
-    """Linear layer that computes one vector a sample.
+    """Linear layer that computes one vector for each sample.
 
     Args:
         shape: (N, D), (N, L, D) or (N, C, H, W).
