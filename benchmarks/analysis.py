@@ -149,7 +149,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _select(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return evenly spaced entries of a tensor, of the given shape: the least work of a cut."""
+    """Return evenly spaced entries of a tensor, of the given shape."""
     for axis, size in enumerate(shape):
         if size < value.shape[axis]:
             value = value.index_select(axis, torch.arange(size) * (value.shape[axis] // size))
@@ -174,7 +174,7 @@ def _memory() -> int:
 def page(found: dict[str, dict[str, Any]]) -> str:
     """Return the text of docs/scale.md."""
     parts = [HEAD.format(machine=f"{cpu()[0]}, one thread, torch {torch.__version__}", date=datetime.now(UTC).date())]
-    heads = {"sizes": "## By size", "depth": "## By depth\n\n![time by layers](pictures/depth.svg)"}
+    heads = {"sizes": "## By size", "depth": DEPTH_HEAD}
     for key, head in heads.items():
         lines = ["| | parameters | trace | analysis | analysis ÷ trace | groups | units | peak memory | plans |"]
         lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---|")
@@ -206,24 +206,32 @@ HEAD = """# Scale
 
 This page shows how time and memory grow with the size of a model. All times are processor times.
 
-The first two tables are about the analysis. `kirsch.trace` exports a model; the coupling analysis then finds the
-groups. The models are on the meta device: they have shapes without values.
+The first two tables are about the analysis. The models are on the meta device: they have shapes without values.
+"Language" models are Llama models.
 
-- *Analysis ÷ trace*: time of the coupling analysis, relative to the time of `kirsch.trace`.
-- *Plans*: times of four calls of `kirsch.plan` with different goals on the same analysis; not measured for models with
-  more than 100 million parameters.
+- *Trace*: time of `kirsch.trace`, which exports the model. It does not include the coupling analysis.
+- *Analysis*: time of the coupling analysis, which finds the groups when `graph.groups` is first read.
+- *Plans*: times of four calls of `kirsch.plan` with different goals, which use the same analysis. They were not
+  measured for models with more than 100 million parameters.
 
-The last table is about the removal of every other unit of every group of a float32 model.
+In the last table, every other unit of every group of a float32 model is removed.
 
 - *Cut*: time to copy the model with only the kept units.
-- *Copy of kept weights* and *selection of kept weights*: time to copy tensors of the kept sizes, and time to select
-  evenly spaced entries of the original tensors in these sizes. These times are lower bounds of the cut.
-- *Prune*: time of `kirsch.prune`, in the rows "cut" without the verification, in the rows "cut and verified" with it.
+- *Copy of kept weights*: time to copy the tensors of the pruned model.
+- *Selection of kept weights*: time to select evenly spaced entries of each original tensor, as many as are kept.
+- *Prune*: time of `kirsch.prune`. The rows "cut" run it without the verification, the rows "cut and verified" with it.
   A verification computes in float64 and holds two copies of the original.
-- *Additional memory*: peak memory during `kirsch.prune` minus the size of both models, divided by the size of both
-  models.
+- *Additional memory*: peak memory during `kirsch.prune` minus the size of the original and the pruned model, divided by
+  the size of both models. 0 % means that nothing else was in memory; values near 0 are within the measurement error.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
+
+
+DEPTH_HEAD = """## By depth
+
+Llama models with the layer sizes of the 7 B model and 1 to 80 layers:
+
+![time by layers](pictures/depth.svg)"""
 
 
 def growth(rows: list[dict[str, Any]]) -> str:

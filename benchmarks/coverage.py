@@ -53,7 +53,7 @@ ROOT = Path(__file__).parents[1]
 LISTS = {"tuned": MODELS, "others": OTHERS}
 LIMIT = 900
 PEER_LIMIT = 120
-"""Seconds."""
+"""Time limits of the process of a model, with Kirsch and with the peer, in seconds."""
 
 
 def coverage_row(recipe: Recipe) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _require_equal(name: str, predicted: Any, counted: Any) -> None:
 
 
 def half_macs_plan(graph: Graph, row: dict[str, Any]) -> kirsch.Plan:
-    """Return a plan that removes half of the MACs, or else half as many MACs as can be removed at most."""
+    """Return a plan that removes half of the MACs, or, if this is impossible, half of the MACs that can be removed."""
     try:
         return kirsch.plan(graph, kirsch.Goal(macs=0.5))
     except GoalError as error:
@@ -290,33 +290,38 @@ HEAD = """# Coverage
 This page shows which public models Kirsch prunes correctly. The models have random weights and small inputs. Each model
 runs in its own process: Kirsch traces it, prunes it to half of its MACs with a plan of `kirsch.plan`, and verifies the
 returned module. The pruned model is then trained for one step, saved, loaded into a newly built model, and exported to
-ONNX. If half of the MACs cannot be removed, the plan removes half as many MACs as can be removed at most.
+ONNX. If half of the MACs cannot be removed, the plan removes half of the MACs that can be removed.
 
 - *Result*: **correct** if all of these steps succeed; **refused** if Kirsch raises an error that names the cause;
   **wrong** in all other cases.
+- *Groups*: number of groups of units that can be removed.
 - *Prunable*: share of the parameters that are not frozen.
 - *MACs*: MACs of the pruned model, as a fraction of the original.
-- *Error*: largest difference from the masked original, relative to its largest output, in float64.
+- *Error*: largest difference between the outputs of the pruned model and of the [masked original](glossary.md),
+  relative to the largest output, computed in float64.
 - *Half of all*: result of a harder plan, which removes half of the units of every group.
-- *Blocks*: number of residual blocks, and the result of removing randomly chosen blocks with half of the MACs of all
-  blocks.
+- *Blocks*: number of residual blocks, and the result of removing randomly chosen blocks that together have half of the
+  MACs of all blocks.
+- *Trace* and *analysis*: time of `kirsch.trace`, and of the coupling analysis, which then finds the groups.
 - *Peer*, if present: Torch-Pruning with its defaults on the same model. This column only says whether the pruned model
   runs and has the same output shapes, not whether its outputs are correct. "kept" is the fraction of the parameters
   that remain.
 
-For detectors only the backbone is pruned (`module="backbone"`), because the rest selects boxes by their values.
+For detectors, only the backbone is pruned (`module="backbone"`). The other parts choose boxes depending on the values
+of the scores, which cannot be traced.
 
 `python benchmarks/coverage.py` writes this page; `--peer` adds the last column. Measured on {machine}, {date}."""
 
 
 OTHERS_HEAD = """## Models that were not used during development
 
-The first run on these models found two errors, which are fixed: models that fill buffers in their first forward pass
-are now loaded, and a maximum over units is now taken over the kept units only. The models "by hand" were written for
-this page."""
+The first run on these models found two errors, which are fixed. `kirsch.load` failed for models that fill buffers in
+their first forward pass. The masked original took a maximum over units also over the removed units. The models "by
+hand" were written for this page."""
 
 REASONS = """\
-The most frequent reasons for frozen parameters follow. In these, … is a name or a number in the code of the model."""
+The reasons that freeze the most parameters, in total over all models, follow. In these, … is a name or a number in the
+code of the model."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

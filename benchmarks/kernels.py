@@ -41,7 +41,10 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> torch.Tensor:
-    """Average boxes (K, 5: image and corners) of a map (N, C, H, W) over cells: (K, C, pooled_height, pooled_width)."""
+    """Return the means (K, C, pooled_height, pooled_width) over the cells of boxes in a map (N, C, H, W).
+
+    Each row of `rois` (K, 5) is the index of an image and two corners.
+    """
     offset = 0.5 if aligned else 0.0
     height, width = values.shape[-2:]
     out = values.new_zeros(len(rois), values.shape[1], pooled_height, pooled_width)

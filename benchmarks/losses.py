@@ -141,21 +141,21 @@ HEAD = """# Time and memory of losses
 This page compares two ways to compute the losses "nst" and "rkd-angle". "nst" needs the inner products of all pairs of
 channels, and "rkd-angle" the angles of all triples of samples.
 
-- The *plain* form computes the terms of the sum one by one: the products of channels at every position, and the
-  differences of samples in every dimension.
-- The *Kirsch* form uses matrices of inner products. For "nst" these are products of channels or products of positions,
-  whichever are cheaper. For "rkd-angle" they are products of samples in float64, because differences between samples
-  that are close to each other would be lost to rounding in float32.
+- The *plain* form stores each term of the sums: for "nst", the products of all pairs of channels at every position; for
+  "rkd-angle", the differences of all pairs of samples in every dimension.
+- The *Kirsch* form uses matrices of inner products. For "nst", the matrix has the inner products of all pairs of
+  channels or of all pairs of positions, whichever is cheaper. For "rkd-angle", it has those of all pairs of samples. It
+  is computed in float64, because float32 would lose the small distances between similar samples.
 
 The first column gives the shape of the student's and the teacher's features: (N, C, H, W) for "nst", (N, D) for
 "rkd-angle". The features are float32.
 
-- The time is the processor time of value and gradient on one thread. Both forms are timed in turn; the table shows the
-  median of {rounds} rounds ({fewest} if a round takes long).
+- The time is the processor time of value and gradient on one thread. The two forms are timed in turn. The table shows
+  the median of {rounds} rounds ({fewest} if a round takes long).
 - *Times faster* is the median of the ratios of the rounds; *lowest to highest* is the range of the ratios.
-- The memory is the peak memory of a separate process during the step, minus its memory before the step. A few MiB of it
-  belong to PyTorch itself.
-- *Difference* is the relative difference of the two values.
+- The memory is the peak memory of a separate process while it computes value and gradient, minus its memory before. A
+  few MiB of the difference belong to PyTorch itself.
+- *Difference* is the relative difference between the values of the two forms.
 
 `python benchmarks/losses.py` writes this page. These numbers are from {machine}, {date}.
 Other programs ran on the machine (load {load:.1f}), so compare the ratios, not the milliseconds.

@@ -44,7 +44,7 @@ PAIRS = {
     "ResNet-110 → ResNet-20": ((110, (16, 16, 32, 64)), (20, (16, 16, 32, 64))),
     "ResNet-32×4 → ResNet-8×4": ((32, (32, 64, 128, 256)), (8, (32, 64, 128, 256))),
 }
-"""Depth, and widths of stem and stages, of teacher and student."""
+"""Pair → (depth, widths of stem and stages) of the teacher, and the same of the student."""
 
 
 class Block(nn.Module):

@@ -83,9 +83,9 @@ def _step(step: type[Step]) -> list[str]:
     base: type[Options] = Step
     shared = ""
     if issubclass(step, Prune):
-        base, shared = PlanOptions, "It also has all options of a [plan](#plan)."
+        base, shared = PlanOptions, "The step has all options of a [plan](#plan), and:"
     elif issubclass(step, TrainingStep):
-        base, shared = Training, "It also has all options of [training](#training)."
+        base, shared = Training, "The step has all options of [training](#training), and:"
     names = [
         name
         for name, field in step.model_fields.items()

@@ -1,4 +1,4 @@
-"""An array library with only what a loss may use: operators, basic indexing, a shape, and channels last.
+"""An array library with only the features that a loss may use: operators, basic indexing, a shape, channels last.
 
 Its arrays have no methods, and Python cannot read their values, as in a function that a compiler traces. Numpy computes
 the results.
@@ -69,7 +69,7 @@ for _name in ("bool", "float", "int", "index", "iter", "len", "array", "contains
 
 
 def values_of(argument):
-    """Return the numpy values of an array, or of each in a list; other arguments unchanged."""
+    """Return the numpy values of an array, or of each array in a list. Return other arguments unchanged."""
     if isinstance(argument, (list, tuple)):
         return type(argument)(values_of(part) for part in argument)
     return argument._values if isinstance(argument, BareArray) else argument

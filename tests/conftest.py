@@ -12,7 +12,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_collectstart(collector):
-    """Seed before each test file is imported, because its tables of networks are built at the import."""
+    """Set the seed before a test file is imported, because models at the top level of a file are built at import."""
     torch.manual_seed(0)
 
 
@@ -38,5 +38,5 @@ def to_tensor(values):
 
 @pytest.fixture(params=[np.asarray, to_tensor], ids=["numpy", "torch"])
 def framework(request):
-    """Function that converts numpy values to arrays of each framework in turn."""
+    """Return a function that converts numpy values to arrays of a framework. The test runs once for each framework."""
     return request.param

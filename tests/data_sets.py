@@ -1,4 +1,4 @@
-"""Data sets of three samples a part."""
+"""Data sets with three samples in each part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kirsch.data.dataset import DataSet, Split
 
 
 def split(labels=(0, 1, 2), value=0.0):
-    """Return samples of two equal numbers, with these labels."""
+    """Return samples of shape (2,), filled with `value`, with these labels."""
     return Split(np.full((len(labels), 2), value, np.float32), np.array(labels))
 
 

@@ -1,4 +1,4 @@
-"""Names that pages leave to the reader, such as the model and the data, by page and section."""
+"""Variables that the code on a page uses and does not define, such as the model and the data, by page and section."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = 10
 
 
 def build_my_model() -> nn.Module:
-    """Return a model with fixed weights that tells bright from dark images, also after pruning."""
+    """Return a model with fixed weights that separates bright and dark images, before and after pruning."""
     model = nn.Sequential(nn.Conv2d(3, 8, 7, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     with torch.no_grad():
         model[0].weight.fill_(1 / 147).mul_(torch.linspace(1, 2, 8).view(8, 1, 1, 1))
@@ -170,4 +170,4 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/training.md", "Data of a recipe"): flowers,
     ("docs/recipes.md", "Steps in Python"): job,
 }
-"""Function that returns names for the code blocks of a section and of later sections, by page and section."""
+"""Page and section → function that returns the variables for the code blocks of this section and later ones."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pytest
 
 REGISTRIES = (ADAPTERS, EXPORTERS, IMPORTANCES, LOSSES, STEPS, TASKS)
-"""Registries to which users add."""
+"""Registries to which the code on a page may add objects."""
 
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -33,7 +33,7 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in FILES if "```" in path.re
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: ([^>]+?) -->\s*$")
 FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
-"""A first line that names a file: the block is also written to it."""
+"""The first line of a block, if it names a file. The block is then also written to this file."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def run_page(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the blocks of a page, and return the names they define; undoing the patch removes what they register."""
+    """Run the blocks of a page, and return the variables that they define. `monkeypatch` restores the registries."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     names: dict[str, Any] = {"__name__": "my_package.my_module"}
@@ -104,13 +104,15 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 
 
 def _run_shell(block: Block, names: dict[str, Any]) -> None:
-    """Run the `kirsch` commands of a block; other programs need a mark in the page."""
+    """Run the `kirsch` commands of a block. A block with other programs needs a `not run` comment in the page."""
     del names
     for line in block.text.replace("\\\n", " ").splitlines():
         for command in line.removeprefix("$ ").split(" && "):
             program, *arguments = shlex.split(command, comments=True) or [""]
             if program:
-                assert program == "kirsch", f"{block.page}:{block.line}: {command!r} is not run; say why"
+                assert program == "kirsch", (
+                    f"{block.page}:{block.line}: {command!r} is not run; add <!-- not run: reason -->"
+                )
                 assert main(arguments) == 0, f"{block.page}:{block.line}: {command}"
 
 
@@ -131,7 +133,7 @@ def _read_toml(block: Block, names: dict[str, Any]) -> None:
 
 
 def _skip_output(block: Block, names: dict[str, Any]) -> None:
-    """Leave a block without a language alone: it shows output or a drawing."""
+    """Check that a block without a language contains no code. Such a block shows output or a drawing."""
     del names
     assert "import " not in block.text
     assert not re.search(r"^(\$ )?(kirsch|pip|python) [a-z-]", block.text, re.MULTILINE)

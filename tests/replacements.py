@@ -1,4 +1,4 @@
-"""Entries of a folder that are not regular files, in place of a file."""
+"""Replacement of a file by something that is not a regular file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def link(path):
-    """Replace a file by a link to it; names that start with ".tmp-" do not count as files of a folder."""
+    """Rename a file, and link its old name to it. Names that start with ".tmp-" do not count as files of a folder."""
     path.rename(path.with_name(".tmp-moved"))
     path.symlink_to(".tmp-moved")
 
@@ -33,4 +33,4 @@ def folder(path):
 
 
 REPLACEMENTS = {link: "a symbolic link", pipe: "a named pipe", unix_socket: "a socket", folder: "a folder"}
-"""Kind of the new entry in messages, by the function that replaces the file."""
+"""Function that replaces a file → kind of the replacement, as messages name it."""

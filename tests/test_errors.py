@@ -87,7 +87,7 @@ def test_a_long_list_of_names_is_shortened_and_counted():
     assert errors.listing(names[:12]) == f"Known: {', '.join(names[:12])}."
 
 
-def test_a_stop_is_not_a_subclass_of_the_failures():
+def test_stopped_is_not_a_subclass_of_the_errors_for_failures():
     """A handler of failures must not catch a request to stop."""
     failures = (errors.UsageError, errors.LoadError, errors.RequirementError, errors.NumericError)
     assert not issubclass(errors.Stopped, failures)

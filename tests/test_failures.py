@@ -12,7 +12,7 @@ from kirsch.failures import during, error_with_location, location, translate
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named as the error that PyTorch raises for a GPU."""
+    """Exception with the name of the error that PyTorch raises if the memory of a GPU is exhausted."""
 
 
 class UnprintableError(Exception):
@@ -26,7 +26,7 @@ USER_FILE, KIRSCH_FILE = "/home/me/nets.py", kirsch.__file__
 
 
 def raised(error: BaseException, file: str) -> BaseException:
-    """Return the error, raised by a line of a file that Kirsch called."""
+    """Return the error with a traceback: raised by a function in `file`, which a file of Kirsch called."""
     names = {"error": error}
     exec(compile("def forward():\n    raise error", file, "exec"), names)
     try:
@@ -48,7 +48,7 @@ def raised(error: BaseException, file: str) -> BaseException:
     ],
 )
 @pytest.mark.parametrize("file", [USER_FILE, KIRSCH_FILE])
-def test_a_lack_of_memory_names_the_number_to_lower_in_user_code_and_in_kirsch(error, file):
+def test_a_lack_of_memory_in_user_code_or_in_kirsch_has_the_given_fix(error, file):
     known = translate(raised(error, file), "in the stage 'recover'", "Lower batch_size.")
     assert type(known) is MemoryShortageError
     assert known.exit_code == 5
@@ -127,7 +127,7 @@ def test_the_location_may_be_a_frame_of_a_worker_process():
     assert location(raised(ValueError(text), KIRSCH_FILE)) == "data.py:7, in __getitem__"
 
 
-def test_the_location_is_in_an_installed_package_only_if_no_other_code_is_involved():
+def test_the_location_may_be_in_an_installed_package_but_not_in_torch_or_in_compiled_code():
     assert location(raised(ValueError(), "/venv/lib/python3.12/site-packages/timm/net.py")) == "net.py:2, in forward"
     assert location(raised(ValueError(), "/venv/lib/python3.12/site-packages/torch/nn/linear.py")) == ""
     assert location(raised(ValueError(), "_compiled.pyx")) == ""

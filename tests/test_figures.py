@@ -135,7 +135,7 @@ def test_a_duration_has_one_or_two_units(value, text):
     ("value", "decimals", "text"),
     [
         (0.98349, 1, "98.3 %"),
-        (0.9995, 1, "100.0 %"),  # 99.95 is slightly larger in binary
+        (0.9995, 1, "100.0 %"),  # the float 99.95 is slightly larger than 99.95
         (0.9994, 1, "99.9 %"),
         (1, 0, "100 %"),
         (0, 1, "0.0 %"),
@@ -157,7 +157,7 @@ def test_a_fraction_is_shown_as_percent(value, decimals, text):
         (0.00951, "1.0 point"),
         (0, "0.0 points"),
         (-0.0004, "0.0 points"),
-        (-0.0123, "-1.2 points"),
+        (-0.0123, "−1.2 points"),
         (NAN, "nan points"),
     ],
 )

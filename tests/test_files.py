@@ -28,7 +28,7 @@ def assert_no_temporary_files(folder: Path) -> None:
 
 @pytest.fixture
 def intact(tmp_path: Path) -> Path:
-    """A folder that matches its manifest."""
+    """Return a folder that matches its manifest."""
     with files.new_folder(tmp_path / "folder") as new:
         (new / "weights").write_bytes(bytes(range(256)))
         (new / "inner").mkdir()
@@ -62,7 +62,7 @@ def test_a_file_contains_the_written_text_and_replaces_the_old_file(tmp_path):
     assert_no_temporary_files(tmp_path)
 
 
-def test_json_is_two_spaces_a_level_and_ends_with_a_newline(tmp_path):
+def test_json_is_indented_by_two_spaces_and_ends_with_a_newline(tmp_path):
     files.write_json(tmp_path / "a.json", {"ü": [1]})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "ü": [\n    1\n  ]\n}\n'
 
@@ -109,7 +109,7 @@ def test_a_folder_at_the_path_of_a_file_is_refused(tmp_path):
 
 
 def test_a_file_above_the_size_limit_of_the_system_keeps_the_old_file(tmp_path):
-    """A real EFBIG in a separate process stands for a full disk."""
+    """The size limit of a separate process causes a real error EFBIG, in place of a full disk."""
     script = (
         "import resource, signal, sys; from pathlib import Path; from kirsch import files\n"
         "from kirsch.errors import OutputError\n"
@@ -229,7 +229,7 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
 
 def test_the_modes_in_a_folder_follow_the_umask(tmp_path, umask):
     with files.new_folder(tmp_path / "a") as new:
-        (new / "private").touch(mode=0o600)  # as safetensors does
+        (new / "private").touch(mode=0o600)  # safetensors creates its files with this mode
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a", *(tmp_path / "a").iterdir())}
     assert modes == {"a": 0o750, "private": 0o640, "manifest.json": 0o640}
 
@@ -403,7 +403,7 @@ def test_an_unreadable_file_is_found(intact, monkeypatch):
     assert "cannot be read: [Errno 13] Permission denied" in files.first_flaw(intact)
 
 
-# ------------------------------------------------------------------------------------------------ before any work
+# -------------------------------------------------------------------------------- checks before any work
 
 
 def test_check_writable_creates_the_folder_and_leaves_it_empty(tmp_path):

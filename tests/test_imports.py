@@ -11,13 +11,13 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 
 def modules_of(root):
-    """Module name → file."""
+    """Return the file of each module, by module name."""
     files = sorted(root.rglob("*.py"))
     return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imports_of(modules):
-    """Module name → the names of the modules that it imports anywhere in its code."""
+    """Return the names of the modules that each module imports anywhere in its code, by module name."""
     found = {}
     for name, file in modules.items():
         targets = set()
@@ -32,7 +32,7 @@ def imports_of(modules):
 
 
 def cycle_in(imports):
-    """One cycle as a list of module names that begins and ends with the same module; empty if there is none."""
+    """Return one cycle as a list of module names that begins and ends with the same module; empty if there is none."""
     done = set()
 
     def search(name, path):

@@ -22,7 +22,7 @@ def section(title):
 
 def test_the_page_has_the_options_of_the_code():
     page = runpy.run_path(str(DOCS / "write_options.py"))["page"]()
-    assert page == PAGE, "Write it again: python docs/write_options.py"
+    assert page == PAGE, "Write the page again: python docs/write_options.py"
 
 
 @pytest.mark.parametrize("name", list(STEPS))

@@ -11,9 +11,9 @@ from page_names import NAMES, build_my_model
 from pages import PAGES, ROOT, RUNNERS, blocks, run_block, run_page
 
 TRANSLATED = {"README.zh.md": "README.md"}
-"""Pages that show the code of another page."""
+"""Translated page → original page, which has the same code blocks."""
 
-WARNINGS = (  # of Lightning about its environment, loaders and logs
+WARNINGS = (  # by Lightning, about its environment, loaders and logs
     "ignore:.*tensorboardX",
     "ignore:.*does not have many workers",
     "ignore:.*is smaller than the logging interval",

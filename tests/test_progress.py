@@ -47,7 +47,7 @@ EPOCH = {
 END = {
     "event": "end",
     "met": True,
-    "text": "MACs 16.5 % of the teacher",
+    "items": [{"text": "MACs 16.5 % of the teacher", "met": True}],
     "significance": "",
     "report": "r/report.html",
     "seconds": 65,
@@ -103,7 +103,7 @@ def test_bar_and_remaining_time_follow_from_the_epochs():
     assert plain(line).endswith(" epoch 3/12   loss 0.0412   97.5 %   18 s left")
 
 
-def test_the_remaining_time_of_a_resumed_run_counts_only_its_own_epochs():
+def test_the_remaining_time_of_a_resumed_run_follows_from_the_epochs_since_the_resume():
     now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
     assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
@@ -113,13 +113,18 @@ def test_the_status_line_before_the_first_epoch_has_the_elapsed_time():
     assert plain(status_line(RunningStep(5, "export", 1.0), 3.5)) == " 5 export     running for 2.5 s"
 
 
-def test_the_header_has_name_folder_and_goal():
-    lines = header_lines({"name": "digits", "run": "runs/a", "goal": "MACs ≤ 50 %"})
-    assert [plain(line) for line in lines] == ["kirsch 0.1.0 · digits · run runs/a", "goal  MACs ≤ 50 %", ""]
+def test_the_header_has_name_folder_and_one_line_for_each_goal():
+    lines = header_lines({"name": "digits", "run": "runs/a", "goals": ["MACs ≤ 50 %", "speed ≥ 2×"]})
+    assert [plain(line) for line in lines] == [
+        "kirsch 0.1.0 · digits · run runs/a",
+        "goal  MACs ≤ 50 %",
+        "      speed ≥ 2×",
+        "",
+    ]
 
 
 def test_the_header_without_a_goal_has_no_goal_line():
-    assert len(header_lines({"name": "digits", "run": "runs/a", "goal": ""})) == 2
+    assert len(header_lines({"name": "digits", "run": "runs/a", "goals": []})) == 2
 
 
 @pytest.mark.parametrize(("met", "words", "tone"), [(True, "goal met", "good"), (False, "goal missed", "bad")])
@@ -128,8 +133,17 @@ def test_the_verdict_has_words_and_color(met, words, tone):
     assert (line[0].text.strip(), line[0].tone) == (words, tone)
 
 
+def test_the_verdict_has_one_line_for_each_goal_and_marks_the_missed_ones():
+    items = [{"text": "MACs 40 %", "met": True}, {"text": "accuracy drop 2.0 points", "met": False}]
+    lines = verdict_lines(END | {"met": False, "items": items})
+    assert [plain(line) for line in lines[:2]] == [
+        "goal missed  MACs 40 %",
+        "             missed: accuracy drop 2.0 points",
+    ]
+
+
 def test_the_verdict_without_a_goal_says_that_none_was_set():
-    assert plain(verdict_lines(END | {"text": ""})[0]) == "goal         none was set"
+    assert plain(verdict_lines(END | {"items": []})[0]) == "goal         none was set"
 
 
 def test_the_verdict_has_the_significance():
@@ -143,7 +157,7 @@ def test_the_verdict_has_the_significance():
 def run_through(stream: io.StringIO, **mode: bool) -> str:
     progress = JobProgress(Terminal(Mode(**mode), stream, stream), clock=lambda: 0.0)
     for event in (
-        {"event": "start", "name": "[red]", "run": "<script>", "goal": "[/0]"},
+        {"event": "start", "name": "[red]", "run": "<script>", "goals": ["[/0]"]},
         {"event": "step_start", "number": 1, "of": 2, "key": "train"},
         {"event": "first_batch", "step": "train", "shares": {}},
         EPOCH,
@@ -169,9 +183,10 @@ def test_a_pipe_gets_one_line_per_epoch_and_step():
     assert lines[7:] == [""]  # the command writes the verdict
 
 
-def test_a_terminal_gets_no_line_per_epoch():
+def test_a_terminal_gets_one_line_per_epoch_and_a_bar():
     written = run_through(Tty())
-    assert "3/12   loss 0.0412   97.5 %   2.0 s\n" not in written
+    assert "3/12   loss 0.0412   97.5 %   2.0 s\n" in written
+    assert "━" * 6 in written
     assert "1.21 M MACs" in written
 
 

@@ -25,13 +25,13 @@ def names_in(text):
 
 
 def texts_of(source):
-    """Return docstrings and messages of a source file, with the constant parts of f-strings, without plain keys."""
+    """Return the strings of a source file that may be docstrings or messages: those with a space or a parenthesis."""
     constants = [node.value for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Constant)]
     return [value for value in constants if isinstance(value, str) and re.search(r"[ (]", value)]
 
 
 def exists(name):
-    """Return whether a dotted name, or the name whose plural it is, is an attribute or a module of Kirsch."""
+    """Return whether a dotted name is an attribute or a module of Kirsch. A class name may be in the plural."""
     return resolves(name) or (name[0].isupper() and "." not in name and resolves(name.removesuffix("s")))
 
 

@@ -95,7 +95,7 @@ def test_an_entry_point_whose_module_uses_the_decorator_is_not_a_duplicate(fruit
     assert fruits["plum"] == 7
 
 
-def test_a_broken_package_does_not_affect_other_names(fruits, install):
+def test_an_object_that_cannot_be_loaded_does_not_affect_other_names(fruits, install):
     install(("rotten", "no_such_module:rotten"))
     assert fruits["cherry"] == 1
     assert list(fruits) == ["apple", "cherry", "rotten"]
@@ -103,7 +103,7 @@ def test_a_broken_package_does_not_affect_other_names(fruits, install):
         fruits["plum"]
 
 
-def test_a_broken_package_is_named_when_its_name_is_used(fruits, install):
+def test_an_object_that_cannot_be_loaded_is_named_when_it_is_used(fruits, install):
     install(("rotten", "no_such_module:rotten"))
     sentence = r"The fruit 'rotten' cannot be loaded from no_such_module:rotten\. ModuleNotFoundError: No module"
     with pytest.raises(RequirementError, match=sentence):

@@ -13,12 +13,12 @@ def text(*parts):
     return [plain(line) for line in lines(parts)]
 
 
-def test_columns_start_at_the_same_place():
+def test_columns_are_aligned():
     table = Table([["a", "long cell", "x"], ["longer", "b", "y"]], gaps=(1, 3), first=0)
     assert text(table) == ["a      long cell   x", "longer b           y"]
 
 
-def test_the_first_column_has_a_least_width():
+def test_the_first_column_has_a_minimum_width():
     assert text(Table([["a", "b"]], first=4)) == ["a    b"]
 
 
@@ -36,11 +36,11 @@ def test_a_table_has_one_line_per_row_with_all_its_texts(rows):
     assert all(line.split() == " ".join(row).split() for line, row in zip(found, rows, strict=True))
 
 
-def test_notes_are_rows():
+def test_each_note_is_one_row():
     assert text(notes(["one", "two"]), []) == ["note         one", "note         two", ""]
 
 
-def test_html_has_a_row_per_row_and_a_cell_per_cell():
+def test_html_has_one_tr_per_row_and_one_td_per_cell():
     found = html([Table([["a", "b"], ["c"]]), [Piece("line")]])
     assert (found.count("<tr>"), found.count("<td"), found.count("<table>")) == (2, 3, 1)
     assert "<div>line</div>" in found

@@ -20,7 +20,7 @@ from kirsch.data.dataset import DataSet, Split
 
 
 class Net(nn.Module):
-    """A network with batch statistics and dropout, whose state a resumed run must restore."""
+    """A network with batch statistics and dropout. A resumed run must restore both states."""
 
     def __init__(self, width, classes=3):
         super().__init__()
@@ -61,7 +61,7 @@ def louder(batch, random):
 
 
 def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
-    """Three classes of stripes. The environment sets the noise, so that the data can change while its source stays."""
+    """Three classes of stripes. The environment variable NOISE changes the data without a change of this code."""
     random, noise = np.random.default_rng(seed), float(os.environ.get("NOISE", "0.8"))
 
     def part(n):

@@ -44,7 +44,7 @@ def assert_pruned_correctly(model, inputs, *, sizes=None, share=0.5, seed=0, pow
         sizes: expected sizes of all groups; without them, a rule that freezes too many axes would pass.
         share: fraction of the units to remove.
         seed: seed of the choice of the units.
-        power: least relative change of the outputs by the mask; a smaller change would not show a wrong cut.
+        power: smallest allowed relative change of the outputs by the mask. A smaller change would not show a wrong cut.
 
     Returns:
         The graph and the pruned model.

@@ -13,7 +13,7 @@ from kirsch.frameworks.pytorch.features.student import student_of
 from kirsch.frameworks.pytorch.training.train import train
 from kirsch.frameworks.training import LossOutput, Training, TrainingHooks
 
-N, D, K = 14, 5, 3
+N, D, K = 14, 5, 3  # samples, features, classes
 
 
 def samples():
@@ -49,7 +49,7 @@ def cross_entropy(model, inputs, targets):
 
 
 class Loss:
-    """A `LossFunction` of a function (student, inputs, targets) → (total, parts)."""
+    """A `LossFunction` that calls a function (student, inputs, targets) → (total, parts)."""
 
     def __init__(self, function):
         self.function, self.norms = function, []
@@ -100,7 +100,7 @@ class Unsized(IterableDataset):
 
 
 class ShuffledBatches:
-    """An iterable of batches in random order, without a loader."""
+    """An iterable of batches in random order that is not a DataLoader."""
 
     def __len__(self):
         return 4

@@ -43,8 +43,13 @@ def percent(value: float, decimals: int = 1) -> str:
 
 def points(value: float) -> str:
     """Return a difference of fractions in percentage points: "1.2 points"."""
-    text = f"{100 * value:z.1f}"
+    text = f"{100 * value:z.1f}".replace("-", "−")
     return f"{text} point" if text == "1.0" else f"{text} points"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun: "1 group", "2 groups"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def interval(value: float, low: float, high: float) -> str:

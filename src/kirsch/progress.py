@@ -12,7 +12,7 @@ from kirsch.tables import Line, Piece
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 BAR = 24
 """Width of a bar in characters."""
@@ -35,8 +35,6 @@ class Output(Protocol):
     """Output to which progress is written; `kirsch.display.Display` describes the methods."""
 
     @property
-    def is_interactive(self) -> bool: ...  # noqa: D102
-    @property
     def width(self) -> int: ...  # noqa: D102
     def progress(self, *lines: Line) -> None: ...  # noqa: D102
     def start_status(self, draw: Callable[[], Line], *, refresh: bool = True) -> None: ...  # noqa: D102
@@ -45,9 +43,9 @@ class Output(Protocol):
 
 
 class JobProgress:
-    """Show the events of a job: a line for each step, and the epochs of the running step.
+    """Show the events of a job: a line for each step and for each epoch.
 
-    The epochs are shown in a status line if the output can update a line, or else as a line for each epoch.
+    If the output can update a line, a status line with a bar shows the progress of the running step.
 
     Args:
         output: where the events are shown.
@@ -88,9 +86,8 @@ class JobProgress:
     def _epoch(self, event: dict[str, Any]) -> None:
         self._step.epoch = event
         self._step.epochs_here += 1
+        self._output.progress(epoch_line(event))
         self._output.refresh_status()
-        if not self._output.is_interactive:
-            self._output.progress(epoch_line(event))
 
     def _step_end(self, event: dict[str, Any]) -> None:
         self._output.stop_status()
@@ -193,10 +190,14 @@ def running_epoch_line(running: RunningEpoch, now: float) -> Line:
 
 
 def header_lines(event: dict[str, Any]) -> list[Line]:
-    """Return the lines with name, folder and goal of the run."""
+    """Return the lines with name and folder of the run, and one line for each goal."""
     run = [Piece(f"kirsch {__version__}", "strong"), Piece(f" · {event['name']} · run {event['run']}")]
-    goal = [[Piece("goal  "), Piece(event["goal"])]] if event["goal"] else []
-    return [run, *goal, []]
+    return [run, *labeled("goal", "", [[Piece(text)] for text in event["goals"]], 6), []]
+
+
+def labeled(label: str, tone: str, lines: Sequence[Line], width: int = 13) -> list[Line]:
+    """Return lines with a label before the first one; the others are indented by its width."""
+    return [[Piece(f"{'' if number else label:<{width}}", tone), *line] for number, line in enumerate(lines)]
 
 
 def epoch_line(event: Mapping[str, Any]) -> Line:
@@ -273,12 +274,10 @@ def _aligned(cell: str) -> str:
 
 
 def verdict_lines(event: Mapping[str, Any]) -> list[Line]:
-    """Return the lines on the goal, its significance, the report and the duration."""
+    """Return one line for each goal, and the lines on the significance, the report and the duration of all steps."""
     words, tone = ("goal met", "good") if event["met"] else ("goal missed", "bad")
-    if not event["text"]:
-        lines = [[Piece(f"{'goal':<13}"), Piece("none was set")]]
-    else:
-        lines = [[Piece(f"{words:<13}", tone), Piece(event["text"])]]
+    goals = [[Piece("" if item["met"] else "missed: ", "bad"), Piece(item["text"])] for item in event["items"]]
+    lines = labeled(words, tone, goals) if goals else [[Piece(f"{'goal':<13}"), Piece("none was set")]]
     if event.get("significance"):
         lines.append([Piece(f"{'significance':<13}", "warning"), Piece(event["significance"])])
     lines.append([Piece(f"{'report':<13}"), Piece(event["report"])])

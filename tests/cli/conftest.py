@@ -1,4 +1,4 @@
-"""Fixtures with models, data and a recipe in files, and with the command."""
+"""Fixtures: files with models, data and a recipe, and functions that run the command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kirsch.cli import main
 
 @pytest.fixture(autouse=True)
 def _default_signal_handlers():
-    """Restore the default handlers: the parent process may ignore SIGHUP, as nohup does, or SIGINT, as shells do."""
+    """Install the default handlers: the parent process may ignore SIGHUP, as nohup does, or SIGINT, as shells do."""
     defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
@@ -141,7 +141,7 @@ def folder(tmp_path, monkeypatch, write_job):
 
 @pytest.fixture
 def kirsch(capsys):
-    """Return a function that runs the command in this process: (exit code, standard output, standard error)."""
+    """Return a function that runs the command in this process and returns (exit code, output, error output)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -42,7 +42,7 @@ def test_the_help_is_shown_without_a_subcommand(kirsch):
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
-def test_each_subcommand_has_json_quiet_and_debug(kirsch, subcommand):
+def test_each_subcommand_has_the_options_json_quiet_and_debug(kirsch, subcommand):
     code, out, _ = kirsch(subcommand, "--help")
     assert code == 0
     assert all(f"--{mode} " in out for mode in MODES)
@@ -62,13 +62,13 @@ def test_the_version_of_the_package_is_shown(kirsch):
         (["prune", "a:b"], "--output", "kirsch prune --help"),
     ],
 )
-def test_a_wrong_command_line_names_the_problem_and_the_help(kirsch, arguments, sentence, see):
+def test_the_error_for_a_wrong_command_line_names_the_problem_and_the_help_command(kirsch, arguments, sentence, see):
     code, out, err = kirsch(*arguments)
     first, *_, last = err.splitlines()
     assert (code, out) == (2, "")
     assert first.startswith("error   ")
     assert sentence.lower() in first.lower()
-    assert last == f"do      See {see}."
+    assert last == f"fix     See {see}."
 
 
 def test_a_wrong_command_line_with_json_gives_a_json_error(kirsch):

@@ -1,4 +1,4 @@
-"""Residual blocks are removed by the command, and by a recipe."""
+"""Removal of residual blocks by the command and by a recipe."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_blocks_are_ranked_on_a_data_source(run_json, deep):
     assert not any("example inputs" in note for note in found["notes"])
 
 
-def test_data_without_blocks_is_refused(kirsch, deep):
+def test_the_option_data_is_refused_unless_kinds_is_block(kirsch, deep):
     code, _, err = kirsch("plan", deep, "--macs", "0.7", "--data", "nets.py:stripes")
     assert code == 2
     assert "`data` of kirsch.plan has no effect" in err
 
 
-def test_a_recipe_plans_blocks(run_json, deep):
+def test_a_recipe_can_remove_blocks(run_json, deep):
     assert len(run_json("compress", "deep.yaml", "--dry-run")["plans"]["prune"]["blocks"]) == 1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    """Return a function that reports an error: (exit code, standard output, standard error)."""
+    """Return a function that reports an error and returns (exit code, standard output, standard error)."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def run(error, folder=None, **mode):
@@ -55,11 +55,11 @@ def test_an_error_has_three_lines_what_why_and_fix(report):
     assert err.splitlines() == [
         "error   There is no importance 'magnitud'.",
         "why     Known: magnitude, random.",
-        "do      Did you mean 'magnitude'?",
+        "fix     Did you mean 'magnitude'?",
     ]
 
 
-def test_an_empty_line_is_omitted(report):
+def test_an_empty_part_of_an_error_is_omitted(report):
     assert report(UsageError("Wrong."))[2] == "error   Wrong.\n"
 
 
@@ -99,7 +99,7 @@ def test_an_unexpected_exception_is_a_bug_and_the_traceback_is_stored(report, tm
     assert err.splitlines() == [
         "error   A bug of Kirsch: ZeroDivisionError: division by zero.",
         f"why     The traceback is in {stored}.",
-        "do      Report the bug with its traceback; --debug shows the traceback here.",
+        "fix     Report the bug with its traceback; --debug shows the traceback here.",
     ]
     assert "in raised" in stored.read_text()
 

@@ -44,7 +44,7 @@ def moves():
 
 
 class Counted(nets.Net):
-    """Raise the error of the environment variable ERROR in run number AT."""
+    """Raise the error in the environment variable ERROR in forward pass number AT."""
 
     runs = 0
 
@@ -178,7 +178,8 @@ def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch,
     exit_code, _, err = kirsch(*arguments)
     message = " ".join(err.split())
     assert exit_code == code, message
-    assert [line.split()[0] for line in err.splitlines() if line[0] != " "] in (["error", "why", "do"], ["error", "do"])
+    labels = [line.split()[0] for line in err.splitlines() if line[0] != " "]
+    assert labels in (["error", "why", "fix"], ["error", "fix"])
     for sentence in sentences:
         assert sentence in message
 
@@ -195,7 +196,7 @@ def test_an_error_of_the_user_or_the_machine_has_its_exit_code_and_a_fix(kirsch,
     ],
 )
 @pytest.mark.parametrize(("at", "when"), [(1, "in the checks before the first step"), (30, "in the step 'train'")])
-def test_an_exception_in_a_forward_names_line_step_and_batch_size(
+def test_the_error_for_an_exception_in_forward_names_line_step_and_batch_size(
     run_json, monkeypatch, error, code, what, why, at, when
 ):
     monkeypatch.setenv("AT", str(at))
@@ -210,7 +211,9 @@ def test_an_exception_in_a_forward_names_line_step_and_batch_size(
     assert code != 5 or "MemoryError" not in error or "batch size" in content["fix"]
 
 
-def test_an_output_file_is_written_if_a_model_changes_the_working_folder_and_the_warning_filters(run_json, folder):
+def test_an_output_file_is_written_although_the_model_changes_the_working_folder_and_the_warning_filters(
+    run_json, folder
+):
     run_json("plan", "models.py:moves", "--macs", "0.7", "-o", "plan.json")
     assert (folder / "plan.json").is_file()
 
@@ -246,7 +249,7 @@ def test_with_json_only_the_json_object_goes_to_the_standard_output(process, fol
         (["trace", "models.py:fails_when_built"], 4),
     ],
 )
-def test_the_standard_output_is_restored_after_a_call_in_process(capfd, arguments, code):
+def test_the_standard_output_is_restored_after_a_call_of_main_with_json(capfd, arguments, code):
     assert main([*arguments, "--json"]) == code
     out, err = capfd.readouterr()
     assert isinstance(json.loads(out), dict)

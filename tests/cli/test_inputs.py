@@ -18,7 +18,7 @@ from torch import nn
 
 
 class Tagger(nn.Module):
-    """Embedding 50 × 16, then 16 → 32 → 3 by position."""
+    """Embedding 50 × 16, then two linear layers, 16 → 32 → 3, at each position."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ def tokens(folder):
         (["tokens.py:images"], [[1, 2, 9, 8]]),
     ],
 )
-def test_a_model_gets_the_inputs_of_the_command_line_or_those_that_it_states(run_json, arguments, shapes):
+def test_a_model_gets_the_inputs_of_the_command_line_or_of_its_own_attributes(run_json, arguments, shapes):
     found = run_json("trace", *arguments)
     assert found["inputs"] == shapes
     assert found["groups"]
@@ -183,7 +183,7 @@ def test_each_subcommand_takes_typed_inputs(run_json, folder, subcommand):
         ("tokens.py:odd", 4, r"The example_shape of tokens\.py:odd is \(1, 0\)\.*"),
     ],
 )
-def test_a_model_without_inputs_is_refused_with_an_example(kirsch, model, code, sentence):
+def test_a_model_without_known_inputs_is_refused_with_an_example(kirsch, model, code, sentence):
     exit_code, _, err = kirsch("trace", model)
     assert exit_code == code
     assert re.search(sentence, " ".join(err.split()))
@@ -192,7 +192,7 @@ def test_a_model_without_inputs_is_refused_with_an_example(kirsch, model, code, 
 @pytest.mark.usefixtures("tokens")
 @pytest.mark.parametrize("arguments", [["trace"], ["export", "-o", "net.onnx"], ["measure", "--rounds", "6"]])
 @pytest.mark.parametrize(("given", "fixed"), [("1,7", "1,7:int64"), ("input=1,7", "input=1,7:int64")])
-def test_floating_inputs_of_an_embedding_are_refused_with_the_option(kirsch, arguments, given, fixed):
+def test_floating_inputs_of_an_embedding_are_refused_with_the_correct_option(kirsch, arguments, given, fixed):
     subcommand, *more = arguments
     code, _, err = kirsch(subcommand, "tokens.py:Lookup", "--input", given, *more)
     assert code == 4
@@ -201,6 +201,6 @@ def test_floating_inputs_of_an_embedding_are_refused_with_the_option(kirsch, arg
 
 
 @pytest.mark.usefixtures("tokens")
-def test_an_exported_file_has_the_input_names_of_the_forward(run_json):
+def test_an_exported_file_has_the_input_names_of_the_forward_method(run_json):
     found = run_json("export", "tokens.py:two_tensors", "-o", "net.onnx")
     assert [value["name"] for value in found["inputs"]] == ["ids", "mask"]

@@ -1,4 +1,4 @@
-"""The subcommands on recipes and runs."""
+"""The subcommands for recipes and runs: compress, resume, verify, report and init."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, write_job):
-    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change it."""
+    """Return a folder with a finished run in `run`, the exit code and the output. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("job")
     write_job(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,10 +51,11 @@ def test_a_run_prints_a_header_one_line_per_step_and_the_verdict(finished):
     lines = out.splitlines()
     assert code == 0
     assert lines[0] == "kirsch 0.1.0 · stripes · run run"
-    assert lines[1].startswith("goal  MACs ≤ 60 %")
+    assert lines[1].startswith("goal  prune: MACs ≤ 60 % of the student")
     assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STEPS
     assert sum(" epoch " in line for line in lines) == 6 + 6 + 2
-    assert lines[-3].startswith("goal met     MACs ")
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("goal met     prune: MACs ")]
+    assert lines[first + 1].startswith("             accuracy drop ")
     assert lines[-2] == "report       run/report.html"
 
 
@@ -119,7 +120,7 @@ def test_verify_accepts_an_undamaged_run(finished, run, run_json):
     found = run_json("verify", "run")
     assert (found["sound"], found["finished"], found["uncovered"]) == (True, True, [])
     assert found["folders"] >= len(STEPS)
-    assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest itself
+    assert found["files"] == len(covered(finished[0] / "run")) - 1  # the manifest does not list itself
 
 
 def test_verify_shows_a_run_without_manifest_as_not_finished(run, kirsch, run_json):
@@ -177,6 +178,15 @@ def test_a_folder_that_is_not_a_run_is_refused(kirsch, folder, subcommand):
         "error   . has no metrics.json" if subcommand == "report" else "error   . is not a run folder"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
+
+
+def test_verify_says_that_a_folder_was_written_by_prune(kirsch, folder):
+    assert kirsch("prune", "nets.py:student", "--macs", "0.6", "--input", "1,1,6,6", "-o", "small")[0] == 0
+    for subcommand in ("verify", "resume"):
+        code, _, err = kirsch(subcommand, "small")
+        assert code == 4
+        assert "small is not a run folder: it is a folder written by kirsch prune." in err
+        assert "Give it to other commands as --pruned small, or load it with kirsch.load" in err
 
 
 def test_report_writes_the_report_from_the_metrics(run, kirsch):
@@ -262,7 +272,7 @@ def test_an_invalid_run_json_is_found_and_restored(run, kirsch, text):
     assert kirsch("verify", "run")[0] == 0
 
 
-def test_a_dry_run_names_the_weights_of_the_plan(folder, kirsch):
+def test_a_dry_run_names_the_weights_by_which_the_plan_ranks_units(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
     assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
     trained = ("--set", "student=null", "--set", "distill=null", "--set", "recover=null")
@@ -298,7 +308,13 @@ def test_a_dry_run_does_not_replace_a_recipe(folder, kirsch):
 
 
 def test_a_dry_run_names_missing_packages():
-    content = {"name": "n", "goal": "g", "data": {"name": "d", "train": 1, "validation": 2, "test": 3}, "steps": []}
+    content = {
+        "name": "n",
+        "goals": ["g"],
+        "expected": [],
+        "data": {"name": "d", "train": 1, "validation": 2, "test": 3},
+        "steps": [],
+    }
     content |= {"plans": {}, "seconds": 1.0, "disk_bytes": 1, "missing": ["onnx"], "notes": []}
     assert plain(jobs.forecast_lines(content)[-1]) == "missing      onnx; see kirsch doctor"
 
@@ -323,7 +339,7 @@ def test_init_does_not_replace_a_file(folder, kirsch):
     [
         (["absent.yaml"], "The recipe absent.yaml cannot be read."),
         (["recipe.yaml", "--set", "prune"], "--set 'prune' is not a change of a key."),
-        (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Did you mean 'goal'?"),
+        (["recipe.yaml", "--set", "prune.gaol.macs=1"], "prune.gaol: unknown key. Known: "),
         (["recipe.yaml", "--set", "prune.goal.macs=.nan"], "prune.goal.macs"),
         (["recipe.yaml", "--set", "train.epochs=ten"], "train.epochs"),
     ],
@@ -365,7 +381,7 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
         started.send_signal(number)
         err = started.stderr.read()
         assert started.wait(60) == code
-    assert err.splitlines()[-1] == "do      Continue with: kirsch resume run"
+    assert err.splitlines()[-1] == "fix     Continue with: kirsch resume run"
     assert list((folder / "run" / "checkpoints" / "train").glob("step-*"))
     code, out, _ = kirsch("verify", "run")
     assert code == 3

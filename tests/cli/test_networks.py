@@ -1,4 +1,4 @@
-"""The subcommands on one model."""
+"""The subcommands for one model: trace, plan, prune, export and measure."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_trace_explains_a_layer(kirsch, run_json):
     assert (found["layer"], found["explanation"][:3]) == ("2", explanation)
 
 
-def test_kind_and_uniform_are_options(run_json, kirsch, folder):
+def test_kinds_and_uniform_are_options_of_plan(run_json, kirsch, folder):
     run_json("plan", CHAIN, "--macs", "0.8", "--kinds", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["method"]["uniform"] is True
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_refused_with_their_names(kirsch, folder):
 
 @pytest.fixture
 def no_timm():
-    """Remove timm from the loaded modules, and remove a stand-in of the test afterwards."""
+    """Remove timm from the loaded modules. Afterwards, remove the test's stand-in, and restore timm."""
 
     def pop_modules() -> dict:
         return {n: sys.modules.pop(n) for n in list(sys.modules) if n.partition(".")[0] in ("timm", "nets")}
@@ -143,12 +143,12 @@ def test_missing_timm_is_named_with_its_pip_command(kirsch, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = kirsch("trace", "timm:resnet18")
     assert code == 5
-    assert err.splitlines()[-1] == 'do      Run: pip install "kirsch[zoo]"'
+    assert err.splitlines()[-1] == 'fix     Run: pip install "kirsch[zoo]"'
 
 
 @pytest.mark.usefixtures("no_timm")
 def test_random_weights_of_a_timm_model_have_a_note(kirsch, folder, monkeypatch):
-    """A stand-in for timm has the functions that Kirsch calls."""
+    """The stand-in for timm has only the functions that Kirsch calls."""
     (folder / "timm.py").write_text(
         "from nets import teacher\n"
         "def is_model(name): return name == 'tiny'\n"
@@ -263,7 +263,7 @@ def edit(path, **changes):
 
 
 def test_an_edited_plan_is_printed_and_stored_with_recomputed_costs(run_json, kirsch, folder):
-    """With 1 of 8 channels, 9 + 4 × 9 weights of the convolutions and the linear layer of 51 are kept."""
+    """With 1 of 8 channels, 9 + 4 × 9 weights of the convolutions remain, and the 51 parameters of the linear layer."""
     run_json("plan", CHAIN, "--macs", "0.8", "--round-to", "1", "-o", "plan.json")
     edit(folder / "plan.json", removed=[0, 1, 2, 3, 4, 5, 6])
     code, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")

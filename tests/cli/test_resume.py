@@ -281,7 +281,7 @@ def test_a_finished_run_stays_valid_if_resuming_is_killed(server, run):
 
 
 def test_a_run_that_is_killed_many_times_equals_an_uninterrupted_run(server, run):
-    """Each process is killed at a later rename than the previous one, the first ones in an incomplete run folder."""
+    """Each process is killed at a later rename than the one before. The first kills leave an incomplete run folder."""
     killed = 0
     for number in range(1, 200, 4):
         code = server.run("compress", "recipe.yaml", "--run", "run", plant=("before_rename", "", number))
@@ -306,7 +306,7 @@ def test_a_run_that_is_killed_at_an_arbitrary_instruction_equals_an_uninterrupte
 
 
 def test_a_run_that_is_stopped_within_an_epoch_equals_an_uninterrupted_run(server, run):
-    """The teacher trains for six epochs of three batches, the student for four; both use dropout and augmentation."""
+    """Epochs have three batches. The teacher trains for six, the student for four, with dropout and augmentation."""
     for arguments, number, batch, code, checkpoint in (
         (("compress", "recipe.yaml", "--run"), signal.SIGINT, 2, 130, "train/step-00000-000002"),
         (("resume",), signal.SIGTERM, 3, 75, "train/step-00001-000002"),

@@ -57,7 +57,7 @@ def test_a_second_signal_restores_the_cursor_and_ends_the_process(number, _kind,
 
 
 @pytest.mark.parametrize(("number", "_kind", "code"), KINDS[:2])
-def test_a_process_that_ignores_the_stop_ends_at_the_second_signal(process, number, _kind, code):
+def test_a_process_that_ignores_the_stop_request_ends_at_the_second_signal(process, number, _kind, code):
     program = (
         "import time; from pathlib import Path; from kirsch.cli.signals import stop_on_signals\n"
         "with stop_on_signals(Path('run')) as stop:\n"

@@ -1,4 +1,4 @@
-"""The subcommand store."""
+"""The subcommand store, with its actions build, check, info and verify."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_verify_finds_a_flipped_bit(built, kirsch):
 
 
 def test_a_store_can_be_built_in_parts(folder, kirsch):
-    """96 samples are one range, so the first part builds it, and the second has nothing to do."""
+    """96 samples fit in one range, which is one file. Part 1 builds it, and part 2 has nothing to do."""
     parts = ["store", "build", "kept", *TEACHER_AND_DATA, "--keep", "dense", "--part"]
     code, out, _ = kirsch(*parts, "2/2")
     assert (code, "part 2/2; the store needs the other parts, too" in out) == (0, True)
@@ -113,7 +113,7 @@ def test_options_are_passed_to_the_data_source(folder, kirsch):
 def test_wrong_arguments_are_refused(folder, kirsch, arguments, sentence):
     code, _, err = kirsch("store", *arguments)
     assert code == 2
-    assert sentence in " ".join(err.replace("why ", "").replace("do ", "").replace("error ", "").split())
+    assert sentence in " ".join(err.replace("why ", "").replace("fix ", "").replace("error ", "").split())
 
 
 def test_a_folder_without_a_store_is_refused(folder, kirsch):

@@ -46,7 +46,7 @@ def seeds(count=12, seed=0, view=0):
 
 @pytest.fixture
 def set_draws(monkeypatch):
-    """Function that replaces the random numbers of `uniform` or `integers` by given ones: one list for each draw."""
+    """Return a function that replaces the random numbers of `uniform` or `integers`: one given list for each draw."""
 
     def replace(**draws):
         for name, rows in draws.items():
@@ -69,7 +69,7 @@ def test_golden_mix_is_splitmix64():
 
 
 def test_golden_sample_seeds_do_not_change():
-    """They are the keys of stores on disk."""
+    """Stores on disk use these seeds as keys, so a change of the seeds would invalidate existing stores."""
     assert [hex(seed) for seed in sample_seeds(0, 0, np.arange(3))] == [
         "0x9ababb68568302b9",
         "0x82a669cabc948e24",
@@ -164,7 +164,7 @@ def test_erase_clips_the_square_at_the_border_and_respects_its_probability(set_d
 
 def test_jitter_scales_around_the_mean_and_adds_brightness(set_draws):
     set_draws(uniform=[[1.0], [0.0]])  # brightness + 0.5, contrast 1 - 0.25
-    image = np.array([1.0, 2.0, 3.0, 6.0]).reshape(1, 1, 2, 2)  # of mean 3
+    image = np.array([1.0, 2.0, 3.0, 6.0]).reshape(1, 1, 2, 2)  # the mean is 3
     found = Jitter(0.5, 0.25)(image, seeds(1))
     assert found.ravel().tolist() == [3 - 1.5 + 0.5, 3 - 0.75 + 0.5, 3.5, 3 + 2.25 + 0.5]
 
@@ -224,7 +224,7 @@ def test_views_and_runs_have_different_augmentations(transform):
 
 
 @names
-def test_another_process_augments_bit_for_bit_alike(transform):
+def test_augmentation_is_bitwise_equal_in_another_process(transform):
     if transform is louder or louder in getattr(transform, "stages", ()):
         pytest.skip("a function of this file cannot be imported in the other process")
     program = (
@@ -259,7 +259,7 @@ def test_user_function_may_write_to_its_argument():
 
 
 class AddNoise:
-    """A callable object."""
+    """Augmentation as a callable object."""
 
     def __init__(self, width):
         self.width = width
@@ -307,7 +307,7 @@ def rarely_random(draw, share):
 @pytest.mark.parametrize("draw", [np.random.normal, random.random])
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
 def test_transform_that_rarely_uses_another_random_source_is_refused(draw, share):
-    """The seed decides whether the other source is used, so that some of the tried seeds must show it."""
+    """The seed decides whether the other source is used. The check must therefore try several seeds."""
     with pytest.raises(UsageError, match="draws random numbers from another source"):
         ArrayData(IMAGES, None, augment=rarely_random(draw, share))
 

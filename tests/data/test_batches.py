@@ -12,7 +12,7 @@ from kirsch.errors import DataError, ShapeError, UsageError
 
 
 def pair(n):
-    """Sample i is (i, i) and has the label i."""
+    """Return n samples and labels: sample i is (i, i) and has the label i."""
     numbers = np.arange(n)
     return np.stack([numbers, numbers], 1).astype(np.float32), numbers
 

@@ -1,4 +1,4 @@
-"""Data sets check their parts, and sources of data sets are called with their options."""
+"""Checks of data sets and of their parts: arrays, loaders, labels and class names."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_split_takes_tensors_and_lists_and_refuses_a_loader():
     rows = torch.zeros(3, 2), torch.tensor([0, 1, 2])
     data = data_set(train=Split(*rows), test=Split([[0.0, 0.0]] * 3, [0, 1, 2]))
     assert isinstance(data.train.inputs, np.ndarray)
-    assert data.test.inputs.dtype == np.float32  # as the models take them
+    assert data.test.inputs.dtype == np.float32  # the type that models take
     assert data.sha256 == data_set(test=Split(np.zeros((3, 2), np.float32), np.arange(3))).sha256
-    assert Split(list(np.zeros((3, 2))), [0, 1, 2]).inputs.dtype == np.float64  # as they are given
+    assert Split(list(np.zeros((3, 2))), [0, 1, 2]).inputs.dtype == np.float64  # the type of the given arrays
     loader = DataLoader(TensorDataset(*rows))
     with pytest.raises(DataError, match=r"The inputs of a Split are a DataLoader; expected one .* train=loader\."):
         Split(loader, loader)
@@ -129,7 +129,7 @@ def test_parts_of_loaders_are_read_into_memory_except_the_training_part():
         [((np.zeros((3, 2), np.float32),), np.arange(3))],
     ],
 )
-def test_any_iterable_of_batches_is_a_part(batches):
+def test_any_iterable_of_batches_can_be_a_part(batches):
     data = data_set(train=batches, validation=batches, test=batches)
     assert data.test.inputs.shape == (3, 2)
     assert data.test.labels.tolist() == [0, 1, 2]
@@ -138,12 +138,12 @@ def test_any_iterable_of_batches_is_a_part(batches):
     assert data.count_batches(64) == len(batches)
 
 
-def test_pair_of_arrays_is_a_part():
+def test_pair_of_arrays_can_be_a_part():
     pair = torch.zeros(3, 2), [0, 1, 2]
     assert data_set(train=pair, validation=pair, test=pair).sha256 == data_set().sha256
 
 
-def test_classes_that_are_left_out_are_the_numbers_up_to_the_largest_label():
+def test_without_class_names_the_classes_are_the_numbers_up_to_the_largest_label():
     assert data_set(classes=(), test=split((0, 3))).classes == ("0", "1", "2", "3")
     assert data_set(classes=(), train=loader(), validation=loader((1, 4))).classes == ("0", "1", "2", "3", "4")
     rows = Split(np.zeros((3, 2)), np.eye(3))
@@ -173,7 +173,7 @@ def test_generator_is_refused_as_a_part(part):
         (ArrayData(np.zeros((2, 2)), np.arange(2)), r"The test part of d is .* Give kirsch\.Split"),
     ],
 )
-def test_loader_that_gives_no_samples_with_labels_is_refused(batches, sentence):
+def test_loader_that_does_not_yield_samples_with_labels_is_refused(batches, sentence):
     with pytest.raises(DataError, match=sentence):
         data_set(test=batches)
 

@@ -25,7 +25,7 @@ def bits(batches):
 def test_a_batch_follows_from_seed_epoch_and_its_number():
     data = GeneratedData(normal, samples=9, batch_size=4)
     found = list(data.epoch(3, 1))
-    assert [len(batch) for batch in found] == [4, 5]  # a last batch of one would have no variance to normalize by
+    assert [len(batch) for batch in found] == [4, 5]  # batch normalization needs two samples
     assert len(data) == 2
     wanted = np.random.default_rng([3, 1, 1]).standard_normal((5, D))
     np.testing.assert_array_equal(found[1].inputs, wanted)
@@ -56,7 +56,7 @@ def test_epochs_repeat_after_the_number_of_views_and_the_seed_of_the_data_takes_
         (normal, {"seed": -1}, "`seed` .* is -1; expected a whole number"),
     ],
 )
-def test_a_generator_that_is_not_reproducible_is_refused(generate, options, sentence):
+def test_an_invalid_function_or_option_is_refused(generate, options, sentence):
     with pytest.raises(UsageError, match=sentence):
         GeneratedData(generate, **{"samples": 8, **options})
 

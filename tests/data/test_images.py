@@ -1,4 +1,4 @@
-"""Images of another type or order of axes than the model takes are refused, with the change that they need."""
+"""Images whose type or order of axes does not suit the model are refused. The error names the conversion."""
 
 from __future__ import annotations
 

@@ -35,14 +35,14 @@ def exporter(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_the_file_computes_what_the_model_computes_for_any_batch(exported, size):
+def test_the_file_returns_the_outputs_of_the_model_for_any_batch_size(exported, size):
     images = torch.randn(size, 2, 4, 4, generator=torch.Generator().manual_seed(size))
     expected = exported.model(images).detach().numpy()
     found = OnnxSession(exported.artifact.path).run(images.numpy())[0]
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32, summed in another order
 
 
-def test_example_inputs_may_carry_a_gradient(tmp_path):
+def test_example_inputs_may_require_gradients(tmp_path):
     inputs = PAIR.clone().requires_grad_()
     assert kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=inputs).details["drift"] < TOLERANCE
     assert kirsch.measure(Double(), example_inputs=inputs, rounds=6).parameters == 0
@@ -86,7 +86,7 @@ def test_the_json_of_an_artifact_does_not_contain_the_folder(exported):
     assert str(exported.artifact.path.parent) not in json.dumps(found)
 
 
-def test_a_drift_is_the_difference_as_a_share_of_the_largest_output(planted, tmp_path):
+def test_the_drift_is_the_largest_difference_divided_by_the_largest_output(planted, tmp_path):
     planted("f = Constant<value = float {2.00001}>() y = Mul(input, f)")
     found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
     assert found.details["drift"] == pytest.approx(5e-6, rel=0.03)  # float32 rounds 2.00001 by up to 1e-7
@@ -192,7 +192,7 @@ def test_integer_inputs_are_not_randomized(planted, tmp_path):
 
 
 class FixedBatch(nn.Module):
-    """Requires one batch size."""
+    """Runs with one batch size only."""
 
     def __init__(self, size):
         super().__init__()
@@ -230,7 +230,7 @@ class Choosing(nn.Module):
     ],
     ids=["two", "one", "assert", "choosing"],
 )
-def test_a_model_with_one_valid_batch_size_is_exported_with_it_and_a_note(model, size, reason, tmp_path):
+def test_a_model_with_one_valid_batch_size_is_exported_with_this_size_and_a_note(model, size, reason, tmp_path):
     inputs = PAIR[:size]
     with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, the size of the example inputs\. .*{reason}"):
         artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
@@ -270,7 +270,7 @@ def test_a_failed_export_keeps_the_older_file_and_leaves_no_temporary_file(expor
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["m.onnx", "new"]
 
 
-def test_external_weights_are_moved_before_the_file_that_refers_to_them(exporter, tmp_path, monkeypatch):
+def test_external_weights_are_moved_before_the_model_file_that_refers_to_these_weights(exporter, tmp_path, monkeypatch):
     """Otherwise a program could read the new model with old weights."""
     from kirsch import files
 
@@ -290,7 +290,7 @@ def test_external_weights_are_moved_before_the_file_that_refers_to_them(exporter
     assert (found.format, found.bytes, found.path) == ("own", 5, tmp_path / "deep" / "m.own")
 
 
-def test_the_error_for_an_unknown_format_lists_the_known_ones(tmp_path):
+def test_the_error_for_an_unknown_format_lists_the_known_formats(tmp_path):
     with pytest.raises(UnknownNameError, match=r"There is no exporter 'onxx'\. Known: onnx\. Did you mean 'onnx'\?"):
         kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR, format="onxx")
 

@@ -24,6 +24,11 @@ TIMING = Timing(
 )
 
 
+DISTURBED = Timing(
+    {"model": Latency(9, 8, 10, 11, 6, 100)}, {"model": Ratio(1, 1, 1)}, Ratio(1.05, 1.01, 1.09), "model"
+)
+
+
 @pytest.fixture
 def fixed_timing(monkeypatch):
     """Call each function once and replace the timing by fixed times; return the options and outputs."""
@@ -38,7 +43,7 @@ def fixed_timing(monkeypatch):
     return recorded
 
 
-def test_an_interleaved_measurement_uses_the_same_inputs_for_all_files(write, numbers, fixed_timing):
+def test_compare_latencies_uses_the_same_inputs_for_all_files(write, numbers, fixed_timing):
     files = {"a": write("y = Add(input, input)", "a.onnx"), "b": write("y = Neg(input)", "b.onnx")}
     found = compare_latencies(files, numbers, reference="a", rounds=8)
     assert (fixed_timing["reference"], fixed_timing["rounds"]) == ("a", 8)
@@ -48,7 +53,7 @@ def test_an_interleaved_measurement_uses_the_same_inputs_for_all_files(write, nu
     assert (found.latencies, found.speedups, found.aa) == (TIMING.latencies, TIMING.speedups, TIMING.aa)
 
 
-def test_an_interleaved_measurement_has_all_fields_in_json(doubling, numbers, fixed_timing, monkeypatch):
+def test_the_result_of_compare_latencies_has_all_fields_in_json(doubling, numbers, fixed_timing, monkeypatch):
     loads = iter([0.5, 1.5])
     monkeypatch.setattr(measure_module, "load", lambda: next(loads))
     monkeypatch.setattr(measure_module, "cpu", lambda: ("Cherry 9000", []))
@@ -64,11 +69,24 @@ def test_an_interleaved_measurement_has_all_fields_in_json(doubling, numbers, fi
         "machine": "Cherry 9000",
         "load_before": 0.5,
         "load_after": 1.5,
+        "notes": [],
     }
 
 
+def test_a_printed_measurement_notes_that_the_machine_was_disturbed(doubling, numbers, fixed_timing, monkeypatch):
+    quiet = kirsch.measure(doubling, example_inputs=numbers)
+    assert "note" not in str(quiet)
+    monkeypatch.setattr(measure_module, "interleaved", lambda *_, **__: DISTURBED)
+    found = kirsch.measure(doubling, example_inputs=numbers)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("note ")]
+    assert line.split(None, 1)[1] == (
+        "The machine was disturbed: A/A, the file against itself, is 1.05× [1.01 – 1.09], which excludes 1. "
+        "Measure again on an idle machine."
+    )
+
+
 @pytest.mark.parametrize("threads", [0, -1, 4])
-def test_threads_beyond_the_cores_are_refused_with_their_number(doubling, numbers, threads, monkeypatch):
+def test_a_number_of_threads_outside_1_to_the_number_of_cores_is_refused(doubling, numbers, threads, monkeypatch):
     monkeypatch.setattr(measure_module, "usable_cores", lambda: 3)
     with pytest.raises(UsageError, match=rf"`threads` is {threads}; expected 1 to 3, the cores of this machine\."):
         compare_latencies({"a": doubling}, numbers, reference="a", threads=threads)
@@ -128,7 +146,7 @@ def test_a_measurement_prints_a_table(doubling, numbers, fixed_timing):
     lines = str(found).splitlines()
     assert [line[:13].strip() for line in lines] == ["size", "latency", "accuracy", "runtime", "noise", "not measured"]
     assert lines[1].startswith("latency      9.00 µs [p10 ")
-    assert lines[2] == "accuracy     100.0 % ± 21.7"  # 5 of 5: half the width of the interval
+    assert lines[2] == "accuracy     100.0 % ± 21.7"  # 5 of 5 are correct; ± is half the width of the interval
     assert "\n" not in repr(found)
     assert "<td" in found._repr_html_()
 
@@ -168,7 +186,7 @@ def test_a_real_measurement_has_positive_times_in_order(doubling, numbers):
     assert (found.latency.rounds, found.latency.calls > 0) == (6, True)
 
 
-def test_the_error_for_an_unknown_runtime_lists_the_known_ones(doubling, numbers):
+def test_the_error_for_an_unknown_runtime_lists_the_known_runtimes(doubling, numbers):
     with pytest.raises(UsageError, match=r"`runtime` .* is 'onnx'; expected 'onnxruntime'\. Did you mean"):
         kirsch.measure(doubling, example_inputs=numbers, runtime="onnx")
 
@@ -264,7 +282,7 @@ def test_inputs_of_different_lengths_are_refused(two):
 
 
 def test_too_few_rounds_are_refused_before_the_export(numbers):
-    with pytest.raises(UsageError, match=r"`rounds` is 5; a confidence interval needs more\. Give at least 6\."):
+    with pytest.raises(UsageError, match=r"`rounds` of kirsch\.measure is 5; expected a whole number of at least 6"):
         kirsch.measure(nn.Linear(2, 2), example_inputs=numbers, rounds=5)
 
 
@@ -273,7 +291,7 @@ def test_data_without_samples_is_refused(doubling, numbers, fixed_timing):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers[:0], np.zeros(0, int)))
 
 
-def test_a_model_with_a_fixed_batch_size_is_measured_with_it_and_a_note(fixed_timing):
+def test_a_model_with_a_fixed_batch_size_is_measured_with_this_size_and_a_note(fixed_timing):
     class Four(nn.Module):
         def __init__(self):
             super().__init__()
@@ -294,7 +312,7 @@ def test_a_model_with_a_fixed_batch_size_is_measured_with_it_and_a_note(fixed_ti
 @pytest.mark.parametrize(
     "body", ["z = Sub(input, input) y = Div(z, z)", "z = Sub(input, input) e = Exp(z) y = Div(e, z)"]
 )
-def test_a_file_without_finite_numbers_is_not_timed(write, numbers, fixed_timing, body):
+def test_a_file_whose_output_has_no_finite_number_is_not_timed(write, numbers, fixed_timing, body):
     with pytest.raises(
         NumericError, match=r"The output 'y' of hand\.onnx contains no finite number for the example inputs"
     ):

@@ -1,4 +1,4 @@
-"""Tests of generated inputs for timing an ONNX file."""
+"""Tests of the inputs that are generated to time an ONNX file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spec(*shape, name=""):
     return InputSpec(name, shape, "float32")
 
 
-def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
+def test_generated_inputs_and_measure_refuse_a_file_without_inputs(session, tmp_path):
     with pytest.raises(LoadError, match=r"net\.onnx has no inputs\. Its output is constant"):
         generated_inputs(session())
     with pytest.raises(LoadError, match="has no inputs"):
@@ -53,7 +53,7 @@ def test_a_file_without_inputs_is_refused_also_by_measure(session, tmp_path):
         (["n", "length"], "1,224"),
     ],
 )
-def test_the_error_for_an_unknown_shape_names_the_option(session, shape, example):
+def test_the_error_for_an_unknown_shape_names_the_option_input(session, shape, example):
     file = session(("x", shape))
     with pytest.raises(UsageError, match=re.escape(f"Give the shape: --input x={example}.")):
         generated_inputs(file)
@@ -68,7 +68,7 @@ def test_an_input_with_an_axis_of_size_0_is_refused(session):
         generated_inputs(session(("x", [0, 3])))
 
 
-def test_inputs_larger_than_the_memory_are_refused_before_they_are_generated(session):
+def test_inputs_larger_than_the_memory_are_refused_before_their_generation(session):
     with pytest.raises(MemoryShortageError, match=r"They need 4,000 GB.*largest axis has the size 1000000\."):
         generated_inputs(session(("x", [10**6, 10**6])))
     assert generated_inputs(session(("x", [10**6, 10**6])), [spec(2, 2)])[0].shape == (2, 2)
@@ -81,7 +81,7 @@ def test_inputs_have_the_types_of_the_file_and_a_batch_of_one(session):
     assert generated_inputs(session(("x", [2]), kind=TensorProto.FLOAT16))[0].dtype == np.float16
 
 
-def test_the_error_for_an_unsupported_type_names_it(session):
+def test_the_error_for_an_unsupported_type_names_the_type(session):
     with pytest.raises(LoadError, match=r"'x' .* is of type string"):
         generated_inputs(session(("x", ["n"]), kind=TensorProto.STRING))
 

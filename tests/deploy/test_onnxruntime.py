@@ -151,7 +151,7 @@ def test_weights_outside_the_folder_of_the_file_are_not_read(tmp_path, numbers):
             OnnxSession(with_external_weights(inner / "outside.onnx", location))
 
 
-def test_a_missing_onnxruntime_is_named_with_its_pip_command(doubling, monkeypatch):
+def test_the_error_for_a_missing_onnxruntime_has_the_pip_command(doubling, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     sentence = (
         r"^The package 'onnxruntime' is not installed\. It is needed to run ONNX files\. "

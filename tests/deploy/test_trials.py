@@ -205,7 +205,7 @@ def test_random_numbers_that_rarely_change_the_outputs_are_detected(tmp_path):
     rare = Net(lambda _, x: x * torch.bernoulli(torch.full((len(x), 1), 1 - 1e-6)))
     with pytest.raises(
         NumericError,
-        match=r"A file cannot compute the same outputs as a Net\. It draws random .*: test_trials\.py:\d+, `",
+        match=r"An ONNX file cannot compute the same outputs as a Net\. It draws random .*: test_trials\.py:\d+, `",
     ):
         kirsch.export(rare, tmp_path / "m.onnx", example_inputs=PAIR)
 

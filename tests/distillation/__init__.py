@@ -1,1 +1,1 @@
-"""A package, so that its name is not that of the benchmark."""
+"""A package, because a folder without `__init__.py` would have the module name of benchmarks/distillation.py."""

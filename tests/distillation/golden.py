@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 VALUES: dict[str, float] = json.loads((Path(__file__).parent / "goldens.json").read_text())
-"""Loss in float64 on the inputs below, by the name of method, code base and options."""
+"""Name of method, code base and options → loss on the inputs below, in float64."""
 
 
 def det(shape, a, b, scale=1.0):
@@ -22,8 +22,8 @@ def det(shape, a, b, scale=1.0):
 z_s, z_t = det((8, 10), 1.7, 0.3, 3), det((8, 10), 2.3, 1.1, 3)
 y = (3 * np.arange(8) + 1) % 10
 
-# Maps of a student, and of teachers with other channels, with the same channels, and with other channels and sizes;
-# features.
+# Feature maps of a student (fs); of teachers with other channels (ft), with the same channels (ft4), and with other
+# channels and sizes (ft3). Vector features of a student (es), of a teacher of another width (et) and the same (et5).
 fs, ft = det((8, 4, 6, 6), 0.9, 0.2), det((8, 6, 6, 6), 1.3, 0.7)
 ft4, ft3 = det((8, 4, 6, 6), 1.3, 0.7), det((8, 6, 3, 3), 1.1, 0.5)
 es, et, et5 = det((8, 5), 0.8, 0.9), det((8, 7), 1.9, 0.4), det((8, 5), 1.9, 0.4)
@@ -34,7 +34,7 @@ h1, h2 = det((8, 4, 6, 6), 1.3, 0.7), det((8, 5, 3, 3), 0.6, 0.1)
 a1, a2 = det((8, 4, 6, 6), 0.9, 0.2), det((8, 4, 6, 6), 1.5, 0.6)
 b1, b2 = det((8, 4, 6, 6), 1.3, 0.7), det((8, 4, 6, 6), 0.6, 0.1)
 
-# Hidden states and attention of a transformer; the first 4 of 6 positions count.
+# Hidden states and attention of a transformer; the mask keeps the first 4 of 6 positions.
 hs, ht = det((8, 6, 5), 0.9, 0.2), det((8, 6, 5), 1.3, 0.7)
 mask = np.tile(np.arange(6) < 4, (8, 1))
 As, At = det((8, 2, 6, 6), 0.9, 0.2), det((8, 2, 6, 6), 1.3, 0.7)

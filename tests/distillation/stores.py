@@ -30,7 +30,7 @@ def network(classes=K, seed=0):
 
 
 def logits_of_view(model, seed, view):
-    """Return the logits of the model for one view of all samples, without a store."""
+    """Return the logits of the model for one view (augmented version) of all samples, computed without a store."""
     inputs = apply(AUGMENT, images(), sample_seeds(seed, view, IDS))
     with torch.no_grad():
         return model.eval()(torch.from_numpy(inputs)).numpy()

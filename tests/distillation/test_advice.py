@@ -1,4 +1,4 @@
-"""Following the fixes of errors about targets step by step leads to a run."""
+"""If the fix in each error about targets is applied, one after the other, training finally runs."""
 
 from __future__ import annotations
 
@@ -103,17 +103,17 @@ TARGETS = {
         "probabilities, classes last": soft(*PIXELS, C),
         "binary": integers(2, N, C, H, W),
         "binary, classes last": integers(2, *PIXELS, C).float(),
-        "numbers": X.new_ones(N, C, H, W) * 1.5,
-        "numbers, classes last": X.new_ones(*PIXELS, C) * 1.5,
-        "one number a pixel": X.new_ones(*PIXELS) * 0.5,
+        "real numbers": X.new_ones(N, C, H, W) * 1.5,
+        "real numbers, classes last": X.new_ones(*PIXELS, C) * 1.5,
+        "one real number per pixel": X.new_ones(*PIXELS) * 0.5,
         "labels of samples": integers(C, N),
     },
     (1, H, W): {
         "binary": integers(2, *PIXELS),
         "masks": integers(2, *PIXELS) * 255,
         "a last axis of 1": integers(2, *PIXELS, 1),
-        "numbers": X.new_ones(*PIXELS) * 1.5,
-        "numbers, a last axis of 1": X.new_ones(*PIXELS, 1) * 1.5,
+        "real numbers": X.new_ones(*PIXELS) * 1.5,
+        "real numbers, a last axis of 1": X.new_ones(*PIXELS, 1) * 1.5,
     },
     (C, 1, 1): {
         "classes": integers(C, N),

@@ -1,4 +1,4 @@
-"""The losses run on arrays without methods, with channels last, and in compilers."""
+"""The losses run on arrays that have only operators, with channels last, and in `torch.compile`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = np.array([1, -100, 4, 0, 6])
 
 @pytest.fixture
 def bare(monkeypatch):
-    """Return a function that converts numpy arrays to arrays without methods, whose library is registered."""
+    """Return a function that converts numpy arrays to `BareArray`, whose operations are registered for the test."""
     monkeypatch.setattr(ops.IMPLEMENTATIONS, "_objects", dict(ops.IMPLEMENTATIONS._objects))
     ops.IMPLEMENTATIONS.register("bare_arrays")(bare_arrays.OPERATIONS)
     return lambda arrays: ops.map_arrays(BareArray, arrays)
@@ -58,7 +58,7 @@ def test_every_loss_runs_on_arrays_without_methods_and_with_channels_last(name, 
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].takes in CHANNEL_KINDS])
-def test_the_axis_of_the_channels_is_an_argument_of_losses_of_maps(name):
+def test_losses_of_feature_maps_take_the_axis_of_the_channels_as_an_argument(name):
     for student, teacher, options in cases(name):
         value = LOSSES[name](channels_last(student), channels_last(teacher), axis=-1, **options)
         assert value == pytest.approx(LOSSES[name](student, teacher, **options), rel=1e-12)
@@ -91,7 +91,7 @@ def test_the_cases_include_every_loss_on_labels():
     assert {name for name, *_ in LABEL_CASES} == set(LABEL_LOSSES)
 
 
-def test_the_loss_from_stored_classes_runs_on_arrays_without_methods(bare):
+def test_the_loss_from_stored_top_k_logits_runs_on_arrays_without_methods(bare):
     indices = np.array([[1, 4], [0, 2], [5, 6]], np.uint8)
     arguments = [det((3, 7), 1.7, 0.3), indices, np.log([[0.5, 0.3]] * 3), np.log([0.2] * 3)]
     options = {"temperature": 2.0, "mask": np.array([True, False, True])}
@@ -143,11 +143,11 @@ def test_a_temperature_that_changes_with_the_epoch_is_traced():
 
 
 @pytest.mark.parametrize("name", list(NOT_COMPILED))
-def test_the_listed_losses_cannot_be_traced(name):
+def test_the_losses_in_not_compiled_cannot_be_traced(name):
     torch.compiler.reset()
     student, teacher, options = cases(name)[0]
     sides = [ops.map_arrays(torch.from_numpy, side) for side in (student, teacher)]
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # an entry that is no longer needed must be removed
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # if it is not raised, remove the entry
         torch.compile(LOSSES[name], fullgraph=True, backend="eager")(*sides, **options)
 
 

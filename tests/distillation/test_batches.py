@@ -91,7 +91,7 @@ FORMS = {
     "an input dict": ({"image": X}, Y),
     "a list": [X, Y],
     "a named tuple": ImageLabel(Y, X),
-    "a named tuple without names": Plain(X, Y),
+    "a named tuple without known names": Plain(X, Y),
     "a dataclass": Sample(X, Y),
     "an encoding": Encoding(image=X, label=Y),
     "arrays": (X.numpy(), Y.numpy()),
@@ -215,7 +215,7 @@ WRONG = {
     "nothing": ([], DataError, "The data is empty"),
     "an empty loader": (DataLoader(TensorDataset(X[:0], Y[:0])), DataError, "The data is empty"),
     "a generator": (((X, Y) for _ in range(2)), DataError, "iterated only once"),
-    "an exhausted one": (Exhausted(), DataError, "iterated only once"),
+    "an exhausted iterable": (Exhausted(), DataError, "iterated only once"),
 }
 
 
@@ -224,7 +224,7 @@ def test_unsupported_batches_are_refused_before_training(case, net):
     data, error, sentence = WRONG[case]
     with pytest.raises(error, match=sentence):
         distilled(net, data)
-    if case not in ("a generator", "an exhausted one"):
+    if case not in ("a generator", "an exhausted iterable"):
         with pytest.raises(error, match=sentence):
             fit(net, data, training=ONCE)
         with pytest.raises(KirschError, match=sentence):
@@ -278,10 +278,10 @@ def test_a_last_batch_of_one_sample_is_refused_before_training_with_batch_normal
     with pytest.raises(DataError, match=ALONE):
         distilled(Net(norm=True), data)
     assert not events
-    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without batch normalization it is accepted
+    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without batch normalization
 
 
-def test_a_batch_of_one_sample_of_an_unsized_loader_is_refused_when_it_occurs():
+def test_a_batch_of_one_sample_from_a_loader_without_a_length_is_refused_when_it_occurs():
     class Loader:
         def __iter__(self):
             return iter([(X, Y), (X[:1], Y[:1])])

@@ -15,7 +15,7 @@ from kirsch.errors import ShapeError, UsageError
 N, K = z_s.shape
 
 
-def test_a_binary_output_equals_two_classes_with_a_logit_of_0(framework):
+def test_binary_kd_equals_kd_of_two_classes_of_which_one_has_the_logit_0(framework):
     first, second = (logits[:, :1] for logits in (z_s, z_t))
     expected = soft_target(*(np.concatenate([0 * part, part], -1) for part in (first, second)), temperature=3.0)
     for sides in ((first, second), (first[:, 0], second[:, 0])):
@@ -32,14 +32,14 @@ def test_the_gradient_of_binary_soft_targets_is_temperature_times_the_difference
     np.testing.assert_allclose(student.grad, expected, rtol=1e-12, atol=1e-16)
 
 
-def test_bounded_regression_counts_samples_that_are_not_better_than_the_teacher(framework):
+def test_bounded_regression_uses_only_samples_whose_error_is_above_that_of_the_teacher(framework):
     """Squared errors: student 4, 1 and 1; teacher 1, 4 and 1.5."""
     student, teacher = np.array([[2.0], [1.0], [1.0]]), np.array([[1.0], [2.0], [1.5**0.5]])
     loss = functools.partial(
         LOSSES["bounded-regression"], framework(student), framework(teacher), labels=framework(np.zeros((3, 1)))
     )
     assert float(loss()) == pytest.approx(4 / 3)
-    assert float(loss(margin=1.0)) == pytest.approx((4 + 1) / 3)  # 1 + 1 is above 1.5, not above 4
+    assert float(loss(margin=1.0)) == pytest.approx((4 + 1) / 3)  # 1 + the margin is above 1.5, not above 4
 
 
 def test_bounded_regression_refuses_an_invalid_margin_and_labels_of_another_shape():

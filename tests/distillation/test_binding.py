@@ -1,4 +1,4 @@
-"""Terms are bound to layers of two models, with adapters; hooks are removed after training."""
+"""Before training, each term gets layers of student and teacher and an adapter; hooks are removed after training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_preset_for_images_trains(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(IMAGES)))
-def test_every_other_preset_is_used_in_the_tests_of_its_models(name):
+def test_every_other_preset_is_used_in_one_of_four_other_test_files(name):
     files = ("test_dense", "test_encoders", "test_models_of_tokens", "test_probabilities")
     assert any(f'"{name}"' in (Path(__file__).parent / f"{file}.py").read_text() for file in files)
 
@@ -77,7 +77,7 @@ def test_the_returned_student_has_no_adapters():
     assert set(found.model.state_dict()) == set(Net(4).state_dict())
 
 
-def test_the_event_of_the_compared_layers_has_their_shapes():
+def test_the_event_attached_has_the_names_and_shapes_of_the_compared_layers():
     events = []
     trained(
         Net(4),
@@ -120,7 +120,7 @@ def test_stages_are_matched_by_the_size_of_their_maps():
         ("logits", lambda net, x: net(x)),
     ],
 )
-def test_a_layer_name_selects_the_value_that_is_computed_there(layer, expected):
+def test_a_layer_name_selects_the_input_or_output_of_the_layer(layer, expected):
     net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
     if expected is None and layer != "penultimate":
         with pytest.raises(UsageError, match="is not a layer name"):  # :in belongs before #
@@ -149,7 +149,7 @@ def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
 
 
 def test_a_function_that_is_called_several_times_needs_an_index():
-    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward.*Append #0 for the first"):
+    with pytest.raises(UsageError, match=r"calls relu 3 times in one forward pass.*Append #0 for the first"):
         dry_run(Net(4), ["/relu"], torch.randn(2, 1, 8, 8))
 
 
@@ -158,7 +158,7 @@ def test_different_numbers_of_classes_are_refused_before_training():
         trained(Net(4), Net(6, classes=5), data(), Objective.kd())
 
 
-def test_shapes_that_no_adapter_joins_are_refused():
+def test_layers_whose_shapes_no_adapter_can_convert_are_refused():
     with pytest.raises(ShapeError, match="No adapter fits the student's value"):
         trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="down", teacher_layer="logits"),)))
 
@@ -178,7 +178,7 @@ def test_a_ramp_is_linear_and_then_constant():
     assert [ramp.at(epoch) for epoch in (0, 10, 20, 99)] == [0, 2.5, 5, 5]
 
 
-def test_gradients_are_balanced_to_the_weights():
+def test_with_balance_gradient_the_shares_of_the_gradient_are_proportional_to_the_weights_of_the_terms():
     objective = Objective((Term("kd", 1.0, temperature=4.0),), label_weight=1.0, balance="gradient")
     one_batch = ArrayData(data().inputs, data().targets, batch_size=24)
     training = Training(epochs=5, learning_rate=1e-6)
@@ -215,7 +215,7 @@ def test_samples_without_a_label_have_no_label_loss():
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    """Without batch statistics; 24 samples as one batch, or as four batches of equal size."""
+    """24 samples form one batch, or four of an optimizer step. Batch normalization is removed: it would differ."""
 
     def student():
         torch.manual_seed(1)
@@ -239,7 +239,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-12)
 
 
-def test_the_averaged_weights_are_returned():
+def test_with_ema_decay_the_averaged_weights_are_returned():
     plain = trained(_seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3)).model
     slow = trained(
         _seeded(), Net(6), data(), Objective.kd(), training=Training(epochs=1, seed=3, ema_decay=0.999)
@@ -281,7 +281,7 @@ def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
         distill(Net(4), store, other, objective=Objective.kd(1.0))
 
 
-def test_a_step_whose_targets_are_all_masked_is_refused():
+def test_an_optimizer_step_whose_targets_are_all_masked_is_refused():
     random = np.random.default_rng(0)
     tokens = random.integers(0, 7, (4, 5))
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
@@ -303,8 +303,8 @@ def test_different_vocabularies_are_refused_with_a_fix():
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
 
 
-def test_a_batch_without_labels_does_not_change_its_step():
-    """Two batches of one step; all positions of the first are masked."""
+def test_a_batch_without_labels_does_not_change_its_optimizer_step():
+    """An optimizer step has two batches; all positions of the first batch are masked."""
     tokens = np.random.default_rng(0).integers(0, 7, (4, 5))
     labels = tokens.copy()
     first = next(ArrayData(tokens, labels, batch_size=2).epoch(0, 0)).ids
@@ -328,7 +328,7 @@ def test_a_term_can_have_weight_0_in_the_first_step():
     assert trained(Net(4), Net(6), data(), objective).history[-1]["terms"].keys() == {"kd"}
 
 
-def test_teachers_of_other_classes_are_refused():
+def test_teachers_with_different_numbers_of_classes_are_refused():
     with pytest.raises(ShapeError, match=r"The teachers return logits of the shapes \(3,\), \(5,\) per sample"):
         trained(Net(4), [Net(6), Net(6, classes=5)], data(), Objective.kd())
 
@@ -342,7 +342,7 @@ def test_an_adapter_takes_the_combined_teachers():
         trained(Net(4), [teacher, teacher], data(), Objective.preset("ofa", teachers="sum"))
 
 
-def test_terms_that_a_store_of_the_largest_logits_does_not_support_are_refused(tmp_path):
+def test_terms_that_need_more_than_the_top_k_logits_of_a_store_are_refused(tmp_path):
     store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     for term, sentence in (
         (Term("dkd", 1.0, temperature=1.0), "needs all logits of the teacher"),
@@ -375,7 +375,7 @@ def test_a_term_with_a_tiny_share_of_the_gradient_gives_one_warning():
 
 
 def test_a_run_resumed_within_an_epoch_is_bit_identical_to_an_uninterrupted_run():
-    """With an adapter, averaged weights, balance, accumulation and a ramp, all of which have state."""
+    """The adapter, averaged weights, balanced gradients, accumulation and the ramp all have state to restore."""
 
     class Stop(Exception):  # noqa: N818 - not an error
         pass

@@ -69,7 +69,7 @@ def test_each_link_is_a_distillation_from_the_model_before_it():
     assert all(equal_weights(now, then) for now, then in zip(networks, before, strict=True))
 
 
-def test_with_learn_from_all_each_model_learns_from_all_before_it_the_nearest_first():
+def test_with_learn_from_all_each_model_learns_from_all_previous_models_the_latest_first():
     objective = Objective(
         (Term("kd", 0.5, temperature=2.0), Term("l2-normalized", 0.1, student_layer="0", adapter="linear"))
     )
@@ -203,7 +203,7 @@ def test_each_generation_has_new_weights_and_learns_from_the_previous_generation
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"label"}, {"label", "kd"}, {"label", "kd"}]
 
 
-def test_the_first_generation_can_learn_from_a_given_teacher():
+def test_with_the_option_teacher_the_first_generation_learns_from_this_teacher():
     teacher = fit(net(5, 3), data(), training=Training(epochs=8)).model
     found = born_again(build, data(), generations=2, teacher=teacher, training=SHORT, objective=Objective.kd(1.0, 1.0))
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
@@ -226,7 +226,7 @@ def test_resumed_generations_are_bit_identical_to_uninterrupted_generations():
     assert all(equal_weights(a.model, b.model) for a, b in zip(uninterrupted, resumed, strict=True))
 
 
-def test_a_build_that_returns_the_same_weights_or_model_is_refused():
+def test_a_function_build_that_returns_the_same_weights_or_model_twice_is_refused():
     def seeded():
         return net(5, 0)
 

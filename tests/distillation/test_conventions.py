@@ -1,4 +1,4 @@
-"""Losses with other conventions and options pass the conformance checks of the defaults."""
+"""Losses with conventions and options other than the defaults pass the conformance checks, too."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ N, K = z_s.shape
 
 @pytest.mark.parametrize("convention", ["kirsch", "torchdistill"])
 def test_dist_of_opposite_outputs_is_2_for_samples_and_2_for_classes(convention, framework):
-    """Rows (1/4, 3/4) and (3/4, 1/4), exchanged in the student: every correlation is -1."""
+    """The teacher has rows (1/4, 3/4) and (3/4, 1/4), the student the same rows exchanged: every correlation is -1."""
     teacher = np.array([[0.0, math.log(3)], [math.log(3), 0.0]])
     sides = framework(teacher[::-1].copy()), framework(teacher)
     # "torchdistill" clips norms at 1e-8; the norms here are about 1/8.
@@ -26,7 +26,7 @@ def test_dist_of_opposite_outputs_is_2_for_samples_and_2_for_classes(convention,
 
 
 def test_batch_and_class_correlation_in_closed_form(framework):
-    """P_s = (1/2, 1/2), P_t = (1/4, 3/4), one sample: products 1/2 and 5/8; 1/4 and 1/16, 3/16, 9/16."""
+    """P_s = (1/2, 1/2), P_t = (1/4, 3/4) of one sample. P Pᵀ is 1/2 and 5/8; Pᵀ P is 1/4, and 1/16, 3/16, 9/16."""
     student, teacher = framework(np.zeros((1, 2))), framework(np.array([[0.0, math.log(3)]]))
     batch = float(LOSSES["batch-correlation"](student, teacher, temperature=1.0))
     classes = float(LOSSES["class-correlation"](student, teacher, temperature=1.0))
@@ -63,8 +63,8 @@ def test_dist_of_a_student_that_equals_its_teacher_is_0_with_many_classes(scale,
     assert float(student.grad.abs().max()) < 1e-6
 
 
-def test_the_correlation_with_a_constant_side_counts_as_0(framework):
-    """The probabilities of one side are equal for both samples, those of the other are not."""
+def test_the_correlation_with_constant_probabilities_counts_as_0(framework):
+    """One model has equal probabilities for both samples, the other model has different ones."""
     varying, constant = framework(np.array([[0.0, 1.0], [0.0, 2.0]])), framework(np.array([[0.3, 1.1], [0.3, 1.1]]))
     assert float(LOSSES["dist"](varying, constant, inter=0.0)) == pytest.approx(1, rel=1e-14)
     assert float(LOSSES["dist"](constant, varying, inter=0.0)) == pytest.approx(1, rel=1e-14)

@@ -21,7 +21,7 @@ from kirsch.frameworks.training import Training, TrainingHooks
 
 K, N = 3, 12
 NEGLIGIBLE_STEP = Training(epochs=1, learning_rate=1e-12, schedule="constant", weight_decay=0.0)
-"""A learning rate so low that the loss is that of the initial weights."""
+"""The learning rate is so low that the loss of every batch is that of the initial weights."""
 
 
 def run_distill(student, teacher, data, objective, training=NEGLIGIBLE_STEP, **options):
@@ -76,7 +76,7 @@ def test_a_segmentation_student_learns_from_channels_and_labels(segmenters):
     )
 
 
-def test_soft_targets_of_pixels_leave_out_pixels_without_a_label(segmenters):
+def test_the_loss_pixel_kd_leaves_out_pixels_without_a_label(segmenters):
     student, teacher = segmenters
     data = pixels()
     result = run_distill(student, teacher, data, Objective((Term("pixel-kd", 1.0, temperature=2.0),), label_weight=0.0))
@@ -184,7 +184,7 @@ def test_a_detr_student_with_fewer_queries_learns():
     assert better.history[-1]["loss"] < 0.7 * better.history[0]["loss"]
 
 
-def test_a_student_with_a_dense_head_learns():
+def test_a_detector_with_an_output_for_each_cell_learns_with_detection_response():
     models, data = (detector(5, 5), detector(5, 8)), scenes()
     objective = Objective((Term("detection-response", 1.0, student_layer=SET),), label_weight=0.0)
     result = run_distill(*models, data, objective)

@@ -1,4 +1,4 @@
-"""Transforms describe themselves by their fields, callables of the user by a declared version, or they are refused."""
+"""A transform is described by its fields, a callable of the user by its declared version; others are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Scaled:
 
 
 class Shared:
-    """A transform whose objects have settings and one version."""
+    """A transform whose objects have different settings but share the version of the class."""
 
     version = "1"
 
@@ -128,7 +128,7 @@ def test_version_is_a_text_or_a_whole_number(version):
         description(versioned(nn.Identity(), version))
 
 
-def test_version_of_a_class_does_not_tell_its_objects_apart():
+def test_version_shared_by_objects_with_different_attributes_is_refused():
     with pytest.raises(UsageError, match=r"for all objects, which may differ in `amount`\. .*f\"1 amount={amount}\""):
         description(Shared(1))
 

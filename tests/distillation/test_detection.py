@@ -57,7 +57,7 @@ def sigmoid(logits):
         ([0.5, 0.5, 1, 1], [1.5, 0.5, 1, 1], 0),
         # Unit squares with a gap of 1: 1 of the hull's area of 3 is outside the union.
         ([0.5, 0.5, 1, 1], [2.5, 0.5, 1, 1], -1 / 3),
-        # At a corner, overlap of 1/4: union 7/4, hull 9/4.
+        # Unit squares that overlap by 1/4 at a corner: union 7/4, hull 9/4.
         ([0.5, 0.5, 1, 1], [1.0, 1.0, 1, 1], 1 / 7 - 2 / 9),
         # One inside the other.
         ([0.5, 0.5, 1, 1], [0.5, 0.5, 0.5, 0.5], 1 / 4),
@@ -67,7 +67,7 @@ def sigmoid(logits):
         ([0.5, 0.5, 1e-7, 1e-7], [0.5, 0.5, 1e-7, 1e-7], 1),
         ([0.5, 0.5, 0, 0.2], [0.5, 0.5, 0, 0.2], 1),
         ([0.5, 0.5, -1, -1], [0.5, 0.5, 0, 0], 1),
-        # Two points: no part of their hull belongs to a point.
+        # Two points: their hull has an area, but their union has none.
         ([0.2, 0.2, 0, 0], [0.5, 0.5, 0, 0], -1),
     ],
 )
@@ -133,7 +133,7 @@ def test_logits_with_other_cells_than_the_maps_are_refused():
 
 
 def test_detection_response_in_closed_form(framework):
-    """Probabilities of teacher and student: 3/4 and 1/2 in cell 0, 1/4 in cell 1, whose boxes do not count."""
+    """Cell 0: probability 3/4 in the teacher, 1/2 in the student. Cell 1: 1/4 in both, so its boxes do not count."""
     teacher = {
         "logits": framework(np.log([[[3.0], [1 / 3]]])),
         "boxes": framework([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.1, 0.1]]]),
@@ -163,11 +163,11 @@ def test_detection_response_equals_the_formula_of_the_authors_in_pytorch():
 
 
 def with_logits(*cells):
-    """Return a side with these logits of cells and equal boxes."""
+    """Return the outputs of a detector: these logits of cells, and equal boxes."""
     return {"logits": np.array([cells], float), "boxes": np.full((1, len(cells), 4), 0.5)}
 
 
-def test_an_object_of_the_student_alone_adds_as_much_to_detection_response_as_one_of_the_teacher_alone(framework):
+def test_detection_response_is_equal_for_an_object_that_only_the_student_or_only_the_teacher_detects(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -181,7 +181,7 @@ def test_an_object_of_the_student_alone_adds_as_much_to_detection_response_as_on
     assert invented == pytest.approx(8, rel=1e-2)
 
 
-def test_an_object_of_the_student_alone_adds_a_tenth_of_one_of_the_teacher_alone_to_detr(framework):
+def test_detr_of_an_object_that_only_the_student_detects_is_a_tenth_of_that_of_a_missed_object(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -197,7 +197,7 @@ def test_an_object_of_the_student_alone_adds_a_tenth_of_one_of_the_teacher_alone
 def test_objects_of_the_student_add_to_the_loss_if_the_teacher_detects_nothing():
     empty, detected = with_logits([-8.0], [-8.0]), with_logits([8.0], [-8.0])
     assert detection_response(detected, empty) == pytest.approx(8, rel=1e-2)
-    assert detr(detected, empty, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of two queries
+    assert detr(detected, empty, classes="sigmoid") == pytest.approx(4, rel=1e-2)  # one of the two queries differs
 
 
 def test_boxes_are_weighted_by_the_confidence_above_the_threshold():
@@ -214,7 +214,7 @@ def test_boxes_are_weighted_by_the_confidence_above_the_threshold():
 
 
 def test_background_cells_change_the_response_by_less_than_2_percent():
-    """A hundred background cells with a small error beside one object."""
+    """There are one object and a hundred background cells; all logits of the student have a small error."""
     teacher = {"logits": np.full((1, 101, 3), -9.0), "boxes": np.full((1, 101, 4), 0.5)}
     teacher["logits"][0, 0, 0] = 3.0
     student = {"logits": teacher["logits"] + 0.5, "boxes": teacher["boxes"]}
@@ -238,7 +238,7 @@ def test_invalid_options_of_the_response_are_refused(options, message):
         detection_response(random_side(0, 6), random_side(1, 6), **options)
 
 
-# ------------------------------------------------------------------------------------------------ sets
+# ------------------------------------------------------------------------------------------------ DETR: sets of queries
 
 
 def pair_losses(student, teacher, n, i, j, classes):
@@ -280,7 +280,7 @@ def test_detr_is_the_minimum_over_all_permutations(classes, queries, seed):
     assert float(again) == pytest.approx(value, rel=1e-12)
 
 
-def test_the_order_of_queries_does_not_matter():
+def test_the_order_of_queries_does_not_change_the_loss_detr():
     student, teacher = random_side(0, 6), random_side(1, 6)
     expected = detr(student, teacher)
     order = np.random.default_rng(2).permutation(6)
@@ -289,7 +289,7 @@ def test_the_order_of_queries_does_not_matter():
     assert detr({name: part[:, order] for name, part in teacher.items()}, teacher) == pytest.approx(0, abs=1e-12)
 
 
-def test_unmatched_queries_of_the_student_get_no_gradient():
+def test_queries_of_the_student_without_a_matching_query_of_the_teacher_get_no_gradient():
     teacher, others = random_side(1, 3), random_side(2, 4)
     student = {name: np.concatenate([others[name], teacher[name]], 1) for name in teacher}
     assert detr(student, teacher) == pytest.approx(0, abs=1e-12)
@@ -332,7 +332,7 @@ def test_detr_with_sigmoid_classes_conforms(check):
 
 
 def test_matching_works_with_nan_and_infinity():
-    """Pairs with such costs are matched last, and the loss becomes NaN."""
+    """Pairs with a cost of NaN or infinity are matched last. The loss becomes NaN."""
     costs = np.array([[[np.nan, 1.0], [0.0, np.inf]]])
     np.testing.assert_array_equal(match_pairs(costs), [[1, 0]])
     student, teacher = random_side(0, 3), random_side(1, 3)
@@ -341,7 +341,7 @@ def test_matching_works_with_nan_and_infinity():
 
 
 def test_a_student_with_fewer_queries_is_matched_to_the_most_confident():
-    """The smallest sum of costs would select the query without an object."""
+    """Matching by cost alone would select the query without an object."""
     teacher = {"logits": np.array([[[0.0, 5.0], [3.0, 0.0], [2.0, 0.0]]]), "boxes": np.arange(12.0).reshape(1, 3, 4)}
     for side in (teacher, tensors(teacher)):
         assert [box[0] for box in most_confident(side, "softmax", 2)["boxes"][0].tolist()] == [4, 8]
@@ -354,7 +354,7 @@ def test_the_confidence_ignores_the_class_no_object():
     assert confidence(np.log([[1 / 9, 1 / 4, 7 / 3]]), "sigmoid") == pytest.approx(0.7)
 
 
-def test_inconsistent_sets_are_refused():
+def test_sets_of_queries_with_inconsistent_shapes_are_refused():
     student, teacher = random_side(0, 4), random_side(1, 5)
     with pytest.raises(ShapeError, match=r"\(2, 4, 4\), the teacher's \(2, 5, 3\).*numbers of queries may differ"):
         detr(student, random_side(1, 5, classes=3))

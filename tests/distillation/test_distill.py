@@ -1,4 +1,4 @@
-"""`distill` and `fit` in closed form; the arguments do not change; invalid arguments are refused before training."""
+"""`distill` and `fit` equal closed forms, do not change their arguments, and refuse invalid ones before training."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_one_step_of_distillation_in_closed_form(student, teacher):
     np.testing.assert_allclose(weight(found.model), expected, rtol=1e-12)
 
 
-def test_the_shares_of_the_first_batch_in_closed_form(student, teacher):
+def test_the_loss_and_gradient_shares_of_the_first_batch_in_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
     found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).first_batch
     inputs, targets = samples(N)
@@ -247,7 +247,7 @@ def test_lists_of_arrays_lists_of_tensors_and_loaders_give_the_same_weights(stud
 # ------------------------------------------------------------------------------------------------ events and validation
 
 
-def test_there_are_events_of_the_teacher_the_first_batch_and_each_epoch(student, teacher):
+def test_the_teacher_the_first_batch_and_each_epoch_have_an_event(student, teacher):
     events = []
     found = distill(
         student, teacher, one_batch(), training=Training(epochs=2), hooks=TrainingHooks(event=events.append)
@@ -276,13 +276,22 @@ def test_a_validation_can_be_arrays_batches_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_a_teacher_is_evaluated_on_batches_until_32_samples_and_8_of_other_classes_are_reached(student, teacher):
+def test_a_teacher_is_evaluated_on_batches_until_32_samples_8_of_them_not_of_the_largest_class(student, teacher):
     inputs, targets = samples(60, seed=5)
     batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
     with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
         distill(student, teacher, one_batch(), validation=batches)
     with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
         distill(student, teacher, batches)
+
+
+def test_training_without_targets_warns_that_the_label_loss_is_left_out(student, teacher):
+    inputs, _ = samples()
+    sentence = r"The batches have no targets, so the label loss, weight 0\.1, is left out\. Give \(inputs, targets\)"
+    with pytest.warns(UserWarning, match=sentence):
+        distill(student, teacher, [inputs], training=ONE_STEP, check_teacher=False)
+    without = Objective(Objective.kd().terms, label_weight=0)
+    distill(student, teacher, [inputs], objective=without, training=ONE_STEP, check_teacher=False)
 
 
 def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(student, teacher):
@@ -315,7 +324,7 @@ def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sen
             call()
 
 
-def test_a_validation_in_the_hooks_has_precedence(student, teacher):
+def test_the_hook_validate_has_precedence_over_the_option_validation(student, teacher):
     hooks = TrainingHooks(validate=lambda model: {"metric": 7.0})
     (record,) = distill(student, teacher, one_batch(), training=ONE_STEP, validation=samples(N), hooks=hooks).history
     assert record["metric"] == 7.0
@@ -401,7 +410,7 @@ def test_a_label_out_of_range_is_refused(student, train, label):
         (lambda y: np.where(y, y, np.nan), "and NaN or infinity.* Leave out samples whose target is NaN"),
         (lambda y: y[:, None] + 0.25, r"\(36, 1\) .* label_loss=\"squared-error\""),
     ],
-    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "several", "nan", "numbers"],
+    ids=["one-hot", "halves", "column", "floats", "bool", "soft", "multi-label", "nan", "column of floats"],
 )
 def test_targets_that_are_not_class_numbers_are_refused_with_a_fix(student, train, change, sentence):
     inputs, targets = samples(N)
@@ -411,7 +420,7 @@ def test_targets_that_are_not_class_numbers_are_refused_with_a_fix(student, trai
 
 
 def inverted(model):
-    """Return the teacher with the signs of its logits changed."""
+    """Change the signs of the logits of the model, and return the model."""
     model[0].weight.data.neg_()
     return model
 
@@ -467,7 +476,7 @@ def test_a_plain_function_in_a_term_is_refused_with_the_decorator():
         Term(lambda student, teacher: 0.0)
 
 
-def test_a_bad_teacher_is_accepted_without_the_check_or_with_few_samples(student, teacher):
+def test_a_bad_teacher_is_accepted_with_check_teacher_false_or_with_few_samples(student, teacher):
     events = []
     hooks = TrainingHooks(event=events.append)
     distill(student, inverted(teacher), one_batch(), training=ONE_STEP, check_teacher=False, hooks=hooks)

@@ -1,4 +1,4 @@
-"""The distillation loss as a function of arrays: no model, no framework."""
+"""The distillation loss is a function of arrays, and needs neither a model nor a framework."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_total_is_the_weighted_sum_of_the_label_loss_and_the_terms():
     assert found.total == pytest.approx(sum(found.terms.values()), rel=1e-14)
 
 
-def test_the_losses_of_the_parts_of_a_step_add_up_to_the_loss_of_one_batch():
+def test_the_losses_of_the_batches_of_an_optimizer_step_add_up_to_the_loss_of_one_large_batch():
     objective = Objective((Term("kd", 0.5, temperature=2.0), Term("wsld", 1.0, temperature=2.0)), label_weight=0.5)
     terms = [bound(objective.terms[0]), bound(objective.terms[1], adapter_name="adapter1")]
     loss = DistillationLoss(objective, terms)
@@ -76,7 +76,7 @@ def test_the_losses_of_the_parts_of_a_step_add_up_to_the_loss_of_one_batch():
     assert sum(part.total for part in parts) == pytest.approx(one_batch.total, rel=1e-12)
 
 
-def test_a_term_uses_all_teachers_combined_or_the_teacher_that_it_names():
+def test_a_term_uses_all_teachers_combined_or_the_teacher_given_by_its_option_teacher():
     objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
     mixture = 2.0 * np.log((softmax(TEACHER / 2, -1) + softmax(SECOND / 2, -1)) / 2)
     both = loss_of_batch(objective, [bound(objective.terms[0])], [TEACHER, SECOND])
@@ -85,7 +85,7 @@ def test_a_term_uses_all_teachers_combined_or_the_teacher_that_it_names():
     assert one.total == pytest.approx(kl(SECOND, 2.0), rel=1e-12)
 
 
-def test_a_step_without_a_label_raises_an_error():
+def test_an_optimizer_step_without_a_label_raises_an_error():
     objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=1.0, causal=True)
     sequences = Batch(INPUTS, np.full((N, 3), -100))
     loss = DistillationLoss(objective, [bound(objective.terms[0])])

@@ -84,7 +84,7 @@ def assert_no_hooks(*models):
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
 def test_a_plain_loop_gives_the_weights_of_kirsch_distill():
-    """With a ramp, an adapter, the penultimate layer and balanced gradients; without dropout, whose seeds differ."""
+    """The objective has a ramp, an adapter, the penultimate layer and balance. Dropout is removed: its seeds differ."""
     models = [net(4, 1), net(6, 2)]
     for model in models:
         model[5] = nn.Identity()
@@ -155,7 +155,7 @@ def test_batches_can_be_tuples_dicts_or_inputs_of_numpy_or_torch(kind):
     assert found(inputs).terms.keys() == {"kd"}
 
 
-def test_the_gradients_of_the_batches_of_a_step_sum_to_the_gradient_of_one_large_batch():
+def test_the_gradients_of_the_batches_of_an_optimizer_step_sum_to_the_gradient_of_one_large_batch():
     objective, inputs, labels = Objective.kd(), data().inputs.astype(np.float64), data().targets
     found = kirsch.Distiller(deterministic(4, 1), deterministic(6, 2), objective, (inputs, labels))
     window = [(inputs[part], labels[part]) for part in (slice(0, 5), slice(5, 24))]
@@ -170,7 +170,7 @@ def test_the_gradients_of_the_batches_of_a_step_sum_to_the_gradient_of_one_large
 
 
 def test_a_module_wrapped_by_ddp_has_the_same_gradients():
-    """With one process; tests/frameworks/pytorch/test_processes.py has two."""
+    """One process is enough here; tests/frameworks/pytorch/test_processes.py runs two."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).eval()
@@ -200,7 +200,7 @@ def test_a_term_without_gradient_for_the_student_raises_an_error():
         found(next(data().epoch(0, 0)))
 
 
-def test_without_gradients_the_loss_is_computed_and_shares_are_not():
+def test_under_no_grad_the_loss_is_computed_and_the_gradient_shares_are_not():
     found = distiller(Objective.kd()).eval()
     with torch.no_grad():
         assert found(next(data().epoch(0, 0))).total > 0
@@ -236,7 +236,7 @@ def test_a_store_gives_the_loss_of_its_teacher(tmp_path, keep):
         kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
 
 
-def test_models_objectives_and_batches_that_do_not_fit_are_refused_at_construction():
+def test_a_distiller_of_incompatible_models_objective_and_batch_is_refused_at_construction():
     student, inputs = net(4, 1), data().inputs[:4]
     for teacher, objective, batch, error, sentence in (
         (student, OBJECTIVE, inputs, UsageError, "same object.*copy.deepcopy"),

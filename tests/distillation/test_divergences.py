@@ -1,4 +1,4 @@
-"""Divergences besides soft targets: closed forms, limits, and both directions."""
+"""Reverse KL and Jensen-Shannon divergence: closed forms, limits, and both directions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_jsd_with_beta_0_and_1_is_kl_in_both_directions(temperature, framework):
         expected = float(LOSSES[end](*sides, temperature=temperature))
         value = float(LOSSES["jsd"](*sides, beta=beta, temperature=temperature))
         assert value == pytest.approx(expected, rel=1e-13)
-        for step in (1e-300, 1e-15, 1e-9):  # the difference from the limit is about slope · step
+        for step in (1e-300, 1e-15, 1e-9):  # the difference from the limit is about the slope at the end times step
             near = float(LOSSES["jsd"](*sides, beta=abs(beta - step), temperature=temperature))
             assert near == pytest.approx(expected, rel=1e-12 + 1e3 * step)
 
@@ -61,7 +61,7 @@ def test_jsd_is_continuous_at_beta_0_and_1_unlike_the_jsd_of_trl():
     st.floats(0, 1),
 )
 @settings(deadline=None, derandomize=True)
-def test_jsd_is_nonnegative_and_unchanged_if_the_sides_and_the_shares_are_exchanged(student, teacher, beta):
+def test_jsd_is_nonnegative_and_does_not_change_if_models_and_beta_are_both_exchanged(student, teacher, beta):
     beta = 1 - (1 - beta)  # so that 1 - beta is exact
     value = float(LOSSES["jsd"](student, teacher, beta=beta))
     assert value >= -1e-12

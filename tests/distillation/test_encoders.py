@@ -96,7 +96,7 @@ def test_padding_changes_neither_losses_nor_gradient(encoders):
 
 
 def test_without_a_mask_padding_changes_every_loss(encoders):
-    """Shows that the test above can fail."""
+    """Padding has an effect unless it is masked, so the test above can fail."""
     tokens = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(3))
     mask = torch.ones(2, 6, dtype=torch.bool)
     plain, _ = losses_and_gradient(*encoders, tokens, mask)

@@ -1,4 +1,4 @@
-"""Teachers and students whose predictions do not depend on the inputs are detected, even if classes are uneven."""
+"""Models whose predictions do not depend on the inputs are detected, even if the classes have unequal frequencies."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def warnings_of(events):
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_at_97_percent():
+def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_even_if_97_percent_are_correct():
     sentence = (
         r"no better than chance: 97\.0% of 100 samples are correct, chance is 97\.0% \(the most frequent class has "
         r"97\.0%\); balanced accuracy 50\.0%\. It predicts class 0 for every sample"
@@ -84,12 +84,12 @@ def test_a_store_of_constant_predictions_is_refused(tmp_path, keep):
         distill(FromFunction(lambda x: x[:, :2]), store, data, objective=objective, training=ONCE)
 
 
-def test_the_event_of_a_teacher_has_the_balanced_accuracy_if_classes_are_uneven():
+def test_the_event_of_a_teacher_has_the_balanced_accuracy_if_classes_have_unequal_frequencies():
     (event,) = (event for event in events_of(CORRECT, ArrayData(X, RARE.astype(int))) if event["event"] == "teacher")
     assert event == {"event": "teacher", "accuracy": 1.0, "classes": 2, "balanced_accuracy": 1.0, "majority": 0.97}
 
 
-def test_a_teacher_with_lower_accuracy_than_the_majority_and_high_balanced_accuracy_is_accepted():
+def test_a_teacher_less_accurate_than_a_constant_prediction_with_high_balanced_accuracy_is_accepted():
     events = events_of(SENSITIVE, ArrayData(X, RARE.astype(int)))
     (event,) = (event for event in events if event["event"] == "teacher")
     assert event["accuracy"] < event["majority"]
@@ -98,7 +98,7 @@ def test_a_teacher_with_lower_accuracy_than_the_majority_and_high_balanced_accur
 
 def test_a_constant_prediction_on_few_samples_or_one_class_gives_a_warning():
     labels = RARE.astype(int)
-    few = slice(20, 45)  # 25 samples, of which one is of the rare class
+    few = slice(20, 45)  # 25 samples, one of them of the rare class
     sentences = warnings_of(events_of(CONSTANT, ArrayData(X[few], labels[few])))
     assert any(
         "It predicts class 0 for every sample. Give more labeled samples, of all classes" in s for s in sentences
@@ -117,7 +117,7 @@ def test_a_loader_is_read_until_there_are_samples_of_a_second_class():
 
 
 def test_a_teacher_of_many_classes_with_low_accuracy_above_chance_is_accepted():
-    """2 of 40 predictions are correct, which is more than by chance."""
+    """2 of 40 predictions are correct; a random prediction of 200 classes would give 0.2."""
     labels = np.arange(40)
 
     def logits(x):
@@ -169,7 +169,7 @@ def test_a_teacher_with_constant_negative_logits_is_refused():
 
 
 def test_a_teacher_with_negative_logits_that_depend_on_the_inputs_gives_a_warning():
-    """Logits of rare labels often rank the samples correctly and never exceed 0."""
+    """Such a teacher is useful: logits of rare labels often rank the samples correctly although they never exceed 0."""
     differs = FromFunction(lambda x: torch.from_numpy(RARELY.astype(float))[: len(x)] - 4.0, 3)
     events = events_of(differs, ArrayData(X, RARELY.astype(float)), BINARY)
     assert any("It predicts 0 for every sample" in sentence for sentence in warnings_of(events))

@@ -88,7 +88,7 @@ def test_no_gradient_flows_to_the_generator():
     assert layer.weight.grad is None
 
 
-def test_inputs_can_be_generated_by_name():
+def test_a_generator_can_return_a_dict_of_inputs():
     data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, 4)
     torch.manual_seed(0)
     student, teacher = nn.Linear(D, K).double(), nn.Linear(D, K).double()
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
     assert [record["loss"] for record in resumed.history] == [record["loss"] for record in uninterrupted.history]
 
 
-def test_a_teacher_without_labels_to_evaluate_it_gives_a_warning():
+def test_a_teacher_that_cannot_be_evaluated_without_labels_gives_a_warning():
     events = []
     hooks = TrainingHooks(event=events.append)
     data, training = GeneratedData(normal, 8), Training(epochs=1)

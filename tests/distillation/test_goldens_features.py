@@ -1,4 +1,4 @@
-"""Losses on maps, stages, features and relations equal the results of reference code."""
+"""Losses on feature maps, stages, vectors and relations equal the results of reference code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ GOLDEN = {
 }
 
 IN_32_BITS = {"KDSVD/mdistiller k=1": 1e-6}
-"""Tolerance for references that compute in float32: the `svd` of mdistiller calls `.float()` first."""
+"""Name → relative tolerance, if the reference computes in float32: the `svd` of mdistiller calls `.float()` first."""
 
 
 @pytest.mark.parametrize("golden", GOLDEN)

@@ -12,7 +12,7 @@ from kirsch.distillation.losses.top_k import stored_top_k
 
 N, K = z_s.shape
 
-# Name of the value → (loss, options, factor from the loss to the value).
+# Name of the golden value → (loss, options, factor by which the loss is multiplied to give the value).
 PLAIN = {
     f"KD/{name.format(f'T={t}')}": ("kd", {"temperature": t, "convention": convention}, 1)
     for t in (1.0, 4.0)
@@ -99,7 +99,7 @@ def test_losses_equal_the_golden_values(name, framework):
 
 
 @pytest.mark.parametrize("name", SINGLE_PRECISION)
-def test_losses_equal_the_golden_values_of_code_in_float32(name, framework):
+def test_losses_equal_the_golden_values_of_reference_code_in_float32(name, framework):
     loss, options, factor = SINGLE_PRECISION[name]
     # Adjacent float32 numbers near 2.8 differ by 2e-7; a sum of ten has an error of a few times that.
     assert factor * loss_value(framework, loss, options) == pytest.approx(VALUES[name], rel=1e-6)

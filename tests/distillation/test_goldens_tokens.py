@@ -46,7 +46,7 @@ def test_masked_attention_mse_without_a_convention_equals_the_golden_value():
 
 
 def test_the_convention_textbrewer_includes_masked_keys_in_the_softmax():
-    """TextBrewer takes the softmax over all 6 keys and the sum over 4, so its value is lower."""
+    """TextBrewer computes the softmax over all 6 keys but sums over the 4 unmasked ones, so its value is lower."""
     expected = attention_ce(As[:, :, :4, :4].copy(), At[:, :, :4, :4].copy())
     assert attention_ce(As, At, mask=mask) == pytest.approx(expected, rel=1e-12)
     assert VALUES["BERT/att_ce mask"] < expected - 0.1

@@ -110,7 +110,7 @@ def test_binary_labels_may_be_booleans(framework):
     assert float(from_numbers) == float(from_booleans)
 
 
-def test_unknown_targets_of_the_binary_loss_do_not_count(framework):
+def test_targets_of_minus_100_do_not_count_in_the_binary_loss(framework):
     """A target of -100 adds nothing, and a sample with only such targets does not count."""
     targets = np.array([[1.0, -100.0], [-100.0, -100.0]])
     value = binary_label(framework(np.array([[0.0, 5.0], [7.0, 7.0]])), framework(targets))
@@ -126,7 +126,7 @@ def test_one_output_per_sample_is_not_broadcast_over_the_batch(loss, framework):
 
 
 def test_the_squared_error_in_closed_form(framework):
-    """(1 + 4) and (0 + 9), averaged over two samples."""
+    """The squared errors 1 + 4 and 0 + 9 of two samples have the mean 7."""
     student, truth = np.array([[1.0, 2.0], [0.0, 3.0]]), np.zeros((2, 2))
     assert float(squared_error(framework(student), framework(truth))) == 7.0
 

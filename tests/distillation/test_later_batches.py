@@ -59,7 +59,7 @@ LATER = {
     "another size": (
         (X[..., :5], Y),
         ModelError,
-        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*padded or resized to its size",
+        r"Fixed does not run on .* float32 of shape \(12, 1, 6, 5\)\. .*padded or resized to its input size",
     ),
     "another type": ((X.double(), Y), UsageError, "computes in float32, and its inputs are float64"),
     "none": (None, DataError, "A batch is None"),
@@ -81,7 +81,7 @@ def test_a_later_batch_that_does_not_fit_raises_an_error_with_the_number_of_the_
 
 
 @pytest.mark.parametrize("case", sorted(LATER.keys() - {"none"}))
-def test_a_later_batch_of_a_distiller_that_does_not_fit_raises_an_error(case):
+def test_a_distiller_refuses_a_later_batch_that_does_not_fit(case):
     batch, error, sentence = LATER[case]
     distiller = Distiller(Fixed(), Fixed(5), Objective.kd(), (X, Y))
     distiller((X, Y))
@@ -117,7 +117,7 @@ class Failing(Fixed):
         return super().forward(image)
 
 
-def test_an_error_in_the_code_of_the_model_has_its_line():
+def test_the_message_of_an_error_in_the_model_has_the_line_of_code():
     with pytest.raises(
         ModelError, match=r"Batch 2 of epoch 1: .*ValueError: wrong \(test_later_batches\.py:\d+, in forward\)"
     ) as caught:
@@ -125,13 +125,15 @@ def test_an_error_in_the_code_of_the_model_has_its_line():
     assert isinstance(caught.value.__cause__.__cause__, ValueError)
 
 
-def test_errors_that_shapes_do_not_cause_are_not_wrapped():
+def test_errors_that_the_shape_of_a_batch_cannot_cause_are_not_wrapped():
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyError("wrong")):
         with pytest.raises(type(error)):
             fit(Failing(error), [(X, Y)] * 2, training=ONCE)
 
 
-@pytest.mark.parametrize("batch", [(X,), (X, None), X, {"image": X}], ids=["alone", "None", "an array", "a dict"])
+@pytest.mark.parametrize(
+    "batch", [(X,), (X, None), X, {"image": X}], ids=["inputs alone", "None", "an array", "a dict"]
+)
 def test_a_later_batch_without_targets_is_refused_or_gives_one_warning(batch):
     with pytest.raises(DataError, match=r"Batch 2 of epoch 1: A batch has no targets, and there is no teacher"):
         TRAINING_CALLS["fit"]([(X, Y), batch])
@@ -192,7 +194,7 @@ MASK = (torch.arange(6) < 4).expand(N, 6)
         (Optional, DataError, r'If they are a mask of the inputs, give a dict .*"labels": \.\.\.\}'),
     ],
 )
-def test_a_tuple_of_inputs_mask_and_labels_is_refused_with_the_dict_to_give(model, error, sentence, mask):
+def test_a_tuple_of_inputs_mask_and_labels_is_refused_and_the_error_shows_the_dict(model, error, sentence, mask):
     with pytest.raises(error, match=sentence):
         fit(model(), [(WORDS, mask, Y)], training=ONCE)
     with pytest.raises(DataError, match=r"third part of a batch is int64 of shape \(12, 6\).* or a dict"):

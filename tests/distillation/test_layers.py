@@ -1,4 +1,4 @@
-"""Layer names select the values that are computed there: with in-place operations, functions, and transformers."""
+"""Layer names select inputs and outputs of modules and functions, even if the values are overwritten in place."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def values_of(block, x):
     return normed, normed + x, torch.relu(normed + x)
 
 
-def test_a_value_is_copied_before_it_is_overwritten_in_place():
+def test_a_feature_is_copied_before_the_model_overwrites_it_in_place():
     """The first run finds out which values are overwritten; later runs copy only these values."""
     net, x = ResNet(4).eval(), torch.from_numpy(images())
     block = net.layer1[0]
@@ -74,7 +74,7 @@ def test_a_value_is_copied_before_it_is_overwritten_in_place():
         for layer, value in watch(x).items():
             torch.testing.assert_close(value, expected[layer], msg=layer)
     copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
-    assert copied == {"layer1.0.bn2", "layer1.0"}  # the output of the block itself is not overwritten
+    assert copied == {"layer1.0.bn2", "layer1.0"}  # "layer1.0" stands for its sum, not for its output
     watch.close()
 
 
@@ -104,7 +104,7 @@ def test_a_forward_that_overwrites_only_in_later_runs_is_refused():
     watch = FeatureCapture(net, ["fc"])
     watch(torch.ones(1, 2))
     net.in_place = True
-    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward of Changing"):
+    with pytest.raises(UsageError, match=r"The value at `fc` is overwritten in place in this forward pass of Changing"):
         watch(torch.ones(1, 2))
     watch.close()
 
@@ -127,7 +127,7 @@ def test_functions_of_a_module_are_those_that_its_own_forward_calls():
         dry_run(net, ["layer1.0/ad"], x)
 
 
-def test_functions_of_a_residual_network_can_be_compared():
+def test_terms_can_compare_the_results_of_functions_of_a_residual_network():
     terms = (
         Term("fitnet", 1.0, student_layer="layer1.0/add", name="sum"),
         Term("at", 1.0, student_layer="layer1.*.bn2", name="normed"),
@@ -177,7 +177,7 @@ def attention(block, x):
     return states[0], states[0] @ states[1].transpose(-1, -2) * (width // 2) ** -0.5
 
 
-def test_functions_of_a_vision_transformer_return_their_values(vit):
+def test_layer_names_select_inputs_and_results_of_functions_of_a_vision_transformer(vit):
     net, x = vit(8, fused=False).eval(), torch.from_numpy(images(2))
     layers = ["blocks.0:in", "blocks.0.attn/softmax:in", "blocks.0.attn/softmax", "blocks.0/add#0", "blocks.0/add#1"]
     found = dry_run(net, [*layers, "blocks.0", "blocks.0.attn", "blocks.0.mlp"], x)
@@ -188,7 +188,7 @@ def test_functions_of_a_vision_transformer_return_their_values(vit):
     torch.testing.assert_close(found["blocks.0/add#1"], found["blocks.0"])
 
 
-def test_fused_attention_has_its_queries_and_result_and_no_softmax(vit):
+def test_the_function_of_fused_attention_has_the_queries_as_input_and_calls_no_softmax(vit):
     net, x = vit(8).eval(), torch.from_numpy(images(2))
     function = "blocks.0.attn/scaled_dot_product_attention"
     found = dry_run(net, ["blocks.0:in", f"{function}:in", function], x)
@@ -200,7 +200,7 @@ def test_fused_attention_has_its_queries_and_result_and_no_softmax(vit):
     assert scores.shape[-1] == 5
 
 
-def test_functions_of_a_vision_transformer_can_be_compared(vit):
+def test_terms_can_compare_inputs_and_results_of_functions_of_a_vision_transformer(vit):
     terms = (
         Term("attention-mse", 1.0, student_layer="blocks.*.attn/softmax:in", name="attention"),
         Term("hidden-mse", 1.0, student_layer="blocks.*/add#1", name="hidden"),
@@ -238,7 +238,7 @@ def texts(n=8, length=7):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_functions_of_an_encoder_return_their_values(bert, implementation):
+def test_layer_names_select_inputs_and_results_of_functions_of_an_encoder(bert, implementation):
     net, inputs = bert(8, implementation).eval(), {name: torch.from_numpy(part) for name, part in texts().items()}
     module = "bert.encoder.layer.0.attention.self"
     query = f"{module}.query"
@@ -298,7 +298,7 @@ def test_features_and_adapters_in_bf16_are_finite_and_close_to_fp32():
     assert half.history[0]["terms"] != full.history[0]["terms"]
 
 
-def test_tokens_and_adapters_in_bf16_are_finite_and_close_to_fp32(bert):
+def test_losses_and_weights_of_an_encoder_in_bf16_are_finite_and_close_to_fp32(bert):
     terms = (
         Term("kd", 0.5, temperature=2.0),
         Term("hidden-mse", 1.0, student_layer="hidden[*]", name="hidden"),

@@ -149,7 +149,7 @@ def test_a_class_masked_in_both_models_has_no_effect(case, framework):
     rest = [side[:3, :5] for side in (z_s, z_t)]
     sides = [framework(np.insert(side, 2, -np.inf, axis=1)) for side in rest]
     fewer = float(LOSSES[name](*(framework(side) for side in rest), **options))
-    if name == "mlkd":  # a mean over classes
+    if name == "mlkd":  # the term on classes is a mean over 6 instead of 5 classes
         fewer = float(LOSSES[name](*(framework(side) for side in rest), **options, classes=5 / 6))
     assert float(LOSSES[name](*sides, **options)) == pytest.approx(fewer, rel=1e-12)
     if isinstance(sides[0], torch.Tensor):
@@ -160,7 +160,7 @@ def test_a_class_masked_in_both_models_has_no_effect(case, framework):
 
 
 @pytest.mark.parametrize("case", ["kd", "jsd", "top-k", "dkd", "ofa", "wsld", "hard"])
-def test_a_class_masked_in_the_teacher_alone_gives_the_limit(case, framework):
+def test_the_loss_of_a_class_masked_in_the_teacher_alone_is_the_limit_of_low_logits(case, framework):
     options = {n: framework(v) if n == "labels" else v for n, v in MASKED_CLASS_CASES[case].items()}
     teacher = z_t[:3, :5].copy()
     values = []
@@ -217,7 +217,7 @@ MINIMUM_ELSEWHERE = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_conform_with_other_options(variant, check):
     if variant in MINIMUM_ELSEWHERE and check.__name__.endswith("when_the_student_equals_the_teacher"):
-        pytest.skip("the minimum is elsewhere")
+        pytest.skip("the loss with this option is not smallest where student and teacher are equal")
     check(VARIANTS[variant])
 
 
@@ -253,7 +253,7 @@ def test_the_gradient_at_high_temperature_is_that_of_squared_logits():
     centered = [logits - logits.mean(-1, keepdims=True) for logits in (z_s, z_t)]
     student = torch.from_numpy(centered[0]).requires_grad_()
     soft_target(student, torch.from_numpy(centered[1]), temperature=1e5).backward()
-    # The next term is smaller by a factor of logits / T, here 1e-4.
+    # The next term of the expansion in 1 / T is smaller by a factor of logits / T, here 1e-4.
     np.testing.assert_allclose(student.grad, (centered[0] - centered[1]) / (N * K), rtol=0, atol=1e-5)
 
 
@@ -276,12 +276,12 @@ def test_soft_targets_are_nonnegative_and_invariant_to_shifts(student, teacher, 
     assert shifted == pytest.approx(value, rel=1e-9, abs=100 * rounding)
 
 
-def test_logits_with_other_numbers_of_samples_are_not_broadcast(framework):
+def test_logits_of_different_numbers_of_samples_are_not_broadcast(framework):
     with pytest.raises(ShapeError, match=r"shape \(8, 10\), the teacher's \(1, 10\)"):
         soft_target(framework(z_s), framework(z_t[:1]), temperature=1.0)
 
 
-# As documented by the code bases: factor T², mean over classes, entropy of the targets included.
+# Convention → (factor T², mean over classes, entropy of the targets included), as the code bases document them.
 CONVENTION_SCALES = {
     **dict.fromkeys(
         ("kirsch", "repdistiller", "mdistiller", "mmrazor", "distillkit", "huggingface", "distill-whisper"),
@@ -309,7 +309,7 @@ def test_conventions_equal_the_formulas_of_other_code_bases(convention, temperat
 
 
 @pytest.mark.parametrize("convention", [name for name, scale in CONVENTION_SCALES.items() if scale[1]])
-def test_a_mean_over_the_classes_of_sequences_divides_by_their_number(convention, framework):
+def test_conventions_with_a_mean_over_classes_divide_by_the_number_of_classes_in_sequences(convention, framework):
     sides = [framework(logits.reshape(2, 4, 10)) for logits in (z_s, z_t)]
     assert float(soft_target(*sides, convention=convention)) == pytest.approx(float(soft_target(*sides)) / 10)
 
@@ -345,30 +345,30 @@ def test_standardized_losses_are_invariant_to_scale_and_shift(name):
     def loss_value(student):
         return float(LOSSES[name](student, z_t, **options_for(name, y), temperature=2.0, standardize=True))
 
-    # 1e-7 is added to a deviation of about 3.
+    # 1e-7 is added to the standard deviation, which is about 3.
     assert loss_value(100 * z_s - 5) == pytest.approx(loss_value(z_s), rel=1e-5)
     assert loss_value(3 * z_t + 1) == pytest.approx(0, abs=1e-12)
     assert loss_value(-z_t) > 0.1
 
 
 def test_standardized_logits_have_the_sample_standard_deviation_1(framework):
-    """(0, 2) has mean 1 and standard deviation √2, divided by K - 1; equal logits stay finite."""
+    """(0, 2) has mean 1 and, with the divisor K - 1, standard deviation √2. Equal logits stay finite."""
     value = standardized(framework(np.array([[0.0, 2.0], [3.0, 3.0]])))
     np.testing.assert_allclose(value, [[-(2**-0.5), 2**-0.5], [0, 0]], rtol=1e-6)
 
 
-def test_the_hard_teacher_loss_is_the_cross_entropy_with_its_predictions(framework):
+def test_the_loss_hard_is_the_cross_entropy_with_the_predictions_of_the_teacher(framework):
     value = LOSSES["hard"](framework(z_s), framework(z_t))
     assert float(value) == pytest.approx(float(hard_label(z_s, z_t.argmax(-1))), rel=1e-15)
 
 
 def test_squared_logits_in_closed_form(framework):
-    """(1 + 4) and (0 + 9), averaged over two samples."""
+    """The squared differences 1 + 4 and 0 + 9 of two samples have the mean 7."""
     student = np.array([[1.0, 2.0], [0.0, 3.0]])
     assert float(LOSSES["logit-l2"](framework(student), framework(np.zeros((2, 2))))) == 7.0
 
 
-def test_pixels_count_like_samples(framework):
+def test_the_loss_pixel_kd_treats_pixels_as_samples(framework):
     maps_s, maps_t = (logits.reshape(2, 2, 2, 10).transpose(0, 3, 1, 2) for logits in (z_s, z_t))
     mask = np.arange(8).reshape(2, 2, 2) % 3 != 0
     expected = soft_target(z_s[mask.reshape(-1)], z_t[mask.reshape(-1)], temperature=3.0)

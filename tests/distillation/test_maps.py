@@ -43,9 +43,9 @@ def test_attention_transfer_in_closed_form(framework):
 
 
 def test_neuron_selectivity_in_closed_form(framework):
-    """Orthogonal channels: the kernel is 1 of each with itself and 0 between them, so the discrepancy is 2."""
+    """The channels are orthogonal: the kernel is 1 within each model, 0 between them. The discrepancy is 1 + 1 - 0."""
     assert loss_value("nst", maps([3, 0]), maps([0, 5]), framework) == pytest.approx(2, rel=1e-14)
-    # Means over pairs of channels: 1/2 within the teacher, 1 within the student, 1/2 between, counted twice.
+    # Means of the kernel over pairs of channels: 1/2 within the teacher, 1 within the student, 1/2 between (twice).
     assert loss_value("nst", maps([3, 0]), maps([0, 5], [1, 0]), framework) == pytest.approx(0.5, rel=1e-14)
 
 
@@ -58,7 +58,7 @@ def test_activation_boundaries_in_closed_form(framework):
 
 
 def test_ofd_in_closed_form(framework):
-    """Margin -1. Teacher 2: each difference counts; -0.5: of a higher student; -3: of a student above the margin."""
+    """Teacher 2: every difference counts. Teacher -0.5: if the student is higher. Teacher -3: if it is above -1."""
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
@@ -81,7 +81,7 @@ def test_factor_transfer_in_closed_form(framework):
 
 
 def test_hierarchical_context_in_closed_form(framework):
-    """A checkerboard of ±1 averages to 0 at half the size: 1 of 1 + 1/2 + 1/4; a constant is unchanged."""
+    """A checkerboard of ±1 averages to 0: only the full size counts, 1 / (1 + 1/2 + 1/4). A constant is unchanged."""
     board = (-1.0) ** np.add.outer(np.arange(4), np.arange(4))[None, None]
     zero = np.zeros_like(board)
     assert loss_value("hcl", board, zero, framework) == pytest.approx(1 / 1.75, rel=1e-14)
@@ -102,7 +102,7 @@ def test_the_normalized_distance_is_2_minus_2_cosines(framework):
     assert loss_value("l2-normalized", fs, ft4, framework) == pytest.approx(2 - 2 * np.mean(cosine), rel=1e-13)
 
 
-def test_a_flow_matrix_is_the_mean_product_of_channels(framework):
+def test_an_fsp_matrix_is_the_mean_product_of_channels(framework):
     """(1, 2) · (3, 4) / 2 = 5.5 and (1, 1) · (1, 1) / 2 = 1; with three stages both pairs count."""
     first, second, ones = maps([1, 2]), maps([3, 4]), maps([1, 1])
     assert loss_value("fsp", [first, second], [ones, ones], framework) == pytest.approx(4.5**2, rel=1e-14)
@@ -110,7 +110,7 @@ def test_a_flow_matrix_is_the_mean_product_of_channels(framework):
     assert pairs == pytest.approx(4.5**2 + 2.5**2, rel=1e-14)  # (3, 4) · (1, 1) / 2 = 3.5
 
 
-def test_the_larger_map_of_a_flow_is_pooled_by_mean_or_maximum(framework):
+def test_the_larger_map_of_an_fsp_matrix_is_pooled_by_mean_or_maximum(framework):
     """(1, 5, 2, 4) in two halves: means (3, 3), maxima (5, 4); products with (1, 2)."""
     low, high, zero = maps([1, 5, 2, 4]), maps([1, 2]), maps([0, 0])
     assert loss_value("fsp", [low, high], [zero, zero], framework) == pytest.approx(4.5**2, rel=1e-14)
@@ -191,7 +191,7 @@ def test_margins_of_a_standard_normal_channel_are_the_default():
     )  # the weight of a batch norm may be negative
 
 
-def test_margins_are_finite_for_constants_and_for_rare_negatives():
+def test_margins_are_finite_for_constant_channels_and_for_rare_negative_values():
     value = margins([-2.0, 2.0, 0.0, 50.0, -50.0], [0.0, 0.0, 0.0, 1.0, 1.0])
     assert value[:3].tolist() == [-2, 0, 0]
     assert value[3] == pytest.approx(-1 / 50, rel=1e-3)  # asymptotically -std² / mean
@@ -216,7 +216,7 @@ def test_at_and_nst_are_invariant_to_the_order_of_channels(framework):
 
 
 @pytest.mark.parametrize("name", ["at", "nst"])
-def test_the_larger_map_is_averaged_in_student_and_teacher(name, framework):
+def test_the_larger_of_two_maps_is_averaged_to_the_size_of_the_smaller(name, framework):
     small = F.adaptive_avg_pool2d(torch.from_numpy(fs), (3, 3)).numpy()
     assert loss_value(name, fs, ft3, framework) == pytest.approx(loss_value(name, small, ft3, framework), rel=1e-12)
     assert loss_value(name, ft3, fs, framework) == pytest.approx(loss_value(name, ft3, small, framework), rel=1e-12)
@@ -243,7 +243,7 @@ def test_kd_svd_is_invariant_to_the_signs_of_singular_vectors(framework, monkeyp
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3, 5)], ids=["tall", "wide"])
 def test_the_gradient_of_singular_vectors_equals_that_of_pytorch(shape):
-    """For the function |v · c|², which does not depend on the sign, of the two largest of three vectors."""
+    """The function is |v · c|² for the two largest singular values: the signs of the vectors do not matter."""
     random = np.random.default_rng(0)
     matrix = torch.from_numpy(random.standard_normal(shape)).requires_grad_()
     target = torch.from_numpy(random.standard_normal(shape[2]))
@@ -254,7 +254,7 @@ def test_the_gradient_of_singular_vectors_equals_that_of_pytorch(shape):
 
 
 def test_equal_singular_values_leave_the_gradient_finite():
-    """The channels are orthogonal with equal norms; the gradient of torch.linalg.svd is not finite there."""
+    """The channels are orthogonal with equal norms. In this case the gradient of torch.linalg.svd is not finite."""
     identity = torch.eye(4, dtype=torch.float64).reshape(1, 4, 2, 2)
     student = [identity.clone().requires_grad_(), torch.from_numpy(a1[:1, :, :2, :2].copy()).requires_grad_()]
     teacher = [torch.from_numpy(part[:1, :, :2, :2].copy()) for part in (b1, b2)]
@@ -298,7 +298,7 @@ NOT_APPLICABLE = {
     "check_parts_of_a_batch_add_up_to_it",
     "check_unequal_shapes_are_refused",
 }
-"""The scales are those of the first sample. Wrong shapes are tested below."""
+"""Checks that `with_scale` cannot pass: its scales are those of the first sample. Wrong shapes are tested below."""
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_layers_inside_of_a_block_are_not_stages():
         stages_among(shapes[:2], (2, 9), "Net")
 
 
-def test_a_network_inside_of_a_module_has_all_of_its_stages():
+def test_all_stages_of_a_network_inside_of_a_module_are_found():
     shapes = [("body.0", (2, 4, 16, 16)), ("body.1", (2, 8, 8, 8)), ("body", (2, 8, 8, 8)), ("head", (2, 5))]
     assert stages_among(shapes, IMAGE, "Net") == [("body.0", (16, 16)), ("body", (8, 8))]
 

@@ -1,4 +1,4 @@
-"""Distillation of models of transformers: causal, encoder, encoder-decoder and speech. Padding has no effect."""
+"""Distillation of language, encoder, encoder-decoder and speech models of transformers. Padding has no effect."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_the_causal_loss_is_the_loss_of_the_next_token(transformers, build):
     assert found["kd"] == pytest.approx(0.5 * float(expected))
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("left", [False, True], ids=["padding right", "padding left"])
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_padding_of_a_language_model_has_no_effect(transformers, build, labeled, left):
@@ -164,7 +164,7 @@ def test_padding_of_a_language_model_has_no_effect(transformers, build, labeled,
     assert_padding_has_no_effect(pair(build, transformers), objective, inputs, other, labels if labeled else None)
 
 
-def test_a_batch_without_labels_is_refused_alone_and_adds_0_to_a_step_with_labels(transformers):
+def test_a_batch_without_labels_is_refused_alone_and_adds_0_to_an_optimizer_step_with_labels(transformers):
     inputs, labels = causal_batch()
     with Distiller(*pair(gpt2, transformers), Objective.preset("causal"), (inputs, labels)) as found:
         empty = (inputs, np.full_like(labels, -100))
@@ -207,7 +207,7 @@ def test_the_accuracy_of_a_causal_model_is_the_accuracy_of_the_next_token(transf
 
 
 def test_batches_without_labels_are_weighted_by_their_number_of_positions(transformers):
-    """Two batches with different amounts of padding give the step of one batch with all samples."""
+    """Two batches with different amounts of padding give the same optimizer step as one batch with all samples."""
     inputs, _ = causal_batch()
     objective = Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0, causal=True)
     found = [
@@ -323,7 +323,7 @@ def test_soft_targets_of_a_translation_are_averaged_over_labeled_positions(trans
     assert found["kd"] == pytest.approx(float(expected))
 
 
-def test_ignore_index_can_be_another_label(transformers):
+def test_the_option_ignore_index_replaces_minus_100(transformers):
     models = pair(t5, transformers)
     inputs, labels = translation()
     objective = Objective((Term("kd", 1.0, temperature=2.0),))
@@ -350,7 +350,7 @@ def test_padding_of_source_and_target_has_no_effect(transformers, build):
 
 @pytest.mark.parametrize("build", BOTH)
 def test_without_a_mask_all_positions_of_the_source_count(transformers, build):
-    """For cross-attention, as in speech models; the source is longer than the target."""
+    """The terms compare cross-attention, as in speech models. The source is longer than the target."""
     inputs, labels = translation()
     inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
     terms = [
@@ -466,8 +466,8 @@ def unequal_batch(build):
 
 @pytest.mark.parametrize("labeled", [True, False], ids=["labels", "no labels"])
 @pytest.mark.parametrize("build", [bert, gpt2, *BOTH])
-def test_the_batches_of_a_step_sum_to_one_large_batch(transformers, build, labeled):
-    """Each term is weighted by the items of its mean, although labels, tokens and pairs are distributed differently."""
+def test_the_batches_of_an_optimizer_step_sum_to_the_loss_of_one_large_batch(transformers, build, labeled):
+    """A batch is weighted by the number of items that a term averages: labels, tokens or pairs of tokens."""
     student, teacher = pair(build, transformers)
     inputs, labels = unequal_batch(build)
     if not labeled and build in BOTH:  # otherwise the labels are the mask of the decoder

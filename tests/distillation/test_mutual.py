@@ -1,4 +1,4 @@
-"""Mutual learning equals distillation from the peers, step by step, and supports all settings of a run."""
+"""A step of mutual learning equals distillation with the peers as teachers. All settings of a run are supported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def deep(seed, width=5):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "lskd"])
 def test_a_step_equals_distillation_with_the_peers_as_teachers(name, count):
-    """The outputs of linear students do not depend on the mode, so that `distill` computes the same step."""
+    """Linear students return the same in training and inference mode, so that `distill` computes the same step."""
     loss = Objective.preset(name)
     objective = Objective(
         tuple(Term(t.loss, 0.5, temperature=2.0, options=t.options) for t in loss.terms), label_weight=0.7
@@ -76,8 +76,8 @@ def test_peers_are_combined_like_teachers(way):
     torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
 
 
-def test_the_default_has_the_gradient_of_the_mean_divergence_to_the_peers():
-    """As in the paper, for three or more students."""
+def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
+    """The paper defines the loss of three or more students in this way."""
     students = [linear(seed) for seed in range(3)]
     inputs = torch.from_numpy(samples(N)[0])
     logits = [student(inputs) for student in students]
@@ -88,7 +88,7 @@ def test_the_default_has_the_gradient_of_the_mean_divergence_to_the_peers():
     torch.testing.assert_close(students[0][0].weight - found[0].weight, 0.19 * gradient, rtol=1e-10, atol=1e-14)
 
 
-def test_the_logits_of_peers_are_those_of_training_mode():
+def test_the_logits_of_peers_are_computed_in_training_mode():
     """Batch normalization uses the statistics of the batch, and not the initial running statistics 0 and 1."""
 
     def normed(seed):
@@ -125,7 +125,7 @@ def test_students_of_different_architectures_are_trained_and_returned_in_order()
     assert not any(p.grad is not None for student in students for p in student.parameters())
 
 
-def test_each_student_has_a_history_and_events_have_its_index():
+def test_each_student_has_a_history_and_the_terms_in_events_have_the_index_of_the_student():
     events = []
     students = [linear(0), linear(1)]
     hooks = TrainingHooks(event=events.append)
@@ -167,7 +167,7 @@ def test_accumulated_batches_equal_one_large_batch():
         torch.testing.assert_close(first.model[0].weight, second.model[0].weight, rtol=1e-10, atol=1e-12)
 
 
-def test_each_student_has_its_regularizers():
+def test_the_regularizers_are_applied_to_each_student():
     """The gradient of s Σ|w| is s sign(w)."""
     students = [linear(0), linear(1)]
     plain = distill_mutually(students, one_batch(), training=ONE_STEP)
@@ -201,7 +201,7 @@ def test_without_labels_the_only_term_compares_the_peers():
 
 @pytest.mark.parametrize("stop_at", [3, 4, 9])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
-    """With dropout, batch statistics, averaged weights, balance and accumulation, all of which have state."""
+    """Dropout, batch statistics, averaged weights, balanced gradients and accumulation all have state to restore."""
     objective = Objective((Term("kd", Ramp(0.1, 1.0, 2), temperature=2.0), Term("dist", 0.5)), balance="gradient")
     training = Training(epochs=3, ema_decay=0.9, gradient_accumulation_steps=2)
     states, calls = [], []
@@ -225,7 +225,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_terms_that_compare_samples_give_a_warning_if_a_step_has_several_batches():
+def test_terms_that_compare_samples_give_a_warning_if_an_optimizer_step_has_several_batches():
     events = []
     objective = Objective((Term("dist", 1.0),))
     hooks = TrainingHooks(event=events.append)

@@ -1,4 +1,4 @@
-"""A training step does not read values of tensors, which would wait for an accelerator."""
+"""A training step reads no values of tensors, because each read waits for the accelerator."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def second_step(build, objective, inputs, targets):
 
 
 def test_counting_in_the_step_reads_values():
-    """Shows that the test above can fail."""
+    """`RecordReads` detects the read, so the tests above can fail."""
     with Distiller(classifier(0), classifier(1), Objective.kd(), (INPUTS, LABELS)) as distiller:
         batch = Batch(torch.from_numpy(INPUTS), torch.from_numpy(LABELS))
         with RecordReads() as reads:
@@ -107,7 +107,7 @@ def test_a_step_checks_labels_that_were_not_checked_before():
             distiller.step(distiller.module, batch, 0.0)
 
 
-def test_one_batch_with_targets_on_an_accelerator_turns_the_checks_in_the_step_on():
+def test_after_a_batch_with_targets_on_an_accelerator_not_all_targets_count_as_checked():
     targets = TargetCheck(Objective.kd(), (K,))
     assert not targets.all_checked
     targets(Batch(INPUTS, LABELS))

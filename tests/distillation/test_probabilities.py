@@ -55,7 +55,7 @@ refuses_teacher = pytest.raises(UsageError, match=r"The teacher, a Sequential, r
 # ------------------------------------------------------------------------------------------------ refused
 
 
-def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
+def test_a_student_that_ends_in_a_softmax_is_refused_by_every_training_function():
     with refuses_student:
         distill(SOFT, net(), dataset(), **QUIET)
     with refuses_student:
@@ -72,7 +72,7 @@ def test_a_student_that_ends_in_a_softmax_is_refused_by_every_call():
         born_again(lambda: net(nn.Softmax(-1), seed=torch.seed() % 1000), dataset(), generations=1, training=SHORT)
 
 
-def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_call(tmp_path):
+def test_a_teacher_that_ends_in_a_softmax_is_refused_by_every_function_with_a_teacher(tmp_path):
     with refuses_teacher:
         distill(PLAIN, net(nn.Softmax(-1)), dataset(), **QUIET)
     with refuses_teacher:
@@ -279,7 +279,7 @@ def test_declared_probabilities_are_distilled_like_the_logits(name):
     found = distill(SOFT, net(nn.Softmax(-1)), dataset(), objective=declared, **QUIET)
     assert_close_weights(found.model, expected.model)
     assert found.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-10)
-    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in its softmax
+    assert isinstance(found.model[-1], nn.Softmax)  # the returned model still ends in a softmax
 
 
 def test_student_and_teacher_outputs_are_declared_separately():

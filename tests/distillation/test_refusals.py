@@ -62,7 +62,7 @@ def distilled(term, student=None, teacher=None):
         ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
-        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward; calls are numbered from 0, so #1"),
+        ("/mean#1", UsageError, r"the model calls mean 1 times in one forward pass; calls are numbered from 0, so #1"),
         (
             "hidden[0]",
             UsageError,
@@ -84,7 +84,7 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
         distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
-def test_logits_of_pixels_are_refused_by_losses_of_samples():
+def test_logits_of_pixels_are_refused_by_a_loss_of_one_output_per_sample():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
     sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
@@ -138,7 +138,7 @@ def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
 
 
 def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
-    """6 of 24 samples have a label: in one batch, or all in the first of four batches. The means are equal."""
+    """6 of 24 samples have a label. All are in one batch, or in the first of four batches: the means are equal."""
     labels = np.full(24, -100)
     objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()
@@ -402,7 +402,7 @@ def test_outputs_without_logits_must_be_compared_by_name(names, sentence):
     terms = tuple(Term("logit-l2", 1.0, student_layer=f"output.{name}", name=name) for name in names)
     found = distill(
         student, teacher, [x], objective=Objective(terms, label_weight=0.0)
-    )  # there are no logits, so that the teacher is not checked
+    )  # without logits, the teacher is not evaluated
     assert found.history[0]["terms"].keys() == set(names)
     moved = [(a.weight != b.weight).any() for a, b in zip(found.model.heads, student.heads, strict=True)]
     assert all(moved)

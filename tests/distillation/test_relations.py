@@ -30,7 +30,7 @@ def loss_value(name, student, teacher, framework=np.asarray, **options):
 
 
 def test_relational_distances_in_closed_form(framework):
-    """Distances 1, 2, 3 divided by 2, and 1, √2, 1 divided by their mean; both orders, no diagonal."""
+    """Distances 1, 2, 3 are divided by their mean 2, and 1, √2, 1 by theirs. Each pair counts in both orders."""
     mean = (2 + math.sqrt(2)) / 3
     difference = np.array([1 / 2 - 1 / mean, 2 / 2 - math.sqrt(2) / mean, 3 / 2 - 1 / mean])
     value = loss_value("rkd-distance", LINE, CORNER, framework)
@@ -38,7 +38,7 @@ def test_relational_distances_in_closed_form(framework):
 
 
 def test_relational_angles_in_closed_form(framework):
-    """A right isosceles triangle and a line have three cosines each, in both orders, among 27.
+    """A right isosceles triangle and a line have three cosines each, which count in both orders; the mean is over 27.
 
     The triangle has the cosines 0, 1/√2, 1/√2 at its samples, the line 1, -1, 1. The cosine of a side with itself is 1
     in both. The Huber loss of a difference above 1 is the difference minus one half.
@@ -49,7 +49,7 @@ def test_relational_angles_in_closed_form(framework):
 
 
 def test_sp_in_closed_form(framework):
-    """Products of orthogonal samples are the identity, of equal samples rows (1, 1) / √2 or (1, 1) / 2."""
+    """The products of orthogonal samples give the identity, those of equal samples rows (1, 1) / √2 or (1, 1) / 2."""
     difference, same = np.eye(2), np.ones((2, 1))
     tilt = 1 / math.sqrt(2)
     rows = ((1 - tilt) ** 2 + tilt**2) * 2 / 4
@@ -90,20 +90,20 @@ def test_the_series_of_the_kernel_converges_to_the_gaussian():
     assert loss_value("cc-kernel", es, ones, order=20) == pytest.approx(expected, rel=1e-12)
 
 
-def test_in_batch_contrast_in_closed_form(framework):
-    """Agreeing orthogonal pairs give log(1 + exp(-1 / T)); equal samples give log N."""
+def test_crd_batch_in_closed_form(framework):
+    """Two orthogonal samples, equal in both models, give log(1 + exp(-1 / T)). N equal samples give log N."""
     value = loss_value("crd-batch", 2 * np.eye(2), 5 * np.eye(2), framework, temperature=0.5)
     assert value == pytest.approx(math.log1p(math.exp(-2)), rel=1e-13)
     assert loss_value("crd-batch", np.ones((4, 3)), np.ones((4, 3)), framework) == pytest.approx(math.log(4), rel=1e-13)
 
 
-def test_in_batch_contrast_equals_the_cross_entropy_of_pytorch():
+def test_crd_batch_equals_the_cross_entropy_of_pytorch():
     student, teacher = F.normalize(torch.from_numpy(es)), F.normalize(torch.from_numpy(et5))
     expected = F.cross_entropy(student @ teacher.mT / 0.07, torch.arange(8))
     assert loss_value("crd-batch", es, et5) == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_noise_contrast_in_closed_form(framework):
+def test_crd_in_closed_form(framework):
     """Scores of 1, 1 and 3 times the expected score of noise: probabilities 1/2, and 1/2 and 1/4 for negatives."""
     logits = framework(np.log([[1.0, 1.0, 3.0]]))
     expected = math.log(2) + math.log(2) + math.log(4)
@@ -112,7 +112,7 @@ def test_noise_contrast_in_closed_form(framework):
     assert float(LOSSES["crd"](two_samples, two_samples)) == pytest.approx(expected + 3 * math.log(2), rel=1e-14)
 
 
-def test_noise_contrast_raises_the_positive_and_lowers_the_negatives():
+def test_the_gradient_of_crd_raises_the_positive_and_lowers_the_negative_scores():
     logits = torch.full((3, 5), -0.2, dtype=torch.float64, requires_grad=True)
     LOSSES["crd"](logits, logits.detach()).backward()
     assert (logits.grad[:, 0] < 0).all()
@@ -257,7 +257,7 @@ def test_small_distances_within_distant_clusters_are_accurate_in_32_bits(name, u
         results.append((float(loss.detach()), student.grad.double()))
     (value, gradient), (exact_value, exact_gradient) = results
     assert value == pytest.approx(exact_value, rel=1e-4, abs=1e-9)
-    # A distance of 1 beside one of 600 loses three of the seven digits of a cosine.
+    # The cosine of a distance of 1 beside distances of 600 has only four of the seven digits of float32.
     assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 1e-3
 
 

@@ -68,7 +68,7 @@ def test_ctc_frames_with_all_blanks_kept_equals_soft_targets():
 # Two classes: the teacher's probability of blank is 3/4, 1/2 and 1/4; the student's is 1/2.
 FRAMES = np.log([[[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]])
 UNIFORM = np.zeros((1, 3, 2))
-DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # of the first and of the last frame
+DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # KL divergence of the first and of the last frame
 
 
 @pytest.mark.parametrize(

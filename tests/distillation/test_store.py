@@ -1,4 +1,7 @@
-"""Stored teacher outputs: reading returns the teacher's outputs for the same view of the sample, or an error."""
+"""Stored teacher outputs: reading returns the teacher's outputs for the same view of the sample, or an error.
+
+A record contains the outputs for one view of one sample. A range file contains the records of successive samples.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def test_records_are_returned_in_the_order_of_the_ids_with_repetition(store_fold
 
 @pytest.mark.parametrize("mapped", [1, 2, 256])
 @pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
-def test_records_of_many_ranges_are_found_with_few_mapped_at_a_time(tmp_path, monkeypatch, mapped, kind):
+def test_records_are_found_in_many_range_files_of_which_few_are_memory_mapped(tmp_path, monkeypatch, mapped, kind):
     monkeypatch.setattr(reading, "MAX_MAPPED", mapped)
     store = tiny_store(tmp_path / "many", inputs=data(ids=None), range_size=2)
     single = tiny_store(tmp_path / "single", inputs=data(ids=None), range_size=N)
@@ -66,7 +69,7 @@ def test_every_training_batch_is_found(store_folder):
             np.testing.assert_array_equal(result["indices"][:, 0], logits.argmax(1))
 
 
-def test_dense_logits_are_restored_with_their_maximum(tmp_path):
+def test_dense_stores_the_maximum_and_the_differences_of_the_logits_from_it(tmp_path):
     big = nn.Sequential(network(), nn.Linear(K, K))
     with torch.no_grad():
         big[1].bias += 3000  # where adjacent float16 numbers differ by 2
@@ -145,7 +148,7 @@ def test_the_last_classes_of_a_large_vocabulary_are_stored(tmp_path):
     assert store.record_bytes == 4 + 5 * 6 + 2
 
 
-def test_the_tail_is_0_if_all_classes_are_kept(tmp_path):
+def test_the_probability_of_the_tail_is_0_if_all_classes_are_kept(tmp_path):
     tail = tiny_store(tmp_path / "s", keep=TopK(K)).read(IDS)["tail"]
     assert (tail == -65504).all()
     assert not np.exp(tail.astype(np.float64)).any()
@@ -159,7 +162,7 @@ def test_records_of_extreme_logits_are_finite():
         assert all(np.isfinite(record[name]).all() for name in record.dtype.names)
 
 
-def test_equal_classes_are_stored_in_ascending_order():
+def test_classes_with_equal_logits_are_stored_in_ascending_order():
     result = values_of(TopK(3), {"logits": np.zeros((2, 3), np.float32)}, 1.0)
     assert result["indices"].tolist() == [[0, 1, 2]] * 2
     np.testing.assert_allclose(result["log_p"], -np.log(3), rtol=1e-6)

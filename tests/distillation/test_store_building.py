@@ -61,14 +61,14 @@ def test_the_size_of_batches_and_ranges_does_not_change_the_records(store_folder
         np.testing.assert_allclose(array.astype(float), expected.astype(float), rtol=2**-10)
 
 
-def test_a_range_has_at_most_64_mebibytes(tmp_path):
+def test_a_range_file_has_at_most_64_mebibytes(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 2**20))
     with pytest.raises(InterruptedBuildError):
         build_store(tmp_path, model, data(None), keep=Dense(), stop=InterruptedBuildError, batch_size=4)
     assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 31
 
 
-def test_a_range_has_a_share_of_many_samples_so_that_a_batch_is_found_in_few_files(tmp_path):
+def test_a_range_file_has_at_least_a_32nd_of_the_samples_so_that_a_batch_is_found_in_few_files(tmp_path):
     many = ArrayData(np.zeros((600_000, 1), np.float32), None)
     with pytest.raises(InterruptedBuildError):
         build_store(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), stop=InterruptedBuildError, batch_size=20_000)
@@ -185,7 +185,7 @@ def test_a_range_damaged_during_the_build_is_found(tmp_path):
     assert path.read_bytes() == original
 
 
-def test_records_of_unknown_origin_are_not_continued(tmp_path):
+def test_a_build_does_not_continue_records_without_a_specification(tmp_path):
     tiny_store(tmp_path, ranges=(0, 2))
     (tmp_path / "store.json").unlink()
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_records_of_unknown_origin_are_not_continued(tmp_path):
         tiny_store(tmp_path)
 
 
-def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_path, monkeypatch):
+def test_a_process_ends_without_error_if_another_has_finished_the_build(store_folder, tmp_path, monkeypatch):
     def overtaken(*args):
         monkeypatch.setattr(record, "pack_records", pack_records)
         tiny_store(tmp_path / "s")
@@ -205,7 +205,7 @@ def test_a_process_that_another_overtakes_ends_without_error(store_folder, tmp_p
     assert content(tmp_path / "s") == content(store_folder)
 
 
-def test_temporary_files_that_another_process_removes_are_no_error_if_it_built_the_range(tmp_path, monkeypatch):
+def test_a_temporary_file_that_the_process_that_built_the_range_removed_is_not_an_error(tmp_path, monkeypatch):
     original = files.write_chunks
 
     def overtaken(path, chunks):

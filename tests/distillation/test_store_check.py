@@ -155,8 +155,8 @@ def test_building_does_not_change_the_teacher(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_the_documentation_page_states_the_size_of_records(tmp_path):
-    """4 + k (i + 2) + 2 and 4 + 2 K + 4, as in docs/store.md."""
+def test_docs_store_md_states_the_size_of_records(tmp_path):
+    """Bytes of a record: TopK(k) with i bytes per index, and Dense() with K classes."""
     page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
     assert "| 4 + k (i + 2) + 2 |" in page
     assert "| 4 + 2 K + 4 |" in page

@@ -1,4 +1,4 @@
-"""Stale and damaged stores are errors that name the differences."""
+"""A stale or damaged store raises an error that names the differences."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_error_of_a_stale_store_names_exactly_the_differences(store_folder, 
     assert all(name in str(caught.value) for name in names)
 
 
-def test_a_store_is_not_overwritten_by_another(store_copy):
+def test_a_build_with_other_options_does_not_overwrite_a_store(store_copy):
     for options, word in (
         ({"keep": TopK(5)}, r"the format of the logits \(keep: stored TopK\(k=4\), given TopK\(k=5\)\)"),
         ({"keep": Dense()}, r"the format of the logits \(keep: stored TopK\(k=4\), given Dense\(\)\)"),
@@ -113,7 +113,7 @@ def test_verify_detects_a_range_of_another_store(store_copy, tmp_path, options):
         TeacherStore.open(store_copy).verify()
 
 
-def test_verify_detects_a_range_in_another_place(store_copy):
+def test_verify_detects_a_range_file_with_the_content_of_another(store_copy):
     first, second = (store_copy / f"view-000{view}-range-000001.bin" for view in range(2))
     first.write_bytes(second.read_bytes())
     with pytest.raises(StoreError, match=r"sha256: view-0000-range-000001.bin \(view 0, samples 8 to 15\)\."):

@@ -153,7 +153,7 @@ def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
         distiller(next(data(SHAKEN).epoch(0, 0)))
 
 
-def test_seeds_stay_with_their_samples_when_a_batch_is_cut_or_moved():
+def test_seeds_stay_with_their_samples_when_a_batch_is_shortened_or_moved_to_a_device():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
     some = few(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
@@ -185,7 +185,7 @@ def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ refused stores
 
 
 def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
@@ -196,7 +196,7 @@ def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
     whole[4 + 3 + 1] ^= 0x80  # the sign of a logarithm
     path.write_bytes(whole)
     store = TeacherStore.open(tmp_path / "store")
-    learned(net(seed=1), store, given)  # of the first view alone
+    learned(net(seed=1), store, given)  # reads only the first view, which is intact
     with pytest.raises(StoreError, match=r"sha256: view-0001-range-000000.bin \(view 1, samples 0 to 39\)"):
         learned(net(seed=1), store, given, training=kirsch.Training(epochs=2))
     distiller = bound(store, next(given.epoch(0, 0)))
@@ -214,7 +214,7 @@ def test_a_view_is_verified_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
 @pytest.mark.parametrize("classes", [4, 7])
-def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_path, keep, classes):
+def test_a_student_with_another_number_of_classes_is_refused_with_a_teacher_and_its_store(tmp_path, keep, classes):
     store = build_store(tmp_path / "store", net(), data(), keep=keep)
     for teacher in (net(), store):
         with pytest.raises(
@@ -223,7 +223,7 @@ def test_a_student_of_other_classes_is_refused_by_a_store_as_by_its_teacher(tmp_
             learned(net(classes, 1), teacher, data(targets=LABELS % 4))
 
 
-def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
+def test_a_student_with_another_vocabulary_than_the_teacher_of_a_store_is_refused(tmp_path):
     words = np.random.default_rng(1).integers(0, 20, (8, 6))
     given = ArrayData({"input_ids": words}, words, 4)
     store = build_store(tmp_path / "store", Writer(20), given, keep=TopK(2))
@@ -235,7 +235,7 @@ def test_a_student_of_another_vocabulary_is_refused_by_a_store(tmp_path):
 
 
 class Fixed(nn.Module):
-    """Predicts, for a one-hot row, the class in a table."""
+    """Predicts the class table[c] for the one-hot row of class c."""
 
     def __init__(self, table):
         super().__init__()
@@ -251,7 +251,7 @@ def sorted_rows(count=2000):
 
 
 @pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])
-def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a_store(tmp_path, keep):
+def test_a_live_or_stored_teacher_is_compared_with_chance_on_samples_of_all_classes(tmp_path, keep):
     """The data is sorted by label: its first 1,024 samples are of only three of the five classes."""
     given, events = sorted_rows(), []
     hooks = TrainingHooks(event=events.append)
@@ -267,7 +267,7 @@ def test_a_teacher_is_compared_with_chance_on_samples_of_all_classes_also_from_a
     assert events[0] == {"event": "teacher", "accuracy": pytest.approx(0.4, abs=0.01), "classes": K}
 
 
-def test_a_store_of_data_without_labels_is_not_evaluated(tmp_path):
+def test_a_stored_teacher_is_not_evaluated_on_data_without_labels(tmp_path):
     given = data(targets=None)
     learned(net(seed=1), build_store(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)
 

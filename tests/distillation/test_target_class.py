@@ -1,4 +1,4 @@
-"""Losses that treat the labeled class differently: closed forms and gradients."""
+"""Losses that treat the labeled class and the other classes differently: closed forms and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_dkd_with_the_teachers_weights_equals_soft_targets(temperature, framewor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dkd_of_large_logits_is_accurate_in_low_precision(dtype):
-    """Subtracting 1000 from the label's logit would fail for logits of thousands. The integers here are exact."""
+    """Masking a class by subtracting 1000 would fail for logits of thousands. The integer logits are exact."""
     student, teacher = (torch.from_numpy(np.round(logits) * 512) for logits in (z_s, z_t))
     labels = teacher.argmax(-1)
     expected = float(LOSSES["dkd"](student, teacher, labels=labels))
@@ -65,7 +65,7 @@ def test_an_invalid_power_is_refused(power):
 
 
 def test_weighted_soft_labels_in_closed_form(framework):
-    """Student (1/2, 1/2), teacher (1/4, 3/4), label 1: cross-entropies log 2 and log 4/3, and log 2 to the teacher."""
+    """Student (1/2, 1/2), teacher (1/4, 3/4): cross-entropy with label 1 log 2 and log 4/3, with the teacher log 2."""
     student, teacher = np.zeros((1, 2)), np.array([[0.0, math.log(3)]])
     weight = 1 - math.exp(-math.log(2) / (math.log(4 / 3) + 1e-7))
     value = LOSSES["wsld"](framework(student), framework(teacher), labels=framework(np.array([1])))

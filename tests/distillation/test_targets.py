@@ -112,7 +112,7 @@ def test_a_distiller_refuses_a_later_batch_with_invalid_targets():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_refused(value):
+def test_regression_targets_that_are_not_finite_are_refused(value):
     targets = RANDOM.standard_normal((N, 2))
     targets[35, 1] = value
     later = [(X[:20], targets[:20]), (X[20:], targets[20:])]
@@ -143,7 +143,7 @@ def test_class_numbers_of_any_integer_type_give_the_same_weights(kind):
 
 
 def test_class_156_in_8_bits_is_not_the_ignored_label():
-    """156 and -100 are the same in 8 bits."""
+    """156 as uint8 has the same bits as -100, the ignored label, as int8."""
     labels = np.full(N, 156, np.uint8)
     model = net(200)
     found = fit(model, ArrayData(X, labels, N), training=Training(epochs=1, learning_rate=1e-9)).history[0]["loss"]
@@ -176,7 +176,7 @@ MASKS, IMAGES = RANDOM.integers(0, K, (N, 4, 5)), RANDOM.standard_normal((N, 1, 
         (IMAGES, K, r'label_loss="squared-error".* Term\("fitnet", student_layer="logits"\)'),
         (MASKS.astype(np.float32), K, "integers stored as floats"),
     ],
-    ids=["void", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
+    ids=["255", "0 and 255", "from 1", "axis", "last axis", "one-hot", "size", "samples", "images", "floats"],
 )
 def test_invalid_masks_are_refused_with_a_fix(targets, classes, sentence):
     with pytest.raises(DataError, match=sentence):

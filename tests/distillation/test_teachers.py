@@ -49,7 +49,7 @@ def test_binary_probabilities_of_teachers_are_averaged_for_each_label(temperatur
     torch.testing.assert_close((found / temperature).sigmoid(), expected)
 
 
-def test_with_confidence_the_weights_follow_from_the_entropies_of_each_label():
+def test_with_teachers_confidence_the_weights_follow_from_the_entropies_of_each_label():
     probabilities = [logits.sigmoid() for logits in TWO]
     entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in probabilities]
     weights = [(-e).exp() for e in entropy]
@@ -57,18 +57,18 @@ def test_with_confidence_the_weights_follow_from_the_entropies_of_each_label():
     torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), expected)
 
 
-def test_numbers_of_several_teachers_are_averaged():
+def test_real_valued_outputs_of_several_teachers_are_averaged():
     torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
 
 
-def test_teachers_of_pixels_are_combined_over_the_axis_of_classes():
+def test_logits_of_each_pixel_are_combined_over_the_class_axis():
     maps = [logits[:, :, None, None].expand(2, 2, 3, 1) for logits in TWO]
     found = combined(maps, "probabilities", 2.0, axis=1)
     torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
 
 
 @pytest.mark.parametrize(
-    ("loss", "way"),  # numbers do not show how confident a teacher is
+    ("loss", "way"),  # real-valued outputs do not show how confident a teacher is
     [
         (loss, way)
         for loss in ("kd", "binary-kd", "logit-l2")
@@ -88,7 +88,7 @@ def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
     assert bool(warnings) == (way == "logits" and loss != "logit-l2")
 
 
-def test_confidence_is_refused_for_losses_on_numbers():
+def test_teachers_confidence_is_refused_for_losses_on_real_valued_outputs():
     objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
     with pytest.raises(UsageError, match="compares real numbers, which do not show how confident"):
         trained(Net(4), [Net(6), Net(5)], image_data(), objective)

@@ -225,7 +225,7 @@ def test_attention_and_value_relations_equal_the_formula_of_minilm():
 
 
 def test_the_relation_of_queries_and_keys_equals_attention_kl():
-    """The relation heads are those of the layer, so the relation is its attention."""
+    """The relation uses the heads of the layer, so it equals the attention of the layer."""
     sides = np.stack([[STATES, OTHERS], [OTHERS - 1, STATES + 1]])  # queries and keys
     heads = sides.reshape(2, 2, 3, 5, 2, 4).swapaxes(3, 4)  # (side, value, N, heads, L, d)
     scores = heads[:, 0] @ heads[:, 1].swapaxes(-1, -2) / 2
@@ -299,7 +299,7 @@ def test_a_masked_position_counts_neither_as_a_query_nor_as_a_key(name, axis):
 
 @pytest.mark.parametrize("loss", [attention_ce, attention_kl, attention_mse])
 def test_a_query_without_unmasked_keys_does_not_count(loss, framework):
-    """The pairs of a mask (N, queries, keys) are those of the first three queries, for all keys."""
+    """The mask (N, queries, keys) keeps the first three queries with all keys."""
     pairs = np.zeros((3, 5, 5), bool)
     pairs[:, :3] = True
     value = float(loss(framework(ATTENTION), framework(ATTENTION_T), mask=framework(pairs)))

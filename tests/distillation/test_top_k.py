@@ -27,7 +27,7 @@ def test_stored_classes_that_repeat_in_an_unmasked_sample_are_refused(framework)
     assert float(stored_top_k(framework(z_s[:2]), *stored, mask=framework(np.array([True, False])))) > 0
 
 
-def test_stored_log_probabilities_of_minus_infinity_give_the_limit(framework):
+def test_the_loss_for_stored_log_probabilities_of_minus_infinity_is_the_limit_of_small_probabilities(framework):
     student, indices = framework(z_s[:2, :4].copy()), framework(np.array([[0, 2, 3], [0, 1, 2]]))
     values = []
     for least in (-1e3, -np.inf):

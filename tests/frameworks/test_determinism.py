@@ -67,7 +67,7 @@ def test_nondeterministic_model_is_refused_with_cause_and_fix(kind, cause):
 @pytest.mark.parametrize(
     "model", [nn.Linear(4, 8), NotFinite(4, 2), nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)).train()]
 )
-def test_model_with_dropout_in_training_passes_and_is_not_changed(model):
+def test_deterministic_model_passes_and_is_not_changed(model):
     mode = model.training
     torch.manual_seed(0)
     expected = torch.rand(1)

@@ -1,4 +1,4 @@
-"""Formats of files given in place of a model or of weights are recognized."""
+"""If a file of another format is given as model or weights, the error names the format."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_output_names_that_do_not_identify_the_logits_raise_an_error(names, sent
 
 
 class Embedding(nn.Module):
-    """Returns an embedding, and logits by another name."""
+    """Model that returns an embedding, and logits under the given name."""
 
     def __init__(self, name):
         super().__init__()

@@ -52,7 +52,7 @@ def steps_without_escapes(text):
 
 @pytest.fixture
 def open_terminal(monkeypatch):
-    """Function that replaces the output streams with a terminal, and returns the terminal.
+    """Return a function that replaces the output streams with a terminal, and returns the terminal.
 
     A test calls it, because pytest sets its own streams after each fixture.
     """
@@ -83,7 +83,7 @@ def test_progress_can_be_switched_off_on_a_terminal(open_terminal):
     assert terminal.getvalue()
 
 
-def test_forced_progress_is_one_plain_line_per_epoch(capfd):
+def test_progress_true_prints_one_plain_line_per_epoch_without_a_terminal(capfd):
     trained = distilled(progress=True, validation=samples())
     out, err = capfd.readouterr()
     assert out == ""

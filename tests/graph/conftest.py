@@ -13,7 +13,7 @@ from kirsch.graph.labels import Tensor
 
 
 class Network:
-    """Records layers in the order of the calls; `graph` returns their dependency graph."""
+    """Builder of a small network: each method adds an operation, and `graph` returns the dependency graph."""
 
     def __init__(self):
         self.facts = Facts()
@@ -63,7 +63,7 @@ class Network:
 
 @pytest.fixture(scope="session")
 def network():
-    """The class `Network`, so that a test can build several."""
+    """Return the class `Network`; a test may build several networks."""
     return Network
 
 
@@ -82,7 +82,7 @@ def chain():
 
 @pytest.fixture(scope="session")
 def heads():
-    """Build a layer whose output is viewed as (heads, width), plus a vector along the width, and a layer on top."""
+    """Build a linear layer, a reshape to (heads, width), a sum with a vector (width), and a linear layer."""
 
     def build(number=2, width=3):
         net = Network()
@@ -98,7 +98,7 @@ def heads():
 
 @pytest.fixture(scope="session")
 def shuffle():
-    """Add 4 channels to their shuffle in 2 rows, so that a channel can only be removed with its orbit."""
+    """Build a network that adds 4 channels to their shuffle, in which channels 1 and 2 are swapped."""
 
     def build():
         net = Network()

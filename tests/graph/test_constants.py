@@ -1,4 +1,7 @@
-"""New values of the integers in the model's code after pruning."""
+"""New values of the integers in the model's code after pruning.
+
+A leaf is an integer attribute of a module. A demand requires that an expression of leaves gives the number of units.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ LINE = Operation("aten.view", "block", "net.py:8")
 
 
 def demand(kept, compute, *leaves, sizes=(), operation=LINE):
-    """Demand that `compute` of the leaves and sizes equals `kept`, which is stored in place of the labels."""
+    """Return the demand that `compute(*leaves, *sizes)` equals `kept`, which is stored in place of the labels."""
     expression = Expression(
         lambda values: compute(*(values[leaf] for leaf in leaves), *(values[Size(s.tobytes())] for s in sizes)),
         tuple((leaf, PRESENT[leaf]) for leaf in leaves),

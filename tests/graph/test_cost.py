@@ -38,7 +38,7 @@ def test_the_cost_of_two_layers_in_closed_form(chain):
     assert graph.prices.by_owner(keep) == {"first": (3 * 3 + 3, 3 * 3), "second": (3 * 2 + 2, 3 * 2)}
 
 
-def test_removed_rows_and_columns_of_a_view_multiply(heads):
+def test_the_channels_kept_in_a_view_are_the_product_of_the_kept_rows_and_columns(heads):
     """3 heads of width 4 become 2 heads of width 3, so 12 channels become 6."""
     graph = heads(3, 4).graph()
     width, head = graph.groups

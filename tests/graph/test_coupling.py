@@ -1,4 +1,4 @@
-"""Components: labels that are removed together."""
+"""Components: labels that are removed together. The marginals of a grid are the labels of its rows and columns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_equalities_are_transitive_and_index_by_index():
 
 @given(st.integers(1, 30), st.data())
 def test_components_are_the_connected_components_of_scipy(size, data):
-    """Random ties of any depth; components are numbered by their first label, as in scipy."""
+    """Ties are equalities between labels. Components are numbered by their first label, as in scipy."""
     facts = Facts()
     facts.fresh(size)
     label = st.integers(1, size)
@@ -102,7 +102,7 @@ def test_a_grid_axis_with_one_free_index_is_kept():
 
 
 def test_a_frozen_axis_of_a_fused_projection_ties_query_key_and_value():
-    """(3 * H * D) → (3, H, D) with the 3 frozen leaves a grid (H, D) of query, key and value together."""
+    """In the view (3 * H * D) → (3, H, D), the axis of size 3 is frozen. Query, key and value share one grid (H, D)."""
     facts = Facts()
     parts, heads, width = facts.split(facts.fresh(12).reshape(3, 2, 2), "view")
     freeze(facts, parts, "the parts have different roles")
@@ -117,7 +117,7 @@ def test_a_frozen_axis_of_a_fused_projection_ties_query_key_and_value():
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_grid_with_one_free_axis_becomes_ties(axis):
-    """The cells are tied along the frozen axis, and to the marginals of the other axis."""
+    """The cells are tied along the frozen axis, and to the labels of the other axis."""
     facts = Facts()
     cells = facts.fresh(6).reshape((2, 3) if axis == 0 else (3, 2))
     marginals = facts.split(cells, "view")
@@ -148,7 +148,7 @@ def test_a_grid_with_one_free_axis_of_three_becomes_ties(free):
     ]
 
 
-def test_cells_of_a_grid_without_a_free_axis_are_frozen_by_the_reason_of_a_marginal():
+def test_cells_of_a_grid_without_a_free_axis_are_frozen_for_the_reason_of_one_of_its_axes():
     facts = Facts()
     rows, columns = facts.split(facts.fresh(4).reshape(2, 2), "view")
     freeze(facts, columns, "a softmax is computed over the axis")
@@ -214,20 +214,20 @@ def test_equal_grids_are_kept_once():
     assert len(solve(facts).grids) == 1
 
 
-def test_grids_that_split_the_same_cells_into_the_same_slabs_are_tied():
+def test_grids_that_split_the_same_cells_into_the_same_rows_and_columns_are_tied():
     """The same channels are viewed as (heads, width) twice, the second time with the heads in another order."""
     facts = Facts()
     cells = facts.fresh(6).reshape(2, 3)
     heads, width = facts.split(cells, "view")
     others, same = facts.split(cells[::-1], "view")
     coupling = solve(facts)
-    assert len(coupling.grids) == 2  # in another order, over the same components
+    assert len(coupling.grids) == 2  # the same components, with the rows in another order
     assert coupling.component[heads].tolist() == coupling.component[others[::-1]].tolist()
     assert coupling.component[width].tolist() == coupling.component[same].tolist()
 
 
-def test_grids_that_share_only_some_slabs_are_not_tied():
-    """The first columns of a wide grid form a second grid, whose rows differ."""
+def test_grids_that_share_only_some_columns_are_not_tied():
+    """One grid has only the first two columns of the other grid, so its rows are different sets of cells."""
     facts = Facts()
     cells = facts.fresh(6).reshape(2, 3)
     rows, columns = facts.split(cells[:, :2], "view")

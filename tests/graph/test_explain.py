@@ -11,7 +11,7 @@ from kirsch.errors import UnknownNameError
 
 
 class Residual(nn.Module):
-    """Layers on one residual stream, the last of which receives a softmax over the samples."""
+    """Layers on one residual stream. The input of the last layer is a softmax over the samples."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def test_each_axis_of_a_layer_is_explained_with_the_operations_that_tie_it(graph
     ]
 
 
-def test_an_axis_that_stays_is_explained_with_the_reason(graph):
+def test_a_frozen_axis_is_explained_with_the_reason(graph):
     assert graph.explain("last").splitlines()[-2:] == [
         "last.weight[i] stays: the axis is part of an output of the model (output).",
         "last.bias[i] stays: the axis is part of an output of the model (output).",

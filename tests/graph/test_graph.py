@@ -19,7 +19,7 @@ from kirsch.graph.plan import Plan, Removal
 
 
 def blocked_sizes(graph):
-    """Reason, module and number of blocked parameters of each blocker."""
+    """Return the reason, module and number of blocked parameters of each blocker."""
     total = sum(int(np.prod(graph.tensors[name].shape)) for name in graph.parameters)
     return [(blocker.reason, blocker.where, round(blocker.share * total)) for blocker in graph.blockers]
 
@@ -98,7 +98,7 @@ def test_exactly_the_removed_units_are_missing_from_every_axis_of_the_group(chai
     assert graph.keep({}).all()
 
 
-def test_a_plan_keeps_the_components_that_its_removals_leave(chain):
+def test_the_mask_of_a_plan_is_the_mask_of_its_removed_units(chain):
     graph = chain(5).graph()
     plan = Plan("", "", (Removal("first", "channel", 5, (1, 3), ""),), graph.cost, Cost(0, 0, 0))
     assert plan.keep(graph).tolist() == graph.keep({"first": (1, 3)}).tolist()
@@ -112,7 +112,7 @@ def test_the_mask_of_an_axis_that_loses_no_index_is_none(chain):
 
 
 def test_units_of_several_groups_can_be_removed_at_once(heads):
-    """Without head 1 of 2 and index 2 of 3 in each head, indices 0 and 1 of the six remain."""
+    """Head 1 of 2, and index 2 of 3 in each head, are removed. Indices 0 and 1 of the six remain."""
     graph = heads(2, 3).graph()
     width, head = graph.groups
     keep = graph.keep({head.name: (1,), width.name: (2,)})
@@ -143,7 +143,7 @@ def test_tied_tensors_are_counted_once(network):
     assert graph.cost.parameters == 36
 
 
-def test_integers_in_the_code_follow_the_kept_units(heads):
+def test_integers_in_the_code_become_the_numbers_of_kept_units(heads):
     net = heads(4, 3)
     rows, columns = net.facts.grids[0].marginals
     number, width = Leaf("query", "heads"), Leaf("query", "width")
@@ -167,7 +167,7 @@ def test_a_label_that_occurs_twice_on_an_axis_counts_twice(chain):
 
 
 def test_a_blocker_has_the_share_of_parameters_that_it_blocks(network):
-    """3 → 4 → 5 → 2 without biases: a softmax over the 5 leaves the 4 free, so that only the last layer is blocked."""
+    """Layers 3 → 4 → 5 → 2 without biases. A softmax freezes the axis of size 5, so only the last layer is blocked."""
     net = network()
     x = net.linear("a", Tensor.of((1, 3)), 4, bias=False)
     x = net.softmax(net.linear("b", x, 5, bias=False), 1)
@@ -241,7 +241,7 @@ def test_buffers_do_not_count_as_blocked_parameters(network):
 
 
 def test_freezing_both_axes_of_a_view_blocks_the_layers_before_and_after(network):
-    """Rows and columns of the view are frozen, so each channel is: 6 of the first and 6 * 2 of the second layer."""
+    """Frozen rows and columns of the view freeze all channels: 6 parameters of the first layer, 6 * 2 of the second."""
     net = network()
     first = net.parameter("first.bias", 6)
     x = net.view(Tensor.of((1, 6), [None, first.axes[0]]), 1, 2, 3)

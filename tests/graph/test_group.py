@@ -1,4 +1,7 @@
-"""Units that can be removed, and groups of interchangeable units."""
+"""Units that can be removed, and groups of interchangeable units.
+
+A view of an axis as (A, B) is a grid with A rows and B columns, and its cells are the labels of the axis.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def units(graph, group):
 
 
 def assert_products(coupling, keep):
-    """Assert that the kept part of each grid is a product: a cell is kept exactly if all its marginals are."""
+    """Assert for each grid that a cell is kept if and only if the labels of its row and its column are kept."""
     for grid in coupling.grids:
         product = np.ones((), bool)
         for marginal in grid.marginals:
@@ -77,7 +80,9 @@ def test_a_group_is_named_after_the_producer_although_the_reader_is_defined_firs
 @pytest.mark.parametrize(
     ("names", "expected"), [(("table", "reader.weight"), "table"), (("a.b.table", "reader.weight"), "a.b")]
 )
-def test_units_of_a_parameter_that_belongs_to_no_layer_are_named_after_it(network, names, expected):
+def test_units_of_a_parameter_outside_of_layers_are_named_after_its_module_or_at_the_top_level_after_the_parameter(
+    network, names, expected
+):
     net = network()
     table, weight = net.parameter(names[0], 4), net.parameter(names[1], 2, 4)
     net.facts.begin(Operation("linear"))
@@ -157,8 +162,11 @@ def test_the_columns_of_a_grid_with_frozen_rows_are_channels(heads):
     assert units(graph, graph.groups[0])[2]["query.weight", 0] == [2, 5]
 
 
-def test_a_shuffled_channel_is_removed_with_its_orbit_and_orbits_overlap(shuffle):
-    """The shuffle swaps channels 1 and 2: row 0 is (0, 1) and, shuffled, (0, 2), so all three are removed."""
+def test_a_shuffled_channel_is_removed_with_the_channels_that_share_its_row_before_or_after_the_shuffle(shuffle):
+    """The shuffle swaps channels 1 and 2. Row 0 has channels 0 and 1 before the shuffle, and 0 and 2 after it.
+
+    The removal of row 0 therefore removes channels 0, 1 and 2. The two units overlap in channels 1 and 2.
+    """
     graph = shuffle().graph()
     (group,) = graph.groups
     assert group.size == 2
@@ -185,11 +193,12 @@ def test_a_head_is_removed_from_all_layers_with_tied_heads(network):
 
 
 @pytest.mark.parametrize(("extra", "expected"), [(1, [[0, 1], [2, 3]]), (2, [])])
-def test_a_removed_cell_is_covered_by_the_slab_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
+def test_a_removed_cell_removes_the_row_or_column_that_adds_the_fewest_cells(network, monkeypatch, extra, expected):
     """Four channels form a grid (2, 2). A second grid has the same two rows with `extra` further channels each.
 
     If a row of the first grid is removed, the second grid can lose its row, which adds `extra` cells, or two columns,
-    which add one cell each. Two columns contain all four channels: a single unit, which is not a group.
+    which add one cell each. With `extra=1`, the row is chosen. With `extra=2`, the columns are chosen, as each adds
+    fewer cells. They contain all four channels, so that one unit is left, and a single unit is not a group.
     """
     monkeypatch.setitem(GRID_UNIT_KINDS, "four", ("row", "column"))
     net = network()
@@ -204,7 +213,7 @@ def test_a_removed_cell_is_covered_by_the_slab_that_adds_the_fewest_cells(networ
     assert [unit["four.weight", 0] for unit in columns] == [[0, 2], [1, 3]]
 
 
-def test_a_removed_cell_is_covered_by_another_slab_if_the_cheapest_is_frozen(network):
+def test_a_removed_cell_removes_its_row_if_the_column_with_fewer_cells_is_frozen(network):
     """As above with two further channels per row. The columns are frozen, so a row of the wide grid is removed."""
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
@@ -218,7 +227,7 @@ def test_a_removed_cell_is_covered_by_another_slab_if_the_cheapest_is_frozen(net
     assert [unit["others.weight", 0] for unit in rows] == [[0, 1], [2, 3]]
 
 
-def test_a_cell_in_frozen_slabs_only_is_in_no_unit(network):
+def test_a_cell_whose_row_and_column_are_both_frozen_is_in_no_unit(network):
     """Channel 0 is in row 0 and column 0 of a second grid, and both are frozen."""
     net = network()
     channels = net.parameter("layer.weight", 9).axes[0]
@@ -231,8 +240,8 @@ def test_a_cell_in_frozen_slabs_only_is_in_no_unit(network):
     assert not any(0 in indices for indices in removed)
 
 
-def test_a_cell_that_occurs_twice_in_a_grid_is_covered_twice(network):
-    """Rows (0, 0) and (1, 2): column 0 removes channel 0. It is also in column 1, so row 0 is removed, too."""
+def test_a_cell_that_occurs_twice_in_a_grid_is_removed_at_both_positions(network):
+    """The rows are (0, 0) and (1, 2). Column 0 has channel 0, which is also in column 1, so row 0 is removed, too."""
     net = network()
     a, b, c = net.parameter("layer.weight", 3).axes[0]
     rows = net.parameter("rows", 2).axes[0]
@@ -282,7 +291,7 @@ INDICES = st.integers(0, 11)
 
 @st.composite
 def shuffled(draw):
-    """Facts on channels viewed as grids in several orders, with or without repeats, some tied, some frozen."""
+    """Return random facts: grids of channels in several orders, with or without repeats, and tied and frozen labels."""
     facts = Facts()
     size = draw(st.sampled_from([4, 6, 8, 12]))
     channels = facts.fresh(size)
@@ -304,7 +313,7 @@ def shuffled(draw):
 
 
 @given(shuffled(), st.data())
-def test_any_choice_of_units_keeps_each_grid_a_product_and_all_frozen_components(network, data):
+def test_after_removal_of_any_units_each_grid_is_a_product_and_no_frozen_component_is_removed(network, data):
     facts, axes = network
     coupling = solve(facts)
     groups = find_groups(coupling, axes)

@@ -1,4 +1,7 @@
-"""Labels of axes, the facts about them, and the check that no operation loses a label."""
+"""Labels of axes, the facts about them, and the check that no operation loses a label.
+
+Label 0 is a frozen index. A split arranges the labels of an axis, its cells, in a grid. A merge is the inverse.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def test_a_number_of_labels_that_differs_from_the_size_raises():
         Tensor.of((2,), [np.array([1, 2, 3])])
 
 
-def test_equal_axes_are_tied_where_they_differ():
+def test_equated_axes_are_tied_at_the_indices_where_their_labels_differ():
     facts = Facts()
     first, second = facts.fresh(3), facts.fresh(3)
     second[1] = first[1]
@@ -57,7 +60,7 @@ def test_equal_axes_are_tied_where_they_differ():
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_an_axis_equated_with_an_axis_without_labels_is_frozen_at_the_operation(swapped):
+def test_an_axis_equated_with_an_axis_without_labels_is_frozen_by_the_current_operation(swapped):
     facts = Facts()
     axis = facts.fresh(3)
     facts.begin(Operation("add", "layer", "net.py:3"))

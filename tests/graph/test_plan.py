@@ -81,7 +81,7 @@ def edited(**changes):
 
 @pytest.fixture(scope="module")
 def graph(chain):
-    """Graph with the group "first" of 5 units and 32 parameters."""
+    """Return a graph with the group "first" of 5 units and 32 parameters."""
     return chain(5).graph()
 
 
@@ -179,7 +179,7 @@ def test_a_plan_that_removes_nothing_raises(graph):
             plan_for(graph, *groups).check(graph)
 
 
-def test_the_error_for_a_wrong_size_or_kind_of_a_group_names_the_stated_and_the_actual_one(graph):
+def test_the_error_for_a_wrong_size_or_kind_of_a_group_names_the_stated_and_the_actual_value(graph):
     with pytest.raises(
         PlanError, match=r"'first' has 6 units of the kind 'channel'.*has 5 units of the kind 'channel'"
     ):
@@ -232,12 +232,12 @@ def test_a_goal_is_met_if_the_cost_is_within_every_limit(cost, met):
 
 
 def test_a_model_without_macs_meets_a_goal_on_macs():
-    """As for a network of embedding tables; 0 / 0 must not raise."""
+    """A network of embedding tables is an example. 0 / 0 must not raise."""
     assert Goal(macs=0.5).met_by(Cost(10, 0, 0), Cost(10, 0, 0))
 
 
 def test_the_fingerprint_is_compared_before_the_groups():
-    """The other graph has no attribute `groups`."""
+    """The other graph has no attribute `groups`, so an access to its groups would raise an AttributeError."""
     other = SimpleNamespace(fingerprint="else", model_name="Other", cost=Cost(7, 0, 0), inputs=())
     with pytest.raises(PlanError, match="This model is Other with 7 parameters, fingerprint else"):
         make_plan(removal()).check(other)

@@ -1,4 +1,4 @@
-"""Graphs and plans print as the tree of groups, bars and cost lines."""
+"""Printed graphs and plans: a tree of groups, bars and cost lines."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ class Groups:
     groups: tuple[Group, ...]
 
 
+SOFTMAX = "a softmax is computed over the axis"
+
+
 def shown(costs=(), *, blocks=(), blockers=()) -> list[str]:
-    """Return the lines on a graph."""
+    """Return the printed lines of a graph."""
     parts = graph_parts("Net", Cost(1_210_000, 402_000, 0), [(1, 3, 8, 8)], list(costs), blocks, blockers)
     return [plain(line) for line in lines(parts)]
 
@@ -59,7 +62,7 @@ def test_modules_with_a_single_child_share_a_line():
     ]
 
 
-def test_a_group_with_groups_in_it_has_its_own_line():
+def test_a_group_whose_module_contains_other_groups_has_its_own_line():
     assert labels("a", "a.b") == ["a", "└─ b"]
 
 
@@ -81,7 +84,7 @@ def test_three_tied_layers_are_named_and_the_others_counted():
     assert line.endswith("with b, mix, c + 2 more")
 
 
-def test_the_layer_of_a_second_group_is_not_a_tied_layer():
+def test_the_tied_layers_of_a_group_do_not_include_the_layer_that_names_the_group():
     assert GroupCost(Group("a#2", footprint=(("a.weight", 0), ("b.weight", 1))), 1, 1).tied_layers == ("b",)
 
 
@@ -98,19 +101,19 @@ def test_a_model_without_groups_and_blockers_has_a_line_for_both():
 
 
 def test_twelve_blockers_are_shown_and_the_others_counted():
-    blockers = [Blocker("a softmax is here", f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
+    blockers = [Blocker(SOFTMAX, f"b{i}", f"net.py:{i}", "aten.softmax", 0.5 / 2**i) for i in range(15)]
     found = shown(blockers=blockers)[4:]
     assert len(found) == 1 + 12 + 1
-    assert found[1] == "  50.0 %  b0   a softmax is here  aten.softmax  net.py:0"
+    assert found[1] == "  50.0 %  b0   a softmax is computed over the axis  aten.softmax  net.py:0"
     assert found[-1].strip() == "and 3 more; `blockers` of the graph and --json list all"
 
 
 def test_blockers_of_one_line_of_code_share_a_row_with_their_number_and_sum():
     lines_of = {"a": 3, "b": 7, "c": 7, "d": 7}
-    blockers = [Blocker("a softmax spans it", name, f"net.py:{n}", "aten.softmax", 0.2) for name, n in lines_of.items()]
+    blockers = [Blocker(SOFTMAX, name, f"net.py:{n}", "aten.softmax", 0.2) for name, n in lines_of.items()]
     assert shown(blockers=blockers)[5:] == [
-        "  60.0 %  in 3 layers  a softmax spans it  aten.softmax  net.py:7",
-        "  20.0 %  a            a softmax spans it  aten.softmax  net.py:3",
+        "  60.0 %  in 3 layers  a softmax is computed over the axis  aten.softmax  net.py:7",
+        "  20.0 %  a            a softmax is computed over the axis  aten.softmax  net.py:3",
     ]
 
 

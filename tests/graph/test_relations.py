@@ -1,4 +1,4 @@
-"""Relations between the labels of an operation's inputs and outputs."""
+"""Relations between the labels of the inputs and outputs of an operation. Ties are equalities between labels."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_permutation_is_undone_by_its_inverse(order):
 
 
 def test_flattening_repeats_the_label_of_a_channel_for_each_position():
-    """As for a convolution's (C, 2, 2) before a linear layer."""
+    """An example is the output (C, 2, 2) of a convolution before a linear layer."""
     facts = Facts()
     x = labeled(facts, 7, 3, 2, 2, bare=[0, 2, 3])
     assert label_lists(relations.reshape(facts, x, (7, 12))) == [None, [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]]
@@ -159,14 +159,14 @@ def test_a_reshape_can_add_and_remove_axes_of_size_one(shape):
 
 @pytest.mark.parametrize(("before", "after"), [((1, 2), (2,)), ((2,), (1, 2)), ((2, 1), (1, 2))])
 def test_an_axis_filled_by_one_label_passes_through_a_reshape(before, after):
-    """For example one channel, flattened with two positions; only splitting this axis would freeze the label."""
+    """An example is one channel, flattened with two positions. Only a split of this axis would freeze the label."""
     facts = Facts()
     x = Tensor.of(before, [None if size == 1 else facts.fresh(1).repeat(2) for size in before])
     assert [axis for axis in label_lists(relations.reshape(facts, x, after)) if axis is not None] == [[1, 1]]
     assert facts.freezes == []
 
 
-def test_a_reshape_leaves_the_labels_of_unchanged_axes():
+def test_a_reshape_does_not_change_the_labels_of_unchanged_axes():
     """(2, 6, 5) → (2, 2, 3, 5): the first and the last axis do not change."""
     facts = Facts()
     x = labeled(facts, 2, 6, 5)
@@ -178,7 +178,7 @@ def test_a_reshape_leaves_the_labels_of_unchanged_axes():
 
 @st.composite
 def shapes(draw):
-    """A shape with 60 elements, with or without axes of size one."""
+    """Return a shape with 60 elements, with or without axes of size one."""
     factors = draw(st.permutations([1, 2, 2, 3, 5]))
     cuts = draw(st.sets(st.integers(1, 4)).map(sorted))
     return tuple(int(part.prod()) for part in np.split(np.array(factors), cuts))

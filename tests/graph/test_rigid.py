@@ -1,4 +1,7 @@
-"""If no value of an attribute fits an axis after pruning, the axis is tied or frozen before a plan is made."""
+"""If no value of an attribute fits an axis after pruning, the axis is tied or frozen before a plan is made.
+
+A demand requires that an expression of attributes, or of the size of another axis, gives the size of an axis.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def layers(network):
 
 
 def add_demand(net, axis, leaves, compute=None, *, size=None):
-    """Add the demand that attributes or another size give the size of an axis, or the constant 8 without an axis."""
+    """Add the demand that attributes, or the size of another axis, give the size of `axis`, or 8 if `axis` is None."""
     if size is not None:
         key = Size(size.tobytes())
         expression = Expression(lambda values: compute(values[key]), (), (size,), plain=compute is identity)
@@ -121,7 +124,7 @@ def test_an_attribute_of_a_frozen_axis_freezes_the_other_axes_that_use_it(layers
 
 def test_a_demand_that_is_violated_without_pruning_freezes_its_axis(layers):
     net, (first, _) = layers(8, 8)
-    add_demand(net, first, ((WIDTH, 5), (HEADS, 5)), lambda width, heads: width + heads)  # 10 for 8
+    add_demand(net, first, ((WIDTH, 5), (HEADS, 5)), lambda width, heads: width + heads)  # 10 is not the size 8
     assert group_sizes(net) == [8]
 
 

@@ -57,7 +57,7 @@ def test_a_verification_prints_its_verdict():
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])
-def test_an_infinite_error_is_null_in_json(error):
+def test_an_error_that_is_not_finite_is_null_in_json(error):
     content = verification(error).to_dict()
     assert (content["error"], content["passed"]) == (None, False)
     json.dumps(content, allow_nan=False)

@@ -99,7 +99,7 @@ TRAINER_ARGUMENTS = ("optimizers", "compute_loss_func", "model_init", "regulariz
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
-    """Two batches of 4, one of 8, and a step with `kirsch.Distiller`, with 3 to 8 valid tokens per sequence."""
+    """One batch of 8, two batches of 4, and a step of `kirsch.Distiller` agree; sequences have 3 to 8 valid tokens."""
     objective = dataclasses.replace(Objective.preset("causal"), label_weight=0.5)
     students = [causal(8, 2, 0).double() for _ in range(3)]
     teacher = causal(16, 4, 1).double()
@@ -120,7 +120,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
 def test_resumed_run_is_bitwise_equal(tmp_path):
-    """With adapters, balance and dropout, from a checkpoint within an epoch."""
+    """The run has adapters, balance and dropout, and is resumed from a checkpoint within an epoch."""
     terms = (*LAYERS.terms[:2], Term("attention-mse", 0.5, student_layer="attention[*]"))
     objective = dataclasses.replace(LAYERS, terms=terms, balance="gradient")
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
@@ -179,7 +179,7 @@ def test_evaluation_uses_the_students_loss_and_terms_are_logged(tmp_path):
             )
         ),
     ],
-    ids=["minilm", "memory", "logits, relations, states"],
+    ids=["minilm", "memory bank", "logits, relations, states"],
 )  # fmt: skip
 def test_encoder_is_trained_on_every_kind_of_layer(tmp_path, objective):
     run = trainer(
@@ -268,7 +268,7 @@ def test_checkpoint_without_adapters_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:No configuration describes:UserWarning")
 def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path):
-    """Its checkpoints contain weights without a configuration."""
+    """The checkpoints of such a student contain weights without a configuration."""
     original = encoder(16, 1, 0)
     plan = kirsch.plan(
         kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(parameters=0.7)
@@ -299,7 +299,7 @@ def test_checkpoint_of_another_objective_is_refused(tmp_path):
 
 
 def stacked(rows):
-    """Collator that does not rename "label"."""
+    """A collator that, unlike the default one, does not rename "label"."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
@@ -314,7 +314,7 @@ def test_targets_of_other_names_are_used(tmp_path, target_name, collator):
     assert found.evaluate()["eval_loss"] > 0
 
 
-def test_student_with_softmax_is_refused_unless_its_outputs_are_stated(tmp_path):
+def test_student_with_softmax_is_refused_unless_its_outputs_are_declared(tmp_path):
     student = encoder(8, 2, 0)
     student.classifier = torch.nn.Sequential(student.classifier, torch.nn.Softmax(-1))
     options = {"teacher": encoder(16, 4, 1), "data": sentences()}
@@ -378,8 +378,8 @@ def run_process(rank, folder, port, *arguments):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its process")
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["soft targets", "adapter"])
-def test_two_processes_equal_one(tmp_path, with_adapter):
-    """Padded sequences with soft targets, or full sequences with an adapter."""
+def test_two_processes_give_the_parameters_of_one(tmp_path, with_adapter):
+    """The data are padded sequences for soft targets, or full sequences for an adapter."""
     terms = (
         Term("kd", 0.5, temperature=2.0),
         *([Term("hidden-mse", 0.5, student_layer="hidden[-1]")] if with_adapter else []),

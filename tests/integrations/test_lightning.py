@@ -319,8 +319,8 @@ class SaveParameters(lightning.Callback):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its process")
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["soft targets", "adapter"])
-def test_two_processes_equal_one(tmp_path, with_adapter):
-    """Sequences with different numbers of valid positions, or an adapter."""
+def test_two_processes_give_the_parameters_of_one(tmp_path, with_adapter):
+    """The data are sequences with different numbers of valid positions, or, for an adapter, samples with one label."""
 
     def deterministic_net(width, seed):
         model = net(width, seed).double()

@@ -68,7 +68,7 @@ def test_damaged_checkpoints_raise_an_error(job):
         job.hooks()
 
 
-def test_model_is_counted_on_one_sample(job):
+def test_parameters_and_macs_are_counted_on_one_sample(job):
     assert job.example.tolist() == [[0.0, 1.0]]
     assert job.count(nn.Linear(2, 3)) == (9, 6)
 
@@ -84,7 +84,7 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.weight.zero_()
-        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always b: 4 of 12
+        model.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always predicts b, which is correct for 4 of 12 samples
     done = job.step_folder("train") / "done"
     done.mkdir()
     found = job.evaluate(model, done)
@@ -107,7 +107,7 @@ def test_model_is_evaluated_on_the_test_part_and_its_logits_are_stored(job):
             False,
             r"unusable after the step 'recover': 33\.3% of 12 correct, chance is 33\.3%\. It is not",
         ),
-        (0, False, r"It is not better than chance\. Lower the learning rate, train longer, or remove less\."),
+        (0, False, r"It is not better than chance\. Lower the learning rate, or train longer\.$"),
         (5, False, None),
     ],
 )
@@ -119,3 +119,9 @@ def test_model_that_is_not_better_than_chance_is_refused(job, right, one_class, 
     else:
         with pytest.raises(NumericError, match=why):
             job.check_usable(record)
+
+
+def test_error_of_an_unusable_pruned_model_suggests_to_remove_less(job):
+    job.records["prune"] = {"removed": {}}
+    with pytest.raises(NumericError, match=r"train longer, or remove less\.$"):
+        job.check_usable({"one_class": False, "chance": 1 / 3, "accuracy": {"value": 0.0, "n": 12}})

@@ -19,7 +19,7 @@ from kirsch.recipes.recipe import commented, read_recipe
 from kirsch.steps import Distill, Prune, Recover, Train
 
 NEEDED = {"measure": "- export\n"}
-"""Steps that must come before a step."""
+"""Step → the lines of the steps that must come before it in a recipe."""
 
 
 def recipe_with(name: str, *changes: str):
@@ -45,7 +45,7 @@ def test_each_option_can_be_set_and_is_written_with_its_description(name, field)
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_an_unknown_option_is_refused_everywhere(name):
+def test_an_unknown_option_is_refused_in_python_and_by_set(name):
     with pytest.raises(UsageError, match=r"has no argument 'epohcs'"):
         STEPS[name](epohcs=1)
     with pytest.raises(RecipeError, match=rf"--set {name}\.epohcs=1: steps\[\d\]\.{name}\.epohcs: unknown key"):
@@ -55,7 +55,7 @@ def test_an_unknown_option_is_refused_everywhere(name):
 @pytest.mark.parametrize("step", [Train, Distill, Recover])
 def test_steps_that_train_have_the_options_of_training(step):
     for name, field in Training.model_fields.items():
-        if name != "seed":  # the seed of a step is null by default: the seed of the recipe
+        if name != "seed":  # null by default, which means the seed of the recipe
             assert step.model_fields[name] is not None
             assert step.model_fields[name].default == field.default
             assert step.model_fields[name].description == field.description
@@ -65,7 +65,7 @@ def test_the_step_that_prunes_has_the_options_of_a_plan():
     assert {*PlanOptions.model_fields, "goal"} == set(Prune.model_fields)
 
 
-def test_a_new_option_appears_everywhere(monkeypatch):
+def test_a_new_option_can_be_set_and_appears_in_the_commented_recipe(monkeypatch):
     """A new option needs nothing but a field of the class."""
 
     class Blur(Step):

@@ -1,4 +1,4 @@
-"""Interleaved timing, with a clock controlled by the test."""
+"""Interleaved timing of contenders (the compared functions), with a clock controlled by the test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kirsch.errors import UsageError
-from kirsch.measurement.latency import Latency, Ratio, Timing, interleaved, median_ratio
+from kirsch.measurement.latency import Latency, Ratio, Timing, disturbances, interleaved, median_ratio
 
 ROUNDING = 1e-9
 """Tolerance for sums of seconds in float64, whose relative error is about 1e-14."""
@@ -118,13 +118,13 @@ def test_a_speedup_is_significant_if_its_interval_is_outside_the_noise_floor(rat
 
 
 def test_short_calls_are_repeated_within_a_round():
-    """At 1 ms per call, 200 calls warm up, ten fill a slice, and the reported time is that of one call."""
+    """A call takes 1 ms: 200 calls warm up, a round times ten calls, and the reported time is that of one call."""
     clock = Clock()
     result = interleaved({"a": clock.spender(0.001)}, reference="a", rounds=6, clock=clock)
     assert result.latencies["a"].calls == 10
     assert result.latencies["a"].rounds == 6
     assert result.latencies["a"].median_us == pytest.approx(1000, rel=ROUNDING)
-    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # one more call if 200 sum to less than 0.2
+    assert clock.now == pytest.approx(2 * (0.2 + 6 * 0.01), rel=0.01)  # rounding may add one call
 
 
 def test_percentiles_are_over_rounds_and_in_microseconds():
@@ -189,6 +189,33 @@ def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
         assert coverage[0] >= 0.95 > coverage[1]
 
 
-def test_thirty_rounds_give_the_tenth_to_the_twenty_first_ratio():
+def test_the_interval_of_thirty_rounds_is_from_the_tenth_to_the_twenty_first_ratio():
     """As in Conover 1999, table A3, and in the docstring of `interleaved`."""
     assert median_ratio(np.arange(1.0, 31.0)) == Ratio(15.5, 10, 21)
+
+
+@pytest.mark.parametrize(
+    ("aa", "is_noted"), [((1.0, 0.98, 1.02), False), ((1.03, 1.001, 1.05), True), ((0.9, 0.8, 0.99), True)]
+)
+def test_noise_floor_whose_interval_excludes_1_is_noted(aa, is_noted):
+    notes = disturbances({}, {}, Ratio(*aa), "teacher")
+    assert len(notes) == is_noted
+    assert all("A/A, teacher against itself, is" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_noted"), [(1.19, False), (1.14, False), (1.24, False), (1.39, True), (1.05, True)]
+)
+def test_speedup_that_contradicts_the_medians_is_noted(value, is_noted):
+    latencies = {"teacher": Latency(250, 0, 0, 0, 30, 10), "exported": Latency(210, 0, 0, 0, 30, 10)}
+    notes = disturbances(latencies, {"exported": Ratio(value, 1.0, 2.0)}, Ratio(1, 1, 1), "teacher")
+    assert (
+        notes
+        == [
+            (
+                "The machine was disturbed: the ratio of teacher to exported within a round is "
+                f"{value:.2f}×, and the ratio of the two medians is 1.19×. Measure again on an idle machine."
+            )
+        ]
+        * is_noted
+    )

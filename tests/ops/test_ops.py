@@ -58,7 +58,7 @@ def test_a_list_is_refused_as_an_array():
         ops.exp([1.0])
 
 
-def test_the_message_about_unequal_shapes_contains_both():
+def test_the_message_about_unequal_shapes_contains_both_shapes():
     message = r"student's logits have shape \(2, 3\), the teacher's \(2, 4\)\. They must be logits of the same samples"
     with pytest.raises(ShapeError, match=message):
         check_same_shape(np.zeros((2, 3)), torch.zeros(2, 4))
@@ -215,7 +215,7 @@ CALLS = {
     "where": (MATRIX > 0, MATRIX, -1.0),
     "zeros_like": (MATRIX,),
 }
-"""Operation → arguments, of which the first decides the library."""
+"""Operation → arguments. The type of the first array selects the library."""
 
 
 @pytest.mark.parametrize("name", list(CALLS))

@@ -13,7 +13,7 @@ from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 
 
 class Adding(nn.Module):
-    """x + weight x."""
+    """Residual block that returns x + weight x."""
 
     def __init__(self, weight):
         super().__init__()
@@ -25,7 +25,7 @@ class Adding(nn.Module):
 
 
 ROTATION = [[0.0, -1.0], [1.0, 0.0]]
-"""Rotates by 90 degrees: x + ROTATION x is rotated by 45 degrees."""
+"""Rotation by 90 degrees. The angle between x and x + ROTATION x is 45 degrees."""
 
 
 def chain(*weights):
@@ -65,7 +65,7 @@ def test_the_least_important_blocks_are_removed(inputs, importance):
     assert all(importance in block.reason for block in plan.blocks)
 
 
-def test_blocks_are_restored_as_long_as_the_goal_is_met(inputs):
+def test_a_removed_block_is_restored_if_the_goal_is_met_without_its_removal(inputs):
     class Wide(Adding):
         def __init__(self):
             super().__init__([[0.1, 0.2], [0.0, 0.1]])
@@ -131,7 +131,7 @@ def test_blocks_that_are_ranked_by_running_the_model_need_data(inputs, importanc
     assert kirsch.plan(graph, Goal(macs=0.5), kinds="block", importance="random").blocks
 
 
-def test_data_without_blocks_is_refused(inputs):
+def test_the_option_data_is_refused_unless_kinds_is_block(inputs):
     graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
     with pytest.raises(UsageError, match=r"`data` of kirsch\.plan has no effect: only blocks are ranked on data"):
         kirsch.plan(graph, Goal(macs=0.5), data=inputs)
@@ -140,7 +140,7 @@ def test_data_without_blocks_is_refused(inputs):
 @pytest.mark.parametrize("kinds", [["block", "channel"], {"block": 1.0}, {"block": 0.5, "channel": 0}])
 def test_blocks_and_other_kinds_need_two_plans(inputs, kinds):
     graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
-    with pytest.raises(UsageError, match=r"'block' beside other kinds.*Make two plans, one after the other"):
+    with pytest.raises(UsageError, match=r"'block' together with other kinds.*Make two plans, one after the other"):
         kirsch.plan(graph, Goal(macs=0.5), kinds=kinds, data=inputs)
 
 
@@ -166,7 +166,7 @@ def test_a_plan_of_blocks_is_restored_from_json(inputs):
     assert kirsch.Plan.from_json(plan.to_json()) == plan
 
 
-def test_widths_are_planned_after_the_blocks():
+def test_channels_can_be_pruned_after_blocks_are_removed():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()

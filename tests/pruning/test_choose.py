@@ -1,4 +1,4 @@
-"""A plan meets its goal with the least important units, or names the reason why it cannot."""
+"""A plan meets its goal by removing the least important units. If no plan can, the error names the reason."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_kept_channels_are_the_largest_by_magnitude():
 
 
 def uneven():
-    """Return two layers. Unit 0 has the larger root mean square, units 1 and 2 have the larger mean."""
+    """Return the graph of two layers. Unit 0 has the larger root mean square, units 1 and 2 have the larger mean."""
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 3, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[6.0, 0.0], [4.0, -4.0], [-4.0, 4.0]]))
@@ -120,7 +120,7 @@ def test_random_importance_depends_only_on_the_seed():
 
 
 @pytest.mark.parametrize("round_to", [4, 8, 16])
-def test_kept_widths_are_multiples(round_to):
+def test_kept_widths_are_multiples_of_round_to(round_to):
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=round_to)
     assert all((group.size - len(group.removed)) % round_to == 0 for group in plan.groups)
 
@@ -136,13 +136,13 @@ def test_kept_widths_are_multiples(round_to):
         (32, [16, 8, 4]),
     ],
 )
-def test_auto_rounds_by_the_number_of_units_and_is_halved_to_no_less_than_4(units, multiples):
+def test_round_to_auto_depends_on_the_number_of_units_and_is_never_halved_below_4(units, multiples):
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, units), nn.Linear(units, 2)), torch.randn(1, 4))
     assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
 
 @pytest.mark.parametrize(("goal", "kept"), [(0.5, 16), (0.75, 24), (0.875, 28), (0.9, 28)])
-def test_auto_is_halved_until_the_goal_is_met_closely(goal, kept):
+def test_round_to_auto_is_halved_until_the_plan_is_close_to_its_goal(goal, kept):
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(1, 4))
     (removal,) = kirsch.plan(graph, kirsch.Goal(macs=goal)).groups
     assert removal.size - len(removal.removed) == kept
@@ -163,7 +163,7 @@ def test_a_plan_close_to_its_goal_has_no_note_on_the_goal():
     assert not any("below the goal" in note for note in plan.notes)
 
 
-def test_widths_that_run_slowly_have_a_note():
+def test_a_plan_with_widths_that_run_slowly_has_a_note():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
     assert any("Widths that 4 does not divide run slowly" in note for note in plan.notes)
 

@@ -55,7 +55,7 @@ def test_other_layers_may_lose_outputs_if_one_layer_keeps_its_outputs(model):
     assert small.features[2].out_channels < 16
 
 
-def test_the_outputs_of_a_module_around_layers_are_kept(model):
+def test_the_outputs_of_a_container_of_layers_are_kept(model):
     _, small = pruned(model, keep_outputs=["features"], round_to=1)
     assert small.features[2].out_channels == 16
     assert small.features[0].out_channels < 16
@@ -116,7 +116,7 @@ def macs(first, second, last):
     return 2 * (36 * 27 * first + 16 * 9 * first * second + 16 * second * last + last * 5)
 
 
-def test_the_cost_of_an_exclusion_excludes_what_other_options_keep(model):
+def test_the_cost_of_an_exclusion_does_not_include_what_other_options_keep(model):
     graph = kirsch.trace(model, IMAGE)
     options = {"round_to": 1, "min_keep": 0.25, "exclude": ["features.0"], "keep_outputs": ["last"]}
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), **options)
@@ -124,7 +124,7 @@ def test_the_cost_of_an_exclusion_excludes_what_other_options_keep(model):
         assert f"instead of {otherwise / graph.cost.macs:.1%}" in note_on(plan, option)
 
 
-def test_a_note_says_that_an_exclusion_of_units_that_another_option_keeps_has_no_effect(model):
+def test_a_note_says_that_an_option_has_no_effect_if_another_option_keeps_the_same_units(model):
     plan, _ = pruned(model, 0.9, exclude=["last"], keep_outputs=["last"])
     assert "has no effect" in note_on(plan, "keep_outputs")
 

@@ -1,4 +1,4 @@
-"""Kinds of units, multiples by kind, and uniform plans."""
+"""Kinds of units, `round_to` by kind, and uniform plans."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def model_of_graph():
     return Model().eval()
 
 
-def test_an_unknown_kind_names_the_nearest(graph):
+def test_the_error_for_an_unknown_kind_names_the_nearest_kind(graph):
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `kinds` 'heads'.*Did you mean 'head'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=["heads"])
     with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
@@ -139,7 +139,7 @@ def test_the_error_for_an_unknown_kind_lists_all_kinds(graph, option):
 
 
 @pytest.mark.parametrize(("words", "kind"), [("attention head", "head"), ("residual block", "block")])
-def test_a_kind_in_other_words_names_the_kind(graph, words, kind):
+def test_the_error_for_another_name_of_a_kind_suggests_the_kind(graph, words, kind):
     with pytest.raises(UnknownNameError, match=f"Did you mean '{kind}'"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=words)
 
@@ -152,6 +152,6 @@ def test_the_glossary_lists_all_kinds_with_their_definitions():
 
 
 @pytest.mark.parametrize("number", [-1, float("nan"), float("inf")])
-def test_a_weight_out_of_range_is_refused(graph, number):
+def test_a_weight_of_a_kind_that_is_out_of_range_is_refused(graph, number):
     with pytest.raises(UsageError, match=r"kinds.*head'.*expected a (number of at least 0|finite number)"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds={"head": number})

@@ -117,7 +117,7 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
-def test_the_cause_of_a_product_of_activations_is_the_cause_of_the_layers_inside_its_module():
+def test_the_cost_of_a_product_of_activations_is_explained_by_the_layers_of_its_module():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()

@@ -57,7 +57,7 @@ def test_kirsch_plan_and_plan_options_have_the_same_options_and_defaults():
     assert python_options() == class_options()
 
 
-def test_python_and_the_class_have_the_same_types():
+def test_kirsch_plan_and_plan_options_have_the_same_types():
     signature = typing.get_type_hints(kirsch.plan, include_extras=True)
     fields = typing.get_type_hints(PlanOptions, include_extras=True)
     assert {name: signature[name] for name in fields if name != "model_config"} == {
@@ -74,12 +74,12 @@ def test_recipes_have_the_same_options_defaults_and_descriptions():
 
 
 @pytest.mark.parametrize("command", ["plan", "prune"])
-def test_the_command_has_a_flag_for_each_option(command):
+def test_the_commands_plan_and_prune_have_a_flag_for_each_option(command):
     expected = {name: f"--{name.replace('_', '-')}" for name in class_options()}
     assert flags(command).items() >= expected.items()
 
 
-def test_help_of_python_describes_each_option():
+def test_the_docstring_of_kirsch_plan_describes_each_option():
     arguments = inspect.getdoc(kirsch.plan).partition("Args:")[2]
     assert all(f"\n    {name}: " in arguments for name in class_options())
 
@@ -175,7 +175,7 @@ def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, v
     with pytest.raises(UsageError, match=f"`{name}"):
         kirsch.plan(graph, kirsch.Goal(macs=0.8), **{name: value})
     with pytest.raises(RecipeError, match=r"The call has .*problem.*\n  steps\[0\]\.prune"):
-        recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "call")
+        recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "The call")
 
 
 def as_yaml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Removal with verification, edited plans, saved models, regularizers."""
+"""`kirsch.prune` with verification, edited plans, saved models, and regularizers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_modules_without_effect_on_the_outputs_have_a_note():
             weights = self.score(self.hidden(x).tanh()).softmax(1)
             return self.head((weights * self.values(x)).sum(1))
 
-    for tokens, expected in ((1, True), (5, False)):  # the attention weight of a single token is always 1
+    for tokens, expected in ((1, True), (5, False)):  # the softmax over a single token is always 1
         model = with_noise(Pooled())
         found = prune_with_verification(
             model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
@@ -146,7 +146,7 @@ def model_of_five_groups():
 
 
 def plant_wrong_cut(monkeypatch, wrong_layers):
-    """Make the surgery roll the kept rows of the weights of `wrong_layers(pruned)`."""
+    """Make `surgery.cut` wrong: it shifts the rows of the weights of the layers that `wrong_layers(pruned)` returns."""
     cut = surgery.cut
 
     def planted(model, graph, keep):
@@ -205,7 +205,7 @@ def test_a_model_pruned_twice_is_saved_and_loaded(case, tmp_path):
 
 
 class Filling(nn.Module):
-    """Replaces a buffer in its first run by a buffer of another shape."""
+    """Model whose first forward pass replaces a buffer by a buffer of another shape."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +243,7 @@ def test_a_damaged_file_is_named(case, tmp_path, name):
 
 
 def rewrite_manifest(folder, change):
-    """Change the entries of a manifest, which stays valid."""
+    """Change the entries of a manifest. It remains valid JSON with the expected keys."""
     content = json.loads((folder / "manifest.json").read_text())
     change(content["files"])
     files.write_json(folder / "manifest.json", content)
@@ -324,7 +324,7 @@ def test_loading_another_architecture_is_refused(case, tmp_path):
         kirsch.load(tmp_path / "small", lambda: build(width=8))
 
 
-def test_the_error_for_a_build_of_another_class_names_the_class_before_the_inputs(case, tmp_path):
+def test_the_error_for_a_build_of_another_class_names_the_class_and_not_the_inputs(case, tmp_path):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     sentence = r"is for Sequential, and the model given is Linear\. It cannot be applied: .* Give the Sequential"
     with pytest.raises(PlanError, match=sentence):

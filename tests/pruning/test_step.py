@@ -27,7 +27,7 @@ def test_the_record_has_the_removed_units_and_the_outputs_and_parameters_of_each
             "removed": [1, 5],
             "reason": "by hand",
             "layers": ["0", "1", "3"],
-            "parameters": 2 * (5 + 2 + 2),  # weights and bias, scale and shift, and what the last layer reads
+            "parameters": 2 * (5 + 2 + 2),  # per unit: weights and bias, scale and shift, weights of the last layer
             "macs": 2 * 3 * (4 + 2),
         }
     ]

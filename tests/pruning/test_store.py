@@ -20,7 +20,7 @@ X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
 
 class Net(nn.Module):
-    """Two layers that run on the result of `read`."""
+    """Two layers on one tensor, which `read` computes from the inputs of the model."""
 
     read = staticmethod(lambda x: x)
 
@@ -43,7 +43,7 @@ class Fields:
 
 
 torch.export.register_dataclass(Fields)
-Pair = collections.namedtuple("Pair", ["x", "y"])  # noqa: PYI024 - as libraries have them
+Pair = collections.namedtuple("Pair", ["x", "y"])  # noqa: PYI024 - libraries use this untyped form
 
 
 def run(model, inputs):
@@ -148,7 +148,10 @@ def test_a_model_with_a_pruned_part_that_takes_nested_inputs_is_loaded(tmp_path)
 
     small = pruned(Outer, (X, Y), module="inner")
     kirsch.save(small, tmp_path / "small")
-    for more in ({}, {"example_inputs": (X, Y)}):  # inputs of the part are stored, inputs of the model are passed
+    for more in (
+        {},
+        {"example_inputs": (X, Y)},
+    ):  # stored inputs of the part; given inputs of the model
         assert torch.equal(kirsch.load(tmp_path / "small", Outer, **more)(X, Y), small(X, Y))
 
 
@@ -172,7 +175,7 @@ def test_a_traced_program_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.train])
-def test_build_may_return_another_type_or_mode(convert, tmp_path):
+def test_build_may_return_a_model_of_another_dtype_or_mode(convert, tmp_path):
     model = with_noise(convert(Net()))
     inputs = X.to(model.first.weight.dtype)
     kirsch.save(

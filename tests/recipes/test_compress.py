@@ -1,4 +1,4 @@
-"""Compression of models in memory."""
+"""`kirsch.compress` compresses a model in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from kirsch.deploy import steps
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, GoalError, Interrupted, NumericError, UsageError
 from kirsch.files import sha256
+from kirsch.jobs.step import STEPS, Step
 from kirsch.recipes.models import build
-from kirsch.steps import Prune, Recover
+from kirsch.steps import Distill, Export, Measure, Prune, Recover
 from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
@@ -84,7 +85,7 @@ def compressed(trained, tmp_path_factory):
     return found, events
 
 
-def test_model_with_softmax_is_refused_unless_its_outputs_are_stated(trained, tmp_path):
+def test_model_with_softmax_is_refused_unless_the_objective_declares_probabilities(trained, tmp_path):
     before, _, data = trained
     model = torch.nn.Sequential(copy.deepcopy(before), torch.nn.Softmax(-1))
     training = kirsch.Training(epochs=1, learning_rate=0.01)
@@ -120,7 +121,7 @@ def exported_again(found):
     return kirsch.export(found.model, found.folder.with_suffix(".onnx"), example_inputs=torch.zeros(1, 1, 8, 8))
 
 
-def test_printed_result_has_the_steps_and_the_goals_of_the_command(compressed):
+def test_printed_result_has_the_same_steps_and_goals_as_the_output_of_the_command(compressed):
     found, _ = compressed
     lines = str(found).splitlines()
     assert [line.split()[:2] for line in lines[:5]] == [
@@ -244,7 +245,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
     assert np.array_equal(np.load(checkpoints / "evaluate" / "done" / "logits.npy"), logits)
 
 
-def test_distill_without_student_is_refused(trained, tmp_path):
+def test_option_distill_without_student_is_refused(trained, tmp_path):
     with pytest.raises(
         UsageError, match=r"`distill` of kirsch\.compress needs a student\. Give student=\.\.\., or remove distill\."
     ):
@@ -269,6 +270,7 @@ def test_distill_without_student_is_refused(trained, tmp_path):
             {"excluded": ["head"], "steps": [Prune(goal=HALF)]},
             r"kirsch\.compress has no argument 'excluded'",
         ),
+        ({"objective": "dkd", "recover": None}, r"`objective` of kirsch\.compress has no effect: without a student"),
         ({"goal": None}, r"`goal` of kirsch\.compress is missing\. Give kirsch\.Goal\(macs=0\.5\), or steps"),
         (
             {"steps": [Prune()], "exclude": ["head"]},
@@ -277,7 +279,7 @@ def test_distill_without_student_is_refused(trained, tmp_path):
         ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
     ],
 )
-def test_invalid_argument_is_refused_by_name(trained, tmp_path, argument, sentence):
+def test_the_error_for_an_invalid_argument_names_the_argument(trained, tmp_path, argument, sentence):
     with pytest.raises(UsageError, match=sentence):
         kirsch.compress(
             **{"model": trained[0], "data": trained[2], "goal": HALF, "folder": tmp_path / "run"} | argument
@@ -315,7 +317,7 @@ def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(tra
     torch.testing.assert_close(found.model.first.weight, trained[0].first.weight)
 
 
-def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd):
+def test_with_progress_true_compress_prints_the_lines_of_the_command(trained, tmp_path, capfd):
     events = []
     found = kirsch.compress(
         trained[0],
@@ -330,19 +332,19 @@ def test_forced_progress_shows_the_lines_of_the_command(trained, tmp_path, capfd
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == f"kirsch {kirsch.__version__} · model · run {tmp_path / 'run'}"
+    assert lines[0] == f"kirsch {kirsch.__version__} · Net · run {tmp_path / 'run'}"
     steps = [line for line in lines if line[:2].strip().isdigit()]
     assert [line.split()[:2] for line in steps] == [["1", "evaluate"], ["2", "prune"], ["3", "recover"]]
     assert [line.split()[:3] for line in lines if "loss" in line] == [
         ["recover", "epoch", "1/2"],
         ["recover", "epoch", "2/2"],
     ]
-    assert lines[-3].startswith("goal met")
+    assert lines[-3].startswith("goal met     MACs ")
     assert f"report       {found.report}" in lines
     assert events[0]["event"] == "start"
 
 
-def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
+def test_steps_given_as_an_argument_are_run_in_order(trained, tmp_path):
     events = []
     short = {"epochs": 1, "learning_rate": 0.01}
     found = kirsch.compress(
@@ -361,17 +363,123 @@ def test_steps_of_the_call_are_run_in_order(trained, tmp_path):
         "prune-2",
     ]
     assert found.artifact is None
-    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs", "prune-2.macs", "macs"]
+    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["prune.macs", "prune-2.macs", "macs"]
     assert found.metrics["goal"]["items"][-1]["value"] <= 0.5
     assert [model["name"] for model in found.metrics["models"]] == ["teacher", "pruned", "recovered", "pruned-2"]
 
 
-def test_default_folder_is_a_new_one_under_runs(trained, tmp_path, monkeypatch):
+def test_default_folder_is_a_new_folder_in_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GoalError, match="reaches the goal"):
-        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), name="a/b")
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], name="a/b")
     (folder,) = (tmp_path / "runs").iterdir()
     assert "-a-b-" in folder.name
+    assert found.folder.name == folder.name
+
+
+def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GoalError, match="reaches the goal"):
+        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(GoalError, match="reaches the goal"):
+        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), folder=tmp_path / "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("goal", "steps", "sentence"),
+    [
+        (
+            kirsch.Goal(macs=0.01),
+            [Distill(epochs=1)],
+            r"lead to MACs 100\.0 % of the student, .* ≤ 1 %\. No step removes units\. Add a step prune, or leave",
+        ),
+        (
+            kirsch.Goal(parameters=0.4),
+            [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
+            (
+                r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Of the parameters before it, prune leaves \d\d\.\d %, "
+                r"prune-2 leaves \d\d\.\d %\. Lower prune-2\.goal\.parameters, or raise goal\.parameters to 0\."
+            ),
+        ),
+    ],
+)
+def test_goal_that_the_steps_cannot_reach_is_refused_before_the_first_step(trained, tmp_path, goal, steps, sentence):
+    model, student, data = trained
+    events = []
+    with pytest.raises(GoalError, match=f"The steps cannot reach the goal: they {sentence}"):
+        kirsch.compress(model, data, goal, student=student, steps=steps, folder=tmp_path / "run", listen=events.append)
+    assert events == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_goal_of_a_job_without_pruning_is_checked_at_its_end(trained, tmp_path, monkeypatch):
+    """A step of another package makes the model smaller, and the goal limits the final model."""
+    model, student, data = trained
+
+    class Halve(Step):
+        def preview(self, job):
+            job.model = copy.deepcopy(student)
+
+        def run(self, job, folder):
+            self.preview(job)
+            record = {"model": "halved", "did": "halved", **job.save_and_evaluate(job.model, folder)}
+            return record | {"cells": []}
+
+    monkeypatch.setitem(STEPS._objects, "halve", Halve)
+    goal = kirsch.Goal(macs=0.7)
+    found = kirsch.compress(model, data, goal, steps=[Halve()], folder=tmp_path / "run", batch_size=16)
+    (item,) = found.metrics["goal"]["items"]
+    first, last = (entry["macs"] for entry in found.metrics["models"])
+    assert item["value"] == last / first < 0.7
+    assert item["text"] == f"MACs {100 * last / first:.1f} % of the teacher, goal ≤ 70 %"
+
+
+def test_limit_of_the_first_step_that_is_also_that_of_the_job_is_listed_once(trained, tmp_path):
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune(goal=HALF)], folder=tmp_path / "run")
+    assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        (
+            [Export(), Prune(), Measure()],
+            r"The step 'prune' changes the model after .*'export'.* Move 'export' after 'prune'",
+        ),
+        (
+            [Prune(), Export(), Recover(epochs=1), Prune()],
+            r"The steps 'recover', 'prune-2' change the model after .*'export'.* Move 'export' after 'prune-2'",
+        ),
+    ],
+)
+def test_step_that_changes_the_exported_model_is_refused(trained, tmp_path, steps, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        kirsch.compress(trained[0], trained[2], HALF, steps=steps, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_data_without_labels_is_refused_before_the_first_step(trained, tmp_path):
+    model, _, data = trained
+    batches = [data.train.inputs[start : start + 16] for start in (0, 16, 32)]
+    unlabeled = kirsch.DataSet("unlabeled", batches, data.validation, data.test)
+    with pytest.raises(DataError, match=r"The first batch of the train part of unlabeled has no labels\..*'recover'"):
+        kirsch.compress(model, unlabeled, HALF, folder=tmp_path / "run")
+    without = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=0)
+    steps = [Prune(), Recover(epochs=1, objective=without)]
+    assert kirsch.compress(model, unlabeled, HALF, steps=steps, folder=tmp_path / "run").met
+
+
+def test_report_of_a_call_has_the_class_name_of_the_model(trained, tmp_path):
+    found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], folder=tmp_path / "run")
+    assert found.metrics["name"] == "Net"
+
+
+def test_duration_at_the_end_is_that_of_the_metrics(compressed):
+    found, events = compressed
+    assert events[-1]["seconds"] == found.metrics["seconds"]
 
 
 def of_loaders(data):
@@ -425,7 +533,7 @@ def test_batch_size_beside_a_loader_is_refused(trained, tmp_path):
         kirsch.compress(trained[0], of_loaders(trained[2]), HALF, batch_size=16, folder=tmp_path / "run")
 
 
-def test_loader_that_gives_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
+def test_loader_that_returns_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
     class Once:
         def __init__(self, batches):
             self.batches = iter(batches)
@@ -441,7 +549,7 @@ def test_loader_that_gives_the_same_iterator_again_is_refused_before_any_work(tr
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_model_with_non_finite_logits_is_refused(trained, tmp_path, value):
-    """argmax would return the first class for all samples."""
+    """Without the check, argmax would return class 0 for all samples."""
     model, _, data = trained
     broken = copy.deepcopy(model)
     with torch.no_grad():

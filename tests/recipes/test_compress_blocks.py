@@ -44,7 +44,7 @@ def test_blocks_are_ranked_on_the_same_samples_of_a_loader_in_each_run(tmp_path,
         return kirsch.plan(*args, data=data, **options)
 
     monkeypatch.setattr("kirsch.pruning.step.choose", choose)
-    monkeypatch.setattr("kirsch.pruning.step.CALIBRATION", 16)  # another order gives other samples
+    monkeypatch.setattr("kirsch.pruning.step.CALIBRATION", 16)  # of 64 samples: another order would give other samples
     loader = DataLoader(TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(LABELS)), 16, shuffle=True)
     model = kirsch.distill(
         Net(),
@@ -65,5 +65,5 @@ def test_blocks_are_ranked_on_the_same_samples_of_a_loader_in_each_run(tmp_path,
     torch.manual_seed(3)
     assert plans("second") == [first]
     assert len(first["blocks"]) == 1
-    assert len(ranked_on) == 4  # each run makes its plan in the checks before the first step, too
+    assert len(ranked_on) == 4  # each run makes its plan in the checks before the first step, and in the step
     assert all(torch.equal(samples, ranked_on[0]) for samples in ranked_on)

@@ -33,19 +33,48 @@ def test_forecast_costs_equal_those_of_the_run(job, finished):
     assert found["export"] == found["measure"] == found["prune"]
 
 
-def test_plan_of_a_trained_model_equals_that_of_the_run(job, monkeypatch):
-    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # refuses random weights
+def test_forecast_plan_of_a_trained_model_equals_the_plan_of_the_run(job, monkeypatch):
+    monkeypatch.setattr(runner.Job, "check_usable", lambda *_: None)  # it would refuse random weights
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     metrics = job.run_recipe(*TRAINED_TEACHER).metrics
     assert list(found["plans"].values()) == metrics["provenance"]["plans"]
-    assert found["goal"] == metrics["goal"]["text"]
+    assert " · ".join(found["goals"]) == metrics["goal"]["text"]
     assert costs(found["steps"]) == {
         step: (model["parameters"], model["macs"])
         for step, model in zip(("evaluate", "prune"), metrics["models"], strict=True)
     }
 
 
-def test_cost_of_a_local_plan_equals_that_after_training(job):
+def test_forecast_shows_the_cost_that_the_steps_reach_for_each_limit(job):
+    found = forecast(job.recipe("prune.goal.macs=0.5", "goal={macs: 0.6}", *TRAINED_TEACHER), base=job.base)
+    before, after = (found["plans"]["prune"]["cost"][side]["macs"] for side in ("before", "after"))
+    share = f"MACs {100 * after / before:.1f} % of the teacher"
+    lines = [plain(line) for line in forecast_lines(found)]
+    assert lines[1:3] == [
+        "goal         prune: MACs ≤ 50 % of the teacher",
+        "             at the end: MACs ≤ 60 % of the teacher",
+    ]
+    first = lines.index(f"reached      prune: {share}, goal ≤ 50 %")
+    assert lines[first + 1] == f"             at the end: {share}, goal ≤ 60 %"
+
+
+@pytest.mark.parametrize(
+    ("groups", "blocks", "text"),
+    [(1, 0, "in 1 group"), (2, 0, "in 2 groups"), (0, 1, "by removing 1 block"), (0, 3, "by removing 3 blocks")],
+)
+def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
+    found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
+    found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks}
+    (line,) = [plain(line) for line in forecast_lines(found) if plain(line).startswith("plan ")]
+    assert f" {text}, ranked by " in line
+
+
+def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
+    with pytest.raises(GoalError, match=r"the goal is ≤ 0\.1 %\..* prune leaves .*Lower prune\.goal\.macs, or raise"):
+        forecast(job.recipe("goal.macs=0.001"), base=job.base)
+
+
+def test_forecast_cost_of_a_plan_with_ranking_local_equals_the_cost_after_training(job):
     changes = ("prune.ranking=local", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
     found = forecast(job.recipe(*changes), base=job.base)
     (plan,) = job.run_recipe(*changes).metrics["provenance"]["plans"]
@@ -59,7 +88,7 @@ def test_recovery_of_a_pruned_teacher_is_forecast(job):
     assert all(step["seconds"] > 0 for step in found["steps"])
 
 
-def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
+def test_times_are_extrapolated_from_a_few_training_steps(job, monkeypatch):
     """A mocked clock measures six seconds for three batches; an epoch has three batches."""
     ticks = itertools.count(0, 6)
     monkeypatch.setattr(training_steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
@@ -79,7 +108,7 @@ def test_times_are_extrapolated_from_a_few_steps(job, monkeypatch):
     assert batch_of_eight["steps"][0]["seconds"] == 6 * 6.0 / 3 * 6
 
 
-def test_nothing_is_written_without_a_folder(job):
+def test_forecast_without_a_folder_writes_nothing(job):
     before = sorted(path.name for path in job.base.rglob("*") if path.suffix != ".pyc")
     found = forecast(job.recipe(), base=job.base)
     assert sorted(path.name for path in job.base.rglob("*") if path.suffix not in (".pyc", "")) == [
@@ -88,7 +117,7 @@ def test_nothing_is_written_without_a_folder(job):
     assert found["data"] == {"name": "stripes", "train": 48, "validation": 30, "test": 60}
 
 
-def test_folder_contains_recipe_and_plan_only(job):
+def test_forecast_writes_only_recipe_and_plan_to_its_folder(job):
     found = forecast(job.recipe(), base=job.base, folder=job.folder)
     assert sorted(path.name for path in job.folder.iterdir()) == ["plan.json", "recipe.yaml"]
     assert read_recipe(job.folder / "recipe.yaml") == job.recipe()
@@ -141,7 +170,7 @@ def test_data_of_a_loader_is_forecast_and_run(job):
     found = forecast(job.recipe(*changes), base=job.base)
     assert found["data"] == {"name": "loaded", "train": None, "validation": 30, "test": 60}
     assert (
-        plain(forecast_lines(found)[2])
+        plain(forecast_lines(found)[3])
         == "data         loaded: a loader for training, 30 for validation, 60 for testing"
     )
     assert all(step["seconds"] > 0 for step in found["steps"] if step["key"] in ("train", "recover"))

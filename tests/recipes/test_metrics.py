@@ -14,10 +14,11 @@ import safetensors.numpy
 
 from kirsch import files
 from kirsch.recipes import manifest
-from kirsch.recipes.metrics import goal_text
+from kirsch.recipes.goals import goal_texts
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of
 
+DROP = "accuracy drop ≤ 50.0 points against the teacher"
 MODELS = {"train": "teacher", "distill": "student", "prune": "pruned", "recover": "recovered", "export": "exported"}
 
 
@@ -74,13 +75,13 @@ def test_goals_are_evaluated_with_costs_and_accuracies(run):
     costs = {model["key"]: model["macs"] for model in run.metrics["models"]}
     share = costs["pruned"] / costs["student"]
     lost = correct(run, "teacher").mean() - correct(run, "exported").mean()
-    assert (macs["name"], macs["value"], macs["limit"], macs["met"]) == ("macs", share, 0.6, True)
-    assert macs["text"] == f"MACs {100 * share:.1f} % of the student, goal ≤ 60 %"
+    assert (macs["name"], macs["value"], macs["limit"], macs["met"]) == ("prune.macs", share, 0.6, True)
+    assert macs["text"] == f"prune: MACs {100 * share:.1f} % of the student, goal ≤ 60 %"
     assert (drop["name"], drop["limit"], drop["met"]) == ("max_drop", 0.5, True)
     assert drop["value"] == pytest.approx(lost, abs=1e-12)
     assert drop["text"] == f"accuracy drop {100 * lost:.1f} points against the teacher, goal ≤ 50.0 points"
     assert run.metrics["goal"]["met"] is True
-    assert run.metrics["goal"]["text"] == "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"
+    assert run.metrics["goal"]["text"] == f"prune: MACs ≤ 60 % of the student · {DROP}"
 
 
 def test_paired_test_counts_lost_and_gained_samples(run):
@@ -181,25 +182,31 @@ def test_provenance_contains_recipe_plan_and_environment(run):
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "texts"),
     [
-        ([], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (1 thread)"),
-        (["measure.threads=2"], "MACs ≤ 60 %, accuracy drop ≤ 50.0 points, runtime onnxruntime (2 threads)"),
+        ([], ["prune: MACs ≤ 60 % of the student", DROP]),
+        (["prune.goal=null", "goal={macs: 0.001}"], ["MACs ≤ 0.1 % of the student"]),
         (
             ["prune.goal={macs: 0.5, parameters: 0.25}", "goal={}"],
-            "MACs ≤ 50 %, parameters ≤ 25 %, runtime onnxruntime (1 thread)",
+            ["prune: MACs ≤ 50 %, parameters ≤ 25 % of the student"],
         ),
         (
-            ["prune=null", "goal={max_drop: 0.01, speedup: 1.5}"],
-            "accuracy drop ≤ 1.0 point, speed ≥ 1.50×, runtime onnxruntime (1 thread)",
+            ["prune.goal={macs: 0.5, parameters: 0.25}", "goal={macs: 0.5}"],
+            ["prune: parameters ≤ 25 % of the student", "at the end: MACs ≤ 50 % of the student"],
         ),
-        (["prune=null", "goal={}", "measure=null"], ""),
-        (["prune=null", "goal={}", "export=null", "measure=null"], ""),
+        (
+            ["prune=null", "measure.threads=2", "goal={max_drop: 0.01, speedup: 1.5}"],
+            [
+                "accuracy drop ≤ 1.0 point against the teacher",
+                "speed ≥ 1.50× that of the teacher (onnxruntime, 2 threads)",
+            ],
+        ),
+        (["prune=null", "goal={}"], []),
     ],
 )
-def test_goal_text_lists_all_goals(job, changes, text):
+def test_goal_texts_name_the_step_and_the_reference_of_each_limit(job, changes, texts):
     recipe = job.recipe(*changes)
-    assert goal_text(SimpleNamespace(goal=recipe.goal), recipe.all_steps) == text
+    assert goal_texts(SimpleNamespace(goal=recipe.goal, model_name="student"), recipe.all_steps) == texts
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_goal_text_lists_all_goals(job, changes, text):
         ("{{speedup: 1000, max_drop: 0}}", 3, ["max_drop", "speedup"]),
     ],
 )
-def test_goal_is_met_up_to_its_limit(done, finished, goal, code, missed):
+def test_goal_is_met_by_a_value_equal_to_its_limit(done, finished, goal, code, missed):
     drop = finished[1].metrics["goal"]["items"][1]["value"]
     assert drop > 0
     limits = goal.format(drop=drop, less=drop - 1e-6)
@@ -236,12 +243,12 @@ def test_pruned_model_above_its_limit_misses_the_goal(done):
     found = done.run_recipe()
     assert found.exit_code == 3
     assert [(item["name"], item["met"]) for item in found.metrics["goal"]["items"]] == [
-        ("macs", False),
+        ("prune.macs", False),
         ("max_drop", True),
     ]
 
 
-def test_run_without_goals_pruning_and_measurement_lists_what_is_missing(job):
+def test_run_without_goals_pruning_and_measurement_lists_what_was_not_measured(job):
     removed = ("student", "distill", "prune", "recover", "export", "measure")
     found = job.run_recipe(*(f"{name}=null" for name in removed), "goal={}")
     assert found.exit_code == 0
@@ -261,7 +268,7 @@ def test_the_list_of_what_was_not_measured_names_runtime_and_seed(run):
     ]
 
 
-def test_accuracy_gain_is_reported_as_gain(job):
+def test_accuracy_gain_is_reported_as_negative_drop(job):
     """The teacher is trained for one epoch, and then again on labels."""
     found = job.run_recipe(
         "student=null",
@@ -276,5 +283,5 @@ def test_accuracy_gain_is_reported_as_gain(job):
     first, last = (model["accuracy"]["value"] for model in found.metrics["models"])
     assert last > first
     (item,) = found.metrics["goal"]["items"]
-    assert item["text"] == f"accuracy gain {100 * (last - first):.1f} points against the teacher, goal ≤ 0.0 points"
+    assert item["text"] == f"accuracy drop −{100 * (last - first):.1f} points against the teacher, goal ≤ 0.0 points"
     assert item["met"] is True

@@ -1,4 +1,4 @@
-"""Models are built from references."""
+"""Models are built from references, such as `nets.py:net`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINEAR = "from torch import nn\n\n\ndef net():\n    return nn.Linear(2, {size})\
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file into the folder that references are relative to."""
+    """Return a function that writes a file into the folder that references are relative to."""
 
     def put(name: str, text: str) -> None:
         path = tmp_path / name
@@ -36,7 +36,7 @@ def assert_equal(first: nn.Module, second: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ forms
 
 
-def test_file_is_relative_to_the_base(tmp_path, write):
+def test_file_is_relative_to_the_base_folder(tmp_path, write):
     write("inner/nets.py", LINEAR.format(size=3))
     assert build("inner/nets.py:net", base=tmp_path).out_features == 3
     assert build(f"{tmp_path / 'inner' / 'nets.py'}:net", base=tmp_path / "elsewhere").out_features == 3
@@ -92,7 +92,7 @@ def test_files_of_the_same_name_are_different_modules(tmp_path, write):
 
 
 def test_files_of_the_same_content_are_different_modules(tmp_path, write):
-    """A file may load weights that lie beside it."""
+    """Each of the files must be executed, because it may load weights from its own folder."""
     text = (
         "from pathlib import Path\n\nfrom torch import nn\n\n\n"
         "def net():\n    return nn.Linear(2, int(Path(__file__).with_name('size').read_text()))\n"
@@ -118,7 +118,7 @@ def test_file_can_import_modules_beside_it_and_sys_path_is_restored(tmp_path, wr
 
 
 def test_changed_file_is_loaded_again_and_has_another_hash(tmp_path, write):
-    """Otherwise a finished step would be kept for the old model."""
+    """Otherwise a finished step of the old model would be kept."""
     write("nets.py", LINEAR.format(size=3))
     first = source_hash("nets.py:net", base=tmp_path)
     assert build("nets.py:net", base=tmp_path).out_features == 3
@@ -128,7 +128,7 @@ def test_changed_file_is_loaded_again_and_has_another_hash(tmp_path, write):
     assert source_hash("nets.py:net", base=tmp_path) != first
 
 
-def test_hash_of_other_references_is_the_reference(tmp_path):
+def test_hash_of_a_reference_without_a_file_is_the_reference(tmp_path):
     assert source_hash("timm:resnet18", base=tmp_path) == "timm:resnet18"
 
 
@@ -227,7 +227,7 @@ def test_kirsch_errors_of_the_callable_are_not_wrapped(tmp_path, write):
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def test_example_shape_is_that_of_model_then_callable_then_timm(tmp_path, write):
+def test_example_shape_is_read_from_the_model_then_the_callable_then_timm(tmp_path, write):
     write("nets.py", LINEAR.format(size=3) + "\n\nnet.example_shape = [1, 2]\n")
     model = build("nets.py:net", base=tmp_path)
     assert example_shape("nets.py:net", model, base=tmp_path) == (1, 2)

@@ -1,4 +1,4 @@
-"""Objective of a recipe: two numbers, the name of a preset, or terms; errors name the line."""
+"""A recipe gives an objective by temperature and weight, by the name of a preset, or by terms; errors name the line."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_section_is_read_as_the_expected_objective(text, expected):
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_preset_is_read_from_its_name_and_from_its_full_form(name):
-    named = Objective.kd() if name == "kd" else Objective.preset(name)  # kd has its numbers as options
+    named = Objective.kd() if name == "kd" else Objective.preset(name)  # from the options temperature and weight
     assert objective_of(f"  objective: {name}") == named
     full = json.dumps(Objective.preset(name).to_dict())
     assert objective_of(f"  objective: {full}") == Objective.preset(name)
@@ -277,7 +277,7 @@ def uneven(*, noise=0.4):
 SHORT = ("export=null", "measure=null", "prune=null", "recover=null", "goal={}", "train.epochs=2")
 
 
-def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
+def test_models_with_softmax_are_refused_unless_their_outputs_are_declared(job):
     (job.base / "nets.py").write_text((job.base / "nets.py").read_text() + SOFT)
     models = ("teacher.model=nets.py:soft_teacher", "student.model=nets.py:soft_student")
     for change, whose in (models[0], "teacher"), (models[1], "student"):
@@ -298,7 +298,7 @@ def test_models_with_softmax_are_refused_unless_their_outputs_are_stated(job):
     assert after == pytest.approx(before, abs=0.05)  # would differ if probabilities were used as logits
 
 
-def test_imbalanced_classes_have_a_balanced_accuracy(job):
+def test_metrics_of_imbalanced_classes_contain_the_balanced_accuracy(job):
     (job.base / "nets.py").write_text(
         (job.base / "nets.py").read_text() + SOFT + "\n\ndef two():\n    return Net(8, classes=2)\n"
     )

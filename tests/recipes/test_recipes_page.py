@@ -16,7 +16,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
-def test_table_lists_the_steps():
+def test_table_of_the_page_lists_all_steps():
     """All steps but `evaluate`, which is added to a recipe automatically."""
     names = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert sorted([*names, "evaluate"]) == sorted(STEPS)

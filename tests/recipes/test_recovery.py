@@ -216,7 +216,7 @@ def test_channels_of_a_plan_that_stores_no_inputs_are_known_with_example_inputs(
     assert kept(small, model, example_inputs=inputs)["0"] == Kept(1, (2, 3, 4, 5, 6, 7))
 
 
-def test_pruned_part_is_known_by_its_path_in_the_model():
+def test_kept_channels_of_a_pruned_submodule_have_the_module_paths_of_the_whole_model():
     model, inputs = nn.Sequential(seeded(Plain)), inputs_of("residual")
     graph = kirsch.trace(model, inputs, module="0")
     small = kirsch.prune(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6), round_to=1), verify=False)
@@ -246,7 +246,7 @@ def term_values(objective, case):
         return {name: part.item() for name, part in distiller.eval()(batch).terms.items()}
 
 
-def test_term_is_zero_where_nothing_upstream_is_pruned(traced):
+def test_term_is_zero_at_a_layer_that_depends_on_no_pruned_layer(traced):
     first, _, last = traced.layers
     found = term_values(recovery(traced.small, traced.model, traced.inputs, at=[first, last]), traced)
     assert found[f"kept.{first}"] < 1e-28  # equal up to the order of summation
@@ -314,7 +314,7 @@ def test_zero_weight_and_zero_features_are_refused(traced):
     with pytest.raises(UsageError, match=r"`weight` of kirsch\.recovery is 0; expected a number above 0"):
         recovery(traced.small, traced.model, traced.inputs, weight=0)
     first = {"residual": "stem.0", "transformer": "embed"}[traced.name]
-    if traced.name == "residual":  # it has no bias
+    if traced.name == "residual":  # without bias, so zero inputs give zero features
         with pytest.raises(NumericError, match=r"The original's features at `stem\.0` have the mean square 0 on"):
             recovery(traced.small, traced.model, torch.zeros_like(traced.inputs), at=first)
 

@@ -104,10 +104,10 @@ def test_check_reports_every_change_of_every_file(finished_run, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_links_pipes_sockets_and_folders_are_refused_with_a_fix(finished_run, tmp_path, name):
+def test_link_pipe_socket_or_folder_in_place_of_a_file_is_refused_with_a_fix(finished_run, tmp_path, name):
     for change, kind in REPLACEMENTS.items():
         if change is folder and name.count("/") > 1:
-            continue  # a folder inside the folder of a step; the step is run again
+            continue  # not refused: a folder inside the folder of a step, because the step is run again
         run = shutil.copytree(finished_run.folder, tmp_path / kind)
         change(run / name)
         before, events = names(run), []
@@ -260,7 +260,7 @@ def test_metrics_of_an_earlier_process_are_not_reported(done):
 
 
 def test_unfinished_run_is_checked_by_its_parts(done):
-    """A run has no manifest before its end."""
+    """The folder of an unfinished run has no manifest, so its files are compared with run.json and the step records."""
     run = json.loads((done.folder / "run.json").read_text())
     del run["manifest_sha256"]
     files.write_json(done.folder / "run.json", run)

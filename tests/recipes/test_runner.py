@@ -192,7 +192,7 @@ def test_damaged_files_are_restored_bit_for_bit(done):
     figures = [json.loads(side["metrics.json"]) for side in (before, now)]
     for side in figures:
         for model in side["models"]:
-            del model["latency"], model["bytes"]  # measured again; and the ONNX file contains its source path
+            del model["latency"], model["bytes"]  # latency is measured again; the file contains its source path
     assert [figures[0][key] for key in ("models", "quality", "goal", "removals")] == [
         figures[1][key] for key in ("models", "quality", "goal", "removals")
     ]
@@ -405,7 +405,7 @@ def test_invalid_recipe_is_refused_before_training(job, changes, error, sentence
     assert_no_step_started(job)
 
 
-def test_finished_measurement_does_not_need_its_threads(done, monkeypatch):
+def test_finished_step_measure_is_kept_on_a_machine_with_fewer_cores(done, monkeypatch):
     monkeypatch.setattr(steps, "usable_cores", lambda: 0)
     resume(done.folder, listen=done.events.append)
     assert done.steps("step_kept") == STEPS

@@ -217,7 +217,7 @@ def test_recursive_alias_is_refused():
     ],
     ids=["lists", "mappings", "lines", "dashes"],
 )
-def test_5000_levels_are_refused(text):
+def test_deep_nesting_is_refused(text):
     with pytest.raises(RecipeError, match=rf"The recipe is too large\. Line \d+: .* or more than {MOST_DEPTH} levels"):
         read(text)
 

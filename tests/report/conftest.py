@@ -156,7 +156,7 @@ def layer(name, group, before, after):
 
 @pytest.fixture
 def metrics():
-    """Metrics of a run with all blocks; all numbers differ, so that a mix-up is detected."""
+    """Metrics of a run with all sections; all numbers differ, so that a mix-up is detected."""
     return {
         "kirsch_metrics": 1,
         "name": "digits",
@@ -263,6 +263,7 @@ def metrics():
             "aa": {"value": 1.006, "low": 0.974, "high": 1.031},
             "load_before": 0.34,
             "load_after": 0.78,
+            "notes": [],
             "seed": 11,
             "data": {"name": "digits", "sha256": "6e072b97" * 8, "train": 1078, "validation": 360, "test": 400},
         },

@@ -181,7 +181,7 @@ def model(name, value, cost, *, chosen=False, timed=True):
     }
 
 
-def test_the_front_connects_the_models_that_no_other_model_beats_in_accuracy_and_cost():
+def test_the_pareto_front_connects_the_models_that_no_other_model_beats_in_accuracy_and_cost():
     models = [
         model("big", 0.95, 100),
         model("dominated", 0.90, 50),
@@ -224,7 +224,7 @@ def test_the_chart_shows_file_sizes_if_the_chosen_model_has_no_latency(timed):
 
 
 @given(st.floats(0.01, 1e9), st.floats(0, 1))
-def test_a_single_model_is_within_the_axes_which_have_ticks(cost, value):
+def test_a_single_model_is_within_the_axes_and_the_axes_have_ticks(cost, value):
     single = model("a", value, cost, chosen=True) | {"accuracy": {"value": value, "low": value, "high": value}}
     svg = charts.trade_off([single])
     ((x, y),) = numbers(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)

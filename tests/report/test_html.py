@@ -110,7 +110,7 @@ def test_the_summary_is_followed_by_all_sections_in_order(page, metrics):
         ({"removals": [], "quality": None, "curves": [], "export": None}, SECTIONS[2:5]),
     ],
 )
-def test_the_section_of_a_missing_block_is_omitted(page, metrics, missing, omitted):
+def test_a_section_whose_metrics_are_missing_is_omitted(page, metrics, missing, omitted):
     tree = page(metrics | missing)
     assert_self_contained(tree)
     assert_well_formed(tree)
@@ -232,7 +232,7 @@ def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
     assert "0.707 of their size" in part.words
 
 
-def test_each_removal_has_its_own_section_and_plan(page, metrics):
+def test_each_prune_step_has_its_own_section_and_plan(page, metrics):
     first = metrics["removals"][0]
     metrics["removals"].append(
         {
@@ -476,7 +476,7 @@ def prefixed(value, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_name_is_escaped_everywhere(page, metrics, name):
+def test_a_hostile_name_is_escaped_in_every_place(page, metrics, name):
     plain = page(metrics)
     hostile = prefixed(metrics, name)
     hostile["export"]["usage"] = hostile["provenance"]["recipe"] = f"a\n{name}\n"

@@ -36,7 +36,7 @@ def test_rows_of_the_confusion_matrix_are_true_classes_and_columns_predicted_one
 
 
 def test_labels_of_a_small_integer_type_do_not_overflow_in_the_confusion_matrix():
-    """The index of the cell is 100 · 101 + 100, too large for uint8."""
+    """The index into the flattened matrix is 100 · 101 + 100, too large for uint8."""
     result = confusion(logits_of([100], 101), np.array([100], dtype=np.uint8))
     assert result.shape == (101, 101)
     assert result[100, 100] == result.sum() == 1
@@ -50,7 +50,7 @@ def test_the_trace_of_the_confusion_matrix_is_the_number_of_correct_predictions(
     assert table.sum(1).tolist() == np.bincount(labels, minlength=4).tolist()
 
 
-def test_lost_classes_are_sorted_by_loss_and_leave_out_classes_without_samples():
+def test_lost_classes_are_sorted_by_loss_of_accuracy_and_leave_out_classes_without_samples():
     before = np.array([[4, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 10]])
     after = np.array([[3, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [5, 0, 0, 5]])
     assert lost_classes(before, after, ["cat", "dog", "none", "eel"]) == [
@@ -61,7 +61,7 @@ def test_lost_classes_are_sorted_by_loss_and_leave_out_classes_without_samples()
 
 
 def test_balanced_and_chance_accuracy_in_closed_form():
-    """The recall is 2/3 for class 0 and 1 for class 1. Half of the predictions are each class."""
+    """The recall is 2/3 for class 0 and 1 for class 1. Half of the predictions are 0, half are 1."""
     result = PredictionSummary.of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
     assert (result.n, result.classes, result.first, result.most_frequent) == (4, 2, 0, 3)
     assert (result.accuracy, result.balanced, result.chance) == pytest.approx((3 / 4, 5 / 6, 1 / 2))
@@ -157,7 +157,7 @@ def test_logits_with_nan_or_infinity_raise(metric, invalid):
         metric(logits, np.array([0, 1, 2]))
 
 
-def test_a_logit_of_minus_infinity_is_allowed_beside_finite_ones():
+def test_a_logit_of_minus_infinity_is_allowed_if_other_logits_of_the_sample_are_finite():
     logits = logits_of([0, 1, 2])
     logits[0, 2] = -np.inf
     labels = np.array([0, 1, 2])

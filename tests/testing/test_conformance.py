@@ -38,7 +38,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_every_registered_loss_passes_the_suite(loss, check):
     if (loss, check.__name__) in EXCEPTIONS:
-        with pytest.raises(AssertionError):  # an entry that is no longer needed must be removed
+        with pytest.raises(AssertionError):  # if the check passes, remove the entry
             check(LOSSES[loss])
     else:
         check(LOSSES[loss])
@@ -128,7 +128,7 @@ BAD_LOSSES = [
         lambda s, t, temperature: (squared(s, t) * (t * t).sum(-1)).sum() / (t * t).sum(),
         "the mean over samples of two parts is",
     ),
-    (  # a detached weight, whose slope is missing
+    (  # a detached weight: the gradient lacks its slope
         "check_gradient_equals_finite_differences",
         lambda s, t, temperature: (ops.detach(ops.log_softmax(s)) * (s - ops.detach(t))).mean(),
         r"the gradient at \(0, 0\) is",

@@ -109,7 +109,7 @@ FAULTS = [
     ),
     (
         "check_inference_is_deterministic",
-        planted("inference", nondeterminism=lambda model, inputs: ("It draws.", "")),
+        planted("inference", nondeterminism=lambda model, inputs: ("It draws random numbers.", "")),
         "It draws",
     ),
     (

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kirsch import __version__
+from kirsch.annotations import FEWEST_ROUNDS
 from kirsch.cli import failure
 from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
@@ -64,9 +65,10 @@ class Session:
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
-    """Register a function as a subcommand. It takes a `Session` and its options, and returns the exit code.
+    """Register a function as a subcommand.
 
-    Each subcommand also has the options of `MODES`. `failure.report_error` writes any exception.
+    The function takes a `Session` and the options of the subcommand, and returns the exit code. Each subcommand also
+    has the options of `MODES`. `failure.report_error` writes any exception.
     """
 
     def run(**options: Any) -> int:
@@ -93,7 +95,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def _quiet_warnings(mode: Mode) -> Iterator[None]:
-    """Hide the warnings of libraries, which are about their internals.
+    """Hide the warnings of libraries, because most are about internals of the libraries.
 
     Warnings are shown with --debug, and if the user sets -W or PYTHONWARNINGS.
     """
@@ -283,13 +285,13 @@ def export(
 @command
 def measure(
     session: Session,
-    model: Annotated[str, typer.Argument(help="A model as for trace, or an ONNX file.")],
+    model: Annotated[str, typer.Argument(help="A model, as MODEL of kirsch trace, or an ONNX file.")],
     pruned: PrunedFolder = "",
     inputs: Inputs = None,
     weights: Weights = "random",
     seed: Seed = 0,
     threads: Annotated[int, typer.Option("--threads", help="Threads of the runtime.", min=1)] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of the timing.", min=6)] = 30,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of the timing.", min=FEWEST_ROUNDS)] = 30,
 ) -> int:
     """Measure time and size of a model or an ONNX file."""
     from kirsch.cli import networks
@@ -321,13 +323,13 @@ def store(
     session: Session,
     action: Annotated[str, typer.Argument(help="build, check, verify or info.")],
     folder: Annotated[str, typer.Argument(help="Folder of the store.")],
-    model: Annotated[str, typer.Option("--model", help="The teacher, in the form of MODEL of trace.")] = "",
+    model: Annotated[str, typer.Option("--model", help="The teacher, as MODEL of kirsch trace.")] = "",
     weights: Weights = "random",
     data: Annotated[str, typer.Option("--data", help="Data source, as in a recipe; its training part is used.")] = "",
     option: Annotated[
         list[str] | None, typer.Option("--option", help="Option of the data source: train=45000; may be repeated.")
     ] = None,
-    keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store, or dense.")] = "10",
+    keep: Annotated[str, typer.Option("--keep", help="Number of most likely classes to store; dense: all.")] = "10",
     views: Annotated[int, typer.Option("--views", help="Augmented views of each sample.", min=1)] = 1,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of the stored probabilities.")] = 1.0,
     part: Annotated[str, typer.Option("--part", help="Build only one part, such as 1/4.")] = "",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CORE = "core"
 PURPOSE = {
-    CORE: "everything",
+    CORE: "recipes, plans, reports and the command",
     "torch": "PyTorch models, export and ONNX Runtime",
     "tasks": "the built-in data sets",
     "zoo": "models named timm:NAME",

@@ -76,7 +76,7 @@ def lines(error: KirschError) -> list[Line]:
     for label, label_tone, sentence in (
         (word, tone, error.what),
         ("why", "faint", error.why),
-        ("do", "faint", error.fix),
+        ("fix", "faint", error.fix),
     ):
         first, *rest = sentence.split("\n")
         if sentence:

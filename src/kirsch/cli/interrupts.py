@@ -18,7 +18,7 @@ LOADERS = tuple(
     os.path.join(*parts)  # noqa: PTH118 - ends of paths
     for parts in (("frameworks", "find.py"), ("recipes", "models.py"), ("kirsch", "references.py"))
 )
-"""Files of Kirsch that import frameworks, models and data sources, as the ends of their paths."""
+"""Ends of the paths of those files of Kirsch that import frameworks, models and data sources."""
 AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{MESSAGE}", "exit_code": {INTERRUPTED}}}}}\n'
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import figures, files
 from kirsch.cli.signals import stop_on_signals
 from kirsch.errors import CheckpointError, LoadError, OutputError
-from kirsch.progress import JobProgress, verdict_lines
+from kirsch.progress import JobProgress, labeled, verdict_lines
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
 from kirsch.tables import Line, Piece
 
@@ -106,7 +106,7 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
             Piece(content["name"], "strong"),
             Piece("   a dry run: a few training steps are timed, and nothing else is trained"),
         ],
-        [Piece(f"{'goal':<13}{content['goal']}")],
+        *labeled("goal", "", [[Piece(text)] for text in content["goals"] or ["none is set"]]),
         [Piece(f"{'data':<13}{data['name']}: {samples}")],
         [],
     ]
@@ -125,8 +125,12 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
         lines += [[]] if number == 0 else []
-        weights = f", by {content['plan_weights']}" if number == 0 else ""
-        lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{reduction} in {len(plan['groups'])} groups{weights}")])
+        weights = f", ranked by {content['plan_weights']}" if number == 0 else ""
+        of_groups = f"in {figures.counted(len(plan['groups']), 'group')}"
+        of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"
+        text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{weights}"
+        lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
+    lines += labeled("reached", "good", [[Piece(text)] for text in content["expected"]])
     lines.append(
         [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
     )
@@ -202,8 +206,8 @@ def verify(folder: Path, terminal: Terminal) -> int:
         terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {text}")]], content)
         return 0
     progress = f"{len(checked.done)} of {len(checked.steps)} steps are done"
-    plural = "s" * (checked.folders != 1)
-    verified = f"{checked.files} files in {checked.folders} folder{plural} have the sha256 of their manifests"
+    compared = f"{figures.counted(checked.files, 'file')} in {figures.counted(checked.folders, 'folder')}"
+    verified = f"{compared} have the sha256 of their manifests"
     unverified = f"{', '.join(checked.uncovered)}: no hash is stored for them until the run ends"
     lines: list[Line] = [
         [

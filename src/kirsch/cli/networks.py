@@ -14,7 +14,7 @@ from kirsch.deploy.measure import measure
 from kirsch.deploy.onnx_inputs import generated_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import OutputError, UsageError
-from kirsch.files import MANIFEST, check_writable, write_text
+from kirsch.files import check_writable, write_text
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
@@ -23,7 +23,7 @@ from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.step import CALIBRATION
-from kirsch.pruning.store import load, save
+from kirsch.pruning.store import is_saved, load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.tables import Part, Piece, Table, notes
 
@@ -37,13 +37,11 @@ if TYPE_CHECKING:
 RANDOM, PRETRAINED = "random", "pretrained"
 GOAL_MISSED = 3
 """Exit code if the work is done and a goal is missed."""
-SAVED_FILES = ("plan.json", "model.safetensors", MANIFEST)
-"""Files in the folder of a pruned model."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from the command line.
+    """A model that the command line names, and its example inputs.
 
     Args:
         model: the model.
@@ -331,7 +329,7 @@ def _check_output_folder(folder: Path) -> None:
     check_writable(folder.parent)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", "A folder is needed for the output.", "Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in SAVED_FILES):
+    if folder.is_dir() and any(folder.iterdir()) and not is_saved(folder):
         raise OutputError(
             f"The folder {folder} contains other files.",
             "It is neither empty nor the folder of a pruned model.",

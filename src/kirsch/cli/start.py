@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return the exit code.
 
     Args:
-        arguments: command line without the program name. None: the command line of the process; the process then
-            belongs to the command, and Ctrl-C may end it at once.
+        arguments: command line without the program name. None: the command line of the process. In this case Ctrl-C
+            may end the process at once.
     """
     owns_process = arguments is None
     # An ignored signal stays ignored.

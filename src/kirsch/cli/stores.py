@@ -31,7 +31,7 @@ class TeacherArguments:
     """Teacher and data from the command line.
 
     Args:
-        model, weights: as for the subcommands on a model.
+        model, weights: reference and origin of the weights; see `load_model`.
         data: data source of a recipe.
         options: options of the data source, each "key=value".
         seed: seed of random weights, of the data and of the augmentation.
@@ -123,7 +123,9 @@ def run_action(
     if action == "verify":
         store.verify()
         count = store.specification.views * store.specification.ranges
-        lines: list[Line] = [[Piece(f"{'sound':<13}", "good"), Piece(f"all {count} ranges have their stored sha256")]]
+        lines: list[Line] = [
+            [Piece(f"{'sound':<13}", "good"), Piece(f"all {count} range files have their stored sha256")]
+        ]
         terminal.result(lines, {"store": str(folder), "sound": True, "ranges": count})
         return 0
     _show_info(store, terminal)

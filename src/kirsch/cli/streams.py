@@ -1,4 +1,8 @@
-"""Standard streams of the process: open, able to write any text, and reserved for the result with --json."""
+"""Preparation of the standard streams.
+
+Closed streams are opened, and characters that a stream cannot encode are escaped. With --json, only the result is
+written to the standard output.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +76,7 @@ def redirect_stdout() -> None:
 def _duplicate(descriptor: int) -> int | None:
     try:
         return os.dup(descriptor)
-    except OSError:  # closed
+    except OSError:  # the descriptor is closed
         return None
 
 

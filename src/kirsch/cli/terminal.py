@@ -109,7 +109,7 @@ def _write(display: Display, *lines: Line) -> None:
 
 @contextlib.contextmanager
 def _write_errors() -> Iterator[None]:
-    """Convert errors of a stream.
+    """Convert the errors of writing to a stream.
 
     Raises:
         ClosedError: the reader has closed the stream.

@@ -54,7 +54,7 @@ def has_arrays(value: Any) -> bool:
         return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - a BatchEncoding is not a Mapping
     if isinstance(value, (tuple, list)):
         return any(map(has_arrays, value))
-    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a data class
+    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a dataclass
 
 
 def _give_inputs(value: Any) -> str:
@@ -107,7 +107,7 @@ def _give_data(value: Any) -> str:
     return "Give kirsch.ArrayData(inputs, targets), a DataLoader, or a list of (inputs, targets)."
 
 
-def _give_labelled(value: Any) -> str:
+def _give_labeled(value: Any) -> str:
     if hasattr(value, "test"):
         return "Give one part of it, such as data.test."
     if is_array(value) or has_arrays(value):
@@ -115,7 +115,7 @@ def _give_labelled(value: Any) -> str:
     return "Give (inputs, labels) as arrays, a DataLoader, or a list of (inputs, labels)."
 
 
-def _is_labelled(value: Any) -> bool:
+def _is_labeled(value: Any) -> bool:
     if hasattr(value, "inputs") and hasattr(value, "labels"):  # a Split
         return True
     pair = isinstance(value, tuple)
@@ -131,7 +131,7 @@ Inputs = Annotated[Any, Kind("an array, or a tuple or dict of arrays", has_array
 BatchLike = Annotated[Any, Kind("a batch", is_batch, _give_batch)]
 """One batch as a loader returns it."""
 
-Labeled = Annotated[Any, Kind("inputs with labels", _is_labelled, _give_labelled)]
+Labeled = Annotated[Any, Kind("inputs with labels", _is_labeled, _give_labeled)]
 """Inputs and labels as a pair of arrays, or batches of such pairs."""
 
 Data = Annotated[Any, Kind("training data", _is_data, _give_data)]

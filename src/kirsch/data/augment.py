@@ -34,11 +34,12 @@ STEP = np.uint64(0x9E3779B97F4A7C15)
 """2⁶⁴ divided by the golden ratio, odd: the counter of splitmix64."""
 SHIFTS = tuple(np.array([bits], np.uint64) for bits in (30, 27, 31))
 FACTORS = tuple(np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-"""Arrays, which wrap around without a warning, and are not converted in each operation as Python numbers are."""
+"""Constants of `mix`, as arrays: overflow of an array gives no warning, and Python numbers would have to be converted
+in each operation."""
 
 TRIED, ATTEMPTS = 4, 8
-"""Number of samples, and of seeds per sample, that a function of the user is checked with. A function that draws from
-another source for one sample in five passes the check with probability 0.8³² < 0.001."""
+"""Number of samples, and number of seeds per sample, with which a function of the user is checked. If the function uses
+another source of random numbers for one sample in five, it passes the check with probability 0.8³² < 0.001."""
 
 PIXELS = 4
 """Number of axes of a batch of images, (N, C, H, W)."""
@@ -60,8 +61,8 @@ def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def sample_seeds(seed: int, view: int, ids: NDArray[Any]) -> NDArray[np.uint64]:
     """Return one seed per sample: m(m(m(seed) + view) + m(id)), where m(x) = mix(x + STEP).
 
-    This function must not change: it is the key of stored teacher outputs. Different ids of one run and view have
-    different seeds, since `mix` is a bijection.
+    This function must not change, because stored teacher outputs belong to samples that were augmented with these
+    seeds. Different ids of one run and view have different seeds, since `mix` is a bijection.
 
     Args:
         seed: seed of the run, >= 0.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-ONE_EACH = "Give one for each sample; samples lie on the first axis."
+ONE_EACH = "Give both with one entry for each sample, on the first axis."
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Batch:
 
     Args:
         inputs: an array, a tuple of positional or a dict of keyword arguments of the model; samples on the first axis.
-        targets: targets of the loss on labels; None if there are none.
+        targets: targets of the label loss; None if there are none.
         ids: id of each sample in the data, integers of shape (N,); None if not known.
         view: number of the augmentation of the samples.
-        seeds: seed of the augmentation of each sample, numpy, shape (N,); None if they are not augmented, or not known.
+        seeds: seed of the augmentation of each sample, numpy, shape (N,); None if the samples are not augmented, or the
+            seeds are not known.
     """
 
     inputs: Any
@@ -145,14 +146,14 @@ class ArrayData(SeededData):
     sample can be found.
 
     Args:
-        inputs: finite, shape (N, ...); or a dict of such arrays, the keyword arguments of the model. Tensors and lists
-            of numbers become numpy arrays, also in `targets` and `ids`.
-        targets: targets of the loss on labels, such as class numbers (N,) or (N, L); None if there are none.
-        batch_size: >= 1. A last batch of one sample is merged with the batch before, because batch normalization needs
-            two samples.
+        inputs: array of finite numbers, shape (N, ...), or a dict of such arrays, the keyword arguments of the model.
+            Tensors and lists of numbers become numpy arrays, also in `targets` and `ids`.
+        targets: targets of the label loss, such as class numbers (N,) or (N, L); None if there are none.
+        batch_size: samples per batch, >= 1. A last batch of one sample is merged with the batch before, because batch
+            normalization needs two samples.
         augment: a transform of `kirsch.data.augment`, or a function (batch, generator) → batch, which is called
             with one sample at a time; None for no augmentation.
-        ids: unique integers, shape (N,); 0 to N - 1 by default.
+        ids: id of each sample, unique integers of shape (N,); 0 to N - 1 by default.
         views: number of different augmentations of a sample: epoch e uses augmentation e modulo `views`. None: each
             epoch uses a new augmentation.
         seed: seed of the augmentation; None for the seed of the run.

@@ -31,7 +31,8 @@ class Split:
 
     Args:
         inputs: model inputs after preprocessing, shape (N, ...), float32. Tensors and lists become arrays.
-        labels: as the task needs them, such as class numbers of shape (N,), int64. Tensors and lists become arrays.
+        labels: labels in the form that the task needs, such as class numbers, int64 of shape (N,). Tensors and lists
+            become arrays.
 
     Raises:
         DataError: an argument is not an array of numbers, or inputs and labels differ in number.
@@ -131,13 +132,13 @@ class DataSet:
 
     @property
     def in_memory(self) -> dict[str, Split]:
-        """Return the parts in memory by name: all but the training part of a loader."""
+        """Return the parts in memory by name: all parts, except a training part that is a loader."""
         parts = {part: getattr(self, part) for part in ("train", "validation", "test")}
         return {part: split for part, split in parts.items() if isinstance(split, Split)}
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """Return the number of samples of each part; None if a loader does not tell it."""
+        """Return the number of samples of each part; None for a loader without a length."""
         sizes: dict[str, int | None] = {"train": self.train.samples} if self.is_stream else {}
         return sizes | {part: len(split) for part, split in self.in_memory.items()}
 

@@ -38,8 +38,9 @@ class GeneratedData(SeededData):
             the samples on the first axis. It must draw all random numbers from the `numpy.random.Generator`. For a
             model, such as the generator of a GAN, give `kirsch.ModelGenerator(model, noise=(64,))`.
         samples: samples per epoch, >= 1.
-        batch_size: >= 1. A last batch of one sample is merged with the batch before.
-        views: number of different epochs: epoch e is the same as epoch e modulo `views`; with None, each epoch is new.
+        batch_size: samples per batch, >= 1. A last batch of one sample is merged with the batch before.
+        views: number of different epochs: epoch e has the samples of epoch e modulo `views`. None: each epoch has new
+            samples.
         seed: seed of the random numbers, >= 0; None for the seed of the run.
 
     Raises:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
 
 AT_ONCE = 2
-"""Copies of the samples in memory while batches become one array."""
+"""Number of copies of the samples in memory while the batches are joined into one array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,8 @@ class Stream:
     """Training part of a data set whose batches come from a loader, in its order and with its augmentation.
 
     Args:
-        loader: a DataLoader, or anything else that gives batches of one input with labels, as `Batch.of` takes them,
-            each time it is iterated over.
+        loader: a DataLoader, or another iterable that can be iterated over once per epoch. Each batch has one input
+            array and labels, in a form that `Batch.of` accepts.
         name: name of the part, for messages.
     """
 
@@ -39,12 +39,12 @@ class Stream:
 
     @property
     def samples(self) -> int | None:
-        """Number of samples of an epoch; None if the loader does not tell."""
+        """Number of samples of an epoch; None if the loader does not state it."""
         return _length(getattr(self.loader, "sampler", None))
 
     @property
     def batch_size(self) -> int | None:
-        """Batch size of the loader; None if it does not tell."""
+        """Batch size of the loader; None if the loader does not state it."""
         size = getattr(self.loader, "batch_size", None)
         return size if isinstance(size, int) else None
 
@@ -58,7 +58,7 @@ class Stream:
         return list(itertools.islice(batches_of(self.loader, self.name), count))
 
     def first_inputs(self, count: int) -> NDArray[Any]:
-        """Return the inputs of the first samples of an epoch; fewer if it has fewer."""
+        """Return the inputs of the first `count` samples of an epoch, or of all samples if the epoch has fewer."""
         parts: list[NDArray[Any]] = []
         for number, batch in enumerate(batches_of(self.loader, self.name), start=1):
             parts.append(_single_input(batch, f"Batch {number} of {self.name}"))

@@ -16,7 +16,7 @@ TARGETS = ("labels", "label", "label_ids", "targets", "target", "y")
 IDS = "ids"
 FORMS = "(inputs, targets), (inputs, targets, ids), or a dict with one of the keys " + ", ".join(TARGETS)
 SWITCHES = (bool, int, float, str, type(None))
-"""Types of model arguments that hold no samples."""
+"""Types of model arguments that contain no samples, such as a flag that selects a branch of the model."""
 
 MOST_SHOWN = 6
 
@@ -190,7 +190,7 @@ def check_inputs(inputs: Any, targets: Any) -> None:
 
 
 def _check_part(part: Any, inputs: Any) -> None:
-    """Refuse a model argument that is not an array, a container of arrays or a switch."""
+    """Refuse a model argument that is not an array, a container of arrays or of a type in `SWITCHES`."""
     if isinstance(part, dict):
         for inner in part.values():
             _check_part(inner, inputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kirsch import figures
-from kirsch.annotations import Count
+from kirsch.annotations import Count, Rounds
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Labeled, Model
 from kirsch.data.arrays import host
@@ -22,7 +22,7 @@ from kirsch.deploy.onnx_inputs import require_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.measurement.latency import FEWEST_ROUNDS, Latency, Ratio, interleaved
+from kirsch.measurement.latency import Latency, Ratio, disturbances, interleaved
 from kirsch.measurement.machine import cpu, load, usable_cores
 from kirsch.tables import Cell, Part, Piece, Printable, Table
 from kirsch.tasks.classification import accuracy
@@ -60,6 +60,10 @@ class LatencyComparison:
     load_before: float | None
     load_after: float | None
 
+    def notes(self) -> list[str]:
+        """Return a sentence for each sign that other processes disturbed the measurement."""
+        return disturbances(self.latencies, self.speedups, self.aa, self.reference)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the latencies, speedups and conditions as JSON."""
         return {
@@ -73,6 +77,7 @@ class LatencyComparison:
             "machine": self.machine,
             "load_before": self.load_before,
             "load_after": self.load_after,
+            "notes": self.notes(),
         }
 
 
@@ -180,6 +185,8 @@ class Measurement(Printable):
             ["runtime", f"{self.runtime}, {threads}, batch {self.batch}"],
             ["noise", f"A/A {figures.ratio(aa.value, aa.low, aa.high)}: the same file against itself"],
         ]
+        texts = disturbances({"the file": latency}, {}, aa, "the file")
+        rows += [[Piece("note", "warning"), text] for text in texts]
         rows += [[Piece("not measured", "warning"), text] for text in self.not_measured]
         return Table(rows)
 
@@ -207,7 +214,7 @@ def measure(
     data: Labeled | None = None,
     runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only runtime so far
     threads: Count = 1,
-    rounds: Count = 30,
+    rounds: Rounds = 30,
 ) -> Measurement:
     """Measure the parameters, MACs, bytes, latency and accuracy of a model or an exported file.
 
@@ -220,23 +227,19 @@ def measure(
             file's inputs, or a dict by their names; labels are class numbers, shape (N,).
         runtime: "onnxruntime".
         threads: number of threads of the runtime.
-        rounds: number of rounds of the timing, at least 6.
+        rounds: number of rounds of the timing, at least 6: a confidence interval needs as many.
 
     Returns:
         The `Measurement`. If the batch size of the file is fixed, latency and MACs are for one batch of this size.
 
     Raises:
-        UsageError: there are too few rounds, the number of threads is out of range, or the names of the inputs differ
+        UsageError: the number of threads is out of range, or the names of the inputs differ
             from the file's.
         LoadError: the file cannot be loaded or has no inputs.
         ShapeError: the file does not accept the inputs.
         DataError: the labels are not class numbers.
         NumericError: an output contains no finite number for the example inputs.
     """
-    if rounds < FEWEST_ROUNDS:
-        raise UsageError(
-            f"`rounds` is {rounds}; a confidence interval needs more.", fix=f"Give at least {FEWEST_ROUNDS}."
-        )
     not_measured = [] if data is not None else ["Accuracy: no data was given."]
     if isinstance(model_or_artifact, (Artifact, str, Path)):
         path = model_or_artifact.path if isinstance(model_or_artifact, Artifact) else Path(model_or_artifact)

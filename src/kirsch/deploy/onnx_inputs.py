@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kirsch.deploy.onnxruntime import OnnxSession
 
 NUMPY_TYPES = {"float": "float32", "double": "float64"}
-"""Names in numpy of types that ONNX Runtime names differently."""
+"""Type name of ONNX Runtime → name in numpy, where the two names differ."""
 
 SUPPORTED_TYPES = (
     *("float32", "float64", "float16", "int64", "int32", "int16", "int8"),
@@ -83,7 +83,7 @@ def _shapes_by_name(session: OnnxSession, specs: Sequence[InputSpec]) -> dict[st
         raise UsageError(
             f"{session.path} has {len(session.inputs)} inputs; the number of given shapes is {len(specs)}.",
             listing(session.inputs),
-            f"Give --input once for each, in this order or by name: --input {session.inputs[0]}=1,3,224,224.",
+            f"Give --input for each input, in this order or by name: --input {session.inputs[0]}=1,3,224,224.",
         )
     return {name: spec.shape for name, spec in zip(session.inputs, specs, strict=False)}
 

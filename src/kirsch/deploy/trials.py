@@ -23,10 +23,12 @@ TOLERANCE = 1e-4
 """Largest allowed difference between model and file, relative to the largest output; 1e-6 is usual in float32."""
 
 ROUNDING_FACTOR, ROUNDING_RUNS = 4, 3
-"""A file may differ by the factor times the largest effect of rounding errors in several runs of the model."""
+"""The tolerance is at least the factor times the largest effect of rounding errors in this number of runs of the model.
+"""
 
 LARGEST_TOLERANCE = 0.25
-"""An output whose tolerance is larger, because rounding errors change it strongly, is not compared."""
+"""Largest tolerance with which an output is compared. Rounding errors may change an output so strongly that its
+tolerance is larger; a comparison would then show nothing."""
 
 BATCH_SIZES = (1, 3)
 """Batch sizes of the comparison if the batch is free."""
@@ -205,7 +207,7 @@ def compare(model: Exportable, session: OnnxSession, compared: Sequence[Trial]) 
         verified.update(comparable if trial.values in TYPICAL_KINDS else ())
         worst = max(comparable, key=lambda name: drifts[name] / allowed[name], default="")
         if worst and not drifts[worst] <= allowed[worst]:
-            _check_deterministic(model, trial.inputs)  # two runs of a random choice may have agreed on the example
+            _check_deterministic(model, trial.inputs)  # a random model may pass the first check by chance
             raise _difference(worst, drifts[worst], allowed[worst], trial)
         records.append(
             {
@@ -253,7 +255,7 @@ def _drifts(model: Exportable, session: OnnxSession, trial: Trial) -> tuple[dict
             name: drift for name, drift in drifts.items() if np.isinf(drift) and _is_invalid(trial.expected[name])
         }
     if max(drifts.values(), default=0.0) > TOLERANCE:
-        # Some operations, such as torch.cond, cannot run with rounding errors; the tolerance then stays.
+        # Some operations, such as torch.cond, cannot run with added rounding errors. Then `TOLERANCE` applies.
         with contextlib.suppress(Exception):
             for seed in range(ROUNDING_RUNS):
                 for name, rounded in model.rounded(trial.inputs, seed).items():

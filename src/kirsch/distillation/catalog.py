@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,11 @@ def _number(number: Number) -> str:
 
 
 def _options(loss: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in loss["options"].items())
+    """Return the options of a loss with their defaults as code: `margin=1`, `convention="mean"`."""
+    values = {
+        name: json.dumps(value) if isinstance(value, str) else _value(value) for name, value in loss["options"].items()
+    }
+    return ", ".join(f"`{name}={value}`" for name, value in values.items())
 
 
 def _value(value: Any) -> str:

@@ -72,6 +72,15 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
     return [text] if unknown else []
 
 
+def without_labels(batch: Batch, objective: Objective) -> list[str]:
+    """Return a warning if the batches have no targets, and the objective has a label loss."""
+    weight = max(ends(objective.label_weight))
+    if batch.targets is not None or not weight:
+        return []
+    text = f"The batches have no targets, so the label loss, weight {weight:g}, is left out."
+    return [f"{text} Give (inputs, targets) in each batch, or an objective with label_weight=0."]
+
+
 def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) -> None:
     """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 

@@ -10,7 +10,15 @@ from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
 from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData, Batch
-from kirsch.distillation.checks import check_last_batch, few, first_batch, late_ramps, split_relations
+from kirsch.distillation.checks import (
+    check_last_batch,
+    few,
+    first_batch,
+    late_ramps,
+    missing_targets,
+    split_relations,
+    without_labels,
+)
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.objective import Objective
@@ -99,7 +107,10 @@ def distill(
                 hooks.warn(NOT_EVALUATED)
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         emit({"event": "attached", "pairs": bound.rows})
-    for text in split_relations(objective, training) + late_ramps(objective, training):
+    texts = split_relations(objective, training) + late_ramps(objective, training)
+    if not missing_targets(framework.inference, student, first, objective):  # the Distiller has warned already
+        texts += without_labels(first, objective)
+    for text in texts:
         hooks.warn(text)
     try:
         trained = framework.training.train(bound.module, data, bound.step, training, hooks)

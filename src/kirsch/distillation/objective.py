@@ -34,8 +34,8 @@ class Objective:
         label_smoothing: fraction of the label distribution that is spread over all classes, 0 <= fraction < 1.
         label_loss: name of a loss in `LABEL_LOSSES`.
         causal: position i of a sequence predicts token i + 1: logits and labels are shifted by one position.
-        ignore_index: label of masked positions, and of samples without a label. They add nothing to the label loss. The
-            label loss of one class number per sample is averaged over all samples; for sequences and images, over the
+        ignore_index: label of masked positions, and of samples without a label. Their label loss is 0. With one label
+            per sample, the mean includes the samples without a label; for sequences and images, the mean is over the
             positions with a label.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
@@ -45,7 +45,7 @@ class Objective:
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
             log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
-        teacher_outputs: the same for the teachers; a tuple has one entry for each teacher.
+        teacher_outputs: kind of the teachers' outputs, as for `student_outputs`; a tuple has one entry per teacher.
 
     Raises:
         UsageError: a number is out of range, or all weights are zero.

@@ -15,7 +15,8 @@ from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
-from kirsch.errors import UsageError
+from kirsch.distillation.targets import uses_labels
+from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.determinism import require_deterministic
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from kirsch.data.batches import Batch
     from kirsch.jobs.job import Job, Record
 
 TEMPERATURE, WEIGHT = 4.0, 0.9
@@ -139,6 +141,7 @@ class Evaluate(Step):
     """Evaluate the teacher without training. A job without a step `train` for the teacher begins with this step."""
 
     repeatable: ClassVar[bool] = False
+    changes_model: ClassVar[bool] = False
 
     def preview(self, job: Job) -> None:
         """Check that the teacher runs on the data."""
@@ -147,7 +150,7 @@ class Evaluate(Step):
     def run(self, job: Job, folder: Path) -> Record:
         """Write the weights of the teacher, and return its metrics."""
         framework_of(job.teacher).inference.inference_mode(job.teacher)
-        record = {"model": "teacher", "did": "given", **job.save_and_evaluate(job.teacher, folder)}
+        record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
         job.check_usable(record, "Give a teacher with trained weights, or add a step `train` to the recipe.")
         job.trained["teacher"] = job.teacher
@@ -167,8 +170,10 @@ class Train(TrainingStep):
     model: Literal["teacher", "student"] = Field("teacher", description="model to train, teacher or student")
 
     def preview(self, job: Job) -> None:
-        """Check that the model runs on the data."""
-        job.count(self._of(job))
+        """Check that the model runs on the data, and that the data has labels."""
+        model = self._of(job)
+        job.count(model)
+        _require_labels(job, _first_batch(job, model))
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
@@ -267,8 +272,10 @@ class Distill(TrainingStep):
         student = _apart(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
             require_deterministic(model, (job.example,))
-        first = first_batch(framework_of(student).training, job.data.batches(job.batch_size))
-        Distiller(student, job.teacher, self.objective_for(job), first).close()
+        first, objective = _first_batch(job, student), self.objective_for(job)
+        if uses_labels(objective):
+            _require_labels(job, first)
+        Distiller(student, job.teacher, objective, first).close()
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
@@ -333,6 +340,24 @@ class Recover(Distill):
 def _apart(job: Job) -> Any:
     """Return the model to train, as a copy if it is the teacher itself."""
     return copy.deepcopy(job.model) if job.model is job.teacher else job.model
+
+
+def _first_batch(job: Job, model: Any) -> Batch:
+    return first_batch(framework_of(model).training, job.data.batches(job.batch_size))
+
+
+def _require_labels(job: Job, first: Batch) -> None:
+    """Refuse training data without labels before the training.
+
+    Raises:
+        DataError: the first batch has no labels.
+    """
+    if first.targets is None:
+        raise DataError(
+            f"The first batch of the train part of {job.data.name} has no labels.",
+            f"The step {job.key!r} has a loss on labels.",
+            "Give batches of (inputs, labels), or an objective with label_weight=0.",
+        )
 
 
 def _labels(job: Job, model: str) -> Objective:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HEAD = 512
-"""Bytes at the start of a file that are read to find its format."""
+"""Number of bytes at the start of a file that are read to find the format."""
 
 KERAS_WHY = "Kirsch works on PyTorch models; Keras models are not supported yet."
 NO_CODE_WHY = "Kirsch needs the Python code of a PyTorch model, which such a file does not contain."

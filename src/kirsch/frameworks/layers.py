@@ -6,7 +6,8 @@
 - `encoder.0/softmax:in`: input of the function `softmax` in the code of `encoder.0`; `encoder.0/add#1`: output of the
   second addition in that code, including `x += y`, and excluding the code of submodules
 - `hidden[2]`, `attention[-1]`: hidden states (0 is the embedding) and attention weights of layers, as returned by
-  models of transformers; `encoder.hidden[2]`, `decoder.attention[0]`, `cross.attention[0]` for encoder-decoder models
+  models of the transformers library; `encoder.hidden[2]`, `decoder.attention[0]`, `cross.attention[0]` for
+  encoder-decoder models
 - `penultimate`: input of the last layer
 - `layer*`, `**.attention.self.value`: all matching modules (`*` matches within one name of a path, `**` across names);
   `hidden[*]`: all layers; `**.conv2[-1]`: the last match
@@ -36,10 +37,10 @@ LayerNames = Annotated[
     Kind("a layer name, or a list or dict of layer names", _is_layer_names, lambda _: 'Give, for example, "layer3".'),
 ]
 """A layer name; a list of names for losses that compare stages or relations between layers; a dict of names for losses
-of set predictions, as of detectors; or "auto", which matches the stages of both models."""
+that compare sets of predictions, such as those of detectors; or "auto", which matches the stages of both models."""
 
 Key = tuple[str, str, bool]
-"""Path of a module; name of a function that its forward calls, or ""; whether the layer is the input."""
+"""Path of a module; name of a function that the module's `forward` calls, or ""; whether the layer is the input."""
 
 GRAMMAR = re.compile(
     r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
@@ -56,10 +57,11 @@ class LayerName:
         text: name as written.
         path: path of the module, or "logits", "output.NAME", "hidden", "attention".
         function: name of a function that the module's code calls; empty for the module itself.
-        given: whether the layer is the input, not the output.
+        given: whether the feature is the input of the module or function, not the output.
         call: number of the call, from 0. None if it is not stated: the module must then be called exactly once.
         item: number or name of one of several outputs; empty for the first one.
-        index: index of a layer, or of the modules that match a pattern: a number, "*" or empty.
+        index: index of the hidden state or attention layer, or index among the modules that match a pattern: a number,
+            "*" or empty.
     """
 
     text: str

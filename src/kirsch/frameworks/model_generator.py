@@ -23,7 +23,8 @@ class ModelGenerator:
 
     Args:
         model: model such as the generator of a GAN; it runs in inference mode without gradients, and is not changed.
-        noise: shape of the model's input for one sample, drawn from a standard normal distribution, float32.
+        noise: shape of the noise for one sample, without the batch axis. The noise is float32, is drawn from a standard
+            normal distribution, and is the only input of the model.
     """
 
     model: Model

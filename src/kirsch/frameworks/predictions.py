@@ -1,4 +1,4 @@
-"""Find the output with the logits by the names of the outputs of a model."""
+"""Find the output that holds the logits, by the names of a model's outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 UNNAMED = re.compile(r"(output_)?\d+([._]\d+)*|output")
-"""Names that the outputs of a tuple have by their position, in a model or in an ONNX file."""
+"""Names that state only the position of an output, in the tuple that a model returns or in an ONNX file."""
 
 ASIDE = ("hidden_state", "attention", "past_key_values", "router_logits")
 """Words in the names of outputs that are not predictions."""
@@ -53,7 +53,7 @@ def logits_output(names: Sequence[str]) -> str:
         raise UsageError(
             f"The model returns {', '.join(main)}, and none of them is named logits.",
             "The labels and the teacher are compared with one output.",
-            'Name the output with the predictions "logits" in the forward. Or compare outputs by their names, such as '
-            f'"output.{main[0]}", with label_weight=0.',
+            'Name the output with the predictions "logits" in the code of the model. Or compare outputs by name, '
+            f'such as  "output.{main[0]}", with label_weight=0.',
         )
     return MAIN if MAIN in main else main[0]

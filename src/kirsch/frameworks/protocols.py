@@ -55,7 +55,7 @@ class Surgery(Protocol):
         """Return a copy of the model without the units that the plan removes, and its verification."""
 
     def changed_computed_weights(self, model: Any, plan: Plan, graph: Graph) -> dict[str, float]:
-        """Return the modules whose computed weights, as of spectral normalization, change for the kept units.
+        """Return the modules whose computed weights, such as those of spectral normalization, change in the kept units.
 
         The result maps the path of a module to the size of its weight after the cut, relative to the size before.
         """
@@ -63,7 +63,7 @@ class Surgery(Protocol):
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool
     ) -> tuple[dict[str, float], tuple[str, ...], str]:
-        """Update the configuration of a pruned model, if it has one, so that it describes the pruned model.
+        """Update the configuration of a pruned model, if there is one, to the values of the pruned model.
 
         If no configuration describes the pruned model, the configuration is not changed, and the model's own methods
         that save a checkpoint, such as `save_pretrained`, raise an error from then on.
@@ -81,7 +81,7 @@ class Surgery(Protocol):
 
 @dataclass(frozen=True)
 class StudentOutputs:
-    """Results of one forward of a student with adapters.
+    """Results of one forward pass of a student with adapters.
 
     Args:
         features: the student's features by layer.
@@ -95,7 +95,7 @@ class StudentOutputs:
 
 
 class AdaptedStudent(Protocol):
-    """A student and its adapters as one model, so that one forward computes all that a training step needs.
+    """A student and its adapters as one model, so that one forward pass computes all inputs of the loss.
 
     Attributes:
         student: the student alone.
@@ -171,15 +171,20 @@ class Features(Protocol):
             model: student.
             layers: layers whose features are returned, without patterns.
             adapters: adapters by name.
-            pairs: the student's layer of each adapter, by name: a layer, or a list or dict of layers.
-            logits: function that converts probabilities among the features to logits; None changes nothing.
+            pairs: the student's layer whose feature each adapter takes, by the adapter's name: a layer name, or a list
+                or dict of layer names.
+            logits: function from the features by layer to the same features, with probabilities converted to logits.
+                None if no feature holds probabilities.
         """
 
     def student_of(self, model: Any) -> Any:
         """Return the student inside a wrapped student; other models are returned unchanged."""
 
     def ensemble(self, models: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
-        """Return copies of several models as one model in inference mode; `combine` maps their logits to one array."""
+        """Return copies of several models as one model in inference mode.
+
+        `combine` takes the list of their logits and returns one array.
+        """
 
     def cohort(self, students: Sequence[Any]) -> Any:
         """Return several students as one model, whose outputs "0", "1", ... are their logits."""
@@ -238,7 +243,7 @@ class Inference(Protocol):
         """
 
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
-        """Return the names that are not arguments of a model's forward; empty if its arguments are not named."""
+        """Return the names that are not arguments of a model's `forward`; empty if the arguments are unknown."""
 
     def nondeterminism(self, model: Any, inputs: Any) -> tuple[str, str]:
         """Return why two runs in inference mode on the same inputs differ, and the fix; empty strings if they agree."""
@@ -281,7 +286,7 @@ class Framework:
     Args:
         name: name of the framework.
         analysis, surgery, features, training, inference: implementations, such as modules with these functions.
-        models: built-in models, as functions that return a new one, by names such as "digits:teacher".
+        models: functions that build the built-in models, by names such as "digits:teacher".
     """
 
     name: str

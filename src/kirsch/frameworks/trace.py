@@ -23,14 +23,14 @@ def trace(
     softmax: Literal["freeze", "kept"] = "freeze",
     as_graph: bool = False,
 ) -> Graph:
-    """Analyze a model: groups of units that must be removed together, and frozen units with the reasons.
+    """Return the groups of units of a model that must be removed together, and the frozen units with the reasons.
 
     Args:
         model: model of a supported framework; it may be on the meta device. It is not changed.
         example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments.
         outputs: names of the outputs whose shapes must not change: a key ("logits"), an index ("0") or a path
-            ("aux.0"). By default all outputs; if the model returns logits or predictions, without hidden states,
-            attention weights and caches.
+            ("aux.0"). By default all outputs. Hidden states, attention weights and caches are excluded if the model
+            also returns logits or predictions.
         decisions: treatment of code that branches on values of its input, such as `if x.sum() > 0` or the selection of
             boxes in a detector. "refuse": raise an error that names the line. "example": follow the branch of the
             example inputs; other branches are not analyzed.
@@ -51,7 +51,7 @@ def trace(
         The `Graph` with `.groups`, `.blockers` and `.cost`.
 
     Raises:
-        ModelError: the model cannot be copied or traced with these inputs; names the line of code.
+        ModelError: the model cannot be copied or traced with these inputs; the message names the line of code.
         UnknownNameError: the model has no such output or part.
         UsageError: an argument has the wrong type, or `as_graph` is combined with `module`.
     """

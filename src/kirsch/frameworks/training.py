@@ -33,7 +33,7 @@ class Training(Options):
         optimizer: "sgd" (momentum 0.9, Nesterov) or "adamw".
         weight_decay: >= 0; not applied to biases and normalization parameters.
         schedule: "cosine" to zero, "multistep" (times 0.1 at each milestone), or "constant".
-        milestones: for "multistep": ascending fractions of the steps after the warm-up.
+        milestones: ascending fractions of the steps after the warm-up, used by the schedule "multistep".
         warmup_epochs: epochs of linear warm-up, 0 to `epochs`.
         max_grad_norm: largest gradient norm, > 0; None for no clipping.
         gradient_accumulation_steps: batches per optimizer step, >= 1; each sample has the same weight, also if the
@@ -57,8 +57,8 @@ class Training(Options):
     milestones: tuple[Fraction, ...] = Field(
         (0.5, 0.75),
         description=(
-            "for multistep: ascending fractions of the run after the warm-up; at each, the learning rate is divided "
-            "by 10"
+            "ascending fractions of the run after the warm-up, used by multistep; at each of them, the learning rate "
+            "is divided by 10"
         ),
     )
     warmup_epochs: AtLeastZero = Field(0.0, description="epochs of linear warm-up")
@@ -114,10 +114,11 @@ class LossFunction(Protocol):
             model: model to train.
             batch: one batch.
             epoch: number of completed epochs, with the completed fraction of the current one.
-            step_counts: counts of the whole optimizer step, see `counts`. Means are divided by
-                these counts, so that the losses of all batches of the step, in all processes, add up to the loss of the
-                step. None if the batch is the whole step.
-            batch_counts: counts of the batch, taken before it was moved to its device. None: they are taken here.
+            step_counts: counts of the whole optimizer step, see `counts`. To form means, sums are divided by these
+                counts, so that the losses of all batches of the step, in all processes, add up to the loss of the step.
+                None if the batch is the whole step.
+            batch_counts: result of `counts` for this batch, computed before the batch was moved to the device. None
+                computes it in this call.
         """
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -146,7 +147,7 @@ class LossFunction(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """Return the state of the loss itself, JSON-able."""
+        """Return the state of the loss function, JSON-able."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load the result of `state`."""
@@ -167,7 +168,7 @@ class TrainingHooks:
         resume: state to resume from.
         batch: called after each optimizer step with the number of the epoch (from 1), the number of epochs, the number
             of completed batches of this epoch, and the number of batches of an epoch (None if it is not known).
-        close: called when the training ends, also by an error.
+        close: called when the training ends, also if it ends with an error.
     """
 
     made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
@@ -256,7 +257,7 @@ class GradientShares:
     """Shares of the terms in the gradient, measured on the first batch of each epoch.
 
     Attributes:
-        latest: the last shares, by term.
+        latest: the most recent shares, by term.
         first: the shares of the first batch of the run.
     """
 
@@ -266,7 +267,7 @@ class GradientShares:
         self._warned: set[str] = set()
 
     def update(self, norms: Mapping[str, float]) -> list[str]:
-        """Record the shares of gradient norms, given by term. Return warnings, once for each term."""
+        """Record the share of each term, from the gradient norms by term. Return new warnings, one per term and run."""
         self.latest = shares_of(norms)
         self.first = self.first or self.latest
         found = share_warnings(self.latest, self.first)
@@ -275,7 +276,7 @@ class GradientShares:
         return new
 
     def restore(self, latest: Mapping[str, float], first: Mapping[str, float]) -> None:
-        """Continue with the shares of an earlier part of the run."""
+        """Load the shares of a run that is resumed."""
         self.latest, self.first = dict(latest), dict(first)
 
 
@@ -309,7 +310,7 @@ class Trained(Printable):
     first_batch: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Return one line."""
+        """Return the name of the model and the number of epochs in one line."""
         return f"<kirsch.Trained: {type(self.model).__name__}, {self._epochs}>"
 
     @property

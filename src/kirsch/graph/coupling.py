@@ -1,8 +1,10 @@
 """Components: sets of labels that are removed together, and which of them are frozen.
 
-All equalities are solved at once. If all marginals of a grid axis are frozen, the cells along that axis are tied and
-the axis is dropped. A slab of a grid is the set of all cells with one index on one axis. Grids that split the same
-cells into the same slabs are merged. Both steps add ties and are repeated until nothing changes.
+All equalities are solved at once. The grids (see `kirsch.graph.facts`) are then simplified in two ways:
+- If all marginals of a grid axis are frozen, the cells along that axis are tied and the axis is dropped.
+- A slab of a grid is the set of all cells with one index on one axis, such as a row or a column. If two grids split the
+  same cells into the same slabs, the marginals of the two grids are tied.
+Both add ties, and are repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def solve(
         facts: the facts of a model.
         ties: further pairs of label arrays that are removed together.
         more: further freezes.
-        equal: result of `equalities`, if known.
+        equal: result of `equalities(facts)`; None to compute it.
     """
     component = _tied(equalities(facts) if equal is None else equal, ties)
     freezes = [*facts.freezes, *more]
@@ -79,13 +81,16 @@ def solve(
 
 
 def _causes(freezes: Sequence[Freeze], fixed_grids: Sequence[Grid], component: NDArray[np.int64]) -> dict[int, Freeze]:
-    """Return the first freeze of each component; for cells of a grid without a free axis, the freeze of a marginal."""
+    """Return the first freeze of each component.
+
+    In a grid whose axes are all frozen, a cell without a freeze gets the freeze of a marginal.
+    """
     why: dict[int, Freeze] = {}
     for freeze in freezes:
         for frozen in np.unique(component[freeze.labels]).tolist():
             why.setdefault(frozen, freeze)
     for grid in fixed_grids:  # a marginal that is a cell of an earlier grid already has a cause
-        # A short axis, such as the 3 of (3, heads, width), explains least.
+        # The reason why the longest axis is frozen is the most useful one: the 3 of (3, heads, width) explains little.
         longest_first = sorted(grid.marginals, key=len, reverse=True)
         marginals = component[np.concatenate(longest_first)].tolist()
         causes = [why[marginal] for marginal in marginals if marginal in why]
@@ -102,8 +107,8 @@ def equalities(facts: Facts) -> NDArray[np.int64]:
 def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
     """Return the component of each label after adding ties; components are numbered by their first labels.
 
-    Every round links each tied component to the smallest component that it is tied to, for all ties at once. A chain
-    of ties needs one round, a star needs two.
+    Union-find on arrays: every round makes the smallest component that a component is tied to its parent, for all ties
+    at once. A chain of ties needs one round, a star needs two.
     """
     if not ties:
         return component
@@ -167,7 +172,7 @@ def _equal_grid_ties(grids: Sequence[Grid], component: NDArray[np.int64]) -> lis
 
 
 def _distinct(grids: Sequence[Grid], component: NDArray[np.int64]) -> tuple[Grid, ...]:
-    """Return the grids with components instead of labels, each once."""
+    """Return the grids with components instead of labels, without duplicates."""
     seen: dict[tuple[object, ...], Grid] = {}
     for grid in grids:
         marginals = tuple(component[marginal] for marginal in grid.marginals)

@@ -1,16 +1,17 @@
 """Facts about labels, gathered from the operations of a model.
 
-equality    two labels are removed together;
-freeze      a label cannot be removed, with the reason;
-grid        an array of labels (*cells*) with one *marginal* label per index of each axis. A cell is removed exactly if
-            one of its marginals is removed. A reshape (C) -> (A, B) adds a grid, so that whole rows or columns are cut;
+equality    two labels that are removed together;
+freeze      a label that cannot be removed, with the reason;
+grid        an array of labels, its *cells*, with one *marginal* label per index of each axis, like the row and column
+            headers of a table. A cell is removed if and only if one of its marginals is removed. A reshape
+            (C) -> (A, B) adds a grid, because only whole rows or columns of the C channels can be removed after it;
 mark        the role of labels in an operation, such as heads of an attention or units of a recurrent state;
-demand      an integer in the model's code must equal the number of kept labels;
-condition   the result of a comparison in the model's code must not change;
-choice      the result of a comparison that only chooses between two branches may change;
-statistic   an operation averages over a labeled axis, so its result depends on the number of kept labels;
-floor       a minimum number of labels must be kept;
-cost term   cost of an operation or parameter: a coefficient times the kept counts of some label arrays.
+demand      an integer in the model's code that must equal the number of kept labels;
+condition   a comparison in the model's code whose result must not change;
+choice      a comparison that only chooses between two branches, so its result may change;
+statistic   an operation that averages over a labeled axis, so its result depends on the number of kept labels;
+floor       a minimum number of labels to keep;
+cost term   the cost of an operation or parameter: a coefficient times the numbers of kept labels of some axes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of the model, the source of facts.
+    """An operation of the model, from which facts are recorded.
 
     Args:
         name: name of the operation, such as "aten.add".
@@ -55,7 +56,7 @@ class Freeze:
         reason: the reason in words.
         operation: the operation that freezes the labels.
         boundary: whether the labels belong to an input or output of the model.
-        number: whether the reason is a number in the model's code, which the traced program does not contain.
+        number: whether the reason is a number in the model's code. The traced program does not contain such numbers.
     """
 
     labels: Labels
@@ -67,7 +68,7 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Grid:
-    """An array of cells of which exactly those are kept whose marginals are all kept.
+    """An array of cells. A cell is kept if and only if all its marginals are kept.
 
     Args:
         cells: labels of the cells, n axes.
@@ -99,13 +100,13 @@ class Demand:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """A cost: `coefficient` times the product of the kept counts of `factors`.
+    """A cost: `coefficient` times the product, over `factors`, of the numbers of kept labels.
 
     Args:
         quantity: "parameters", "macs" or "activations".
         owner: path of the module that the cost belongs to.
-        coefficient: product of the sizes without labels.
-        factors: label arrays.
+        coefficient: product of the sizes of the axes without labels.
+        factors: label arrays of the other axes.
     """
 
     quantity: str
@@ -120,14 +121,14 @@ class Facts:
 
     Attributes:
         count: number of labels, including label 0.
-        left, right: pairs of label arrays that are equal element by element.
-        equated_by: operation of each pair.
-        freezes, grids, demands, conditions, terms: the facts of each kind, in the order of the operations.
-        statistics: nodes of the operations with statistics over labeled axes.
-        floors: label arrays, with the least number of labels to keep.
+        left, right: pairs of label arrays whose labels are removed together, element by element.
+        equated_by: operation that ties each pair.
+        freezes, grids, demands, conditions, choices, terms: the facts of each kind, in the order of the operations.
+        statistics: graph nodes of the operations with statistics over labeled axes.
+        floors: label arrays, with the minimum number of labels to keep.
         marks: role → label arrays.
-        operation: the current operation.
-        cause: the freeze by which an input of the current operation lost its labels, if one did.
+        operation: the operation that is being recorded.
+        cause: the freeze that took the labels of an input of this operation; None if all inputs have their labels.
     """
 
     count: int = 1
@@ -198,7 +199,7 @@ class Facts:
             self.freezes.append(Freeze(labels, reason, self.operation, boundary, number))
 
     def reduce(self, axis: Axis) -> None:
-        """Record that the operation consumes an axis: contracts it, sums over it, or does not select it."""
+        """Record that the operation contracts an axis, sums over it, or selects only some of its indices."""
         if axis is not None:
             self.touch(axis)
 
@@ -215,11 +216,14 @@ class Facts:
         self.demands.append(Demand(np.zeros(0, np.int64), expression, self.operation, number))
 
     def condition(self, expression: Expression, *, holds: bool) -> None:
-        """Record a comparison in the model's code, an expression of value 1 or 0, whose result must stay `holds`."""
+        """Record a comparison in the model's code whose result must stay `holds`.
+
+        The value of `expression` is 1 if the comparison is true, else 0.
+        """
         self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def choose(self, expression: Expression, *, holds: bool) -> None:
-        """Record a comparison that only chooses a branch, so its result may change. Errors of the removal name it."""
+        """Record a comparison that only chooses a branch. Its result may change; an error during pruning names it."""
         self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:
@@ -253,8 +257,9 @@ class Facts:
             kind: kind of the reshape; see `Grid`.
 
         Returns:
-            One label array per axis of `cells`; None for an axis along which the cells do not vary. If two or more axes
-            vary, each gets new labels, and a grid relates them to the cells. The same cells give the same labels.
+            One label array per axis of `cells`; None for an axis along which all cells have the same label. If the
+            labels vary along two or more axes, each of these axes gets new labels, and a grid relates the new labels to
+            the cells. A second call with the same cells returns the same labels.
         """
         self.touch(cells.ravel())
         varies = [
@@ -315,7 +320,7 @@ class Facts:
     def begin(self, operation: Operation, cause: Freeze | None = None) -> None:
         """Start an operation; the facts recorded next belong to it.
 
-        `cause`: the freeze by which an input of the operation lost its labels, if one did.
+        `cause`: the freeze that took the labels of an input of the operation; None if all inputs have their labels.
         """
         self.operation = operation
         self.cause = cause
@@ -324,7 +329,8 @@ class Facts:
     def lost(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Labels:
         """Return labels of the inputs that are not in the outputs and were not equated, frozen or reduced.
 
-        A rule that loses a label makes the analysis wrong without any other sign, so the caller must raise an error.
+        If the rule of an operator drops a label, the groups are wrong and nothing else shows it, so the caller must
+        raise an error.
         """
         for tensor in outputs:
             for axis in tensor.axes:

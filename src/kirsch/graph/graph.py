@@ -97,10 +97,11 @@ class Graph(Printable):
         tensors: path of each parameter and buffer → its labels; tied tensors are the same object.
         parameters: names in `tensors` that are parameters; tied parameters are listed once.
         inputs: the example inputs as a plan stores them; empty if a plan cannot store them.
-        values: path → values of the parameter as a float array; only called if an importance needs them.
-        fits: returns whether a model is the traced object, with the same parameters.
+        values: function that takes the path of a parameter and returns its values as a float array; only called if an
+            importance needs the values.
+        fits: function that returns whether a model is the traced object, with the same parameters.
         blocks: paths of the residual blocks, i.e. modules that can be replaced by the identity.
-        module_outputs: returns the path of each module → the tensors that the module returns, with labels.
+        module_outputs: function that returns, by module path, the tensors that each module returns, with labels.
         runner: runs the model with and without its blocks; None for a graph built by hand.
         tracing: the options of the trace.
         traced: the framework's own record of the trace.
@@ -279,7 +280,7 @@ class Graph(Printable):
         return list(dict.fromkeys(choice.operation.source for choice in found))
 
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
-        """Return a parameter axis that would lose all indices, or more than an operation allows; None if none would."""
+        """Return a parameter axis that would lose all indices, or more than an operation allows; None without one."""
         component = self.coupling.component
         for floor_labels, least in self.facts.floors:
             components = component[floor_labels]

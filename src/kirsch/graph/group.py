@@ -28,7 +28,7 @@ class Group:
     Args:
         name: path of the first layer that produces the units.
         kind: one of `kirsch.graph.kinds.KINDS`.
-        components: components of all units, one unit after the other.
+        components: components of the first unit, then of the second, ...; see `kirsch.graph.coupling`.
         starts: index in `components` at which each unit begins, shape (units,).
         footprint: the parameter axes (name, axis) on which the units occur, in the order of the model.
     """
@@ -54,7 +54,7 @@ class Group:
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in self.footprint))
 
     def unit_of(self) -> NDArray[np.int64]:
-        """Return the unit of each entry of `components`."""
+        """Return the index of the unit to which each entry of `components` belongs."""
         return np.repeat(np.arange(self.size), np.diff(np.append(self.starts, len(self.components))))
 
     def components_of(self, units: Iterable[int]) -> NDArray[np.int64]:
@@ -103,13 +103,13 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
 
 
 def _name(footprint: tuple[ParameterAxis, ...]) -> str:
-    """Return the module that produces the units: the first with the units on axis 0, otherwise the first of all."""
+    """Return the path of the first module with the units on axis 0 of a parameter, or else of the first module."""
     first = next((name for name, axis in footprint if axis == 0), footprint[0][0])
     return first.rpartition(".")[0] or first
 
 
 def _kind(coupling: Coupling, components: NDArray[np.int64], default: str) -> str:
-    """Return the kind of a unit by the marks on its components; `default` if no mark decides."""
+    """Return the kind of a unit from the marks of its components; `default` if no mark gives a kind."""
 
     def has(mark: str) -> bool:
         return mark in coupling.marks and bool(coupling.marks[mark][components].any())
@@ -143,7 +143,8 @@ class _Footprints:
         hashes = np.zeros(len(coupling.frozen), np.int64)
         numbers = np.random.default_rng(0).integers(1, 2**62, len(axes))
         for number, labels in zip(numbers, axes.values(), strict=True):
-            hashes[coupling.component[labels]] += number  # adds once, however often a component occurs; may wrap around
+            # `+=` adds the number once to each component, however often it occurs. The sum may wrap around.
+            hashes[coupling.component[labels]] += number
         self.on_parameter = hashes != 0
         _, first, self._footprint = np.unique(hashes, return_index=True, return_inverse=True)
         self._axes: list[list[int]] = [[] for _ in first]
@@ -171,7 +172,7 @@ def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[
     """Return the kind and components of the units of grids.
 
     Each marginal that is not itself a cell gives a unit: the smallest set of components that contains the marginal and
-    can be removed so that the kept part of every grid is a product.
+    leaves in every grid the cells at the crossings of the kept marginals, and no others.
     """
     cells = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
@@ -192,11 +193,12 @@ def _grid_unit_kind(coupling: Coupling, grid: Grid, axis: int) -> str:
 
 
 class _Closure:
-    """Extends sets of removed components until the kept part of every grid is a product.
+    """Extends sets of removed components until every grid is consistent.
 
-    Removing a marginal removes its slab: all cells with this index on the axis of the marginal. A removed cell must lie
-    in a removed slab of every grid that contains the cell. In a grid where it does not, the slab that adds the fewest
-    cells is removed, too.
+    A grid is consistent if a cell is kept if and only if all its marginals are kept. Removing a marginal removes its
+    slab: all cells with this index on the axis of the marginal, such as a row or a column. If a removed cell lies in
+    another grid, a slab of that grid that contains the cell must be removed, too. The slab that removes the fewest
+    further cells is chosen.
     """
 
     def __init__(self, coupling: Coupling) -> None:
@@ -212,7 +214,7 @@ class _Closure:
         self._is_known = np.zeros(len(coupling.frozen), bool)
         in_one_grid = np.diff(self._first) == 1
         sizes = [grid.cells.size + sum(len(np.unique(m)) for m in grid.marginals) for grid in coupling.grids]
-        self._simple = [  # no cell lies in another grid, or twice in this one
+        self._simple = [  # whether no cell of the grid lies in another grid or occurs twice in this one
             bool(in_one_grid[grid.cells].all()) and len(components) == size
             for grid, components, size in zip(coupling.grids, members, sizes, strict=True)
         ]
@@ -226,7 +228,7 @@ class _Closure:
                     self._grid_axes.setdefault(component, []).append((index, axis))
 
     def kind(self, seed: int) -> str:
-        """Return the kind of the units on the axis of a marginal."""
+        """Return the kind of the unit that the removal of the marginal `seed` gives."""
         kinds = [self._kinds[index][axis] for index, axis in self._grid_axes[seed]]
         return next((kind for kind in kinds if kind.endswith("kv group")), kinds[0])
 
@@ -249,7 +251,7 @@ class _Closure:
         return result
 
     def _extend(self, parts: list[NDArray[np.int64]]) -> NDArray[np.int64] | None:
-        """Extend `parts`, disjoint sets of removed components, until every grid is a product.
+        """Extend `parts`, disjoint sets of removed components, until every grid is consistent.
 
         Returns:
             The union of the parts, sorted; None if a frozen component would have to be removed.
@@ -283,7 +285,7 @@ class _Closure:
         return [self._coupling.grids[index] for index in indices.tolist()]
 
     def _missing(self, grid: Grid) -> NDArray[np.int64] | None:
-        """Return further components to remove so that the grid is a product; None if that is impossible."""
+        """Return further components to remove so that the grid is consistent; None if that is impossible."""
         in_slab = np.zeros(grid.cells.shape, bool)
         for axis, marginal in enumerate(grid.marginals):
             shape = [-1 if other == axis else 1 for other in range(in_slab.ndim)]
@@ -295,7 +297,10 @@ class _Closure:
         return self._cheapest_slab(grid, grid.cells[tuple(uncovered[0])]) if len(uncovered) else uncovered[:, 0]
 
     def _cheapest_slab(self, grid: Grid, cell: np.int64) -> NDArray[np.int64] | None:
-        """Return the marginals that remove a cell with the fewest other cells; None if all choices are frozen."""
+        """Return the marginals of the slab that contains the cell and removes the fewest further cells.
+
+        Return None if these marginals are frozen on every axis.
+        """
         best: tuple[int, NDArray[np.int64]] | None = None
         indices = np.argwhere(grid.cells == cell)
         for axis, marginal in enumerate(grid.marginals):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 KINDS = {
-    "expert": "one of several weights, and its score; a router selects the k weights with the largest scores",
-    "kv group": "query heads that share keys and values: repeated heads, or the first axis of a grid of heads",
-    "head in kv group": "the second axis of a grid of heads",
+    "expert": "one expert of a mixture of experts: its weights and its output of the router, which selects experts",
+    "kv group": "the query heads that share one key and value head, together with this head",
+    "head in kv group": "the query heads at one position of all kv groups",
     "head": "an index shared by two activations that are multiplied, such as queries and keys",
-    "head dim": "an index inside each head, the same in all heads: contracted between activations, or in the values",
+    "head dim": "one index inside all heads: summed over in queries × keys, or an entry of the value vectors",
     "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
-    "conv group": "the first axis of the grid (groups, channels per group) of a grouped convolution",
-    "position in conv group": "the second axis of that grid",
-    "norm group": "the first axis of the grid (groups, channels per group) of a group normalization",
-    "position in norm group": "the second axis of that grid",
-    "embedding dim": "a column of an embedding table, or a feature of a residual stream between linear layers",
+    "conv group": "one group of a grouped convolution, with all of its channels",
+    "position in conv group": "the channels at one position of all groups of a grouped convolution",
+    "norm group": "one group of a group normalization, with all of its channels",
+    "position in norm group": "the channels at one position of all groups of a group normalization",
+    "embedding dim": "a column of an embedding table, or a channel of a residual stream between linear layers",
     "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
     "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
-    "chunk": "the first axis of the grid of any other reshape",
-    "position in chunk": "another axis of that grid",
+    "chunk": "an index of the first of the axes into which any other reshape splits an axis",
+    "position in chunk": "an index of another of the axes into which such a reshape splits an axis",
     "channel": "any other unit",
 }
-"""Kinds of units with their definitions. The first that fits applies; most follow from the marks of operations."""
+"""Kinds of units with their definitions. The first definition that fits a unit applies.
+
+Most kinds follow from the marks that operations set; see `kirsch.graph.facts`.
+"""
 
 GRID_UNIT_KINDS = {
     "norm groups": ("norm group", "position in norm group"),
@@ -29,7 +32,10 @@ GRID_UNIT_KINDS = {
 """Kind of a grid → kinds of the units on its first axis and on all other axes."""
 
 UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "conv group", "norm group", "chunk"])
-"""Kinds of parts with a width of their own, such as heads. Runtimes do not need a multiple of them, unlike channels."""
+"""Kinds of units that contain several channels each, such as heads.
+
+Runtimes are fast for any number of these units; only the number of channels should be a multiple of 8 or 16.
+"""
 
 BLOCK = "block"
 """Kind of a residual block, a module that can be replaced by the identity. A block is not a unit of a group."""

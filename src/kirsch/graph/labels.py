@@ -21,12 +21,13 @@ Axis = Labels | None
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape and labels of a tensor.
+    """Shape of a tensor and labels of its axes.
 
     Args:
         shape: sizes of the axes.
         axes: one label array per axis, or None for an axis without labels. An axis of size 1 has no labels.
-        points: for a tensor of indices, such as those returned by a top-k, the labels of the axis that they index.
+        points: labels of the axis that the values of the tensor index, for a tensor of indices such as the result of a
+            top-k; None for other tensors.
     """
 
     shape: tuple[int, ...]

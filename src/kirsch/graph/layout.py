@@ -58,8 +58,8 @@ class Node:
     """A module of the tree.
 
     Args:
-        label: component of the module path, or several components joined by dots.
-        group_cost: the group of this name, if there is one.
+        label: one name of the module path, or several names joined by dots.
+        group_cost: the group with the name of this module, and its cost; None if there is no such group.
         children: label → node.
     """
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.errors import GoalError, LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Names of arguments that would limit the time."""
+"""Pattern of argument names that ask for a latency limit."""
 NO_LATENCY = "latency goals do not exist yet."
 WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
 IN_PLACE_OF_LATENCY = (
@@ -173,12 +174,12 @@ class Plan(Printable):
     file: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
-        """Return one line: the model, what goes, the cost."""
+        """Return one line: the model, the number of removed units and blocks, the cost."""
         units = sum(len(removal.removed) for removal in self.groups)
-        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        blocks = f", {figures.counted(len(self.blocks), 'block')}" if self.blocks else ""
         macs = f"{self.before.macs:,} → {self.after.macs:,} MACs"
         parameters = f"{self.before.parameters:,} → {self.after.parameters:,} parameters"
-        return f"<kirsch.Plan of {self.model}: removes {units:,} units{blocks}, {macs}, {parameters}>"
+        return f"<kirsch.Plan of {self.model}: removes {figures.counted(units, 'unit')}{blocks}, {macs}, {parameters}>"
 
     def parts(self) -> list[Part]:
         """Return a bar for each group, the cost before and after, and the notes.

@@ -30,7 +30,7 @@ from kirsch.json_schema import (
 VERSION = 1
 CORRECT = "Correct the file, or make a new plan with kirsch.plan."
 MOST_NUMBERS = 1 << 28
-"""Largest number of elements in all example inputs: 1 GiB of float32. They are drawn when the plan is applied."""
+"""Largest number of elements in all example inputs, 1 GiB of float32: applying the plan creates inputs of this size."""
 
 LARGEST = {
     "bool": 1,
@@ -65,7 +65,7 @@ VALUE = record({"name": text(), "value": anything})
 
 
 def _input(value: Any, path: str) -> Any:
-    """An example input: a tensor, a plain value, or a container of these; see `kirsch.graph.inputs`."""
+    """Check an example input: a tensor, a plain value, or a container of these; see `kirsch.graph.inputs`."""
     fields = value.keys() if type(value) is dict else ()
     if "value" in fields:
         inputs.read(VALUE(value, path))

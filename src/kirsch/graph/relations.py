@@ -6,7 +6,7 @@ concat    concatenates along an axis
 gather    selects indices of an axis: slice, split, flip, repeat
 freeze    everything else
 
-The rule of every operator is written with these relations and never handles label arrays itself.
+The rules of all operators call these functions and never handle label arrays themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def relate(facts: Facts, operands: Sequence[tuple[Tensor, str]], result: str, sh
     """Return the result of a labeled einsum, in which axes with the same letter are the same axis.
 
     Args:
-        facts: records the equalities.
+        facts: the object in which equalities are recorded.
         operands: tensors with one letter per axis.
         result: one letter per axis of the result. Letters left out are contracted or reduced; a new letter is an axis
             without labels.
@@ -39,7 +39,7 @@ def relate(facts: Facts, operands: Sequence[tuple[Tensor, str]], result: str, sh
     for tensor, letters in operands:
         for letter, axis, size in zip(letters, tensor.axes, tensor.shape, strict=True):
             if size == 1:
-                continue  # broadcast, relates nothing
+                continue  # an axis of size 1 is broadcast and has no labels
             axes[letter] = facts.equate(axes[letter], axis) if letter in axes else axis
     for letter, axis in axes.items():
         if letter not in result:
@@ -106,7 +106,7 @@ def _matching_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[li
 
 
 def concat(facts: Facts, tensors: Sequence[Tensor], dim: int, shape: Sequence[int]) -> Tensor:
-    """Return the tensors concatenated along `dim`. Indices of a part without labels cannot be removed."""
+    """Return the tensors concatenated along `dim`. Indices of a tensor without labels on `dim` cannot be removed."""
     axes: list[Axis] = []
     for position in range(len(shape)):
         parts = [tensor.axes[position] for tensor in tensors]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 TRIALS = 8
-"""Number of random choices. If a demand fails for none of them by chance, it is still checked for each plan."""
+"""Number of random choices. A demand that no choice happens to violate is still checked for each plan."""
 
 
 def code_constraints(
@@ -149,7 +149,7 @@ def _partner(demand: Demand, demands: Sequence[Demand], coupling: Coupling) -> L
 def _tieable(coupling: Coupling, first: Labels, second: Labels) -> bool:
     """Return whether two axes are not yet tied and neither is frozen.
 
-    A tie to a frozen axis would freeze the other one too, and the reason would not name the attribute.
+    A tie to a frozen axis would freeze the other axis, too, and messages would not name the attribute as the reason.
     """
     one, other = coupling.component[first], coupling.component[second]
     return bool((one != other).any() and not coupling.frozen[one].any() and not coupling.frozen[other].any())

@@ -44,7 +44,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
         folder: folder of the step.
         inputs: hash over everything that determines the result of the step. Checkpoints with another hash are
             removed: to continue from them would mix two recipes.
-        note: called with a sentence for each checkpoint that is skipped.
+        note: function that is called with a sentence for each checkpoint that is skipped.
 
     Raises:
         CheckpointError: all checkpoints are damaged.

@@ -32,7 +32,8 @@ that makes a model adds "model", a name such as "pruned", and the keys of `Job.e
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
 
-TRAIN_BETTER = "Lower the learning rate, train longer, or remove less."
+TRAIN_BETTER = "Lower the learning rate, or train longer."
+REMOVE_LESS = "Lower the learning rate, train longer, or remove less."
 
 Listen = Callable[[dict[str, Any]], None]
 Stop = Callable[[], Exception | None]
@@ -52,25 +53,26 @@ class Job:
 
     Args:
         data: data set.
-        task: what the models are for.
+        task: task that checks the data and measures the quality of the models.
         folder: run folder.
-        make_teacher, make_student: functions that return the models before training; the second is None if the teacher
-            itself is compressed.
+        make_teacher, make_student: functions that return the models before training; `make_student` is None if the
+            teacher itself is compressed.
         goal: goals of the job.
-        seed: seed of all steps that state none.
+        seed: seed of the steps that have no seed of their own.
         batch_size: samples per training step.
         outputs: "teacher" and "student" → what the model returns, "logits" or "probabilities"; None for logits.
-        listen: called with each event.
-        stop: returns an error if the job is to stop, otherwise None.
+        listen: function that is called with each event.
+        stop: function that returns the error to raise if the job should stop, otherwise None.
 
     Attributes:
-        teacher: model that the others learn from and are compared with.
+        teacher: model from which the other models learn, and with which they are compared.
         model: model that the steps compress: the student, or the teacher itself.
-        trained: models before compression that are measured beside the exported file: "teacher", "student".
+        start_cost: parameters and MACs of `model` before any step.
+        trained: "teacher" and "student" → model before compression, whose latency is measured with the exported file.
         key: key of the current step.
         inputs: hash over everything that determines the result of the current step.
         records: key of a step → record of its results.
-        plans: key of a step that prunes → plan that its preview made.
+        plans: key of a step that prunes → plan that `preview` of the step made.
     """
 
     data: DataSet
@@ -86,6 +88,7 @@ class Job:
     stop: Stop = never
     teacher: Any = None
     model: Any = None
+    start_cost: dict[str, int] = field(default_factory=dict)
     trained: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     inputs: str = ""
@@ -186,18 +189,20 @@ class Job:
         self.task.check_outputs(logits, self.data)
         return framework.analysis.count(model, framework.inference.from_numpy(self.example))
 
-    def check_usable(self, record: Record, fix: str = TRAIN_BETTER) -> None:
+    def check_usable(self, record: Record, fix: str = "") -> None:
         """Refuse a trained model that the task calls unusable.
 
         Args:
             record: record of the current step, with the quality on the test part.
-            fix: fix of the error.
+            fix: fix of the error; by default, advice on the training.
 
         Raises:
             NumericError: the model is unusable.
         """
         numbers, reason = self.task.weakness(record)
         if reason:
+            is_pruned = any("removed" in earlier for earlier in self.records.values())
+            fix = fix or (REMOVE_LESS if is_pruned else TRAIN_BETTER)
             raise NumericError(f"The model is unusable after the step {self.key!r}: {numbers}.", reason, fix)
 
     def logits(self, key: str) -> NDArray[Any]:

@@ -26,11 +26,13 @@ class Step(Options):
         needs: name of a step that must come before; empty if there is no such condition.
         needs_student: whether the job must have a student.
         repeatable: whether a job may have several of these steps.
+        changes_model: whether the step may change the model that is exported; such a step cannot follow `export`.
     """
 
     needs: ClassVar[str] = ""
     needs_student: ClassVar[bool] = False
     repeatable: ClassVar[bool] = True
+    changes_model: ClassVar[bool] = True
 
     def identity(self, job: Job) -> str:
         """Return a text that changes with each part of the recipe on which the result of this step depends."""

@@ -28,8 +28,8 @@ class Agreement:
         n: number of samples.
         max_error: largest absolute difference.
         relative: norm of the difference divided by the norm of the reference.
-        centered: as `relative`, after subtracting from both sets their mean over the samples. Otherwise a large
-            constant would hide differences.
+        centered: as `relative`, after subtracting from both sets their mean over the samples. A large constant in the
+            outputs hides differences in `relative`, but not here.
     """
 
     same_labels: int
@@ -73,7 +73,7 @@ def agreement(reference: NDArray[Any], outputs: NDArray[Any]) -> Agreement:
     labels, reference_labels = outputs.argmax(-1), reference.argmax(-1)
     a, b = (np.where(infinite, 0.0, values.astype(np.float64)) for values in (reference, outputs))
     centered_a, centered_b = a - a.mean(0), b - b.mean(0)
-    if len(a) > 1 and (centered_a**2).sum() <= LEAST_VARIATION * (a**2).sum():  # both sides are 0 for zero outputs
+    if len(a) > 1 and (centered_a**2).sum() <= LEAST_VARIATION * (a**2).sum():  # both are 0 if all outputs are 0
         raise DataError(
             "The outputs of the reference hardly depend on its inputs.",
             "A file that ignores its inputs would seem to agree.",

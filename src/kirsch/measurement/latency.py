@@ -1,8 +1,9 @@
 """Interleaved latency measurement on a machine that other processes use too.
 
-All contenders are timed in turn within each round, in alternating order (A B C, then C B A), and each call is repeated
-until the clock can resolve it. Speedups are ratios within a round, which are not affected by slow changes of the
-machine's speed. The reference is timed twice per round; the ratio of its two times is the noise floor.
+The contenders are the callables whose times are compared. They are timed in turn within each round, in alternating
+order (A B C, then C B A), and each call is repeated until the clock can resolve its time. Speedups are ratios within a
+round, which are not affected by slow changes of the machine's speed. The reference is timed twice per round; the ratio
+of its two times is the noise floor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import binom
 
+from kirsch import figures
+from kirsch.annotations import FEWEST_ROUNDS
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,11 +30,8 @@ SLICE_S = 0.01
 
 WARM_UP_CALLS, WARM_UP_S = 10, 0.2
 
-FEWEST_ROUNDS = 6
-"""Smallest number of rounds.
-
-With five rounds, even the interval from the smallest to the largest ratio covers the median in only 94 % of cases.
-"""
+TOLERANCE = 0.05
+"""Largest relative difference between a speedup and the ratio of the median latencies on an undisturbed machine."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,33 @@ class Ratio:
     def to_dict(self) -> dict[str, float]:
         """Return the fields as JSON."""
         return asdict(self)
+
+
+def disturbances(
+    latencies: Mapping[str, Latency], speedups: Mapping[str, Ratio], aa: Ratio, reference: str
+) -> list[str]:
+    """Return a sentence for each sign that other processes disturbed a measurement; see `Timing` for the arguments.
+
+    The signs are a noise floor whose interval excludes 1, and a speedup that contradicts the two median latencies.
+    """
+    texts = []
+    if not aa.low <= 1 <= aa.high:
+        found = figures.ratio(aa.value, aa.low, aa.high)
+        texts.append(f"The machine was disturbed: A/A, {reference} against itself, is {found}, which excludes 1.")
+    for name, speedup in speedups.items():
+        of_medians = contradicting_medians(latencies[reference], latencies[name], speedup)
+        if of_medians is not None:
+            texts.append(
+                f"The machine was disturbed: the ratio of {reference} to {name} within a round is "
+                f"{figures.ratio(speedup.value)}, and the ratio of the two medians is {figures.ratio(of_medians)}."
+            )
+    return [f"{text} Measure again on an idle machine." for text in texts]
+
+
+def contradicting_medians(before: Latency, after: Latency, speedup: Ratio) -> float | None:
+    """Return the ratio of two median latencies if it differs from the speedup by more than `TOLERANCE`, else None."""
+    of_medians = before.median_us / after.median_us
+    return of_medians if abs(of_medians / speedup.value - 1) > TOLERANCE else None
 
 
 @dataclass(frozen=True)

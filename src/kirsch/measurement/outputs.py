@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 4
 TIGHT, LOOSE = 1e-5, 5e-3
-"""Tolerances of the sum of a row of probabilities: `LOOSE`, for 16-bit rounding, from `FEW_ROWS` rows on."""
+"""Tolerances of the sum of a row of probabilities: `TIGHT` for fewer than `FEW_ROWS` rows, whose sums may be near 1 by
+chance; `LOOSE`, which allows for 16-bit rounding, for more rows."""
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:

@@ -31,7 +31,7 @@ class BlockImportance(Protocol):
         Args:
             graph: `graph.runner` runs the model.
             batches: calibration inputs, each in the form of the example inputs.
-            seed: for random importances.
+            seed: seed of importances that draw random numbers.
         """
 
 
@@ -95,7 +95,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
     Raises:
         GoalError: removing all blocks does not reach the goal; the message has the least reachable cost.
         UnknownNameError: an importance or a block to exclude is unknown.
-        UsageError: the importance needs data, or is not finite, for instance since the model returns NaN for the data.
+        UsageError: the importance needs data, or is not finite, for example because the model returns NaN for the data.
     """
     removable = _removable(graph, options.exclude)
     keep = graph.keep({})
@@ -153,7 +153,7 @@ def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
     """Return a sentence on whether the goal is reached by removing all blocks."""
     if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
         return "The goal is reached if no block is excluded."
-    return "Removing all blocks does not reach the goal; plans of other kinds reduce widths." if graph.blocks else ""
+    return "Removing all blocks does not reach the goal; other `kinds` reduce layer widths." if graph.blocks else ""
 
 
 def _check_data(batches: Sequence[Any], importance: str) -> None:

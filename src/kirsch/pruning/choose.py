@@ -53,7 +53,7 @@ def plan(
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
 
-    The outputs of the model keep their sizes in every plan: its last layer needs no exclusion.
+    The outputs of the model keep their sizes in every plan, so the last layer need not be excluded.
 
     Args:
         graph: result of `kirsch.trace`.
@@ -64,9 +64,9 @@ def plan(
             "change" (change of the model's outputs when the block is removed; one run per block) or "random".
         norm: 1 or 2, the norm of "magnitude".
         ranking: "global" ranks all units together; "local" removes the same fraction of each group.
-        round_to: the number of kept units of each group is a multiple of this number. Runtimes compute in blocks, so
-            other widths are slow. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else
-            1; always 1 for heads and other parts with a width of their own. Multiples are halved, but not below 4, if
+        round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
+            widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
+            heads and other units that contain several channels each. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
         kinds: a list, such as ["head", "ffn unit"]: only units of these kinds are removed (`kirsch.graph.kinds.KINDS`
@@ -91,7 +91,7 @@ def plan(
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
             further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
-        UsageError: an option is out of range or has no effect on the kinds, `kinds` names blocks beside other kinds, or
+        UsageError: an option is out of range or has no effect on the kinds, `kinds` names blocks and other kinds, or
             `data` is missing for blocks.
     """
     options = PlanOptions(
@@ -215,7 +215,7 @@ def _removals(
 
 def _importance_scores(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
     """Return one finite number per unit."""
-    with np.errstate(invalid="ignore"):  # numbers that are not finite are refused below
+    with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
         scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
     if scores.shape == (group.size,) and not np.isfinite(scores).all():
         _refuse_not_finite(graph, group)

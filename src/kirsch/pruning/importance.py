@@ -29,7 +29,7 @@ class Importance(Protocol):
             graph: `graph.values(name)` returns the weights.
             group: the units.
             norm: 1 or 2, for importances that use a norm.
-            seed: for random importances.
+            seed: seed of importances that draw random numbers.
         """
 
 

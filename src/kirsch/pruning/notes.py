@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 EXCLUSION = ("exclude=", "keep_outputs=")
-"""Beginnings of the notes of `kirsch.pruning.exclusion`."""
+"""Beginnings of the notes of `kirsch.pruning.exclusion`, by which `renewed` recognizes and keeps them."""
 
 CLOSE = 0.01
 """Largest distance of a plan below its goal without a note, as a fraction of the original."""

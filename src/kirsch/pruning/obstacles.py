@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 3
 MIN_SHARE = 0.01
-"""Causes with a smaller share of the cost are not named."""
+"""Smallest share of the cost that a cause must have to be named in the error."""
 MIN_KEEPS = (0.05, 0.02, 0.01, 0.001)
-"""Values of `min_keep` that are tried after the default."""
+"""Values of `min_keep` that are tried, after the default, in the search for options that reach the goal."""
 MAX_PATTERNS = 20
-"""Number of patterns of `exclude` that are tried."""
+"""Largest number of patterns of `exclude` that are tried in this search."""
 
 
 @dataclass(frozen=True)

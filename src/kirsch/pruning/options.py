@@ -65,11 +65,11 @@ class PlanOptions(Options):
     seed: Seed = Field(0, description='seed of the importance "random"')
 
     def check(self) -> None:
-        """Check what the types cannot express.
+        """Check the combinations of options, and the names of kinds, which the types do not restrict.
 
         Raises:
             UnknownNameError: kinds or round_to names an unknown kind.
-            UsageError: kinds names blocks beside other kinds, or an option has no effect on blocks.
+            UsageError: kinds names blocks together with other kinds, or an option has no effect on blocks.
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
@@ -81,10 +81,10 @@ class PlanOptions(Options):
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
             raise UsageError(
-                "`kinds` names 'block' beside other kinds.",
+                "`kinds` names 'block' together with other kinds.",
                 "The units of a layer can be ranked only once it is known which blocks remain.",
-                "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and plan "
-                "its other kinds.",
+                "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
+                "plan with the other kinds.",
             )
 
     def _check_blocks(self) -> None:
@@ -93,8 +93,8 @@ class PlanOptions(Options):
         if unused is not None:
             raise UsageError(
                 f"`{unused}` has no effect on a plan with kinds='block'.",
-                "A block is removed as a whole.",
-                f"Remove `{unused}`, or plan other kinds.",
+                "A block is removed as a whole; the option applies to the units of layers.",
+                f"Remove `{unused}`, or use other `kinds`.",
             )
 
     @property

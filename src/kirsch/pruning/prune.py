@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from kirsch.graph.verification import Verification
 
 PLANS = "_kirsch_plans"
-"""Attribute of a pruned model: the JSON of each plan that made it, so that `kirsch.save` can store them."""
+"""Attribute of a pruned model: the JSON of each plan by which it was pruned. `kirsch.save` stores these plans."""
 
 SHAPES = "_kirsch_shapes"
 """Attribute of a pruned model: the shape of each parameter after pruning by these plans."""
@@ -41,7 +42,7 @@ class Pruned(Printable):
         verification: comparison with the masked original; None without verification.
         plan: the removed units, with the cost before and after, and the numbers of the model's configuration.
         notes: notes on the plan and the result.
-        warnings: the notes on possible problems later; `prune` issues each as a `UserWarning`.
+        warnings: the notes on possible later problems with the model; `prune` issues each as a `UserWarning`.
     """
 
     model: Any
@@ -58,10 +59,10 @@ class Pruned(Printable):
     def parts(self) -> list[Part]:
         """Return what was removed, the cost before and after, the verification and the notes."""
         count = sum(bool(removal.removed) for removal in self.plan.groups)
-        blocks = f", {len(self.plan.blocks)} blocks removed" if self.plan.blocks else ""
+        blocks = f", {figures.counted(len(self.plan.blocks), 'block')} removed" if self.plan.blocks else ""
         title: Line = [
             Piece(self.plan.model, "strong"),
-            Piece(f"   {count} group{'s' * (count != 1)} pruned{blocks}"),
+            Piece(f"   {figures.counted(count, 'group')} pruned{blocks}"),
         ]
         verification = self.verification.parts() if self.verification is not None else []
         return [title, self.plan.cost_table(), *verification, notes(self.notes)]
@@ -76,7 +77,7 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
         plan: result of `kirsch.plan`, `Plan.read` or `Plan.from_json`. Its costs are recomputed from the removed units
             and compared with its goal again, so they need not be corrected in a plan that is edited by hand.
         example_inputs: only needed if the plan comes from JSON and could not store its inputs.
-        verify: compare the outputs of the result with those of the masked original before it is returned.
+        verify: whether to compare the outputs of the pruned model with those of the masked original.
 
     Returns:
         The pruned model. Mode, hooks, types, devices and requires_grad are those of the original. An optimizer of the
@@ -187,8 +188,8 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path}`" for path in verification.unseen)
         texts.append(
-            f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal "
-            "there. If these modules run in inference, give inputs that differ between samples and between tokens."
+            f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
+            "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
         )
     return Pruned(pruned, verification, plan, tuple(texts), tuple(warning_notes))
 
@@ -216,7 +217,7 @@ def _reweighted_note(sizes: Mapping[str, float], most: int = 3) -> str:
 
 
 def _error_with_groups(error: VerificationError, plan: Plan, cut: Callable[[Plan], Any]) -> VerificationError:
-    """Return the error with the smallest part of the plan that fails by itself, found by halving."""
+    """Return the error with the smallest part of the plan that fails by itself, found by repeated halving."""
 
     def fails(part: Sequence[Removal | Skip]) -> bool:
         groups = tuple(item for item in part if isinstance(item, Removal))

@@ -26,7 +26,7 @@ class Candidate:
     Args:
         groups: the groups.
         group_scores: importance of the units of each group.
-        multiple: number that divides the kept units of each group.
+        multiple: the number of kept units of each group is a multiple of this number.
         min_keep: fraction of each group that is always kept.
     """
 
@@ -67,7 +67,7 @@ class Candidate:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Allowed numbers of removed units: 0, and each number that leaves a multiple and at least `min_keep`."""
+        """Allowed numbers of removed units: 0, and those that leave a multiple of `multiple`, at least `min_keep`."""
         fewest = max(1, int(np.ceil(self.min_keep * self.size)))
         return [0] + [n for n in range(1, self.size - fewest + 1) if (self.size - n) % self.multiple == 0]
 
@@ -109,7 +109,7 @@ class Chooser:
         return self.repaired([candidate.steps[-1] for candidate in self.candidates])
 
     def repaired(self, counts: Sequence[int]) -> list[int]:
-        """Return a choice that leaves no axis empty: groups that share an axis restore their most important units."""
+        """Return a choice without empty axes: on an empty axis, the most important units of its groups are restored."""
         counts = list(counts)
         while (empty := self._graph.emptied(self.keep(counts))) is not None:
             sharing = [
@@ -122,10 +122,11 @@ class Chooser:
         return counts
 
     def descend(self, *, local: bool) -> list[int]:
-        """Return the smallest choice that meets the goal, by bisection over a threshold.
+        """Return the choice that meets the goal with the fewest removed units, by bisection over a threshold.
 
         Args:
-            local: whether the threshold is the removed fraction of each group, or the importance of removed units.
+            local: if true, the threshold is the largest removed fraction of each group; otherwise it is the largest
+                importance of removed units.
         """
         if local:
             thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})

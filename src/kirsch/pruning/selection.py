@@ -56,7 +56,7 @@ def finest(options: PlanOptions) -> int:
 
 
 def multiple(group: Group, options: PlanOptions, fineness: int) -> int:
-    """Return the number that divides the kept units of a group, with "auto" halved `fineness` times."""
+    """Return the number of which the kept units of a group are a multiple, with "auto" halved `fineness` times."""
     if isinstance(options.round_to, int):
         return options.round_to
     if isinstance(options.round_to, Mapping) and group.kind in options.round_to:

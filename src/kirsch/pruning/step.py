@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION = 256
-"""Training samples on which residual blocks are ranked."""
+"""Number of training samples on which residual blocks are ranked."""
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
@@ -42,7 +42,10 @@ def plan_file(key: str) -> str:
 
 @STEPS.register("prune")
 class Prune(PlanOptions, Step):
-    """Remove units of the model, and verify the result. The options are those of `kirsch.plan`."""
+    """Remove units of the model, and verify the result.
+
+    The options are those of `kirsch.plan`, with a goal and a seed that may come from the job.
+    """
 
     goal: PlanGoal | None = Field(
         None, description="limits, as fractions of the model before this step; null: the goal of the job"
@@ -60,7 +63,7 @@ class Prune(PlanOptions, Step):
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal:
-        """Return the goal of this step in a job with a goal.
+        """Return the goal of this step, or the limits of the job's `goal` if the step has none.
 
         Raises:
             UsageError: neither the step nor the job limits the cost.
@@ -106,7 +109,9 @@ class Prune(PlanOptions, Step):
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
         record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
-        parts = f"{len(plan.blocks)} blocks" if plan.blocks else f"{len(plan.groups)} groups"
+        parts = (
+            figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
+        )
         record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
         job.model = pruned.model
         return record

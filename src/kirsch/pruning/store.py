@@ -172,7 +172,8 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
     except (PlanError, ModelError):
         if plan.tracing.module or (example_inputs is None and not plan.inputs):
             raise
-    # Some models fill their buffers in their first run, and the model had run before it was pruned.
+    # Some models fill their buffers in their first run. The original had run before it was pruned, and only a model
+    # with filled buffers fits the plan, so the new model is run, too.
     framework = framework_of(model)
     with contextlib.suppress(Exception):
         inputs = framework.analysis.inputs_like(plan.inputs, model) if example_inputs is None else example_inputs
@@ -187,6 +188,11 @@ def _pruned(model: Any, plan: Plan, example_inputs: Any) -> Any:
             f"{error.why} The values of the example inputs selected the branches of the plan, and are not stored.",
             "Give these inputs: kirsch.load(folder, build, example_inputs=...).",
         ) from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether a folder holds a saved model: its plan, its weights and its manifest."""
+    return all((folder / name).is_file() for name in (_plan_name(1), "model.safetensors", files.MANIFEST))
 
 
 def last_plan(folder: Path) -> Path:

@@ -65,7 +65,7 @@ class Compressed(Printable):
         items = self.metrics["goal"]["items"]
         verdict = {
             "met": self.met,
-            "text": " · ".join(item["text"] for item in items),
+            "items": items,
             "significance": " · ".join(item["significance"] for item in items if item["significance"]),
             "report": str(self.report),
             "seconds": self.metrics["seconds"],
@@ -74,7 +74,7 @@ class Compressed(Printable):
 
 
 DEFAULT_TRAINING = Training()
-"""Options of a training for which the call gives none."""
+"""Default options of the training after pruning, and of the training of a student."""
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -96,7 +96,7 @@ def compress(
     batch_size: Count | None = None,
     seed: Seed = 0,
     folder: str | Path | None = None,
-    name: str = "model",
+    name: str | None = None,
     listen: Callable[[dict[str, Any]], Any] = ignore,
     progress: bool | None = None,
     **plan_options: Any,
@@ -116,19 +116,19 @@ def compress(
         steps: steps in order, from `kirsch.steps`, in place of the usual ones: `Distill` (with a student), `Prune`,
             `Recover`, `Export`, `Measure`. The arguments `distill`, `recover`, `objective` and the plan options then
             have no effect and are refused.
-        distill: training of the student.
-        recover: training after pruning; None to leave it out.
+        distill: options of the training of the student.
+        recover: options of the training after pruning; None to leave this training out.
         objective: objective of both trainings: an objective, or the name of a preset; by default soft targets and
             labels, `Objective.kd()`.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
         speedup: smallest allowed speedup over the model.
-        task: what the model is for, a name in `kirsch.tasks.TASKS`.
+        task: name of the task of the model in `kirsch.tasks.TASKS`.
         batch_size: samples per training step; None for 64, or for the batch size of the loader of the training part.
         seed: seed of all random numbers, unless a training or step has its own.
         folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
-        name: name of the model in the report.
-        listen: called with each event.
+        name: name of the model in the report; by default the name of its class.
+        listen: function that is called with each event.
         progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
             in a notebook.
         plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
@@ -147,7 +147,7 @@ def compress(
         _refuse_beside_steps(distill, recover, objective, plan_options)
     limits = goal.to_dict() if goal is not None else {}
     recipe = Recipe(
-        name=name,
+        name=type(model).__name__ if name is None else name,
         seed=seed,
         task=task,
         data=DataSection(source=None, batch_size=_batch_size(batch_size, data)),
@@ -216,9 +216,14 @@ def _usual_steps(
     objective: Objective | str | None,
     plan_options: dict[str, Any],
 ) -> list[Step]:
-    """Return the steps of a call that states none."""
+    """Return the default steps, for a call without `steps`."""
     if goal is None:
         raise UsageError("`goal` of kirsch.compress is missing.", fix="Give kirsch.Goal(macs=0.5), or steps.")
+    if objective is not None and recover is None and not with_student:
+        raise UsageError(
+            "`objective` of kirsch.compress has no effect: without a student and recovery, nothing is trained.",
+            fix="Leave out `objective`, or give recover=kirsch.Training(...).",
+        )
     chosen = "kd" if objective is None else objective
 
     def settings(training: Training) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files
 from kirsch.pruning.step import plan_file
+from kirsch.recipes.goals import expected_items, goal_texts
 from kirsch.recipes.manifest import RECIPE
-from kirsch.recipes.metrics import goal_text
 from kirsch.recipes.models import random_weights
 from kirsch.recipes.runner import job_of, materials_of, preflight
 from kirsch.steps import Distill, Evaluate, Train
@@ -33,8 +33,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         folder: if given, recipe.yaml and the plans are written to it.
 
     Returns:
-        JSON-able: "name", "goal", "data", "steps" (key, model, parameters, macs, seconds), "plans" (key of a step →
-        groups, cost before and after), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+        JSON-able: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
+        "steps" (key, model, parameters, macs, seconds), "plans" (key of a step → groups, cost before and after),
+        "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
 
         "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
         prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,
@@ -69,7 +70,8 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     sentence = "" if trains or recipe.teacher.model is None else random_weights(recipe.teacher.model, recipe.seed)
     return {
         "name": recipe.name,
-        "goal": goal_text(job, recipe.all_steps),
+        "goals": goal_texts(job, recipe.all_steps),
+        "expected": [item["text"] for item in expected_items(job, recipe.all_steps, steps[-1])],
         "data": {
             "name": job.data.name,
             **job.data.sizes,

@@ -54,14 +54,13 @@ def check(folder: Path) -> RunIntegrity:
         LoadError: the folder does not hold a run.
     """
     if not manifest.is_run(folder):
-        why = f"{RUN} is missing." if folder.is_dir() else "There is no such folder."
-        raise LoadError(f"{folder} is not a run folder.", why, "Give the folder of a run.")
+        raise run_folder.no_run(folder)
     finished = manifest.is_finished(folder)
     misplaced = manifest.misplaced_entries(folder)
     folders = manifest.folders_with_manifest(folder)
     altered = manifest.altered_files(folder)
     problems, count = list(altered.values()), 0
-    if not finished or files.MANIFEST in altered:  # the manifests of the inner folders still apply
+    if not finished or files.MANIFEST in altered:  # only the inner folders have usable manifests
         flaws = [flaw for inner in folders for flaw in files.flaws(inner).values()]
         problems += flaws + ([] if misplaced else _contradictions(folder))
         count = 0 if flaws else sum(len(files.entries(inner)) for inner in folders)
@@ -81,7 +80,8 @@ def _contradictions(folder: Path) -> list[str]:
     problems = [text for name in (METRICS, PLAN, ENVIRONMENT) if (text := _unreadable(folder / name))]
     events = folder / EVENTS
     if events.is_file() and events.read_bytes().count(b"\n") != len(run_folder.events_of(folder)[0]):
-        problems.append(f"{events} has lines that are not events")  # a kill can only cut off the last line
+        # A killed process can only cut off the last line, which `events_of` and the count of newlines leave out.
+        problems.append(f"{events} has lines that are not events")
     run = manifest.read_run(folder)
     if not run:
         problems.append(f"{folder / RUN} is missing or damaged")

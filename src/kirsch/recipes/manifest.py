@@ -21,7 +21,8 @@ NOT_COVERED = (LOCK, TRACEBACK)
 """Files that are not results of a run; the manifest does not list them."""
 
 MANIFEST_KEY = "manifest_sha256"
-"""Key that run.json has while the manifest is valid. Without it, a missing manifest is not yet written, not deleted."""
+"""Key that run.json has while the manifest is valid. It shows whether a missing manifest was deleted (run.json has the
+key) or has not been written yet (run.json lacks the key)."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def is_run(folder: Path) -> bool:
 def write(folder: Path) -> None:
     """Write the manifest of a finished run, and its sha256 to run.json.
 
-    If the process is killed between the two, the manifest is valid and nothing is lost.
+    If the process is killed between these two writes, the manifest is valid and nothing is lost.
     """
     files.write_manifest(folder, NOT_COVERED)
     files.write_json(folder / RUN, read_run(folder) | {MANIFEST_KEY: files.sha256(folder / files.MANIFEST)})

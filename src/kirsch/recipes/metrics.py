@@ -5,15 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kirsch import figures
 from kirsch.jobs.step import keys_of
-from kirsch.steps import Measure, Prune
+from kirsch.recipes.goals import goal_items, goal_texts
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kirsch.graph.plan import Goal
     from kirsch.jobs.job import Job, Record
     from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
@@ -75,82 +73,13 @@ def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
     return teachers[-1], keys[-1]
 
 
-def _start(job: Job) -> tuple[str, dict[str, int]]:
-    """Return name and cost of the model that was compressed, before the first removal."""
-    record = next(record for record in job.records.values() if "removed" in record)
-    return job.model_name, record["before"]
-
-
 def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, Any]:
-    records, goal, items = job.records, job.goal, []
-    prunings = {key: step for key, step in steps.items() if isinstance(step, Prune) and key in records}
-    for number, (key, step) in enumerate(prunings.items()):
-        reference = job.model_name if number == 0 else "model before this step"
-        items += _cost_items(step.goal, records[key], records[key]["before"], reference, key if number else "")
-    first, final = _first_and_last(records)
-    if prunings:
-        items += _cost_items(goal.cost, records[final], _start(job)[1], job.model_name, "")
-    if goal.max_drop is not None:
-        drop = records[first]["accuracy"]["value"] - records[final]["accuracy"]["value"]
-        change = f"accuracy drop {figures.points(drop)}" if drop >= 0 else f"accuracy gain {figures.points(-drop)}"
-        text = f"{change} against the teacher, goal ≤ {figures.points(goal.max_drop)}"
-        before, after = (records[key].get("balanced_accuracy") for key in (first, final))
-        if before is not None and after is not None:  # accuracy may hide the loss of a rare class
-            text += f" (balanced accuracy {figures.percent(before)} → {figures.percent(after)})"
-        met = drop <= goal.max_drop + 1e-12
-        items.append(_item("max_drop", text, goal.max_drop, drop, met=met, significance=significance))
-    if goal.speedup is not None and "measure" in records:
-        speedup = records["measure"]["race"]["speedups"]["exported"]
-        text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(goal.speedup)}×"
-        met = speedup["value"] >= goal.speedup
-        items.append(_item("speedup", text, goal.speedup, speedup["value"], met=met))
+    items = goal_items(job, steps, *_first_and_last(job.records), significance)
     return {
         "met": all(item["met"] for item in items),
-        "text": goal_text(job, steps) or "no goal was set",
+        "text": " · ".join(goal_texts(job, steps)) or "no goal was set",
         "items": items,
     }
-
-
-WORDS = {"macs": "MACs", "parameters": "parameters"}
-
-
-def _cost_items(
-    goal: Goal | None, after: Record, before: Mapping[str, int], reference: str, key: str
-) -> list[dict[str, Any]]:
-    """Return an item for each limit of the cost.
-
-    Args:
-        goal: the limits; None for no limits.
-        after, before: records with the costs.
-        reference: name of the model with the cost `before`.
-        key: key of the step, if this is the goal of the second or a later step `prune`; otherwise empty.
-    """
-    items = []
-    for name, limit in (goal.to_dict() if goal is not None else {}).items():
-        value = after[name] / max(before[name], 1)
-        text = f"{WORDS[name]} {figures.percent(value)} of the {reference}, goal ≤ {figures.percent(limit, 0)}"
-        item = _item(f"{key}.{name}" if key else name, text, limit, value, met=value <= limit)
-        items.append(item | {"text": f"{key}: {text}"} if key else item)
-    return items
-
-
-def _item(name: str, text: str, limit: float, value: float, *, met: bool, significance: str = "") -> dict[str, Any]:
-    return {"name": name, "text": text, "limit": limit, "value": value, "met": met, "significance": significance}
-
-
-def goal_text(job: Job, steps: Mapping[str, Step]) -> str:
-    """Return all goals of a job and its steps in one line."""
-    parts, goals = [], [step.goal for step in steps.values() if isinstance(step, Prune) and step.goal]
-    for goal in [*goals, *([job.goal.cost] if job.goal.cost else [])]:
-        parts += [f"{WORDS[name]} ≤ {figures.percent(limit, 0)}" for name, limit in goal.to_dict().items()]
-    if job.goal.max_drop is not None:
-        parts.append(f"accuracy drop ≤ {figures.points(job.goal.max_drop)}")
-    if job.goal.speedup is not None:
-        parts.append(f"speed ≥ {figures.digits(job.goal.speedup)}×")
-    for step in steps.values():
-        if isinstance(step, Measure):
-            parts.append(f"runtime {step.runtime} ({step.threads} thread{'s' if step.threads > 1 else ''})")
-    return ", ".join(parts)
 
 
 def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
@@ -228,6 +157,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
         "aa": race.get("aa"),
         "load_before": race.get("load_before"),
         "load_after": race.get("load_after"),
+        "notes": race.get("notes", []),
         "seed": job.seed,
         "data": {
             "name": data.name,

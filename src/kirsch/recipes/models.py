@@ -40,7 +40,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         raise UsageError(
             f"{reference!r} is not a reference to a model.",
             "A reference is package.module:callable, file.py:callable or timm:NAME.",
-            "For example, give timm:resnet18.",
+            f"For example, give {_example(reference)}.",
         )
     if kind == "timm":
         from_file = weights not in ("random", "pretrained")
@@ -61,6 +61,11 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
     framework_of(model)  # raises an error if this is not a model
     return model
+
+
+def _example(reference: str) -> str:
+    """Return a reference to a model, to the file that was given if it is Python code."""
+    return f"{reference.rstrip(':')}:build" if reference.rstrip(":").endswith(".py") else "timm:resnet18"
 
 
 def _maker(reference: str, base: Path | None) -> Callable[[], Any]:
@@ -169,7 +174,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
-        named = main in dummies or not hasattr(model, "main_input_name")  # otherwise they may belong to a part of it
+        named = main in dummies or not hasattr(model, "main_input_name")  # others may be inputs of a submodel
         return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
     arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
     return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None

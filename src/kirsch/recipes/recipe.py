@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
 from kirsch.annotations import Count, Seed
-from kirsch.errors import RecipeError, UsageError, nearest
+from kirsch.errors import RecipeError, UsageError, listing, nearest
 from kirsch.graph import plan
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
@@ -46,7 +46,7 @@ class DataSection(Options):
 
 
 class ModelSection(Options):
-    """A model as the callable returns it, before any step."""
+    """The model before any step, as the callable that `model` names returns it."""
 
     model: str | None = Field(description=REFERENCE)
     outputs: Literal["logits", "probabilities"] | None = Field(
@@ -78,6 +78,7 @@ class Recipe(Options):
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
         for number, step in enumerate(self.steps):
             problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
+        problems += self._problems_after_export(names)
         for key, step in zip(keys_of(names), self.steps, strict=True):
             if isinstance(step, Prune):
                 step.goal_in(self.goal, key)
@@ -89,7 +90,7 @@ class Recipe(Options):
     def _problems_of(self, step: Step, name: str, before: Sequence[str]) -> Iterator[UsageError]:
         """Yield the reasons why a step cannot follow the steps before it."""
         if step.needs and step.needs not in before:
-            yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add it.")
+            yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add this step.")
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
             fix = "Add the section student, or use the step recover, which trains the model itself on the teacher."
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
@@ -97,6 +98,17 @@ class Recipe(Options):
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
         if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
             yield UsageError("The teacher is trained after another step.", fix="Train it first.")
+
+    def _problems_after_export(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
+        """Yield a problem if steps change the model after it was exported: the file would be another model."""
+        place = names.index("export") if "export" in names else len(names)
+        keys = zip(keys_of(names), self.steps, strict=True)
+        late = [repr(key) for key, step in list(keys)[place + 1 :] if step.changes_model]
+        if late:
+            subject = f"step {late[0]} changes" if len(late) == 1 else f"steps {', '.join(late)} change"
+            problem = f"The {subject} the model after the step 'export'."
+            why = "The exported file would not be the final model."
+            yield ("steps", place), UsageError(problem, why, f"Move 'export' after {late[-1]}.")
 
     @field_serializer("steps", when_used="always")
     def _write_steps(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
@@ -167,7 +179,7 @@ def read_recipe(
         origins[key] = origin
     for number in removed:
         steps[number] = REMOVED
-    return recipe_of(data, "recipe" if isinstance(source, str) else str(source), lines, origins)
+    return recipe_of(data, "The recipe" if isinstance(source, str) else str(source), lines, origins)
 
 
 REMOVED = object()
@@ -227,14 +239,14 @@ def recipe_of(
         texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
         many = f"{len(texts)} problems" if len(texts) > 1 else "a problem"
         raise RecipeError(
-            f"The {name} has {many}:\n  " + "\n  ".join(texts),
+            f"{name} has {many}:\n  " + "\n  ".join(texts),
             fix="`kirsch init` writes a valid recipe with all sections and keys.",
         ) from None
     return recipe
 
 
 def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tuple[tuple[int | str, ...], Any]]:
-    """Yield the problems with their places; problems inside the value of one field are yielded separately."""
+    """Yield each problem with its path of keys; problems inside the value of one field are yielded separately."""
     for place, details in problems:
         error = details.get("ctx", {}).get("error")
         if isinstance(error, FieldsError):
@@ -308,11 +320,13 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
     candidates = (origins.get(name) or (f"line {lines[name]}" if name in lines else "") for name in keys)
     location = next(filter(None, candidates), "")
     if details["type"] == "extra_forbidden":
-        text = f"unknown key. {_latency_hint(path[-1]) or nearest(path[-1], _keys(path[:-1]))}".rstrip()
+        known = _keys(path[:-1])
+        suggestion = _latency_hint(path[-1]) or nearest(path[-1], known)
+        text = " ".join(filter(None, ["unknown key.", listing(known, len(known)) if known else "", suggestion]))
     elif details["type"] == "missing":
         text = "this key is required"
     elif details["type"] == "value_error":
-        text = _lower(str(details["ctx"]["error"])).rstrip(".")
+        text = _lower(str(details["ctx"]["error"]))
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
     shown = re.sub(r"^steps\.(\d+)", r"steps[\1]", key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from kirsch.deploy.steps import MODEL
 from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.pruning.step import plan_file
+from kirsch.pruning.store import is_saved
 from kirsch.recipes import manifest
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, RECIPE, REPORT, RUN
 from kirsch.recipes.recipe import Recipe, read_recipe
@@ -59,10 +61,17 @@ def require(folder: Path) -> None:
         LoadError: the folder does not hold a run.
     """
     if not manifest.is_run(folder):
-        raise _no_run(folder)
+        raise no_run(folder)
 
 
-def _no_run(folder: Path) -> LoadError:
+def no_run(folder: Path) -> LoadError:
+    """Return the error for a folder that does not hold a run."""
+    if is_saved(folder):
+        return LoadError(
+            f"{folder} is not a run folder: it is a folder written by kirsch prune.",
+            "",
+            f"Give it to other commands as --pruned {folder}, or load it with kirsch.load, which checks its files.",
+        )
     why = f"{RUN} is missing or damaged." if folder.is_dir() else "There is no such folder."
     return LoadError(f"{folder} is not a run folder.", why, "Start a run: kirsch compress.")
 
@@ -95,7 +104,7 @@ def stored(folder: Path) -> tuple[Recipe, Path]:
     run = manifest.trusted_run(folder)
     base = run.get("base") or _base_of_events(folder)
     if base is None and not (folder / CHECKPOINTS).is_dir():
-        raise _no_run(folder)
+        raise no_run(folder)
     recipe = _recipe(folder, run)
     if base is None or recipe is None:
         raise LoadError(
@@ -134,7 +143,9 @@ def events_of(folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     content = (folder / EVENTS).read_bytes() if (folder / EVENTS).is_file() else b""
     for line in content.splitlines(keepends=True):
         try:
-            event = strict_json.parse(line) if line.endswith(b"\n") else None  # a kill may have cut off the last line
+            event = (
+                strict_json.parse(line) if line.endswith(b"\n") else None
+            )  # a killed process may have cut off the last line
         except ValueError:
             event = None
         if isinstance(event, dict):
@@ -177,6 +188,22 @@ def open_folder(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
         altered.setdefault(RECIPE, f"{folder / RECIPE} is not the recipe that {RUN} states")
     files.remove_temporary(folder)
     return altered
+
+
+def missing_paths(folder: Path) -> list[Path]:
+    """Return the paths that the start of a run in this folder would create: its first files, the folder and parents."""
+    paths = (*(folder / name for name in (LOCK, RECIPE, RUN)), folder, *folder.parents)
+    return [path for path in paths if not os.path.lexists(path)]
+
+
+def discard(paths: Iterable[Path]) -> None:
+    """Remove files and empty folders that a run has created before an error."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def reopen(recipe: Recipe, folder: Path, base: Path) -> None:

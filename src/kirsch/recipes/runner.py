@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import time
@@ -19,8 +20,9 @@ from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
+from kirsch.recipes.goals import goal_texts, refuse_unreachable
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
-from kirsch.recipes.metrics import goal_text, metrics_of
+from kirsch.recipes.metrics import metrics_of
 from kirsch.recipes.models import build, random_weights
 from kirsch.references import source_hash
 from kirsch.report import render
@@ -145,8 +147,9 @@ def run(
         recipe: recipe to run.
         folder: run folder; a run of the same recipe in it is continued.
         base: folder that the recipe's references are relative to; the working folder by default.
-        listen: called with each event.
-        stop: returns an error if the run is to stop; the error is raised after a checkpoint is saved.
+        listen: function that is called with each event.
+        stop: function that returns an error if the run should stop, otherwise None. The error is raised after a
+            checkpoint is saved.
         materials: models and data as objects, in place of the recipe's references.
 
     Raises:
@@ -154,26 +157,28 @@ def run(
         RecipeError: the folder holds a run of another recipe.
         KirschError: a step failed.
     """
-    started = time.monotonic()
     base = base or Path()
+    new = run_folder.missing_paths(folder)
     files.check_writable(folder)
     run_folder.refuse_foreign(recipe, folder)
     run_folder.refuse_misplaced(folder)
     busy = OutputError(
         f"The run {folder} is in use.", "Another process runs in it.", "Wait for it, or choose another folder."
     )
-    with files.exclusive_lock(folder / LOCK, busy):
+    with contextlib.ExitStack() as on_error, files.exclusive_lock(folder / LOCK, busy):
+        on_error.callback(run_folder.discard, new)
         altered = run_folder.open_folder(recipe, folder, base)
         materials = materials or materials_of(recipe, base)
         machine = environment()
         steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
         with during("in the checks before the first step", _lower(job)):
-            preflight(job, steps)  # an error up to here leaves a finished run unchanged
+            preflight(job, steps)  # an error up to here leaves a finished run unchanged, and no new folder behind
+        on_error.pop_all()
         run_folder.reopen(recipe, folder, base)
         files.write_json(folder / ENVIRONMENT, machine)
-        goal, relative = goal_text(job, steps), run_folder.relative(base, folder)
-        job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goal": goal, "base": relative})
+        goals, relative = goal_texts(job, steps), run_folder.relative(base, folder)
+        job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goals": goals, "base": relative})
         notes = _untrained_notes(recipe) + _loader_notes(recipe, job)
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
@@ -189,10 +194,10 @@ def run(
             {
                 "event": "end",
                 "met": metrics["goal"]["met"],
-                "text": " · ".join(item["text"] for item in items),
+                "items": [{"text": item["text"], "met": item["met"]} for item in items],
                 "significance": " · ".join(item["significance"] for item in items if item["significance"]),
                 "report": str(folder / REPORT),
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
             }
         )
         manifest.write(folder)
@@ -234,19 +239,28 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
 
 
 def preflight(job: Job, steps: Mapping[str, Step]) -> None:
-    """Check the disk space, and each step in order on untrained models, before any long work."""
+    """Check disk space, the steps in order and their goals before any long work, on models that are not trained.
+
+    Raises:
+        KirschError: a step would fail.
+        GoalError: the steps do not reach a limit of the cost.
+    """
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
-    sizes = sum(4 * job.count(model)[0] for model in models)
+    counts = [job.count(model) for model in models]
+    job.start_cost = dict(zip(("parameters", "macs"), counts[-1], strict=True))
+    sizes = sum(4 * parameters for parameters, _ in counts)
     files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per step
     for key, step in steps.items():
         job.key = key
         step.preview(job)
+    if job.goal.cost is not None:
+        refuse_unreachable(job, steps, dict(zip(("parameters", "macs"), job.count(job.model), strict=True)))
     job.plans.clear()
 
 
 def _lower(job: Job) -> str:
-    """Return the fix for insufficient memory."""
+    """Return the fix in errors about insufficient memory."""
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
 
@@ -268,7 +282,7 @@ def _run_steps(job: Job, steps: Mapping[str, Step], origin: str, altered: dict[s
             event = "step_end"
         else:
             event = "step_kept"
-        for old in done.parent.glob("step-*"):  # also those of a run that was killed just before this line
+        for old in done.parent.glob("step-*"):  # checkpoints; a run killed just before this line left some, too
             files.remove(old)
         job.records[key] = record
         shown = {name: record[name] for name in ("did", "cells", "seconds")}
@@ -302,7 +316,10 @@ def _altered(altered: dict[str, str], *prefixes: str) -> str:
 
 
 def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) -> str:
-    """Return the damage of the exported file, which lies outside the folder of its step; empty if there is none."""
+    """Return a description of the damage of the exported file; empty if it is undamaged.
+
+    The manifest of the step does not cover this file, which lies outside the folder of the step.
+    """
     path = job.folder / ARTIFACTS / record["artifact"]["file"]
     if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
         return f"{path} is missing or damaged"

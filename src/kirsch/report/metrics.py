@@ -109,6 +109,7 @@ SCHEMA = _fields(
         aa=nullable(RATIO),
         load_before=nullable(FIGURE),
         load_after=nullable(FIGURE),
+        notes=array(text()),
         seed=COUNT,
         data=_fields(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
     ),

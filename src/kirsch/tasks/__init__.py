@@ -1,4 +1,4 @@
-"""Tasks by name: what a model is for. Importing this package registers the built-in ones."""
+"""Tasks by name: the purposes of models. Importing this package registers the built-in ones."""
 
 from kirsch.tasks.classification import Classification
 from kirsch.tasks.task import TASKS, Task

@@ -18,7 +18,7 @@ def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
     Args:
         labels: any array of numbers.
         classes: number of classes, K.
-        name: whose labels they are, for the message: "of the test part of digits".
+        name: phrase after "labels" in messages, such as "of the test part of digits".
 
     Raises:
         DataError: the labels have another shape or type, or a label is not from 0 to K - 1.

@@ -1,4 +1,4 @@
-"""Interface of a task: what a model is for, and how its outputs are judged."""
+"""Interface of a task: the purpose of a model, and the evaluation of its outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Task(Protocol):
     """Interface of a task. All arrays are numpy arrays; outputs are arrays that `Inference.predict` returns.
 
     Attributes:
-        label_loss: name of the loss on labels, as `kirsch.Objective` takes it.
+        label_loss: name of the label loss, as `kirsch.Objective` takes it.
     """
 
     label_loss: str

@@ -1,4 +1,4 @@
-"""CIFAR-10 from the files of the dataset hubs."""
+"""CIFAR-10, read from Parquet files in the format of dataset hubs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kirsch.errors import DataError
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A data folder with twenty training and four test images of one color each: 20 times their class."""
+    """Set KIRSCH_DATA to a folder with 20 training and 4 test images of one color. Red is 20 times the class."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = pytest.importorskip("PIL.Image")
 

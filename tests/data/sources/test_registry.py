@@ -1,4 +1,4 @@
-"""Sources of data sets are called with their options, and those that fail are named."""
+"""Data sources are called with their options. If a source fails, the error names it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def detection_features(student: Any, teacher: Any) -> Any:
         UsageError: a dict has no "maps".
 
     Source: Chen et al. 2017 (NeurIPS), "Learning efficient object detection models with knowledge distillation"
-        (imitation of maps), with the weights of Ultralytics, which adds a 1 × 1 adapter to the teacher's width.
+        (imitation of maps), with the weights of cells as in Ultralytics. There, a 1 × 1 convolution first maps the
+        student to the teacher's width.
     """
     maps_s, maps_t = _maps(student, "student"), _maps(teacher, "teacher")
     check_same_shape(maps_s, maps_t, "maps")

@@ -47,7 +47,7 @@ def hint(student: Any, teacher: Any) -> Any:
 
 @loss("at", takes="maps", widths="any")
 def attention_transfer(student: Any, teacher: Any, *, power: float = 2.0, convention: str = "mean") -> Any:
-    """Return the distance of the attention maps: the mean over channels of |activation|^power, scaled to norm 1.
+    """Return the distance of the attention maps, each the mean over channels of |activation|^power, scaled to norm 1.
 
     Args:
         student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, larger maps are average-pooled.
@@ -82,7 +82,7 @@ def _attention_map(maps: Any, power: float) -> Any:
 
 @loss("nst", takes="maps", widths="any")
 def neuron_selectivity(student: Any, teacher: Any) -> Any:
-    """Return the squared maximum mean discrepancy between the channels, scaled to norm 1, with the kernel (x · y)².
+    """Return the squared maximum mean discrepancy between channels scaled to norm 1, with the kernel (x · y)².
 
     The kernel's sum over pairs of channels is the squared Frobenius norm of a matrix of inner products, either of
     channels with channels or of positions with positions. The smaller of the two matrices is computed.
@@ -146,7 +146,7 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 def factor_transfer(
     student: Any, teacher: Any, *, power: float = 1.0, activity_power: float = 2.0, convention: str = "repdistiller"
 ) -> Any:
-    """Return |difference|^power of the factors, scaled to norm 1, averaged over all elements.
+    """Return |difference|^power of the factors, each scaled to norm 1, averaged over all elements.
 
     Args:
         student, teacher: factors (the outputs of the adapter "factor"), or the maps themselves, shape (N, C, H, W),
@@ -181,9 +181,10 @@ def factor_transfer(
 
 @loss("ofd", takes="maps")
 def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, convention: str = "sum") -> Any:
-    """Return the partial squared distance to the teacher's maps, which are clipped from below at a margin.
+    """Return the squared distance to the teacher's clipped maps, except where they are <= 0 and the student is lower.
 
-    Where the teacher is at most 0, a student below the clipped teacher adds nothing: a ReLU maps both values to 0.
+    The teacher's maps are clipped from below at the margin. Where the clipped maps are at most 0, a lower value of the
+    student adds nothing, because a ReLU maps both values to 0.
 
     Args:
         student, teacher: maps before the ReLU, shape (N, C, H, W), floating.
@@ -364,7 +365,7 @@ def generation(student: Any, teacher: Any, *, convention: str = "sum") -> Any:
 
 @loss("l2-normalized", takes="features")
 def normalized_distance(student: Any, teacher: Any) -> Any:
-    """Return the squared distance of the features, scaled to norm 1, which is 2 - 2 cosine, averaged over samples.
+    """Return the squared distance of features scaled to norm 1, which is 2 - 2 cosine, averaged over samples.
 
     Args:
         student, teacher: shape (N, ...), floating.

@@ -83,7 +83,7 @@ def _direction(states: Any) -> Any:
 
 @loss("cls-pkd", takes="tokens", over="samples")
 def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
-    """Return the squared distance of the states of the first token ([CLS]), scaled to norm 1, averaged over samples.
+    """Return the squared distance of the first token's states ([CLS]), each scaled to norm 1, averaged over samples.
 
     Args:
         student, teacher: hidden states, shape (N, L, D); position 0 represents the sample.

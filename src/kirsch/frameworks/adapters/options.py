@@ -1,4 +1,4 @@
-"""The adapters that objectives name: one class of options each, the same for every framework.
+"""Options of the adapters that an objective can name: one class for each adapter, the same for every framework.
 
 A framework implements an adapter under the same name. Shapes have the batch first, and channels before positions.
 """
@@ -20,11 +20,11 @@ SMALLEST_VARIANCE = 1e-5
 """Constant that the loss "vid" adds to log(1 + exp(scale))."""
 
 MOMENTUM = 0.5
-"""Default of `momentum` of "crd-bank" without `size`."""
+"""Default of the option `momentum` of "crd-bank", if `size` is not set."""
 
 
 class AdapterOptions:
-    """Options of an adapter, with their defaults; a subclass checks them.
+    """Options of an adapter, with their defaults; a subclass checks the values.
 
     Attributes:
         stages: whether the adapter takes lists of features, one for each stage. Any other adapter is built once for
@@ -93,11 +93,11 @@ class RegressorOptions(AdapterOptions):
     """Convert the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
 
     If the student's maps have twice the size of the teacher's, the convolution is 3 × 3 with stride 2. If they have
-    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, it has no padding, and a
-    kernel that reduces the maps to the teacher's size.
+    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, the convolution has no
+    padding, and a kernel that reduces the maps to the teacher's size.
 
     Args:
-        relu: apply a ReLU at the end, for teacher's maps that are taken after a ReLU.
+        relu: apply a ReLU at the end, if the teacher's maps are taken after a ReLU.
 
     Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
@@ -114,8 +114,9 @@ class ConnectorOptions(AdapterOptions):
     loss "ofd" then needs the same margins, or lower ones.
 
     Args:
-        margins: <= 0, one for each of the teacher's channels: the mean of the negative values after the teacher's batch
-            norm, as `kirsch.distillation.losses.maps.margins` computes it from the bias and weight of the batch norm.
+        margins: one value <= 0 for each of the teacher's channels: the mean of the negative values after the teacher's
+            batch norm, as `kirsch.distillation.losses.maps.margins` computes it from the bias and weight of the batch
+            norm.
 
     Source: Heo et al. 2019, arXiv:1904.01866.
     """
@@ -135,7 +136,7 @@ class GeneratorOptions(AdapterOptions):
         masked_fraction: fraction of the positions that are masked, 0 <= fraction < 1.
         spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks positions, not channels: 65 % of the positions.
+    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks 65 % of the positions, in all channels.
     """
 
     masked_fraction: float = 0.65
@@ -154,10 +155,10 @@ class GeneratorOptions(AdapterOptions):
 class DensityOptions(AdapterOptions):
     """Predict a normal distribution of the teacher's maps: means from the student's maps, and one scale per channel.
 
-    The adapted student's value is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
+    The adapted value of the student is {"mean": maps, "scale": (C,)}; the variance is log(1 + exp(scale)) + 1e-5.
 
     Args:
-        hidden: number of channels between the three 1 × 1 convolutions; by default that of the teacher.
+        hidden: number of channels between the three 1 × 1 convolutions; by default as many as the teacher has.
         norm: add a batch norm before both ReLUs, unlike the authors' code.
         variance: > 1e-5, initial variance of every channel.
 
@@ -178,7 +179,8 @@ class DensityOptions(AdapterOptions):
 class FactorOptions(AdapterOptions):
     """Compute a factor of the teacher's maps by a paraphraser, and a factor of the student's maps by a translator.
 
-    The paraphraser is trained as an autoencoder: its loss is the mean squared error between the teacher's maps and
+    A factor is a compressed representation of the maps. The paraphraser is trained as an autoencoder: its loss is the
+        mean squared error between the teacher's maps and
     their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
     the authors, first train on this loss alone, then freeze the paraphraser.
 
@@ -197,7 +199,8 @@ class FactorOptions(AdapterOptions):
 class ReviewOptions(AdapterOptions):
     """Fuse the student's stages from the deepest to the first, and convert each to the shape of the teacher's stage.
 
-    Both outputs are lists of maps. The loss is the sum of a loss of maps ("hcl" in the paper) over the stages.
+    The adapted values of student and teacher are lists of maps. The loss is the sum of a loss of maps ("hcl" in the
+    paper) over the stages.
 
     Args:
         hidden: number of channels passed from stage to stage; by default that of the student's last stage, at most 512.
@@ -312,7 +315,7 @@ class ProjectorOptions(AdapterOptions):
     stage of most networks for 224 × 224 images. The maps are then averaged over positions, and so are tokens.
 
     Args:
-        classes: number of classes; by default that of the teacher.
+        classes: number of classes; by default as many as the teacher has.
         width: channels after the last convolution; by default doubled with each halving.
 
     Source: Hao et al. 2023, arXiv:2310.19444. The paper uses transformer blocks for tokens, and sets `width` to the
@@ -331,10 +334,11 @@ class MemoryBankOptions(AdapterOptions):
     Args:
         samples: number of samples in the data; ids must be from 0 to samples - 1. Optional if `size` is set; without
             `samples`, any ids are accepted.
-        size: number of rows of a queue, instead of one row per sample.
+        size: number of rows of a queue of the most recent embeddings, which replaces the table of one row per sample.
         negatives: number of negatives for each sample and direction.
         temperature: > 0.
-        momentum: weight of the old row, 0 <= momentum < 1; 0.5 by default. Not available with `size`.
+        momentum: weight of the stored embedding when it is updated, 0 <= momentum < 1; 0.5 by default. Not available
+            with `size`.
         width: width of the embeddings.
 
     Source: Tian et al. 2020, arXiv:1910.10699, section 3.2, and the authors' code: 16384 negatives, temperature 0.07,
@@ -362,7 +366,7 @@ class MemoryBankOptions(AdapterOptions):
             raise UsageError(
                 "The adapter 'crd-bank' has no 'momentum' if 'size' is set.", "A queue stores embeddings unchanged."
             )
-        minimum = 1 if is_queue else 2  # the sample itself, and a negative
+        minimum = 1 if is_queue else 2  # without a queue: the row of the sample, and a negative
         for name, value, is_valid, needed in (
             ("size" if is_queue else "samples", rows, rows >= minimum, f"at least {minimum}"),
             ("negatives", self.negatives, self.negatives >= 1, "at least 1"),

@@ -11,7 +11,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Between(nn.Module):
-    """Two layers with a function of the module and the activations between them.
+    """Two layers with a function between them.
 
     Args:
         before, after: the layers.

@@ -1,4 +1,4 @@
-"""Residual blocks are found from the computation of the forward, and can be removed from the model."""
+"""Residual blocks are found in the computation of `forward`, and can be removed from the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenNet(nn.Module):
-    """Token blocks in a list; with `fixed`, the forward calls four of them by number."""
+    """Token blocks in a list. With `fixed`, `forward` calls four blocks by number."""
 
     def __init__(self, depth, *, post=False, fixed=False):
         super().__init__()
@@ -135,7 +135,7 @@ class TwoOutputs(nn.Module):
 
 
 class BranchOutside(nn.Module):
-    """The addition is outside of the module, or the module only adds a branch that was computed outside."""
+    """`branch` does not contain its addition, and `add` does not contain its branch: neither is a residual block."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +208,7 @@ def test_a_block_in_a_sequential_is_deleted():
 
 
 class NamedBlocks(nn.Module):
-    """Two blocks that the forward calls by name."""
+    """Two blocks that `forward` calls by name."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ def test_a_block_called_by_name_becomes_an_identity():
 
 
 class ManyBlocks(nn.Module):
-    """Twelve blocks that the forward calls by name."""
+    """Twelve blocks that `forward` calls by name."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class ManyBlocks(nn.Module):
         return self.out(x)
 
 
-def test_many_blocks_become_identities():
+def test_many_blocks_called_by_name_become_identities():
     model = with_noise(ManyBlocks())
     plan = plan_without(model, IMAGES, *(f"block{number}" for number in range(0, 12, 2)))
     result = prune_with_verification(model, plan)
@@ -258,7 +258,7 @@ def test_many_blocks_become_identities():
 
 
 class NumberedBlocks(NamedBlocks):
-    """Two blocks in a list that the forward calls by number."""
+    """Two blocks in a list that `forward` calls by number."""
 
     def __init__(self):
         super().__init__()
@@ -305,7 +305,7 @@ def test_a_model_with_removed_blocks_is_saved_and_loaded_exactly(tmp_path):
     assert torch.equal(kirsch.load(tmp_path / "saved", lambda: TokenNet(3)).eval()(WORDS), pruned(WORDS))
 
 
-def test_a_block_of_the_traced_part_is_removed_from_the_whole_model():
+def test_a_block_of_a_traced_submodule_is_removed_from_the_model():
     model = with_noise(nn.Sequential(convolutional(), nn.Linear(4, 2)))
     graph = kirsch.trace(model, IMAGES, module="0")
     plan = kirsch.plan(graph, Goal(parameters=0.95), kinds="block", data=IMAGES)

@@ -20,7 +20,7 @@ IMAGE = torch.randn(2, 3, 6, 6)
 
 
 class Checked(nn.Module):
-    """A convolution whose forward first calls `check` with the module and its input."""
+    """A convolution whose `forward` first calls `check` with the module and its input."""
 
     def __init__(self, check):
         super().__init__()
@@ -169,17 +169,17 @@ def test_a_size_compared_with_a_constant_is_frozen_and_the_error_has_the_line_an
 
 
 @pytest.mark.parametrize(
-    ("today", "widths_today"), [(16, {8: 8, 12: 12, 7: 7}), (8, {12: 6, 14: 7}), (4, {12: 4, 8: 4})]
+    ("attribute", "attribute_by_width"), [(16, {8: 8, 12: 12, 7: 7}), (8, {12: 6, 14: 7}), (4, {12: 4, 8: 4})]
 )
-def test_an_attribute_that_divides_a_size_keeps_its_relation_to_it(today, widths_today):
-    """The attribute is scaled with the size. It is not set to 1, although 1 divides each size."""
+def test_an_attribute_that_divides_a_size_is_scaled_with_the_size(attribute, attribute_by_width):
+    """The attribute is not set to 1, although 1 divides each size."""
 
     def divides(s, x):
         assert x.shape[1] % s.channels == 0
 
-    for width, expected in widths_today.items():
+    for width, expected in attribute_by_width.items():
         model = with_noise(Net(divides))
-        model.checked.channels = today
+        model.checked.channels = attribute
         graph = kirsch.trace(model, IMAGE)
         plan = kirsch.plan(graph, Goal(macs=0.9), round_to=4)
         pruned = kirsch.prune(model, removing(plan, "first", 16 - width))
@@ -209,7 +209,7 @@ def test_a_size_compared_with_twice_an_attribute_can_be_pruned():
     assert prune_with_verification(model, kirsch.plan(kirsch.trace(model, IMAGE), Goal(macs=0.8))).verification.passed
 
 
-def test_a_plan_must_meet_a_condition_that_only_some_choices_meet():
+def test_a_plan_must_meet_a_condition_that_only_some_widths_meet():
     def asserts_even(_, x):
         if x.shape[1] % 2:
             raise ValueError(x.shape)
@@ -288,7 +288,7 @@ UNTRACED = {
 
 
 @pytest.mark.parametrize("kind", UNTRACED)
-def test_the_fixes_named_by_the_error_of_the_pruned_model_work(kind):
+def test_the_fixes_in_the_error_for_untraced_use_of_a_size_work(kind):
     model = with_noise(Net(UNTRACED[kind]))
     graph = kirsch.trace(model, IMAGE)
     with pytest.raises(VerificationError, match=r"Exclude 'first', or trace .* as_graph=True"):

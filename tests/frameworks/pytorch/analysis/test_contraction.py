@@ -290,18 +290,18 @@ class FusedAttention(nn.Module):
         )
 
 
-def test_fused_attention_updates_the_attributes_for_heads_and_width():
+def test_pruning_fused_attention_updates_the_attributes_for_heads_and_width():
     _, pruned = assert_pruned_correctly(FusedAttention(), TOKENS, sizes=[4, 6])
     assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
 
 
-def test_the_scale_is_kept_in_inference_mode():
+def test_the_scale_of_attention_is_kept_in_inference_mode():
     with torch.inference_mode():
         assert_pruned_correctly(ATTENTIONS["sdpa without a scale"][0], TOKENS.clone(), sizes=[4, 6])
 
 
 class Experts(nn.Module):
-    """Rows sorted by expert, with two grouped matrix products."""
+    """Experts as two grouped matrix products on rows that are sorted by expert."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Experts are removed with their rows of the router if the router may select among the kept experts."""
+"""With softmax="kept", experts are removed together with their rows of the router."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def softmax_over_chosen(self, x, logits):
 
 
 def gathered(self, x, logits):
-    """Select by other values than the weights."""
+    """Select the experts by other values than their weights in the sum."""
     scores = logits.sigmoid()
     ids = scores.square().topk(k=self.chosen, dim=-1, sorted=False)[1]
     return (apply_experts(self, x, ids) * scores.gather(1, ids).unsqueeze(-1) + self.bias(ids)).sum(1)
@@ -155,7 +155,7 @@ def maximum(self, x, logits):
 
 
 def reordered(self, x, logits):
-    """Reorder the indices, which remain indices."""
+    """Reorder the selected indices. The result still contains indices of experts."""
     ids = logits.topk(self.chosen)[1].gather(1, torch.tensor([[1, 0]]).expand(len(x), 2))
     return apply_experts(self, x, ids).sum(1)
 
@@ -173,7 +173,7 @@ def test_experts_are_removed_only_if_the_option_softmax_is_kept(run, softmax):
 
 
 class ReturnsIndices(Mixture):
-    """Returns the indices of the selected experts as well."""
+    """Mixture that also returns the indices of the selected experts."""
 
     def forward(self, x):
         logits = self.router(x)

@@ -89,6 +89,8 @@ CASES = {
         [8],
     ),
 }
+"""Name → function of module and tensor between two linear layers, sizes of the parameters of the module, and expected
+sizes of the groups."""
 
 
 @pytest.mark.parametrize("name", CASES)

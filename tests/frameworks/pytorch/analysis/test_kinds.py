@@ -1,4 +1,4 @@
-"""The kind of a group describes its units, also beside LoRA and in adapters, poolers, heads and gates."""
+"""Kinds of the groups of networks with and without LoRA, adapters, poolers, heads and gates."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Gated(nn.Module):
         return self.last(torch.relu(self.hidden(x.mean((2, 3)))))
 
 
-def test_units_of_a_gate_and_of_a_head_on_one_vector_are_channels():
+def test_units_of_a_gate_and_of_a_head_on_pooled_features_are_channels():
     assert set(kinds(Gated(), torch.randn(2, 3, 6, 6)).values()) == {"channel"}
 
 

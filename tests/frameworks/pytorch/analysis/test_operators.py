@@ -125,6 +125,8 @@ CASES = {
         [],
     ),
 }
+"""Name → function of module and tensor between two layers, second layer, attributes of the module, and expected
+sizes of the groups."""
 
 
 @pytest.mark.parametrize("name", CASES)

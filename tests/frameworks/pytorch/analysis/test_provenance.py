@@ -1,4 +1,4 @@
-"""Traced integers can be computed again from their leaves, and record where their origin is lost."""
+"""Traced integers know the attributes (leaves) from which they were computed, and record where this origin is lost."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_set_integer_sets_an_attribute_or_an_item_of_a_tuple():
     assert model.shape == (1, -1, 5)
 
 
-def test_sizes_know_their_tensor_and_view_as_is_recorded_with_sizes():
+def test_sizes_record_their_tensor_and_the_call_of_view_as_records_sizes():
     recorded = RecordedCalls()
     weight, x = torch.ones(4, 6), torch.ones(2, 6)
     with CallRecorder(recorded, {id(weight): "layer.weight"}):
@@ -166,7 +166,7 @@ def test_tensors_that_are_never_read_are_recorded():
     assert id(read) not in recorder.unread
 
 
-def test_the_calls_within_multi_head_attention_are_recorded_and_pytorch_is_left_as_it_was():
+def test_the_calls_within_multi_head_attention_are_recorded_and_pytorch_is_restored():
     recorded = RecordedCalls()
     model = traceable_copy(nn.MultiheadAttention(8, 2, batch_first=True), shared=False, training=True)
     record_calls(model, recorded)

@@ -1,4 +1,4 @@
-"""A softmax over units freezes them, or is computed over the kept units."""
+"""By default, a softmax over units freezes them. With softmax="kept", it is computed over the kept units."""
 
 from __future__ import annotations
 

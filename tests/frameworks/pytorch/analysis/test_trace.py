@@ -29,7 +29,7 @@ TOKENS = torch.randn(2, 5, 6)
 class Net(nn.Module):
     """Two linear layers with a function between them.
 
-    A blocker contains the line of the forward, so this forward must be in this file.
+    A blocker contains a line of `forward`, so this class must be in this file.
     """
 
     def __init__(self, between, width=8, **attributes):
@@ -125,7 +125,7 @@ def test_units_added_to_an_input_are_not_blockers():
     assert graph.blockers == ()
 
 
-def test_attributes_that_cannot_change_are_named():
+def test_attributes_that_cannot_be_updated_are_named_in_the_blocker():
     between = lambda s, x: x.view(2, 5, s.heads, s.each).flatten(2)  # noqa: E731 - the traced function
     graph = trace(Net(between, heads=2, each=4, fixed=nn.Parameter(torch.ones(2, 1))), TOKENS)
     assert sorted(group.size for group in graph.groups) == [2, 4]
@@ -151,7 +151,7 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_cost_of_frozen_operations_equals_the_count_of_a_run(name):
+def test_the_cost_of_frozen_operations_equals_the_operations_counted_in_a_run(name):
     parts = {
         "attention": {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
         "recurrence": {"recur": nn.LSTM(8, 8, batch_first=True)},
@@ -265,14 +265,14 @@ def test_the_error_for_inputs_of_a_wrong_type_or_layout_names_the_conversion(kin
         trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), inputs)
 
 
-def test_a_model_without_values_needs_inputs_without_values():
+def test_a_model_on_the_meta_device_needs_inputs_on_the_meta_device():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to("meta")
     with pytest.raises(ModelError, match=r"Its parameter `0\.weight` is on the meta device.*Load its weights"):
         trace(model, PIXELS)
     assert [group.size for group in trace(model, PIXELS.to("meta")).groups] == [8]
 
 
-def test_a_model_in_half_precision_may_be_converted():
+def test_the_error_for_a_model_in_half_precision_also_suggests_to_convert_the_model():
     with pytest.raises(ModelError, match=r"inputs\.bfloat16\(\) for tensors; or convert the model"):
         trace(nn.Conv2d(3, 4, 3).bfloat16(), PIXELS)
 
@@ -285,7 +285,7 @@ def test_arrays_that_hold_no_numbers_are_named_by_their_type(array, dtype):
         kirsch.trace(nn.Linear(6, 8), (torch.randn(2, 6), array))
 
 
-def test_an_input_without_entries_beside_one_with_samples_is_accepted():
+def test_an_empty_input_is_accepted_if_another_input_has_samples():
     class Attending(nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,7 +298,7 @@ def test_an_input_without_entries_beside_one_with_samples_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("path", "users"),
+    ("path", "expected"),
     [
         (__file__, True),
         (str(Path(sysconfig.get_path("stdlib")) / "site-packages" / "models" / "net.py"), True),
@@ -307,5 +307,5 @@ def test_an_input_without_entries_beside_one_with_samples_is_accepted():
         ("<string>", False),
     ],
 )
-def test_installed_models_are_user_code_and_the_standard_library_is_not(path, users):
-    assert is_user_code(path) == users
+def test_installed_models_are_user_code_and_the_standard_library_is_not(path, expected):
+    assert is_user_code(path) == expected

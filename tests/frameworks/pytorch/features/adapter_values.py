@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def random_values(shapes, **more):
-    """Return normal random numbers of a shape, or a list of them for a list of shapes."""
+    """Return a tensor of normal random numbers, or a list of tensors for a list of shapes."""
     if isinstance(shapes, list):
         return [random_values(shape, **more) for shape in shapes]
     return torch.randn(shapes, **more)

@@ -67,7 +67,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 TEACHER_SIDE = {"embed": "teacher.", "crd-bank": "teacher.", "factor": ("paraphraser.", "restore.")}
-"""Prefixes of parameters that get no gradient through the student's value."""
+"""Adapter → prefixes of the parameters that get no gradient from the student's output."""
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 TRAINABLE = pytest.mark.parametrize("case", [case for case, count in PARAMETERS.items() if count])
@@ -99,7 +99,7 @@ def leaves(value):
 
 
 def total_loss(adapter, student, teacher):
-    """Return a scalar loss of the outputs of an adapter, plus its own loss."""
+    """Return a scalar loss of the outputs of an adapter, plus the extra loss of the adapter."""
     student_out, teacher_out = adapter(student, teacher, ids=IDS)
     if isinstance(student_out, dict):
         total = density(student_out, teacher_out)
@@ -211,7 +211,7 @@ def outputs(adapter, student, teacher):
 
 
 @EVERY_CASE
-def test_a_deep_copy_after_a_forward_shares_no_parameters(case):
+def test_a_deep_copy_after_a_forward_pass_shares_no_parameters(case):
     adapter, (student, teacher) = make_adapter(case), make_values(case)
     adapter(student, teacher, ids=IDS)
     other = copy.deepcopy(adapter)
@@ -295,7 +295,7 @@ AUTO = [
     ((4, 65, 6), WIDE, "any", "TokensToMap"),
     (MAP, (4, 64, 9), "same", "MapToTokens"),
     (MAP, (4, 65, 9), "same", "MapToTokens"),
-    ((8, 5, 6), (4, 5, 6), "same", None),  # the batch is ignored
+    ((8, 5, 6), (4, 5, 6), "same", None),  # the batch size is ignored
 ]
 
 
@@ -305,7 +305,7 @@ def test_auto_chooses_an_adapter_by_the_shapes(student, teacher, widths, expecte
     assert (adapter if adapter is None else type(adapter).__name__) == expected
 
 
-def test_auto_needs_no_adapter_for_relations_of_samples():
+def test_auto_needs_no_adapter_for_losses_on_relations_between_samples():
     options = {"widths": "any", "takes": "features"}
     assert build("auto", (4, 197, 192), (4, 512, 7, 7), options=options) is None
     assert build("auto", (4, 192), (4, 512, 7, 7), options=options) is None
@@ -347,7 +347,7 @@ def test_auto_builds_adapters_only_for_stages_that_differ():
     assert build("auto", student_out, student_out, options={"widths": "same"}) is None
 
 
-def test_the_extra_loss_of_stages_is_the_sum():
+def test_the_extra_loss_of_an_adapter_is_the_sum_over_its_stages():
     adapter = build("factor", [MAP, MAP], [WIDE, MAP], options={})
     student, teacher = random_values([MAP, MAP]), random_values([WIDE, MAP])
     adapter(student, teacher)

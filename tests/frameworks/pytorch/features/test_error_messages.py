@@ -1,4 +1,4 @@
-"""Tests of errors of Kirsch that name the model and the fix in cases in which the errors of PyTorch do not."""
+"""Errors that name the model and the fix in cases in which the errors of PyTorch do not."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_error_for_reentrant_checkpoints_names_the_fix(before, error):
 def test_the_error_for_layers_of_a_compiled_model_names_the_fix():
     student = torch.compile(net(), backend="eager")
     student(batch()[0])
-    message = r"runs in no forward of OptimizedModule.* A compiled model that has run .* compile distiller\.module"
+    message = r"runs in no forward pass of OptimizedModule.* A compiled model that has run .* compile distiller\.module"
     with pytest.raises(UsageError, match=message):
         run_distill(student, net(), relational_objective("_orig_mod.0"))
 

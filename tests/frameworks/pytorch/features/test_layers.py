@@ -22,7 +22,7 @@ LABELS = np.arange(N) % K
 
 
 class InPlaceModel(nn.Module):
-    """Halves its inputs in place if `when(model)` is true, and records a copy of them first."""
+    """Model that records a copy of its inputs, and then halves the inputs in place if `when(model)` is true."""
 
     def __init__(self, *, when=lambda model: True):
         super().__init__()
@@ -105,11 +105,11 @@ def test_inputs_are_not_copied_after_the_first_run_if_the_model_does_not_write()
     assert seen == [False, True, True]
 
 
-def test_a_model_that_starts_to_write_into_its_inputs_raises_an_error():
+def test_a_model_that_writes_into_its_inputs_only_after_the_first_run_raises_an_error():
     inputs, late = torch.from_numpy(SAMPLES.copy()), []
     capture = FeatureCapture(InPlaceModel(when=lambda _model: bool(late)), ["logits"])
     capture(inputs)
     late.append(True)
-    message = r"InPlaceModel writes into its inputs in this forward, unlike in earlier ones\. .* inputs\.clone\(\)"
+    message = r"InPlaceModel writes into its inputs in this forward pass, unlike in earlier ones\. .* inputs\.clone\(\)"
     with pytest.raises(UsageError, match=message):
         capture(inputs)

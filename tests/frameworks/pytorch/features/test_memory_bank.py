@@ -55,7 +55,7 @@ def test_momentum_0_replaces_rows():
 
 
 def test_crd_bank_equals_the_authors_code():
-    """The rows are those before the update, and Z is the mean times the number of rows."""
+    """The logits use the rows before the update, and Z is the mean score times the number of rows."""
     bank = small_bank()
     before = {"student": bank.bank_student.clone(), "teacher": bank.bank_teacher.clone()}
     ids = torch.tensor([3, 1])

@@ -43,14 +43,14 @@ def test_every_tensor_has_a_unique_name(outputs, names):
     assert list(named(outputs)) == names
 
 
-def test_hidden_states_may_lose_units_only_beside_predictions():
+def test_hidden_states_may_lose_units_only_if_the_outputs_include_logits():
     assert selected_outputs(["last_hidden_state", "pooled"], ()) == {"last_hidden_state", "pooled"}
     assert selected_outputs(["logits", "encoder_last_hidden_state", "past_key_values.0"], ()) == {"logits"}
     assert selected_outputs(["logits", "aux.0", "aux.1"], ["aux"]) == {"aux.0", "aux.1"}
 
 
 class Both(nn.Module):
-    """Returns logits and the features before the last layer."""
+    """Model that returns logits and the features before the last layer."""
 
     def __init__(self):
         super().__init__()

@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.inference.predict import infer, inference, logits
 
 @pytest.fixture
 def model():
-    """A model with batch normalization and dropout, in training mode except for one layer."""
+    """Return a model with batch normalization and dropout, in training mode except for one layer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))

@@ -76,7 +76,7 @@ def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
 
 
 def test_the_batch_axis_is_free_for_an_example_of_one_sample(tmp_path):
-    """In a recurrent layer, the exporter treats an axis of size 1 as a constant."""
+    """By default, the exporter of PyTorch treats an axis of size 1 in a recurrent layer as a constant."""
     torch.manual_seed(0)
     model, samples = nn.GRU(3, 4, batch_first=True), torch.randn(5, 2, 3)
     details = export_onnx(model, samples[:1], tmp_path / "m.onnx")

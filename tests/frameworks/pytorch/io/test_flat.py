@@ -89,7 +89,7 @@ def test_a_returned_buffer_is_an_output(tmp_path):
 
 
 class Taking(nn.Module):
-    """A forward with all kinds of parameters that Python has."""
+    """A `forward` method with all kinds of parameters: positional, keyword-only and `**more`."""
 
     def __init__(self):
         super().__init__()

@@ -15,7 +15,7 @@ from kirsch.frameworks.pytorch.io.hub import from_timm
 
 @pytest.fixture
 def timm(monkeypatch):
-    """A stand-in for timm with two models. `created` records the calls; `error` is raised by the next one."""
+    """Return a stand-in for timm with two models. `created` records the calls; the next call raises `error`, if set."""
     names = ["resnet18", "resnet50"]
     fake = SimpleNamespace(is_model=names.__contains__, list_models=lambda: names, created=[])
 

@@ -1,4 +1,4 @@
-"""An exported ONNX file has what a runtime reads, and no traces of the author or the source code."""
+"""An exported ONNX file contains what a runtime reads, and no text from the source code or about the author."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class VerySecretNetwork(nn.Module):
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory):
-    """Folder of a model's source, with a unique name, and path of the exported file."""
+    """Return the folder of a model's source file, and the path of the exported file."""
     folder = tmp_path_factory.mktemp("home_of_someone")
     path = folder / "confidential.py"
     path.write_text(SOURCE)
     names = {"__name__": "confidential_module"}
-    exec(compile(SOURCE, str(path), "exec"), names)  # so that the lines have this path in every trace
+    exec(compile(SOURCE, str(path), "exec"), names)  # stack traces then contain this path
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "SINGLE_FILE_BYTES", 10**9)

@@ -20,7 +20,7 @@ def shape(x):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Write a package that can be imported."""
+    """Return a function that writes a module, which can then be imported, and returns its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name, text):

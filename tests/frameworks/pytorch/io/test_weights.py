@@ -121,7 +121,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(path):
 
 
 def test_equal_models_give_equal_files(path):
-    """`safetensors.torch.save_model` writes its metadata on tied weights in random order."""
+    """`safetensors.torch.save_model` writes its metadata on tied weights in random order, so its files differ."""
     model, contents = Tied(), set()
     for _ in range(20):
         save_weights(model, path)

@@ -1,4 +1,4 @@
-"""Models whose forward is a `torch.fx` graph are traced, pruned and shortened like models written in Python."""
+"""Models whose `forward` is a `torch.fx` graph lose units and residual blocks like models written in Python."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Images(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention whose code writes its sizes as literals."""
+    """Attention with its sizes as literals in the code."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_dropped_blocks_are_removed_from_a_graph_module(maker, importance, share
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_graph_module_within_a_model_is_pruned_and_shortened(maker):
+def test_a_graph_module_within_a_model_loses_blocks_and_units(maker):
     model = Within(MAKERS[maker](with_noise(Images()), IMAGE))
     graph = kirsch.trace(model, IMAGE)
     assert graph.blocks == ("part.blocks.0", "part.blocks.1", "part.blocks.2")
@@ -155,13 +155,13 @@ def test_pruning_does_not_change_the_original_graph_module():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-def test_planning_blocks_restores_the_forward_of_a_graph_module():
+def test_planning_blocks_restores_the_forward_method_of_a_graph_module():
     module = fx.symbolic_trace(with_noise(Images()))
     kirsch.plan(kirsch.trace(module, IMAGE), Goal(macs=0.8), kinds="block", data=IMAGE, importance="change")
     assert "forward" not in vars(module)
 
 
-def test_a_branch_without_identity_is_not_a_block():
+def test_a_sum_of_two_branches_without_an_identity_is_not_a_block():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -174,7 +174,7 @@ def test_a_branch_without_identity_is_not_a_block():
 
 
 class Dual(fx.GraphModule):
-    """A graph for each mode, as in torchvision's feature extractors, whose copies start in training mode."""
+    """One graph for each mode, as in torchvision's feature extractors. Copies start in training mode."""
 
     def __init__(self, root, train_graph, eval_graph):
         super().__init__(root, train_graph)
@@ -227,7 +227,7 @@ def test_modes_and_the_graph_of_each_mode_equal_those_of_the_original(maker, tra
                 assert module.graph is (module.train_graph if training else module.eval_graph)
 
 
-def test_a_graph_has_the_modes_of_the_original_module_by_module():
+def test_each_module_of_a_model_pruned_as_graph_has_its_original_mode():
     model = with_noise(Images()).eval()
     next(model.children()).train()
     graph = kirsch.trace(model, IMAGE, as_graph=True)

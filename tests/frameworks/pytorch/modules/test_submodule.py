@@ -1,4 +1,4 @@
-"""`module` prunes one submodule; its inputs, its outputs and the rest of the model keep their sizes."""
+"""The option `module` prunes one submodule. Its inputs, its outputs and the rest of the model keep their sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 class Detector(nn.Module):
-    """A backbone, and a choice of heads that depends on values."""
+    """A backbone with two heads. `forward` chooses the head by the values of the features."""
 
     def __init__(self, bound=0.0):
         super().__init__()
@@ -113,7 +113,7 @@ def test_a_module_that_the_model_does_not_call_raises_an_error(detector):
         kirsch.trace(detector, IMAGE, module="spare")
 
 
-def test_the_option_module_for_a_model_that_does_not_run_raises_an_error(detector):
+def test_tracing_a_submodule_of_a_model_that_does_not_run_raises_an_error(detector):
     with pytest.raises(ModelError, match=r"The model Detector does not run\. RuntimeError: .*Check the example inputs"):
         kirsch.trace(detector, IMAGE[:, :2], module="backbone")
     assert not detector.backbone._forward_pre_hooks
@@ -124,7 +124,7 @@ def test_the_error_for_an_unknown_value_of_decisions_lists_the_known(detector):
         kirsch.trace(detector, IMAGE, decisions="guess")
 
 
-def test_with_decisions_example_the_branch_of_the_example_inputs_is_traced():
+def test_the_branch_that_the_example_inputs_take_is_traced_if_decisions_is_example():
     detector = Detector(bound=-1e9).eval()
     graph = kirsch.trace(detector, IMAGE, decisions="example")
     pruned = kirsch.prune(detector, kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1))
@@ -137,5 +137,5 @@ def test_a_pruned_model_that_takes_another_branch_than_the_trace_raises_an_error
     graph = kirsch.trace(detector, IMAGE, decisions="example")
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["head", "other"])  # both branches keep their width
     detector.bound = 1e9
-    with pytest.raises(VerificationError, match=r"Its forward branches on values and may have taken another branch"):
+    with pytest.raises(VerificationError, match="a branch that depends on values, and may have taken another branch"):
         kirsch.prune(detector, plan)

@@ -57,7 +57,7 @@ def test_a_model_with_a_weight_computed_by_a_hook_is_pruned(kind, ran):
 
 ATTRIBUTES = {
     "a lock": lambda: Net(lock=threading.Lock()),
-    "a lock of its own thread": lambda: Net(lock=threading.RLock()),
+    "a reentrant lock": lambda: Net(lock=threading.RLock()),
     "a lock in a list": lambda: Net(locks=[{"one": threading.Lock()}]),
     "a generator of random numbers": lambda: Net(chance=torch.Generator()),
     "a function": lambda: Net(function=lambda x: x),
@@ -92,7 +92,7 @@ def test_the_error_for_a_model_that_cannot_be_copied_names_the_attribute(tmp_pat
 
 
 class Shared(Net):
-    """Two parameters in the same memory."""
+    """A model with two parameters in the same memory."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`cut` keeps the class, flags and values of the original, which is not changed."""
+"""`cut` returns a model with the class, flags and values of the original, and does not change the original."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_an_attribute_with_two_uses_that_no_value_fits_freezes_its_units():
     assert graph.blockers[0].source.startswith("test_cut.py:")
 
 
-def test_the_error_for_a_forward_that_branches_on_values_names_its_line():
+def test_the_error_for_a_forward_method_that_branches_on_values_names_its_line():
     class Deciding(nn.Module):
         def __init__(self):
             super().__init__()

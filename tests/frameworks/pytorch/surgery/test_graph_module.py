@@ -18,7 +18,7 @@ from trace_and_cut import randomly_removed, with_noise
 
 
 class Numbers(nn.Module):
-    """A network whose code writes widths as literals, in the way that `run` shows."""
+    """A network with widths as literals in `run`, a part of its code."""
 
     def __init__(self, run, width=8):
         super().__init__()
@@ -61,7 +61,7 @@ SIZES = {
     "a tensor of zeros": ([4, 8], []),
     "padding": ([6, 6, 2], [6]),
 }
-"""Sizes of the groups of the traced program, and of the model's own code, where literals freeze the others."""
+"""Sizes of the groups of the traced program, and of the model's code, in which literals freeze other groups."""
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -139,7 +139,7 @@ def test_the_graph_module_can_be_pruned_again(pruned):
 
 
 class Several(nn.Module):
-    """Takes keyword arguments; `arrange` decides whether it returns one tensor, a tuple or a dict."""
+    """Model with keyword arguments. `arrange` decides whether it returns one tensor, a tuple or a dict."""
 
     def __init__(self, arrange):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The losses of an epoch are summed as numbers, whenever they are read from the device."""
+"""The sums of the losses of an epoch do not depend on how often the losses are read from the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = kirsch.Training(epochs=2, learning_rate=0.1)
 
 
 def losses(*totals: float) -> EpochLosses:
-    """Return the losses of batches with these totals. One term is half of the total; the weight is the batch number."""
+    """Return the losses of batches with these totals. The term kd is half of the total, the weight the batch number."""
     found = EpochLosses(CPU, {})
     for number, total in enumerate(totals, start=1):
         found.add(number, number, {TOTAL: torch.tensor(total), "part.kd": torch.tensor(total / 2)})
@@ -28,7 +28,7 @@ def losses(*totals: float) -> EpochLosses:
 
 
 def data(*, bad: int | None = None) -> ArrayData:
-    """Return six batches of four samples; the inputs of one batch contain NaN."""
+    """Return six batches of four samples. The inputs of batch `bad` contain NaN."""
     random = np.random.default_rng(0)
     inputs = random.standard_normal((24, 3)).astype(np.float32)
     return _WithBadBatch(inputs, (inputs.sum(1) > 0).astype(np.int64), 4, bad=bad)
@@ -64,7 +64,7 @@ def test_the_first_total_that_is_not_finite_is_named(monkeypatch, every, value):
 
 
 def test_losses_on_an_accelerator_are_not_read_in_every_step():
-    """Values of meta tensors cannot be read."""
+    """Reading a value of a meta tensor raises an error."""
     found = EpochLosses(torch.device("meta"), {})
     for number in range(1, epoch_losses.READ_EVERY_ON_ACCELERATORS):
         found.add(number, 1, {TOTAL: torch.empty((), device="meta")})

@@ -1,4 +1,4 @@
-"""Errors for NaN and infinity name where these first occur."""
+"""Errors for NaN and infinity name the tensor in which these first occur."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def unexpected_save(*_):
 
 
 def test_weights_that_are_not_finite_after_an_epoch_are_neither_validated_nor_saved():
-    """An epoch has four batches, so the second one ends with the eighth."""
+    """An epoch has four batches, so the second epoch ends with batch 8."""
     saved, validated, events = [], [], []
     with pytest.raises(NumericError, match=r"The parameter `4\.bias` is no longer finite in epoch 2\. Lower the") as e:
         trained(
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_are_not_saved_by_a_stop():
 
 
 def test_the_error_names_a_buffer_that_is_not_finite_after_the_epoch():
-    """The running variance overflows; the forward in training mode does not read it."""
+    """The running variance overflows. In training mode, `forward` does not read it, so the loss is finite."""
     inputs, targets = samples()
     model = nn.Sequential(nn.BatchNorm1d(D, affine=False), nn.Linear(D, K))
     model[0].running_var.fill_(3e38)

@@ -65,7 +65,7 @@ def test_a_warmup_shorter_than_a_step_does_not_exceed_the_peak():
     assert [learning_rate(training, epoch) for epoch in (0, 5e-4, 9e-4)] == pytest.approx([0.4] * 3)
 
 
-def test_each_step_uses_the_learning_rate_of_its_time():
+def test_each_optimizer_step_uses_the_learning_rate_at_its_time():
     """For a gradient of one, SGD changes the weight by the learning rate times 1 + 0.9 · velocity (Nesterov)."""
     model = nn.Linear(1, 1, bias=False)
     seen = []

@@ -45,14 +45,14 @@ def noisy(batch, random):
 
 
 def loader(kind):
-    """Return new data of a kind, as in a new process."""
+    """Return new data of the given kind, as in a new process."""
     dataset = TensorDataset(*map(torch.from_numpy, samples()))
     augmented = Noisy(*map(torch.from_numpy, samples()))
     generator = torch.Generator().manual_seed(5)
     return {
         "arrays": lambda: ArrayData(*samples(), 4, noisy),
         "list": lambda: pairs(),
-        "passes": ShuffledBatches,
+        "iterable": ShuffledBatches,
         "in order": lambda: DataLoader(dataset, 4),
         "shuffled": lambda: DataLoader(dataset, 4, shuffle=True),
         "shuffled, augmented": lambda: DataLoader(augmented, 4, shuffle=True, drop_last=True),
@@ -92,7 +92,7 @@ LOADERS = ["in order", "shuffled", "own generator", "generator of the sampler", 
     ("data", "optimizer"),
     [
         *itertools.product(["arrays", "shuffled, augmented"], ["sgd", "adamw"]),
-        *itertools.product(["list", "passes", *LOADERS], ["sgd"]),
+        *itertools.product(["list", "iterable", *LOADERS], ["sgd"]),
         ("no length", "adamw"),
     ],
 )

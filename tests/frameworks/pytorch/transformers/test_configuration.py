@@ -27,7 +27,7 @@ class Config:
         self.inner = Config(**inner) if isinstance(inner, dict) else inner
         self.depth = rest.get("depth", 2)
         if width % heads:
-            raise ValueError(f"{width} is no multiple of {heads}")
+            raise ValueError(f"{width} is not a multiple of {heads}")
 
     def to_dict(self):
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Configurable(nn.Module):
-    """A model with widths from a None, a ratio, a list and a sub-configuration."""
+    """A model with widths from a default (None), a ratio, a list and a sub-configuration."""
 
     factor = None
 
@@ -77,13 +77,13 @@ class Configurable(nn.Module):
 
 
 class Scaled(Configurable):
-    """A model whose forward multiplies by a factor that the constructor computes from the width."""
+    """A model whose `forward` multiplies by a factor that the constructor computes from the width."""
 
     scaled = True
 
 
 class Reading(Configurable):
-    """A model whose forward reads the configuration."""
+    """A model whose `forward` reads the configuration."""
 
     def forward(self, x):
         return super().forward(x) * self.config.width**0.5
@@ -216,11 +216,11 @@ def test_the_note_names_the_exception_for_numbers_that_the_configuration_rejects
     assert found.model.first.out_features < 8
     assert_one_note(
         config_notes(found),
-        r"cannot be built with the numbers that give its sizes: ValueError: \d is no multiple of 8\.",
+        r"cannot be built with the numbers that give its sizes: ValueError: \d is not a multiple of 8\.",
     )
 
 
-def test_the_search_stops_at_the_limit_of_builds(monkeypatch):
+def test_the_search_for_a_configuration_stops_at_the_limit_of_built_models(monkeypatch):
     monkeypatch.setattr(blueprint, "MOST_BUILDS", 12)
     model = configurable()
     found = halved(model)

@@ -72,7 +72,7 @@ import json, sys
 import torch
 
 torch.set_num_threads(1)
-sys.modules["torchvision"] = None  # a wheel for another torch cannot be imported
+sys.modules["torchvision"] = None  # a torchvision for another version of torch cannot be imported
 import transformers
 
 found = {}

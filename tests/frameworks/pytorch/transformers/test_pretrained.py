@@ -159,7 +159,7 @@ def test_the_error_proposes_no_plan_if_no_number_of_the_configuration_counts_uni
         small.save_pretrained(tmp_path)
 
 
-def test_copies_conversions_and_pickles_raise_the_error(small, tmp_path):
+def test_saving_a_copy_a_conversion_or_a_pickle_raises_the_error(small, tmp_path):
     buffer = io.BytesIO()
     torch.save(small, buffer)
     buffer.seek(0)
@@ -169,7 +169,7 @@ def test_copies_conversions_and_pickles_raise_the_error(small, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The teacher is not measurably better than chance:UserWarning")
-def test_loaded_and_distilled_models_raise_the_error(small, tmp_path):
+def test_saving_a_loaded_or_distilled_model_raises_the_error(small, tmp_path):
     kirsch.save(small, tmp_path / "small")
     again = kirsch.load(tmp_path / "small", bert)  # without a warning
     assert torch.equal(again.eval()(TOKENS).logits, small(TOKENS).logits)
@@ -179,19 +179,19 @@ def test_loaded_and_distilled_models_raise_the_error(small, tmp_path):
     assert_cannot_be_saved(kirsch.distill(small, bert(), data, training=training).model, tmp_path)
 
 
-def test_the_error_does_not_change_the_state_dict_or_the_traced_program(small):
+def test_the_check_of_save_pretrained_does_not_change_the_state_dict_or_the_traced_program(small):
     assert not [name for name in small.state_dict() if "pretrained" in name]
     program = torch.export.export(small, (TOKENS,), strict=False)
     torch.testing.assert_close(program.module()(TOKENS).logits, small(TOKENS).logits)
 
 
-def test_a_trainer_of_transformers_raises_the_error(small, tmp_path):
+def test_saving_with_a_trainer_of_transformers_raises_the_error(small, tmp_path):
     args = transformers.TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
     with pytest.raises(UsageError, match=ERROR):
         transformers.Trainer(small, args).save_model(tmp_path / "checkpoint")
 
 
-def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
+def test_a_model_pruned_twice_can_be_saved_if_a_configuration_describes_the_result(tmp_path):
     kinds = {"kinds": ["ffn unit"], "exclude": ["bert.pooler"]}
     once, warned = pruned(bert(layers=2), parameters=0.9, **kinds)
     widths = [layer.intermediate.dense.out_features for layer in once.bert.encoder.layer]
@@ -223,7 +223,7 @@ def test_a_second_cut_that_a_configuration_describes_can_be_saved(tmp_path):
         model.bert.save_pretrained(tmp_path / "part")
 
 
-def test_after_pruning_a_submodule_both_model_and_submodule_raise_the_error(tmp_path):
+def test_after_pruning_a_submodule_saving_the_model_or_the_submodule_raises_the_error(tmp_path):
     model, warned = pruned(bert(), module="bert.encoder")
     assert "only a part was pruned: 'bert.encoder'" in warned[0]
     assert_cannot_be_saved(model, tmp_path)
@@ -239,7 +239,7 @@ def test_a_submodule_that_was_not_cut_can_be_saved(tmp_path):
     assert (tmp_path / "decoder" / "config.json").is_file()
 
 
-def test_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_was_cut(tmp_path):
+def test_saving_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_was_cut(tmp_path):
     model, warned = pruned(Wrapper())
     assert "No configuration describes the pruned 'bert', a BertModel." in warned[0]
     assert_cannot_be_saved(model.bert, tmp_path)
@@ -249,7 +249,7 @@ def test_a_transformers_model_within_a_users_model_raises_the_error_only_if_it_w
     model.bert.save_pretrained(tmp_path / "bert")
 
 
-def test_a_model_with_pytorch_model_hub_mixin_raises_the_error(tmp_path):
+def test_saving_a_model_with_pytorch_model_hub_mixin_raises_the_error(tmp_path):
     model, warned = pruned(Mixed(), torch.randn(4, 5))
     assert "from_pretrained would build the model in its original size" in warned[0]
     assert_cannot_be_saved(model, tmp_path)

@@ -10,7 +10,7 @@ IMAGE, TOKENS = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 3)
 
 
 class Net(nn.Module):
-    """Layers, and a forward that is a function of the module and its input."""
+    """A module with the given parts, whose `forward` is a function of the module and its input."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -41,7 +41,7 @@ def attention(s, x, queries=lambda q: q):
 
 
 def normalized_queries(s, x):
-    return attention(s, x, lambda q: F.normalize(q, dim=-1))  # not linear, so no rows can keep the scale
+    return attention(s, x, lambda q: F.normalize(q, dim=-1))  # not linear: no factor on weights keeps the scale
 
 
 def fused_attention(s, x):

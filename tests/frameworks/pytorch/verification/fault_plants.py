@@ -1,4 +1,4 @@
-"""Faults that are planted into the library, in places where the shapes still fit."""
+"""Functions that plant faults in the library. Most keep the shapes valid, so that only the outputs are wrong."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Fault(NamedTuple):
 
 
 def replaced(owner, name, make):
-    """Return a plant that replaces a function by `make(function)`."""
+    """Return a function that plants a fault: it replaces a function of the library by `make(function)`."""
     return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
 
 
 def replaced_rule(name, make):
-    """Return a plant that replaces the rule of an operator by `make(rule)`."""
+    """Return a function that plants a fault: it replaces the rule of an operator by `make(rule)`."""
     return lambda patch: patch.setitem(RULES, name, make(RULES[name]))
 
 
@@ -241,7 +241,7 @@ def buffers(change):
 
 
 def in_both(make):
-    """Return a plant that replaces `sliced` in the surgery, and in the verification, where it cuts the noise."""
+    """Return a function that replaces `sliced` in the surgery, and in the verification, where it cuts the noise."""
 
     def plant(patch):
         for module in (surgery, verifying):

@@ -37,7 +37,7 @@ class Standardized(nn.Linear):
 
 
 class StandardizedTensor(nn.Module):
-    """Subtracts the mean of all entries, so that entries of removed units are not 0, in rows and in columns."""
+    """Subtract the mean of all entries. The entries of removed units, in rows and columns, are then not 0."""
 
     def forward(self, weight):
         return (weight - weight.mean()) / weight.std()

@@ -46,14 +46,14 @@ from kirsch.graph.facts import Facts
 from kirsch.graph.graph import Graph
 from trace_and_cut import randomly_removed, with_noise
 
-SEED = 3  # removes different units from both axes of each grid, so that a confusion of the axes shows
+SEED = 3  # removes different units from both axes of each grid, so that exchanged axes are detected
 
 STATISTICS = {
     "layer norm and RMS norm": ["layer_norm", "rms_norm"],
     "group norm": ["group_norm"],
     "reductions": ["mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"],
 }
-"""Networks that compute statistics over channels → the operators that do."""
+"""Network → its operators that compute statistics over channels."""
 
 FAULTS = {
     # Relations.

@@ -1,4 +1,4 @@
-"""Small random networks of layers, norms, attention, sums, joins, splits and shuffles pass the verification."""
+"""Random networks of layers, norms, attention, sums, concatenations, splits and shuffles pass the verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trace_and_cut import assert_pruned_correctly
 
 
 class Tokens(nn.Module):
-    """A layer over the pixels of an image as tokens."""
+    """Apply a layer to the pixels of an image as tokens."""
 
     def __init__(self, layer):
         super().__init__()
@@ -53,8 +53,8 @@ def shuffled(x):
     return x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
-# Name of a step → functions for the layer (from the input widths a and b and a chosen width w), for the output (from
-# the layer and the inputs), and for the output width.
+# Name of a step → three functions: for the layer (from the input widths a and b and a random width w), for the output
+# (from the layer and the inputs), and for the output width.
 STEPS = {
     "conv": (lambda a, b, w: nn.Conv2d(a, w, 3, padding=1), lambda f, x, y: f(x), lambda a, b, w: w),
     "linear": (lambda a, b, w: Tokens(nn.Linear(a, w)), lambda f, x, y: f(x), lambda a, b, w: w),
@@ -90,7 +90,7 @@ EVEN = {
     "split": (lambda a, b, w: Halves(a), lambda f, x, y: f(x), lambda a, b, w: a // 2),
 }
 ALL = {**STEPS, **EVEN}
-"""Steps of `EVEN` need an even number of channels and are skipped elsewhere."""
+"""Steps of `EVEN` need an even number of channels, and are skipped for an odd number."""
 
 
 class RandomNet(nn.Module):

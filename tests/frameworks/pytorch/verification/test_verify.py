@@ -143,7 +143,7 @@ def test_a_model_that_refuses_float64_is_verified_in_float32():
 
 
 @pytest.mark.parametrize("between", [half_and_back, autocast, constant])
-def test_a_forward_that_converts_dtypes_is_verified_in_float64(between):
+def test_a_model_that_converts_dtypes_is_verified_in_float64(between):
     verification = verified(with_noise(Between(between)), torch.randn(3, 4))
     assert "float64" in verification.reason
     assert verification.error < 1e-12
@@ -217,7 +217,7 @@ def test_a_model_that_draws_random_numbers_in_inference_raises_an_error():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_model_that_draws_equally_many_numbers_after_the_cut_is_compared_with_the_same_seed():
+def test_a_model_that_draws_as_many_random_numbers_after_the_cut_is_compared_with_the_same_seed():
     def shuffled(self, x):
         order = torch.rand(x.shape[0], x.shape[1]).argsort(1)
         return self.second(x.gather(1, order.unsqueeze(-1).expand_as(x)))
@@ -235,7 +235,7 @@ def test_a_constant_example_input_cannot_hide_a_fault(number):
 
 
 class Attention(nn.Module):
-    """Two heads over tokens."""
+    """Attention with two heads."""
 
     def __init__(self):
         super().__init__()
@@ -289,7 +289,7 @@ def test_equal_infinities_beside_finite_numbers_have_distance_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("limit", ["eps", "tiny", "min"])
-def test_limits_of_the_dtype_in_the_code_are_those_of_the_trace(limit, dtype):
+def test_limits_of_a_dtype_in_the_code_do_not_change_in_the_verification(limit, dtype):
     model = Between(lambda s, x: s.second(x) * getattr(torch.finfo(x.dtype), limit)).to(dtype)
     assert verified(model, torch.randn(3, 4, dtype=dtype)).passed
     assert torch.finfo is FINFO
@@ -309,7 +309,7 @@ def only_in_training(self, x):
     return self.second(x.view(-1, 8) if self.training else x)
 
 
-def test_a_fixed_width_in_the_training_branch_of_the_forward_is_detected():
+def test_a_fixed_width_in_the_training_branch_of_the_forward_method_is_detected():
     with pytest.raises(VerificationError, match=r"runs in inference mode only\. RuntimeError: shape '\[-1, 8\]'"):
         verified(Between(only_in_training), torch.randn(3, 4))
 
@@ -347,7 +347,7 @@ def test_inputs_that_the_model_changes_in_place_are_not_changed():
 
 
 class Auxiliary(nn.Module):
-    """A classifier with an auxiliary head, over the sum of two layers, that only runs in training mode."""
+    """A classifier with an auxiliary head on the sum of two layers. The head only runs in training mode."""
 
     def __init__(self, *, draws=False):
         super().__init__()

@@ -1,7 +1,7 @@
 """Keep the scale of attention when the width of its heads changes.
 
 `scaled_dot_product_attention` without an explicit scale multiplies the attention scores by width ** -0.5. To keep the
-trained scale after a cut, the rows of the weights, biases or gains that make the queries are multiplied by
+trained scale after a cut, the rows of the weights, biases or gains that compute the queries are multiplied by
 sqrt(new width / old width). The rows are found by following the graph back from the queries through operations that
 move values or are linear; if that fails, the width is frozen.
 """
@@ -33,7 +33,7 @@ PRODUCERS = {
     "layer_norm": (2, 3, -1),
     "rms_norm": (2, 3, -1),
 }
-"""Operator → positions of weight and bias in its arguments, and the axis of its output with one entry for each row."""
+"""Operator → positions of weight and bias in its arguments, and the output axis with one entry for each weight row."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def _name(node: Node) -> str:
 
 
 def _producer_of(node: Node, between: set[Node]) -> Node | None:
-    """Return the only producer of which a value is a linear function, or None. Add the nodes between to `between`."""
+    """Return the operation of `PRODUCERS` on which a value depends linearly; None if there is none, or several.
+
+    The nodes from that operation to the value are added to `between`.
+    """
     name = _name(node)
     if node.op != "call_function":
         return None
@@ -129,7 +132,7 @@ def _has_producer(node: Node) -> bool:
 
 
 def _rows_used(producer: Node, path: list[Node], end: Node, axis: int) -> set[int]:
-    """Return the rows of a producer that the value at the end depends on, from the gradient at random values."""
+    """Return the rows of a producer on which the value of `end` depends: those with a gradient at random values."""
     values: dict[Node, Any] = {}
 
     def value(node: Node) -> Any:

@@ -1,8 +1,9 @@
 """Residual blocks: modules whose output can be replaced by their input, found from the traced operations.
 
 A residual block is a module that is called once. A path of additions, normalizations and operations that only
-rearrange or rescale values leads from its output back to one of its input tensors, of the same shape. The parameters
-of the block belong to the branches that the path adds. Other inputs (masks, positions) do not depend on that tensor.
+rearrange or rescale values leads from the output of the module back to an input tensor of the same shape. The
+parameters of the block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not
+depend on that input tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ to _to_copy view _unsafe_view reshape flatten unflatten permute transpose squeez
 batch_norm _native_batch_norm_legit_no_training getitem group_norm instance_norm
 """
 CARRYING = frozenset(_CARRYING.split())
-"""Operations that the path from the output of a block to its input may follow through their first operand."""
+"""Operations on the path from the output of a block to its input; the path continues at their first operand."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ResidualBlock:
         entry: node of the input that replaces the output when the block is removed.
         exit: node of the output.
         argument: position or keyword of the entry among the arguments of the module.
-        plain: whether the entry is the only argument, and the exit is the only result.
+        plain: whether the entry is the only argument of the module, and the exit is its only result.
         features: axis of the exit that holds channels; None if it is unknown.
         part: the block's part of the graph, if a `torch.fx` graph runs the operations and never calls the module.
     """

@@ -1,10 +1,10 @@
-"""Find comparisons, such as in an `assert`, whose other result makes a model's code raise an exception.
+"""Find comparisons, such as that of an `assert`, with which a model's code decides whether to raise an exception.
 
 The comparisons are found in the bytecode.
 
 A comparison that only chooses between two branches, such as `if repeats == 1: return x`, may change its result after
-a cut: both branches compute a valid result, and the verification compares the outputs. If it fails, its error names the
-line of the comparison.
+a cut: both branches compute a valid result, and the verification compares the outputs. If the verification fails, its
+    error names the line of the comparison.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
     Args:
         frame: the frame that runs the test.
         result: result of the test before any cut.
-        compares: whether the test is a comparison. It then counts only if the current instruction is a comparison.
-            Other instructions compare values to look something up, as in a cache of earlier results.
+        compares: whether the test is a comparison method, such as `__eq__`. The test then counts only if the current
+            instruction is a comparison. Other instructions call the method to look up a value, for example in a cache.
     """
     caller = frame.f_back
     if compares and caller is not None and _yielded(frame.f_code, frame.f_lasti, caller.f_code, caller.f_lasti):
-        # `all` and `any` return the result of the last element that they test, so the test in the caller has it, too.
+        # `all` and `any` return the result of the last element that they test, so the test in the caller has the same
+        # result.
         return _guards(caller.f_code, caller.f_lasti, bool(result), compares=False)
     return _guards(frame.f_code, frame.f_lasti, bool(result), compares=compares)
 
@@ -89,7 +90,7 @@ def _guards(code: CodeType, offset: int, result: bool, *, compares: bool) -> boo
 
 
 def _branches(instructions: list[Any], index: int, result: bool) -> tuple[int, int] | None:
-    """Return the next instructions for a result and for the other result; None if the code does not branch."""
+    """Return the next instructions for `result` and for the opposite result; None if the code does not branch."""
     at, stored = index if "JUMP" in instructions[index].opname else index + 1, ""
     while at < min(len(instructions), index + MAX_INSTRUCTIONS):
         current = instructions[at]

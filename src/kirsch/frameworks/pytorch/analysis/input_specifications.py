@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from kirsch.graph.inputs import Input
 
 CONTAINERS: dict[type[Any], str] = {list: "list", tuple: "tuple", dict: "dict", OrderedDict: "dict"}
-"""Containers that can be rebuilt from plain data. Subclasses cannot: a model may read their other attributes."""
+"""Containers that can be rebuilt from plain data. Subclasses cannot be rebuilt, because a model may read their other
+attributes."""
 LARGEST = 2**63 - 2
-"""Largest random integer. The end of its range, which is larger by 1, must fit into int64."""
+"""Largest random integer. `torch.randint` takes the next integer as the end of the range, which must fit into int64."""
 COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that layers compute in; inputs of these types must have the type of the parameters."""
 

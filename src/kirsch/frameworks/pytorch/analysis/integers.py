@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[3]))
-"""Folders of PyTorch and Kirsch; code outside of them is the user's."""
+"""Folders of PyTorch and Kirsch; code in other folders is the user's."""
 
 INTERPRETER = interpreter.__file__
 """The file that runs the operations of `torch.fx` graphs."""
@@ -45,8 +45,8 @@ class Comparison:
         compare: the comparison of two integers.
         result: the result before any cut.
         source: the line of code, "" for an operation of a graph.
-        chooses: whether the comparison only selects a branch. If the result of another comparison changes, the model's
-            code raises an exception.
+        chooses: whether the comparison only selects between branches that both return a result. Otherwise the model's
+            code raises an exception if the result of the comparison changes.
     """
 
     left: int

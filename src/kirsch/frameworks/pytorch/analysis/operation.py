@@ -30,19 +30,20 @@ class OperationContext:
     """An operation with the labels of its arguments.
 
     Args:
-        facts: collects what the rule of the operator states.
+        facts: object that collects the relations that the rule of the operator states.
         name: name of the operator without its overload, such as "conv2d".
         args, options: positional and keyword arguments; each tensor is a `Tensor` with labels.
         shapes: shapes of the results.
-        call: the call in the user's code that made the operation; None if it is unknown.
-        labels_of: returns the labels of an axis whose size the code read; raises KeyError if they are unknown.
-        macs: returns the multiply-accumulates of the operation before any cut.
-        keeps_scale: returns whether an attention can keep its scale when a part of its width is removed.
-        is_weight: returns whether a tensor is computed from parameters and constants only.
-        softmax: see `kirsch.trace`.
-        is_residual: returns whether an addition is residual.
+        call: the call in the user's code that created the operation; None if it is unknown.
+        labels_of: function that returns the labels of an axis whose size the code read; raises KeyError if they are
+            unknown.
+        macs: function that returns the multiply-accumulates of the operation before any cut.
+        keeps_scale: function that returns whether an attention can keep its scale when a part of its width is removed.
+        is_weight: function that returns whether a tensor is computed from parameters and constants only.
+        softmax: the option `softmax` of `kirsch.trace`.
+        is_residual: function that returns whether an addition is residual.
         batch: number of samples in the example inputs.
-        tied: identities of the integers of the call that a rule has tied to an axis.
+        tied: `id` of each integer of the call that a rule has tied to the size of an axis.
     """
 
     facts: Facts
@@ -93,7 +94,7 @@ class OperationContext:
         """Require that a size in the code changes with its axis; freeze the axis if the size cannot change.
 
         Args:
-            axis: the labels that the size counts; None if the size must not change.
+            axis: labels of the axis with this size; None if the size must not change.
             size: the size as the code gives it: an integer with or without a known origin, -1, or `INFERRED`.
             less: the number of labels minus the size; 1 for the index of the last position.
 
@@ -194,7 +195,7 @@ class OperationContext:
             self.facts.condition(result, holds=comparison.result)
 
     def _known(self, number: TracedInt) -> bool:
-        """Return whether all tensors are known whose sizes an integer is computed from."""
+        """Return whether the labels are known for all tensor sizes from which an integer is computed."""
         for leaf, value in number.leaves:
             if isinstance(leaf, SizeOf):
                 try:

@@ -51,7 +51,7 @@ def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
     Args:
         parameter: the parameter, on any device.
         name: path of the parameter.
-        model: name of the model, for the error.
+        model: name of the model, for the error message.
 
     Raises:
         ModelError: the parameter is on the meta device and has no values.
@@ -67,5 +67,5 @@ def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
 
 
 def identities(model: nn.Module) -> dict[str, int]:
-    """Return the identity of each parameter by its path."""
+    """Return the `id` of each parameter by path."""
     return {name: id(parameter) for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Export a model as a program: the operations of one forward pass, functional and not decomposed."""
+"""Export a model as a program: the operations of one forward pass, without in-place operations and not decomposed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def export(
     Raises:
         ModelError: the model cannot be exported.
     """
-    shared = decisions == "refuse"  # if the exporter computes with values, forward may change the buffers
+    shared = decisions == "refuse"  # otherwise the exporter computes with values, and `forward` may change the buffers
     copied = traceable_copy(model, shared=shared, training=training)
     if decisions == "example":
         _parameters_to_buffers(copied)

@@ -1,8 +1,8 @@
 """The origin of the integers in a forward pass: a module attribute, the size of a tensor, or a number in the code.
 
 A copy of the model shares its tensors and has a `TracedInt` in place of each integer attribute. While the copy is
-exported, a function mode records each call of the user's code with the integers among its arguments, and writes the
-number of the call on the graph nodes that the call makes. The sizes that the code reads, such as `x.shape[1]`, are
+exported, a function mode records each call of the user's code with the integers among its arguments, and stores the
+number of the call in the graph nodes that the call creates. The sizes that the code reads, such as `x.shape[1]`, are
 `TracedInt`s too.
 """
 
@@ -76,7 +76,7 @@ class SizeOf:
 
 @dataclass(frozen=True)
 class UserCall:
-    """A call in the user's code that made nodes of the graph.
+    """A call in the user's code that created nodes of the graph.
 
     Args:
         name: name of the function, such as "view".
@@ -141,11 +141,11 @@ class RecordedCalls:
 
     Args:
         log: the calls of the user's code, by number.
-        failed_in: path of the module whose forward raised, "" if none did.
+        failed_in: path of the innermost module whose `forward` raised an exception, "" if none did.
         outputs: names of the output tensors of the model.
         events: traced integers that became plain numbers, and comparisons.
         module_calls: path of each module → its calls.
-        origin: identity of each tensor → number of the call that returned it, and its index among several results.
+        origin: `id` of each tensor → number of the call that returned it, and its index among several results.
     """
 
     log: list[UserCall] = field(default_factory=list)
@@ -161,7 +161,7 @@ class CallRecorder(TorchFunctionMode):
 
     Args:
         recorded: object to which the calls are added.
-        names: identity of each parameter and buffer → its path.
+        names: `id` of each parameter and buffer → its path.
     """
 
     def __init__(self, recorded: RecordedCalls, names: Mapping[int, str]) -> None:
@@ -169,7 +169,7 @@ class CallRecorder(TorchFunctionMode):
         self._recorded = recorded
         self._names = names
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
-        self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is
+        self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is read
         self.unread: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,7 +221,7 @@ class CallRecorder(TorchFunctionMode):
     def _sizes(self, name: str, out: Any, args: Any, kwargs: Any) -> Any:
         """Return a shape, size or count that the code reads, as traced integers."""
         tensor = args[0]
-        if isinstance(out, torch.SymInt):  # it depends on values
+        if isinstance(out, torch.SymInt):  # the size depends on values
             return out
         if not isinstance(out, int):
             return torch.Size([self._size(tensor, axis, size) for axis, size in enumerate(out)])
@@ -247,7 +247,7 @@ class CallRecorder(TorchFunctionMode):
 
 
 def called_name(func: Any) -> str:
-    """Return the name of a function; of an operator of `torch.ops`, without the overload."""
+    """Return the name of a function, or the name of an operator of `torch.ops` without its overload."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
         return str(schema.name).rpartition("::")[2]
@@ -310,9 +310,9 @@ def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Modu
 
 
 def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
-    """Put traced integers into a model, and make its forward record all calls.
+    """Put traced integers into a model, and make its `forward` record all calls.
 
-    The forward then returns two lists: the output tensors of the model, and the tensors that are computed and never
+    `forward` then returns two lists: the output tensors of the model, and the tensors that are computed and never
     read.
     """
     for path, module in model.named_modules():
@@ -337,14 +337,14 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         for record in (recorded.log, recorded.events, recorded.module_calls, recorded.origin):
             record.clear()
-        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the forward.
+        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the `forward`.
         names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         with CallRecorder(recorded, names) as recorder:
             out = original(*args, **kwargs)
         tensors = named(out)
         recorded.outputs = tuple(tensors)
         outputs = {id(tensor) for tensor in tensors.values()}
-        # The exporter drops operations that no output depends on, but the forward still runs them after a cut.
+        # The exporter drops operations that no output depends on, but `forward` still runs them after a cut.
         return list(tensors.values()), [tensor for key, tensor in recorder.unread.items() if key not in outputs]
 
     model.forward = forward
@@ -382,7 +382,7 @@ def _traced(value: Any, path: str, name: str, events: list[LostOrigin | Comparis
 
 
 def _recording(forward: Callable[..., Any], path: str, recorded: RecordedCalls) -> Callable[..., Any]:
-    """Return a forward that records its calls, and the innermost module that raised."""
+    """Return a `forward` function that records its calls, and the innermost module in which an exception is raised."""
 
     @functools.wraps(forward)
     def recording(*args: Any, **kwargs: Any) -> Any:

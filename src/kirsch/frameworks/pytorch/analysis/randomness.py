@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 TOLERANCE = 1e-5
-"""Largest difference of equal runs, relative to the largest output: sums on several threads have no fixed order."""
+"""Largest difference between runs that count as equal, relative to the largest output.
+
+Runs may differ by rounding, because sums on several threads have no fixed order.
+"""
 
 RANDOMNESS_FIX = (
     "Draw random numbers only if self.training is true (F.dropout takes training=self.training), or make them an input "
@@ -29,7 +32,7 @@ RANDOMNESS_FIX = (
 """Fix for a model that draws random numbers in inference mode."""
 
 
-class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
+class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here
     """Records the line of code of each operation that draws random numbers."""
 
     def __init__(self) -> None:
@@ -46,11 +49,12 @@ class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTo
 def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
     """Return why two runs with the same inputs differ, and the fix; two empty texts if they agree.
 
-    Operations that draw too rarely to change two runs are found in the exported program; see `line_that_draws`.
+    Random numbers that rarely change the outputs are not found by two runs, but in the exported program; see
+    `line_that_draws`.
 
     Args:
         model: the model that runs; its buffers are compared before and after.
-        run: returns the outputs of one run.
+        run: function that returns the outputs of one run.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -73,7 +77,7 @@ def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) 
         )
     return (
         "Two runs with the same inputs give different outputs.",
-        "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that a forward changes.",
+        "Look for random numbers that are not PyTorch's (random, numpy.random) and for state that the model changes.",
     )
 
 
@@ -91,7 +95,7 @@ def draws(func: Any, args: Any, options: Any) -> bool:
     """
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
-    names = func._schema.arguments  # noqa: SLF001 - has no public name
+    names = func._schema.arguments  # noqa: SLF001 - the schema has no public name
     values = {argument.name: argument.default_value for argument in names}
     values |= dict(zip(values, args, strict=False)) | options
     dropout = [values[name] for name in ("p", "dropout_p") if isinstance(values.get(name), (int, float))]
@@ -99,10 +103,10 @@ def draws(func: Any, args: Any, options: Any) -> bool:
 
 
 def line_that_draws(program: ExportedProgram) -> str | None:
-    """Return the line of the first operation that draws random numbers for an output.
+    """Return the line of the first operation that draws random numbers on which an output depends.
 
     Returns:
-        The line, "" if it is unknown; None if no operation draws for an output.
+        The line, "" if it is unknown; None if no output depends on random numbers.
     """
     needed = {node for node in program.graph.nodes if node.op == "output"}
     line = None

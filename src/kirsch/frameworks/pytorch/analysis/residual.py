@@ -1,4 +1,4 @@
-"""Residual sums: additions of which one operand is computed from the other by a layer with weights."""
+"""Residual sums: additions of a stream and a branch, which is computed from the stream by a layer with weights."""
 
 from __future__ import annotations
 

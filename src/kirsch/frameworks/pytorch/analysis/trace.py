@@ -84,7 +84,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         raise ModelError(
             f"The model {type(model).__name__} returns no tensors.",
             "Without outputs, a cut could not be verified.",
-            "Let the forward return the output tensors.",
+            "Let the `forward` method return the output tensors.",
         )
     add_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
@@ -185,7 +185,7 @@ def _training_walk(
     """
     terms, statistics, facts.statistics = list(facts.terms), facts.statistics, set()
     try:
-        # Training mode may make decisions by random values, such as masks.
+        # In training mode, branches may depend on random values, such as masks.
         by_example = replace(tracing, decisions="example")
         return _walk(model, args, options, facts, tensors, by_example, training=True)
     except ModelError:
@@ -208,7 +208,7 @@ def _labeled_tensors(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
 
 
 def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
-    """Return the identities of the labeled tensors that no operation of a trace uses."""
+    """Return the `id` of each labeled tensor that no operation of a trace uses."""
     nodes = traced.program.graph.nodes
     names = [traced.slots[n.name] for n in nodes if n.op == "placeholder" and n.name in traced.slots and n.users]
     used = {id(tensors[name]) for name in names}
@@ -376,7 +376,7 @@ class _Walk:
                 op.pin(event.number)
 
     def _labels_of(self, size: SizeOf) -> Axis:
-        """Return the labels of a size that the code read; raises KeyError if its tensor is unknown."""
+        """Return the labels of an axis whose size the code read; raises KeyError if the tensor is unknown."""
         if size.name:
             return self._tensors[size.name].axes[size.axis]
         state = self._by_call[size.call][-1]

@@ -1,4 +1,4 @@
-"""PyTorch's record of a trace, for pruning and verification."""
+"""A traced PyTorch program and its labels, for pruning and verification."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Traced:
-    """PyTorch's record of a trace.
+    """A traced PyTorch program and its labels.
 
     Args:
         program: the exported operations.
         slots: graph input → path of its parameter or buffer.
-        states: graph node → labels of its result, or a list of them.
+        states: graph node → labels of its result, or a list of labels for several results.
         args, options: the example inputs.
         outputs: index among the outputs of the program → name, for the outputs of the model.
         selected_outputs: indices of the outputs whose shapes must not change.
         query_scalings: rows that are multiplied to keep the scale of attention.
         blocks: residual blocks that can be removed.
         statistics: names of the nodes whose result is a statistic over units.
-        training: the record of a trace in training mode; None if inference uses all parameters, or the model cannot be
-            traced in training mode.
+        training: the program traced in training mode; None if the program in inference mode uses all parameters, or the
+            model cannot be traced in training mode.
     """
 
     program: ExportedProgram

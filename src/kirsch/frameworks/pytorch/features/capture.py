@@ -1,4 +1,4 @@
-"""Capture of the values at some layers while a PyTorch model runs."""
+"""Capture the features of some layers while a PyTorch model runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.layers import Key
 
 OUTPUT_KEYWORDS = {"hidden": "output_hidden_states", "attention": "output_attentions"}
-"""Keywords by which models of transformers return hidden states and attention weights."""
+"""Keywords by which models of the transformers library return hidden states and attention weights."""
 
 OUTPUT_NAMES = ("logits", "penultimate", "hidden", "attention")
 """Names of layers that are not modules."""
@@ -32,14 +32,15 @@ MAX_LISTED = 4
 
 
 class FeatureCapture:
-    """Runs a model and returns the values at some layers. Its hooks stay until `close`.
+    """Runs a model and returns the features of some layers. The hooks stay in the model until `close`.
 
-    A value that is overwritten in place later in the forward, as by `nn.ReLU(inplace=True)`, is returned as it was at
-    the layer. The first run copies all values and records which of them are overwritten; later runs copy only those.
-    Likewise, the inputs are copied in the first run of each mode, and in later runs only if the model writes into them.
+    A feature may be overwritten in place later in the forward pass, as by `nn.ReLU(inplace=True)`. The feature is
+    returned as it was at the layer. The first run copies all features and records which of them are overwritten; later
+    runs copy only these features. Likewise, the inputs are copied in the first run of each mode, and in later runs only
+    if the model writes into them.
 
     Args:
-        model: called in its current mode.
+        model: the model, which is called in its current mode.
         layers: layers without patterns, as returned by `expand`.
 
     Raises:
@@ -72,7 +73,8 @@ class FeatureCapture:
         for path, function, of_input in keys:
             if not function:
                 self._hook(modules[path], path, of_input=of_input)
-        # Functions of submodules do not count as those of the module: a batch norm adds to a counter, for example.
+        # Calls in the code of a submodule do not count as calls of the module: a batch norm adds to a counter, for
+        # example, which is not an addition in the module.
         for path, module in modules.items() if self._functions else ():
             is_inside = any(not parent or f"{path}.".startswith(f"{parent}.") for parent, _ in self._functions)
             if is_inside and not is_torchscript(module):
@@ -100,7 +102,7 @@ class FeatureCapture:
             self._handles.append(module.register_forward_hook(keep_output))
 
     def _keep(self, key: Key, value: Any) -> None:
-        if not self._running:  # calls by others, or the recomputation of a checkpoint, would fill the memory
+        if not self._running:  # values of calls by other code, or of a recomputed checkpoint, would fill the memory
             return
         calls = self._values.setdefault(key, [])
         call = key, len(calls)
@@ -115,10 +117,10 @@ class FeatureCapture:
         calls.append(value)
 
     def _check_overwritten(self) -> None:
-        """Record which values were overwritten after they were captured.
+        """Record which features were overwritten after they were captured.
 
         Raises:
-            UsageError: a value was overwritten that was not overwritten in earlier runs, so it was not copied.
+            UsageError: a feature was overwritten and had not been copied, because earlier runs did not overwrite it.
         """
         for call, parts in self._versions.items():
             changed = any(part._version != version for part, version in parts)  # noqa: SLF001 - as above
@@ -126,20 +128,21 @@ class FeatureCapture:
                 path, function, _ = call[0]
                 location = _quoted(f"{path}/{function}" if function else path)
                 raise UsageError(
-                    f"The value at {location} is overwritten in place in this forward of {type(self.model).__name__}, "
-                    "and was not overwritten in earlier ones.",
+                    f"The value at {location} is overwritten in place in this forward pass of "
+                    f"{type(self.model).__name__}, and was not overwritten in earlier ones.",
                     fix="Choose another layer, or compute the value without in-place operations.",
                 )
             self._overwritten[call] = self._overwritten.get(call, False) or changed
 
     def __call__(self, inputs: Any) -> dict[str, Any]:
-        """Return the values at the layers for one batch, by the text of the layer.
+        """Return the features for one batch, by layer name.
 
         Raises:
-            UsageError: a layer runs several times and its text does not state which call, or a layer does not run.
+            UsageError: a layer runs several times and its name does not state which call, or a layer does not run.
             UnknownNameError: the code of a module does not call the function, or an output has no such name.
         """
-        mode, compiling = self.model.training, torch.compiler.is_compiling()  # when compiling, no versions
+        # While PyTorch compiles the model, tensors have no version counters, so that no write is detected.
+        mode, compiling = self.model.training, torch.compiler.is_compiling()
         copies = compiling or self._writes.get(mode, True)
         inputs = copied(inputs) if copies else inputs
         args, options = arguments(inputs)
@@ -158,9 +161,9 @@ class FeatureCapture:
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not copies:
                 raise UsageError(
-                    f"{type(self.model).__name__} writes into its inputs in this forward, unlike in earlier ones.",
+                    f"{type(self.model).__name__} writes into its inputs in this forward pass, unlike in earlier ones.",
                     "Other models would get changed data.",
-                    "Start its forward with inputs = inputs.clone().",
+                    "Start its `forward` method with inputs = inputs.clone().",
                 )
             if not compiling:
                 self._writes[mode] = writes
@@ -170,7 +173,7 @@ class FeatureCapture:
             self._clear()
 
     def _clear(self) -> None:
-        """Release all values and their graphs."""
+        """Release all features and their graphs."""
         self._values.clear()
         self._versions.clear()
 
@@ -197,17 +200,17 @@ class FeatureCapture:
             raise self._function_error(layer)
         if not calls:
             raise UsageError(
-                f"{subject} in no forward of {type(self.model).__name__}, so {layer.text!r} has no value.",
+                f"{subject} in no forward pass of {type(self.model).__name__}, so {layer.text!r} has no value.",
                 *self._reason_and_fix(),
             )
         if layer.call is None and len(calls) > 1:
             raise UsageError(
-                f"{subject} {len(calls)} times in one forward, and {layer.text!r} does not state which call.",
+                f"{subject} {len(calls)} times in one forward pass, and {layer.text!r} does not state which call.",
                 fix=f"Append #0 for the first call, up to #{len(calls) - 1}.",
             )
         if (layer.call or 0) >= len(calls):
             raise UsageError(
-                f"{subject} {len(calls)} times in one forward; "
+                f"{subject} {len(calls)} times in one forward pass; "
                 f"calls are numbered from 0, so #{layer.call} does not exist."
             )
         return calls[layer.call or 0]
@@ -215,7 +218,7 @@ class FeatureCapture:
     def _reason_and_fix(self) -> tuple[str, str]:
         """Return why a layer may not run, and how to fix it."""
         if not any(isinstance(module, torch._dynamo.OptimizedModule) for module in self.model.modules()):  # noqa: SLF001 - has no public name
-            return "", "Choose a layer that the forward runs."
+            return "", "Choose a layer that runs in the forward pass."
         return (
             "A compiled model that has run does not call hooks that are added later.",
             "Pass the model before compilation. A custom training loop may compile distiller.module and pass module=.",
@@ -246,14 +249,14 @@ def _output_keyword(model: nn.Module, layer: LayerName) -> str:
     """Return the keyword by which a model returns the hidden states or attention weights of its layers.
 
     Raises:
-        UsageError: the forward of the model has no such keyword.
+        UsageError: the `forward` of the model has no such keyword.
     """
     name = OUTPUT_KEYWORDS[layer.layered[2]] if layer.layered else ""
     parameters = inspect.signature(model.forward).parameters
     if name not in parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise UsageError(
             f"{type(model).__name__} does not take the keyword {name}, so {layer.text!r} has no value.",
-            "Models of transformers take this keyword.",
+            "Models of the transformers library take this keyword.",
             "Choose the module that computes the value.",
         )
     return name
@@ -274,7 +277,7 @@ def _quoted(path: str) -> str:
 
 
 class _FunctionCapture(TorchFunctionMode):
-    """Captures inputs and outputs of some functions in the code of some modules, and the names of other functions."""
+    """Captures inputs and outputs of some functions that some modules call, and records the names of all others."""
 
     def __init__(
         self,
@@ -292,7 +295,7 @@ class _FunctionCapture(TorchFunctionMode):
         path = self.inside[-1]
         if (path, name) not in self.captured:
             out = func(*args, **options)
-            if isinstance(out, torch.Tensor) and name != "get":  # the name of attribute access
+            if isinstance(out, torch.Tensor) and name != "get":  # "get" is the name of an attribute access
                 self.record_name.setdefault(path, set()).add(name)
             return out
         self.keep((path, name, True), args[0] if args else next(iter(options.values())))
@@ -302,10 +305,10 @@ class _FunctionCapture(TorchFunctionMode):
 
 
 def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]:
-    """Return the hidden states or attention weights of all layers from the outputs of a model of transformers.
+    """Return the hidden states or attention weights of all layers from the outputs of a transformers model.
 
     Raises:
-        UsageError: the outputs do not contain them.
+        UsageError: the outputs do not contain the hidden states or attention weights.
     """
     part, kind = layer.layered.groups() if layer.layered else ("", "")
     name = {"hidden": "hidden_states", "attention": "attentions"}[kind]
@@ -333,7 +336,7 @@ def _item(value: Any, layer: LayerName) -> Any:
 
 
 def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """Return the values at layers for one batch, in inference mode and without gradient; the model is not changed."""
+    """Return the features of layers for one batch, in inference mode and without gradient; the model is not changed."""
     capture = FeatureCapture(model, layers)
     try:
         with inference(model), torch.no_grad():
@@ -343,7 +346,7 @@ def dry_run(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
 
 
 def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """Return the values at layers for one batch; see `dry_run`.
+    """Return the features of layers for one batch; see `dry_run`.
 
     Raises:
         ModelError: a parameter is on the meta device and has no values.
@@ -353,5 +356,5 @@ def extract(model: nn.Module, layers: Sequence[str], inputs: Any) -> dict[str, A
 
 
 def capture(model: nn.Module, layers: Sequence[str]) -> FeatureCapture:
-    """Return a function inputs → values by layer, which runs the model."""
+    """Return a function inputs → features by layer, which runs the model."""
     return FeatureCapture(model, layers)

@@ -1,4 +1,4 @@
-"""Several students in one module, with a common forward and optimizer."""
+"""Several students in one module, with one forward pass and one optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cohort(nn.Module):
         students: the models.
 
     Raises:
-        UsageError: two of them share a parameter.
+        UsageError: two students share a parameter.
     """
 
     def __init__(self, students: Iterable[nn.Module]) -> None:
@@ -40,7 +40,7 @@ class Cohort(nn.Module):
                     )
 
     def forward(self, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """Return the logits of each student by its number: "0", "1", ..."""
+        """Return the logits by number of the student: "0", "1", ..."""
         return {str(number): logits for number, logits in enumerate(logits_of_each(self.students, args, options))}
 
 

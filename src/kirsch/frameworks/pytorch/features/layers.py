@@ -23,12 +23,12 @@ PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
 def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
-    """Return the layers that a text matches, in the order of the model's modules: one, or all that match a pattern.
+    """Return the layer that a name denotes, or the layers that match a pattern, in the order of the model's modules.
 
     Args:
-        model: run once in inference mode if layers must be counted, or the last layer must be found.
-        text: a layer, possibly with a pattern.
-        inputs: one batch, for that run.
+        model: the model. It is run once in inference mode if layers must be counted, or the last layer must be found.
+        text: a layer name, possibly with a pattern.
+        inputs: one batch for this run.
 
     Raises:
         UnknownNameError: no layer matches.
@@ -106,7 +106,10 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
 
 
 def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """Return path and output shape of each module that runs once, in the order of completion; of a tuple, the first."""
+    """Return path and output shape of each module that runs once, in the order of completion.
+
+    If a module returns a tuple, the shape is that of the first element.
+    """
     outputs: list[tuple[str, tuple[int, ...]]] = []
 
     def record(path: str) -> Callable[..., None]:

@@ -58,14 +58,14 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
         return out
 
     def _begins(self, name: str, args: Any) -> bool:
-        """Return whether an operator returns such a result for any input."""
+        """Return whether the result of an operator is recorded for any input."""
         if self.logarithm:
             return name == LOGARITHM
         bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))
         return bounded or name in SATURATING
 
     def holds(self, value: Any) -> bool:
-        """Return whether a tensor shares the memory of such a result."""
+        """Return whether a tensor shares the memory of a recorded result."""
         return isinstance(value, torch.Tensor) and _memory(value) in self.kept
 
 

@@ -1,4 +1,4 @@
-"""A student and its adapters in one module, so that one forward computes all values of a training step."""
+"""A student and its adapters in one module, so that one forward pass computes all inputs of the loss."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ class StudentWithAdapters(nn.Module):
         student: the model to train.
         layers: layers without patterns.
         adapters: adapters by name.
-        pairs: the student's layer of each adapter, by name: a layer, or a list or dict of layers.
-        logits: function that converts probabilities to logits in the values by layer; None changes nothing.
+        pairs: the student's layer whose value each adapter takes, by the adapter's name: a layer name, or a list or
+            dict of layer names.
+        logits: function from the values by layer to the same values, with probabilities converted to logits. None if no
+            value holds probabilities.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ def with_adapters(
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """Return the student of a `StudentWithAdapters`, also if it is wrapped (DDP, compiled); other models unchanged."""
+    """Return the student of a plain or wrapped (DDP, compiled) `StudentWithAdapters`, and other models unchanged."""
     while not isinstance(model, StudentWithAdapters):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):
@@ -110,7 +112,7 @@ def gradient_norms(
 ) -> dict[str, float]:
     """Return the norm of the gradient of each loss term for the student's parameters, without parameters of adapters.
 
-    The graph is retained for the training step. Empty if gradients are disabled.
+    The graph is retained for the training step. The result is empty if gradients are disabled.
 
     Args:
         student: the student with its adapters.
@@ -157,6 +159,6 @@ def _gradients(
         raise UsageError(
             f"{type(student.student).__name__} uses activation checkpoints with use_reentrant=True.",
             "They do not support the gradient of a single loss term.",
-            "Set use_reentrant=False; in models of transformers by "
+            "Set use_reentrant=False; in models of the transformers library by "
             'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
         ) from error

@@ -1,4 +1,4 @@
-"""Arguments of a model's forward, and errors that explain why a model does not run on its inputs."""
+"""Arguments of a model's `forward`, and errors that explain why a model does not run on its inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""Exceptions that the forward of a model raises for inputs of a wrong shape."""
+"""Exceptions that the `forward` of a model raises for inputs of a wrong shape."""
 
 SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.bool)
 """Dtypes that neither layers with floating-point weights nor embeddings take."""
@@ -36,7 +36,7 @@ def is_embedding_error(error: BaseException) -> bool:
 
 
 def embedding_fix(args: Any, options: Any) -> str:
-    """Return how to pass integer indices, with the shape of the floating-point input on the command line."""
+    """Return how to pass integer indices on the command line, with the shape of the floating-point input."""
     named = [("", part) for part in tree_leaves(args)] + [(f"{name}=", part) for name, part in options.items()]
     floating = [(name, part) for name, part in named if isinstance(part, torch.Tensor) and part.is_floating_point()]
     name, sizes = "", "1,24"
@@ -46,18 +46,18 @@ def embedding_fix(args: Any, options: Any) -> str:
 
 
 def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, Any]:
-    """Return positional and keyword arguments for the forward of a model.
+    """Return positional and keyword arguments for the `forward` of a model.
 
-    A single keyword argument whose name the forward does not have becomes the first positional argument, because a
+    A single keyword argument whose name `forward` does not have becomes the first positional argument, because a
     loader may call the input "image" or "x" whatever its name in the model.
 
     Args:
         model: the model to call.
         args, options: positional and keyword arguments.
-        extra: keyword arguments that the forward is known to take.
+        extra: keyword arguments that `forward` is known to take.
 
     Raises:
-        UsageError: the forward does not have these arguments.
+        UsageError: `forward` does not have these arguments.
     """
     parameters = _parameters(model) if options else None
     if parameters is None:
@@ -72,13 +72,13 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
 
 
 def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names that the forward does not have; empty for a single name, which becomes the first argument."""
+    """Return the names that `forward` does not take; empty for a single name, which becomes the first argument."""
     known = {p.name for p in _parameters(model) or []}
     return [name for name in names if name not in known] if known and len(names) > 1 else []
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
-    """Return the parameters of a model's forward; None if they are not known."""
+    """Return the parameters of a model's `forward`; None if they are not known."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):  # TorchScript, for example
@@ -103,7 +103,7 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
 
 
 def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
-    """Return an error that explains an exception of a model by the names and types of its inputs; None if unknown.
+    """Return an error that explains an exception by the names and types of a model's inputs; None for other causes.
 
     Args:
         model: the model that was called.
@@ -139,7 +139,7 @@ def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> Us
 
 
 def fix_of_inputs(model: nn.Module, args: Any, options: Any, error: Exception) -> str:
-    """Return how to change inputs that a model raises on, by their dtype or layout; "" if these are not the cause."""
+    """Return how to change the dtype or layout of inputs on which a model raises an exception; "" for other causes."""
     parts = [part for part in tree_leaves((args, options)) if isinstance(part, torch.Tensor)]
     model_types, input_types = _floating(model.parameters()), _floating(parts)
     if model_types and input_types and not model_types & input_types and "type" in str(error):
@@ -194,7 +194,7 @@ def _fix_of_layout(parts: Iterable[Any]) -> str:
 def not_running(model: nn.Module, inputs: Any, error: Exception) -> ModelError:
     """Return the error for a model that raises an exception on a batch."""
     fix = _fix_of_layout(tree_leaves(inputs)) or (
-        "Give each batch as the forward of the model takes it, padded or resized to its size. Check that "
+        "Give each batch in the form that the model takes, padded or resized to its input size. Check that "
         "model(inputs) runs."
     )
     if is_embedding_error(error):

@@ -1,4 +1,4 @@
-"""Whether a model runs on its inputs."""
+"""Check whether a model runs on its inputs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREDICTIONS = ("logits", "pred")
-"""Parts of the names of predictions."""
+"""Words in the names of outputs that are predictions."""
 
 
 def named(outputs: Any) -> dict[str, torch.Tensor]:
@@ -62,8 +62,8 @@ def selected_outputs(names: Sequence[str], selected: Sequence[str]) -> set[str]:
 
     Args:
         names: names of all outputs.
-        selected: names or prefixes of outputs. If empty: all outputs, without hidden states, attention weights and
-            caches if there are predictions.
+        selected: names or prefixes of outputs. If empty, all outputs are selected, but hidden states, attention weights
+            and caches only if there are no predictions.
 
     Raises:
         UnknownNameError: no output has a selected name.
@@ -97,7 +97,7 @@ def class_names(model: nn.Module) -> list[str]:
 def feature_mask(model: nn.Module, mask: Any) -> Any:
     """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs, shape (N, T).
 
-    L equals T, except for speech models, whose convolutions have strides over the samples of the sound.
+    L equals T, except for speech models, whose convolutions have strides along the audio signal.
 
     Args:
         model: any model.

@@ -1,4 +1,4 @@
-"""Arrays and models on the device of a model, as tensors and in inference mode."""
+"""Move arrays and models to the device of a model, and convert arrays to tensors."""
 
 from __future__ import annotations
 

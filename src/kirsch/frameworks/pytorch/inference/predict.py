@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """Example inputs with positional and keyword arguments, as a submodule may take them."""
+    """Example inputs that consist of both positional and keyword arguments, such as those of a submodule."""
 
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -69,7 +69,7 @@ def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyT
     Args:
         model: the model.
         args, options: positional and keyword arguments.
-        extra: keyword arguments that the forward is known to take.
+        extra: keyword arguments that `forward` is known to take.
 
     Raises:
         UsageError: the inputs have another dtype than the model or unknown names, or a decoder lacks its inputs.
@@ -146,7 +146,7 @@ def logits_of(outputs: Any) -> Any:
 
 
 def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list[Any]:
-    """Return the logits of several models. Each gets a copy of the inputs, which it may change in place."""
+    """Return the logits of several models. Each model gets a copy of the inputs, which the model may change."""
     logits = []
     for model in models:
         model_args, model_options = copied((args, options))
@@ -192,7 +192,7 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
     Args:
         model: the classifier; its mode is kept.
         inputs: numpy array or tensor of shape (N, ...), or a tuple or dict of these.
-        batch_size: number of samples in one forward.
+        batch_size: number of samples in one forward pass.
 
     Returns:
         Array of shape (N, K), float32.

@@ -118,14 +118,14 @@ class TorchExportable:
             return self._flat.by_path(*self._tensors(inputs))
 
     def _functions(self) -> set[str]:
-        """Return the names of the functions of PyTorch that the forward calls, as far as it runs."""
+        """Return the names of the functions of PyTorch that the model calls until it ends or raises an exception."""
         seen = _Functions()
         with seen, _quiet(), contextlib.suppress(Exception):
             self._run(list(self.inputs.values()))
         return seen.names
 
     def _tensors(self, inputs: Iterable[NDArray[Any]]) -> tuple[torch.Tensor, ...]:
-        """Return copies of arrays as tensors on the device of the model, which may change them in place."""
+        """Return copies of arrays as tensors on the device of the model, because the model may change its inputs."""
         device = predict.device_of(self._flat)
         return tuple(torch.tensor(array, device=device) for array in inputs)
 
@@ -169,7 +169,7 @@ class TorchExportable:
         line = line_that_draws(program.exported_program) if program.exported_program is not None else None
         if line is not None:  # the effect may be too rare to be seen in the runs of `nondeterminism`
             raise NumericError(
-                f"A file cannot compute the same outputs as a {self.name}.", reason_for(line), RANDOMNESS_FIX
+                f"An ONNX file cannot compute the same outputs as a {self.name}.", reason_for(line), RANDOMNESS_FIX
             )
         size = sum(p.numel() * p.element_size() for p in self._flat.parameters())
         with _quiet():

@@ -18,7 +18,7 @@ def fingerprint(model: nn.Module) -> str:
     does not cover code or other attributes.
     """
     digest = hashlib.sha256()
-    buffers = dict(model.named_buffers(remove_duplicate=False))  # the state dict lacks non-persistent ones
+    buffers = dict(model.named_buffers(remove_duplicate=False))  # the state dict lacks non-persistent buffers
     for name, value in sorted((buffers | model.state_dict()).items()):
         if not isinstance(value, torch.Tensor):  # the result of a module's get_extra_state
             digest.update(f"{name} {type(value).__qualname__} {value!r}\n".encode())

@@ -104,7 +104,7 @@ def unique(name: str, taken: Iterable[str]) -> str:
 
 
 def _positional_names(model: nn.Module) -> list[str]:
-    """Return the names of the positional parameters of a forward."""
+    """Return the names of the positional parameters of a `forward`."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code has no signature
@@ -116,7 +116,7 @@ def _input_name(path: tuple[Any, ...], positional: Sequence[str]) -> tuple[str, 
     """Return a description of an input for errors, and its name in a file."""
     kind, first, *rest = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
     inner = "".join(f".{key}" for key in rest)
-    if kind == 1:  # of (args, kwargs)
+    if kind == 1:  # an entry of kwargs in (args, kwargs)
         return f"{first}{inner}", identifier(f"{first}{inner}", "input")
     base = positional[first] if first < len(positional) else f"input{first or ''}"
     return f"Input {first}{inner}", identifier(f"{base}{inner}", "input")

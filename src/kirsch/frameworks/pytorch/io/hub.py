@@ -39,7 +39,7 @@ def from_timm(name: str, *, pretrained: bool) -> nn.Module:
         raise RequirementError(
             "timm is installed and cannot be imported.",
             error_text(error),
-            "Reinstall timm, with the torchvision for this torch.",
+            "Reinstall timm, and the torchvision version that belongs to this version of torch.",
         ) from error
     if not timm.is_model(name):
         unknown = UnknownNameError("timm model", name, timm.list_models())

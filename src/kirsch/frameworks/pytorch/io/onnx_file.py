@@ -145,7 +145,7 @@ def computing_in_bfloat16(model: str, line: str, output: str) -> ModelError:
     return ModelError(
         f"A {model} that computes in bfloat16 cannot be exported{line}.",
         f"{output}ONNX Runtime lacks most operators in this type.",
-        "Remove conversions to bfloat16 from the forward in inference mode, and call torch.autocast with "
+        "Remove conversions to bfloat16 from the code that runs in inference mode, and call torch.autocast with "
         "enabled=self.training.",
     )
 

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 
-class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
+class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here
     """Multiply the inputs of each operation by 1 + u·eps, with u uniform in [-1, 1] and eps the machine epsilon.
 
     Other runtimes sum in another order and have errors of about this size. If the outputs change much more, as after
-    the normalization of a constant, no two runtimes agree on the model.
+    the normalization of a constant, no two runtimes agree on the outputs of the model.
 
     Args:
         seed: seed of the random numbers.

@@ -36,8 +36,8 @@ MOST_NAMED = 3
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write all parameters and buffers of the state dict to a safetensors file.
 
-    A tied tensor is stored once, under the first of its names in sorted order. Equal models give equal bytes;
-    `safetensors.torch.save_model` writes its metadata on tied tensors in random order.
+    A tied tensor is stored once, under the first of its names in sorted order. Equal models give equal bytes, unlike
+    with `safetensors.torch.save_model`, which writes its metadata on tied tensors in random order.
 
     Raises:
         ModelError: an entry of the state dict cannot be stored in a safetensors file. The error names it.
@@ -183,7 +183,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _difference(name: str, value: torch.Tensor, current: dict[str, Any]) -> str:
     """Return how a stored tensor differs from the model's in shape or dtype, as a sentence; empty if it fits."""
     target = current.get(name)
-    if not isinstance(target, torch.Tensor):  # load_state_dict reports it, or a hook of the model renames it
+    if not isinstance(target, torch.Tensor):  # load_state_dict reports the name, or a hook of the model renames it
         types = {other.dtype for other in current.values() if isinstance(other, torch.Tensor)}
         dtype = _dtype_name(value.dtype)
         return "" if value.dtype in types else f"{name} is {dtype} in the file; the model has no tensor of this type."

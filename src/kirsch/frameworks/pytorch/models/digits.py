@@ -13,7 +13,7 @@ class ConvBlock(nn.Module):
 
     Args:
         width_in, width_out: channels.
-        stride: stride of the first convolution; the shortcut is a 1 x 1 convolution where shapes change.
+        stride: stride of the first convolution; the shortcut is a 1 x 1 convolution if the shape changes.
     """
 
     def __init__(self, width_in: int, width_out: int, stride: int = 1) -> None:

@@ -32,7 +32,7 @@ STATE = ("_parameters", "_buffers", "_modules")
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = "") -> nn.Module:
     """Return a deep copy of a model.
 
-    Tensors that the model stores from a forward (the weight of `torch.nn.utils.weight_norm`, a cache) are copied
+    Tensors that the model stores from a forward pass (the weight of `torch.nn.utils.weight_norm`, a cache) are copied
     without their gradient history. Locks are replaced with new ones.
 
     Args:
@@ -71,7 +71,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
 
 @contextlib.contextmanager
 def restoring_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore attributes, dicts and lists of a model in which hooks store fake tensors within the block.
+    """Restore attributes, dicts and lists of a model in which hooks store fake tensors while the block runs.
 
     The hooks of a copy may be bound methods of the original. A trace of the copy then writes into the original.
     """

@@ -1,4 +1,4 @@
-"""Modules whose forward is a `torch.fx` graph: run them node by node, and change the integers in their nodes.
+"""Modules whose `forward` is a `torch.fx` graph: run them node by node, and change the integers in their nodes.
 
 `torch.fx.GraphModule`s come from `symbolic_trace`, `torch.export`, feature extractors and `as_graph` of Kirsch; the
 modules of `torch.export.unflatten` have a graph, too. The code of a `GraphModule` is generated from its graph. An
@@ -30,7 +30,7 @@ TRACED_SHAPES = ("val", "example_value", "tensor_meta")
 
 
 def graph_in(module: nn.Module) -> fx.Graph | None:
-    """Return the graph that a module runs as its forward; None if the forward is Python code."""
+    """Return the graph that a module runs as its `forward`; None if `forward` is Python code."""
     attributes = vars(module)
     return next((attributes[name] for name in ("_graph", "graph") if isinstance(attributes.get(name), fx.Graph)), None)
 
@@ -42,9 +42,9 @@ def _graphs_in(module: nn.Module) -> list[fx.Graph]:
 
 
 def plain_module_of(model: nn.Module) -> nn.Module:
-    """Return a plain module with the state of a `GraphModule`; any other module itself.
+    """Return a plain module with the state of a `GraphModule`, and any other module unchanged.
 
-    `torch.export` runs the graph of a `GraphModule` directly and would not call the replaced forward.
+    `torch.export` runs the graph of a `GraphModule` directly and would not call the replaced `forward`.
     """
     if not isinstance(model, fx.GraphModule):
         return model
@@ -55,7 +55,7 @@ def plain_module_of(model: nn.Module) -> nn.Module:
 
 
 def interpreting(module: nn.Module, signature: inspect.Signature) -> Callable[..., Any]:
-    """Return a forward that runs the graph of a module node by node."""
+    """Return a `forward` function that runs the graph of a module node by node."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return fx.Interpreter(module, graph=graph_in(module)).run(*signature.bind(*args, **kwargs).args)
@@ -195,9 +195,10 @@ def _origin(node: Node) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) -> Iterator[None]:
-    """Within the block, run the graph of a module node by node, and call each tap with entry and exit of its part.
+    """Within the block, run the graph of a module node by node, and call a function for each part.
 
-    The result of a tap replaces the exit, unless it is None.
+    The arguments of the function are the values of the entry and the exit of the part. The result of the function
+    replaces the value of the exit, unless it is None.
     """
     graph, signature, forward_before = graph_in(module), inspect.signature(module.forward), vars(module).get("forward")
     ends = {part.exit: (part.entry, tap) for part, tap in taps.items()}
@@ -245,7 +246,7 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
 
 
 def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
-    """Set `nn_module_stack` of the operations that come from a `torch.fx` graph, which calls layers without containers.
+    """Set `nn_module_stack` of operations from a `torch.fx` graph, which calls layers without their containers.
 
     An operation that reads parameters is assigned to the module with these parameters. Any other operation is assigned
     to the container of its latest input.

@@ -30,7 +30,7 @@ def check(model: nn.Module) -> None:
     """Raise an error if a model is of a kind that cannot be traced and cut.
 
     Raises:
-        ModelError: names the part, its kind, and what to use instead.
+        ModelError: the model is of such a kind. The message names the part, its kind, and what to use instead.
     """
     for why, fix in reasons(model):
         raise _untraceable(model, why, fix)
@@ -48,7 +48,7 @@ def check_trainable(model: nn.Module) -> None:
     """Raise an error if the parameters of a model cannot be trained.
 
     Raises:
-        ModelError: names the parameter, and what to use instead.
+        ModelError: a parameter cannot be trained. The message names the parameter, and what to use instead.
     """
     check_values(model)
     name = type(model).__name__
@@ -62,7 +62,7 @@ def check_values(model: nn.Module) -> None:
     """Raise an error if a parameter of a model is on the meta device.
 
     Raises:
-        ModelError: names the first such parameter.
+        ModelError: a parameter is on the meta device. The message names the first such parameter.
     """
     empty = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if empty is not None:
@@ -74,10 +74,11 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its forward.
+    """Raise an error if a model is wrapped, compiled or quantized, so that `torch.export` cannot follow its `forward`.
 
     Raises:
-        ModelError: names the part, its kind, and what to use instead.
+        ModelError: `torch.export` cannot follow the `forward`. The message names the part, its kind, and what to use
+            instead.
     """
     check_values(model)
     for path, module in model.named_modules():
@@ -99,7 +100,7 @@ def _untraceable(model: nn.Module, why: str, fix: str) -> ModelError:
 
 
 def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
-    """Yield (why, fix) if `torch.export` cannot follow the forward of a module."""
+    """Yield (why, fix) if `torch.export` cannot follow the `forward` of a module."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
     if isinstance(module, torch.jit.ScriptModule):
@@ -179,10 +180,10 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
 
 
 def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] | None:
-    """Return (why, fix) for a forward that could not be exported; None if the reason is not known.
+    """Return (why, fix) for a model that could not be exported; None if the reason is not known.
 
     Args:
-        names: functions that the forward called.
+        names: functions that `forward` called.
         error: the exception of the exporter.
     """
     if "_pack_padded_sequence" in names:

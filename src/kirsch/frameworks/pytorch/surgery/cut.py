@@ -30,8 +30,8 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
     Args:
         model: the original.
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
-        constants: whether to update the integer attributes that the forward reads.
+        keep: boolean mask of the components of coupled labels that are kept.
+        constants: whether to update the integer attributes that `forward` reads.
     """
     memo: dict[int, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -93,8 +93,8 @@ def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.b
 def update_widths(module: nn.Module) -> None:
     """Set the width attributes of a standard layer, such as `in_features`, to the shapes of its tensors.
 
-    These attributes appear in the `repr` of the layer and are read by users. Attributes that the forward reads
-    (`groups`, `num_groups`, `normalized_shape`) are updated by `cut`, from the demands of the trace.
+    These attributes appear in the `repr` of the layer and are read by users. Attributes that `forward` reads
+    (`groups`, `num_groups`, `normalized_shape`) are updated by `cut`, from the requirements that the trace recorded.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

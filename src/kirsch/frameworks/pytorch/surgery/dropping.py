@@ -22,7 +22,7 @@ def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options
     """Drop residual blocks from a model, in place.
 
     A block of a `torch.fx` graph is removed from the graph. A block in a list is removed from the list, and the
-    following elements are renumbered. A block that the forward needs in its list, or that is not in a list, becomes
+    following elements are renumbered. A block that `forward` needs in its list, or that is not in a list, becomes
     `nn.Identity`.
 
     Args:
@@ -58,7 +58,7 @@ def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options
             if not block.plain:
                 raise ModelError(
                     f"The block {block.path!r} of {type(model).__name__} cannot be dropped.",
-                    "The forward fails or computes another result when the block is removed from its list, and the "
+                    "The model fails or computes another result when the block is removed from its list, and the "
                     "block takes more than one argument, so that nn.Identity cannot replace it.",
                     "Exclude the block.",
                 )
@@ -128,7 +128,7 @@ def _set_index(child: nn.Module, index: int, attributes: Collection[tuple[str, s
 
 
 def _outputs_or_none(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
-    """Return the outputs; an empty list if the forward fails."""
+    """Return the outputs; an empty list if the model raises an exception."""
     try:
         return repeatable(model, args, options)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises

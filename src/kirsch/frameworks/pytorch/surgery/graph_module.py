@@ -59,7 +59,8 @@ def graph_module(model: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> fx.
             new_nodes[node] = new.placeholder(next(names))
         elif node.op == "call_function" and _name(node) not in ASSERTIONS:
             args, options = _arguments(node, numbers.get(node.name, {}), traced)
-            # Strides of cut tensors, or of another kernel, may differ from the traced ones; a view would fail.
+            # The strides of cut tensors, or of results of another kernel, may differ from the traced strides. A view
+            # would then fail.
             target: Any = torch.ops.aten.reshape.default if _name(node) in VIEWS else node.target
             new_nodes[node] = new.call_function(target, *map_arg((args, options), new_nodes.__getitem__))
     traced_outputs: Any = next(iter(reversed(traced.program.graph.nodes))).args[0]

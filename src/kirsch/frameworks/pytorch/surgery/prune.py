@@ -72,7 +72,7 @@ def verify_cut(
     except Exception as error:  # whatever the model's own code raises
         traced = graph.traced
         both = Call(traced.args, traced.options) if traced.args and traced.options else None
-        check_runs(model, both or traced.options or traced.args)  # the inputs may be at fault
+        check_runs(model, both or traced.options or traced.args)  # raises an error if the inputs are the cause
         line = user_line(error)
         at = f" The exception is raised at {line}." if line else ""
         raise VerificationError(
@@ -105,7 +105,7 @@ def changed_computed_weights(model: nn.Module, plan: Plan, graph: Graph) -> dict
 def configure(
     pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool
 ) -> tuple[dict[str, float], tuple[str, ...], str]:
-    """Update the configuration of a pruned model of transformers; see `configuration.configure`.
+    """Update the configuration of a pruned transformers model; see `configuration.configure`.
 
     Returns:
         New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".

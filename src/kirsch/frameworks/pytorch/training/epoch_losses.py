@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TOTAL = "loss"
 READ_EVERY = {"cpu": 1}
-"""Batches between two reads, by type of the device. A CPU has no queue of operations to wait for."""
+"""Number of batches after which losses are read, by type of device. A CPU has no queue of operations to wait for."""
 READ_EVERY_ON_ACCELERATORS = 50
 
 

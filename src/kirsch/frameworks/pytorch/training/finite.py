@@ -46,7 +46,7 @@ def check_initial(model: nn.Module) -> set[str]:
 
 
 def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch: int, number: int) -> NumericError:
-    """Return the error for a loss that is not finite. It names the first parameter, layer or loss term that is not.
+    """Return the error for a loss that is not finite. It names the first such parameter, layer or loss term.
 
     Args:
         model: the model in training.
@@ -88,7 +88,7 @@ def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch
 
 
 def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
-    """Return the error for a loss that is not finite although the outputs of the model are."""
+    """Return the error for a loss that is not finite although the outputs of the model are finite."""
     largest = _largest(targets)
     if not math.isfinite(largest):
         return NumericError(f"The labels contain NaN or infinity {when}.", fix="Repair the data.")

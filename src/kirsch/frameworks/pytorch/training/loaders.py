@@ -24,7 +24,7 @@ def generators_of(loader: torch.utils.data.DataLoader[Any]) -> list[torch.Genera
 
 
 def set_epoch(batches: Any, epoch: int) -> None:
-    """Call `set_epoch` of the data, its samplers and its dataset, where they have it."""
+    """Call `set_epoch` of the data, its samplers and its dataset, if they have this method."""
     sampler = getattr(batches, "batch_sampler", None)
     owners: tuple[Any, ...] = batches, sampler, getattr(sampler, "sampler", None), getattr(batches, "dataset", None)
     for owner in owners:

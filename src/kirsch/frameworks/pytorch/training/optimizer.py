@@ -30,7 +30,7 @@ def separate_precision() -> Iterator[None]:
     """Reset the precision of Accelerate within the block, and restore it afterwards.
 
     Accelerate has one precision for all `Accelerator`s of a process, including those of the caller, and raises an error
-    for a second one.
+    for a second precision.
     """
     before = dict(AcceleratorState._shared_state)  # noqa: SLF001 - has no public name
     AcceleratorState._reset_state()  # noqa: SLF001 - as above
@@ -51,8 +51,8 @@ def accelerator_for(training: Training) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     creates_group = started > 1 and not torch.distributed.is_initialized()
     if creates_group:
-        # Functions of this module have the process group as a default argument, which keeps it alive, unless the module
-        # is imported before the group is created.
+        # Functions of torch.distributed.nn have the process group as a default argument, which keeps the group alive.
+        # Importing the module before the group is created avoids this.
         importlib.import_module("torch.distributed.nn")
     why = "fp16 needs a GPU."
     try:
@@ -124,7 +124,10 @@ def needs_length(training: Training) -> bool:
 
 
 def learning_rate(training: Training, epoch: float) -> float:
-    """Return the learning rate at a time of the run, in epochs from 0; fractions are batches."""
+    """Return the learning rate at a time of the run.
+
+    `epoch`: number of completed epochs, with the completed fraction of the current one.
+    """
     peak = training.learning_rate
     if epoch < training.warmup_epochs:
         return peak * min((epoch + 1e-3) / training.warmup_epochs, 1.0)  # + 1e-3 so that the first rate is not 0

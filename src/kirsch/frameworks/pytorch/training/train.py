@@ -54,7 +54,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Under `torchrun`, each process iterates over all batches and trains on its part of each batch. Up to rounding, the
     result is that of a single process, for models whose outputs for a sample do not depend on the other samples. If a
-    batch has too few samples for the processes, each one trains on all of them.
+    batch has too few samples for the processes, each process trains on all samples.
 
     Args:
         model: the model, which is not changed; a `StudentWithAdapters` to train adapters with it.
@@ -92,7 +92,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 class _Shard:
     """The samples of a batch on which one process trains; `replicated` if all processes train on all samples.
 
-    `counts` are those of `LossFunction.counts`, taken before the batch was moved to the device.
+    `counts` is the result of `LossFunction.counts`, computed before the batch was moved to the device.
     """
 
     batch: Batch
@@ -118,7 +118,7 @@ class _Run:
         self.generators = generators_of(batches) if isinstance(batches, torch.utils.data.DataLoader) else []
         self._synchronize_generators()
         normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
-        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # of a divided batch
+        self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # a smaller batch is not divided
         self.length = length_of(batches)
         if self.length is None and needs_length(training):
             states = [generator.get_state() for generator in self.generators]
@@ -128,7 +128,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
-        self.samples = 0  # of this epoch
+        self.samples = 0  # completed in this epoch
         self.losses = EpochLosses(self.accelerator.device, {})
         self.last_batch: Any = None
         self.shares = GradientShares()
@@ -160,7 +160,7 @@ class _Run:
                 generator.set_state(state)
 
     def _remaining_shards(self) -> Iterator[_Shard]:
-        """Yield the shards of this process of the remaining batches of the epoch.
+        """Yield this process's part of each remaining batch of the epoch.
 
         PyTorch's generators are set from (seed, epoch, batch) before each batch is loaded, because a DataLoader draws
         the order and the augmentation while it loads. A resumed run thus draws the same numbers. It loads and skips the
@@ -222,12 +222,12 @@ class _Run:
         return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:
-        """Seed PyTorch's generators from seed, epoch and batch; for draws like dropout, also from the process."""
+        """Seed PyTorch's generators from seed, epoch and batch; with `per_process`, from the process number, too."""
         entropy = [self.training.seed, self.epoch, batch]
         if per_process and self.accelerator.num_processes > 1:
             entropy.append(self.accelerator.process_index)
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
-        # Without a GPU, torch.manual_seed stores a stack trace for a later initialization of one: 0.3 ms a call.
+        # Without a GPU, torch.manual_seed stores a stack trace for a later initialization of a GPU: 0.3 ms a call.
         on_cpu = self.accelerator.device.type == "cpu"
         (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(state)
 

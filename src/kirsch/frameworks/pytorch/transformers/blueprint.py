@@ -35,7 +35,7 @@ INSTEAD_OF_NONE = 8, 12
 
 
 def has_configuration(model: nn.Module) -> bool:
-    """Return whether a model has a configuration like those of transformers."""
+    """Return whether a model has a configuration like the models of the transformers library."""
     config = getattr(model, "config", None)
     return hasattr(config, "to_dict") and hasattr(config, "from_dict") and hasattr(model, "save_pretrained")
 
@@ -157,7 +157,7 @@ class SizeNumber:
     Args:
         path: path of the number in the configuration.
         value: current value.
-        trial: another value, with which the model was built.
+        trial: another value with which the model was built as a trial.
         affected: axis → its size with the trial value.
     """
 
@@ -198,7 +198,7 @@ class Search:
         self.target = sizes(model)
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
-        self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that no open number affects
+        self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that only chosen numbers affect
         self._best = (MOST_BUILDS, 0)  # counts of open numbers and of unreachable axes for `unreachable`
         self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
         self.integers = integer_attributes(model)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 MOST_SOLUTIONS = 4
-"""Configurations of the right shapes whose outputs are compared with those of the pruned model."""
+"""Largest number of configurations that give the right shapes and whose outputs are compared with the pruned model."""
 MOST_GROWTH = 4
 """Limit of a number that a plan states, relative to the largest size. A ratio grows when its divisor is pruned."""
 
@@ -101,8 +101,8 @@ class Configured:
 def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
     """Update the configurations in a pruned model, or make `save_pretrained` raise an error.
 
-    Without verification, only the numbers that the plan states are set. These were checked when the plan was applied
-    first.
+    Without verification, only the numbers that the plan states are set. These numbers were verified when the plan was
+    applied for the first time.
     """
     if not (plan.groups or plan.blocks):
         return Configured()
@@ -174,7 +174,7 @@ def _plan_options(model: nn.Module, plan: Plan, graph: Graph) -> str:
 
 
 def _described(model: nn.Module, graph: Graph) -> list[str]:
-    """Return the kinds of units whose number a configuration states, by numbers that set no other size."""
+    """Return the kinds of units whose number the configuration can change without changing other sizes."""
     search, axes = Search(model), dict[str, set[tuple[str, int]]]()
     for group in graph.groups:
         if group.kind not in SCALING:

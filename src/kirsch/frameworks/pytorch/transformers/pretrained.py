@@ -22,7 +22,7 @@ METHODS = ("save_pretrained", "push_to_hub")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Replacement of a method of one model that raises an error.
+    """Object that replaces a method of one model and raises an error when it is called.
 
     It is an attribute of the instance, so that copies, pickles and models of `kirsch.distill` keep it. It contains only
     strings, so that it can be copied and pickled.

@@ -37,7 +37,7 @@ MOVING = frozenset(_MOVING.split())
 
 
 class _WeightsRun(MaskedRun):
-    """Run the operations that do not depend on inputs, and record the results of some of them."""
+    """Run the operations that do not depend on inputs, and record the results of the nodes `recorded`."""
 
     def __init__(
         self,
@@ -68,11 +68,12 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
 
     Args:
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
+        keep: boolean mask of the components of coupled labels that are kept.
         tensors: parameters and buffers of the original by path.
 
     Returns:
-        Path of the module → root mean square of the kept entries after the cut, divided by that before the cut.
+        Path of the module → root mean square of the kept entries after the cut, divided by the root mean square before
+        the cut.
     """
     traced: Traced = graph.traced
     input_free = input_free_nodes(traced)
@@ -97,7 +98,7 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
 
 
 def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> dict[Node, Node]:
-    """Return the results computed from a cut parameter → the first operation with inputs that reads them."""
+    """Return result computed from a cut parameter → first operation that reads the result and depends on an input."""
     traced: Traced = graph.traced
     cut = {name for name, tensor in graph.tensors.items() if any(graph.kept(a, keep) is not None for a in tensor.axes)}
     from_cut: set[Node] = set()  # depends on a cut parameter

@@ -43,7 +43,7 @@ def limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
         setattr(torch, "finfo", original)  # noqa: B010 - likewise
 
 
-class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch annotates neither
+class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here
     """Compute all operations in one floating dtype, also where the model's code converts to another dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -77,7 +77,7 @@ class MaskedRun(Interpreter):
 
         Args:
             graph: graph of the original.
-            keep: for each component of coupled labels, whether it is kept.
+            keep: boolean mask of the components of coupled labels that are kept.
             tensors: parameters and buffers by path, in the dtype to compute in.
             blocks: paths of residual blocks to skip.
             training: run the trace of training mode.
@@ -99,8 +99,8 @@ class MaskedRun(Interpreter):
         Args:
             inputs: the flat user inputs.
             gradients: record gradients.
-            outputs_keep: component → whether its units are returned, for outputs that may lose units; by default
-                `keep`.
+            outputs_keep: boolean mask of the components whose units are returned, for outputs that may lose units; by
+                default `keep`.
         """
         outputs_keep = self._keep if outputs_keep is None else outputs_keep
         with torch.set_grad_enabled(gradients):

@@ -1,7 +1,7 @@
 """Find cut modules that no output depends on for the example inputs.
 
 The output of attention over one token, or over equal tokens, does not depend on queries and keys, so that a wrong cut
-of these would pass the verification. The gradient of the outputs shows such modules.
+of queries and keys would pass the verification. The gradient of the outputs shows such modules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FAINT = 1e-6
 """Effects below this fraction of the largest effect are rounding errors. With the noise of `verify`, real effects are
-above 1e-3 of it."""
+above 1e-3 of the largest effect."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""
@@ -37,7 +37,7 @@ def unseen(
 
     Args:
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
+        keep: boolean mask of the components of coupled labels that are kept.
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
 

@@ -48,7 +48,8 @@ LIMIT = 1e37
 
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
-    "Its forward branches on values and may have taken another branch than in the trace, so no model was returned."
+    "Its `forward` method has a branch that depends on values, and may have taken another branch than in the trace, "
+    "so no model was returned."
 )
 
 
@@ -68,7 +69,7 @@ def verify(
     Args:
         pruned, original: the pruned model, and the model that was traced.
         graph: graph of the original.
-        keep: for each component of coupled labels, whether it is kept.
+        keep: boolean mask of the components of coupled labels that are kept.
         without: paths of the dropped blocks.
         moved: path of a module in the original → its path in the pruned model. None if no block was dropped.
 
@@ -89,7 +90,7 @@ def verify(
             "Exclude the layers that share a tensor, and report the model.",
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):  # a forward may draw random numbers
+    with torch.random.fork_rng(devices):  # the models may draw random numbers
         return _verify(pruned, original, graph, removal)
 
 
@@ -286,7 +287,7 @@ def _candidate(
             new_name = removal.new_name(name)
             if new_name is None:
                 continue
-            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads it
+            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads the tensor
                 continue
             target = tensors[new_name]
             if id(value) in noise and id(target) not in done:
@@ -342,7 +343,7 @@ def _without_constant(value: Any) -> Any:
 
 
 def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity for the limits of a dtype, beside which other values would be negligible."""
+    """Return a tensor with infinity in place of limits of its dtype, which would make the other values negligible."""
     if not value.is_floating_point():
         return value
     limits = value.double().abs() >= LIMIT

@@ -24,7 +24,7 @@ PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scal
 def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
     """Return the result of `relations.relate` for a product of tensors, and record the multiply-accumulates.
 
-    Their number has one factor for each letter: the size of the axis.
+    Each letter stands for an axis. The number of multiply-accumulates is the product of the sizes of these axes.
     """
     out = relations.relate(op.facts, operands, result, shape)
     if sum(not op.is_weight(tensor) for tensor, _ in operands) > 1:
@@ -130,11 +130,14 @@ def _bilinear(op: OperationContext) -> Tensor:
 
 @rule("_grouped_mm", "transformers.grouped_mm_fallback")
 def _grouped(op: OperationContext) -> Tensor | list[Tensor]:
-    """Rows of x, each times the matrix of its group: (S, I) and (G, I, O) → (S, O); offsets are the ends of groups."""
+    """Multiply each row of x by the matrix of its group: (S, I) and (G, I, O) → (S, O).
+
+    The offsets are the ends of the groups.
+    """
     x, weight, offsets = op.args[0], op.args[1], op.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or op.arg(3, "bias") is not None:
         return op.freeze_all("a grouped matrix product with a bias or with other ranks is not analyzed")
-    if op.is_weight(offsets):  # the rows of a removed group would be counted to the next group
+    if op.is_weight(offsets):  # otherwise the rows of a removed group would be assigned to the next group
         relations.freeze(op.facts, [weight, offsets], "the number of rows of each group is a constant", [0])
     groups = op.facts.equate(weight.axes[0], offsets.axes[0])
     op.facts.reduce(groups)

@@ -127,7 +127,7 @@ def _linalg_norm(op: OperationContext) -> Tensor | list[Tensor]:
     "var_mean", "std_mean", "prod", "any", "all", "logsumexp", "median", "nanmedian", "mode", "aminmax", "count_nonzero"
 )
 def _freezing_reduction(op: OperationContext) -> Tensor | list[Tensor]:
-    """Reductions whose value without a part of the axis is not analyzed."""
+    """Freeze the axes of a reduction whose value after a cut is not analyzed."""
     x = op.args[0]
     dims = dims_of(None if isinstance(op.arg(1, "dim"), bool) else op.arg(1, "dim"), len(x.shape))
     relations.freeze(op.facts, [x], f"{op.name} is computed over the axis", dims)

@@ -1,4 +1,4 @@
-"""Rules of recurrent layers and cells: LSTM, GRU and plain ones."""
+"""Rules of recurrent layers and cells: LSTM, GRU and plain RNN."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ def _slice(op: OperationContext) -> Tensor:
     elif axis is not None:
         for bound in (start, end):
             number = stated_bound(op, start, end, bound)
-            # The code must state the number of indices that are kept before the bound. The end of an index may be
-            # larger than the axis, the end of `narrow` may not.
+            # After a cut, the code must state the number of kept entries before the bound. The end in an index
+            # expression may be larger than the axis, but the end of `narrow` may not.
             if 0 < bound < len(axis) or (bound == len(axis) and (name == "narrow" or isinstance(number, TracedInt))):
                 op.tie_size(axis[:bound], number)
     return relations.gather(op.facts, x, dim, index)

@@ -39,7 +39,7 @@ def _pixel_unshuffle(op: OperationContext) -> Tensor:
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(op: OperationContext) -> Tensor:
-    """(groups, C / groups) → (C / groups, groups)."""
+    """Transpose the grid of channels: (groups, C / groups) → (C / groups, groups)."""
     x, groups = op.args[0], op.args[1]
     axes, channels = list(x.axes), x.axes[1]
     if channels is not None:

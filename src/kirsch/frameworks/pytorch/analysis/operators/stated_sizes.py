@@ -1,4 +1,4 @@
-"""Sizes of results as the code of a model states them."""
+"""Sizes of the results of operators, as the code of a model states them."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _flat(value: Any) -> list[Any]:
 def stated_bound(op: OperationContext, start: int, end: int, bound: int) -> Any:
     """Return a bound of a slice as the code states it.
 
-    The bound is the only integer of the call that has this value, if its origin is known. A call of `narrow` states
-    start and length.
+    The result is an integer of the call that has this value, with its origin. If the origin is unknown or ambiguous,
+    the result is `bound` itself. A call of `narrow` states start and length, so the end is their sum.
 
     Args:
         op: the slice.

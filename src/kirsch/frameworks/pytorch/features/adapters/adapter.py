@@ -31,8 +31,8 @@ META = torch.device("meta").type
 class Adapter(nn.Module):
     """Converts a value of the student and a value of the teacher so that a loss can compare them.
 
-    The parameters of an adapter are trained and saved with the student, but are not part of it. `forward` returns the
-    pair with which the loss is called. No gradient flows to the teacher's value.
+    The parameters of an adapter are trained and saved with the student, but are not part of the student. `forward`
+    returns the pair with which the loss is called. No gradient flows to the teacher's value.
 
     An adapter is registered under a name, and built from two shapes and its options. An adapter with `stages = True`
     takes lists of shapes and values, one for each stage. Any other adapter is built once for each stage.
@@ -50,7 +50,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def extra_loss(self) -> Tensor | None:
-        """Return the adapter's own loss for the last forward, a scalar, or None if it has none.
+        """Return the adapter's own loss in the last forward pass, a scalar, or None if it has no loss.
 
         The loss is returned only once, so that its graph is released after the step.
         """

@@ -27,7 +27,8 @@ class KeptChannels(Adapter):
 
     Raises:
         UsageError: `indices` repeats a channel, or contains one that the teacher does not have.
-        ShapeError: the student has another number of channels, or the shapes differ in another axis.
+        ShapeError: the number of indices is not the number of channels of the student, or the shapes differ in another
+            axis.
     """
 
     def __init__(self, student: Shape, teacher: Shape, *, indices: Sequence[int], axis: int) -> None:

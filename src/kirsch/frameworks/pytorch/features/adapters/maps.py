@@ -38,7 +38,7 @@ class Convolution(Adapter):
         self.norm = nn.BatchNorm2d(channels_t) if norm else nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Return the converted maps and the teacher's, at the same size."""
+        """Return the converted maps and the teacher's maps, at the same size."""
         student, teacher = match_sizes(self.cast(student), teacher, self.spatial)
         return self.norm(self.conv(student)), teacher
 
@@ -205,10 +205,10 @@ class Factor(Adapter):
         self._error: Tensor | None = None
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Return the factors of both, at the same size."""
+        """Return the factors of student and teacher, at the same size."""
         target = self.cast(teacher.detach())
         factor = self.paraphraser(target)
-        dtype = next(self.restore.parameters()).dtype  # also under autocast
+        dtype = next(self.restore.parameters()).dtype  # the error is computed in this dtype, also under autocast
         self._error = (self.restore(factor).to(dtype) - target.to(dtype)).square().mean()
         return match_sizes(self.translator(self.cast(student)), factor.detach())
 

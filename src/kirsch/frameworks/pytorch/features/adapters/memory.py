@@ -42,11 +42,12 @@ class MemoryBank(Adapter):
         log(exp(v · w / temperature) / Z) - log(negatives / rows)
 
     where v is the embedding in this batch, with gradient, and w a stored embedding of the other network, without
-    gradient. Z is the mean of exp(v · w / temperature) over the first training batch, times rows, and stays fixed.
+    gradient. Z is the mean of exp(v · w / temperature) over the first training batch, times the number of rows, and
+    stays fixed.
 
-    Each sample has a row in both banks. After a training batch its rows are updated to momentum · row + (1 - momentum)
-    · embedding, scaled to norm 1. In inference mode nothing is written. Negatives are drawn uniformly with replacement
-    from the rows of other samples, by PyTorch's generator.
+    Each sample has a row in both banks. After a training batch, the rows of the samples in the batch are updated to
+    momentum · row + (1 - momentum) · embedding, scaled to norm 1. In inference mode nothing is written. Negatives are
+    drawn uniformly with replacement from the rows of other samples, by PyTorch's generator.
 
     With `size`, the most recent embeddings are kept in a queue of this size. The positive is then the other network's
     embedding of the sample in the same batch. Rows of the same sample do not count as negatives: their value is minus

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HIDDEN = 512
-"""Upper limit of the channels passed from stage to stage."""
+"""Upper limit of the number of channels passed from stage to stage."""
 
 
 @ADAPTERS.register("review")
@@ -79,7 +79,7 @@ class Fusion(nn.Module):
             deeper = functional.interpolate(deeper, mixed.shape[2:], mode="nearest")
             weights = torch.sigmoid(
                 self.attend(torch.cat([mixed, deeper], 1))
-            )  # (N, 2, H, W), independent of each other
+            )  # (N, 2, H, W); the two weights do not add up to 1
             mixed = mixed * weights[:, :1] + deeper * weights[:, 1:]
         if mixed.shape[2:] != tuple(size):
             mixed = functional.interpolate(mixed, tuple(size), mode="nearest")

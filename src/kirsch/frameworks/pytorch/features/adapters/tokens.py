@@ -88,5 +88,5 @@ class MapToTokens(Adapter):
         self.linear = nn.Linear(channels, width)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Return the tokens (N, H W, D) of both."""
+        """Return the tokens (N, H W, D) of student and teacher."""
         return self.linear(self.cast(student).flatten(2).transpose(1, 2)), teacher[:, self.prefix :]

@@ -63,7 +63,7 @@ class Embed(Adapter):
         self.teacher = Embedding(teacher, size, pool=pool, normalize=normalize)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Return the embeddings (N, size) of both."""
+        """Return the embeddings (N, size) of student and teacher."""
         return self.student(self.cast(student)), self.teacher(self.cast(teacher.detach()))
 
 
@@ -106,7 +106,7 @@ class Projector(Adapter):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, student: Tensor, teacher: Tensor, *, ids: Any = None) -> tuple[Any, Any]:
-        """Return the logits (N, K) of both."""
+        """Return the logits (N, K) of student and teacher."""
         return self.head(average_positions(self.halve(self.cast(student)))), teacher
 
 
