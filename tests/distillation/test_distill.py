@@ -286,7 +286,7 @@ def test_a_teacher_is_evaluated_on_batches_until_32_samples_8_of_them_not_of_the
 
 
 def test_training_without_targets_warns_that_the_label_loss_is_left_out(student, teacher):
-    inputs, _ = samples()
+    inputs, _ = samples(N)
     sentence = r"The batches have no targets, so the label loss, weight 0\.1, is left out\. Give \(inputs, targets\)"
     with pytest.warns(UserWarning, match=sentence):
         distill(student, teacher, [inputs], training=ONE_STEP, check_teacher=False)

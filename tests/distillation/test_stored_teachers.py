@@ -21,6 +21,7 @@ N, K = 40, 5
 INPUTS = np.random.default_rng(0).standard_normal((N, 6)).astype(np.float32)
 LABELS = np.arange(N) % K
 SHORT = kirsch.Training(epochs=1)
+UNLABELED = Objective(Objective.kd().terms, label_weight=0)
 
 
 def net(classes=K, seed=0, wide=6):
@@ -269,7 +270,8 @@ def test_a_live_or_stored_teacher_is_compared_with_chance_on_samples_of_all_clas
 
 def test_a_stored_teacher_is_not_evaluated_on_data_without_labels(tmp_path):
     given = data(targets=None)
-    learned(net(seed=1), build_store(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)
+    store = build_store(tmp_path / "store", net(), given, keep=Dense())
+    learned(net(seed=1), store, given, objective=UNLABELED, check_teacher=True)
 
 
 def test_a_layer_that_the_store_does_not_hold_is_named_with_the_argument_that_stores_it(tmp_path):
@@ -294,5 +296,5 @@ def test_the_repr_of_a_store_is_one_line(tmp_path):
 
 def test_warnings_point_to_the_line_of_the_call():
     with pytest.warns(UserWarning, match="not evaluated, since no sample has a label") as caught:
-        kirsch.distill(net(), net(seed=1), data(targets=None), training=SHORT)
+        kirsch.distill(net(), net(seed=1), data(targets=None), objective=UNLABELED, training=SHORT)
     assert {record.filename for record in caught} == {__file__}
