@@ -201,7 +201,7 @@ def test_a_goal_prints_its_limits():
 def test_the_repr_of_a_plan_is_one_short_line():
     groups = (Removal("a", "channel", 1000, tuple(range(999)), "smallest"),)
     assert repr(plan(groups=groups, blocks=(Skip("b", ""),))) == (
-        "<kirsch.Plan of Net: removes 999 units, 1 blocks, 2,000 → 900 MACs, 1,000 → 800 parameters>"
+        "<kirsch.Plan of Net: removes 999 units, 1 block, 2,000 → 900 MACs, 1,000 → 800 parameters>"
     )
 
 
