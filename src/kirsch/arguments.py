@@ -244,7 +244,9 @@ def _union(value: Any, hint: Any) -> Any:
         try:
             return convert(value, alternative)
         except _MismatchError as error:
-            fix = error.fix or fix if alternatives == 1 or inspect.isclass(value) else ""
+            by_text = isinstance(value, str) and hasattr(alternative, "of_text")
+            if alternatives == 1 or inspect.isclass(value) or by_text:
+                fix = error.fix or fix
             if error.close:
                 closest = error
     raise closest or _MismatchError(value, type_phrase(hint), fix, close=False)

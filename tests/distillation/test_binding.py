@@ -209,7 +209,10 @@ def test_samples_without_a_label_have_no_label_loss():
     found = distill(Net(4), Net(6), half, training=Training(epochs=1), check_teacher=False)
     assert set(found.history[0]["terms"]) == {"label", "kd"}
     unlabeled = ArrayData(labeled.inputs, None, batch_size=12)
-    with pytest.warns(UserWarning, match="not evaluated, since no sample has a label to compare with"):
+    with (
+        pytest.warns(UserWarning, match="not evaluated, since no sample has a label to compare with"),
+        pytest.warns(UserWarning, match="the label loss, weight 0.1, is left out"),
+    ):
         found = distill(Net(4), Net(6), unlabeled, training=Training(epochs=1))
     assert set(found.history[0]["terms"]) == {"kd"}
 

@@ -286,7 +286,7 @@ def test_a_teacher_is_evaluated_on_batches_until_32_samples_8_of_them_not_of_the
 
 
 def test_training_without_targets_warns_that_the_label_loss_is_left_out(student, teacher):
-    inputs, _ = samples()
+    inputs, _ = samples(N)
     sentence = r"The batches have no targets, so the label loss, weight 0\.1, is left out\. Give \(inputs, targets\)"
     with pytest.warns(UserWarning, match=sentence):
         distill(student, teacher, [inputs], training=ONE_STEP, check_teacher=False)
@@ -442,6 +442,38 @@ def test_a_teacher_is_evaluated_on_the_validation_data_if_there_is_one(student, 
     inputs, targets = samples(N)
     with pytest.raises(NumericError, match="no better than chance"):
         distill(student, teacher, one_batch(), validation=(inputs, (targets + 1) % K))
+
+
+@pytest.mark.parametrize("check_teacher", [True, False])
+def test_nan_in_the_inputs_is_named_with_and_without_the_check_of_the_teacher(student, teacher, check_teacher):
+    inputs, targets = samples(N)
+    inputs[3, 0] = np.nan
+    with pytest.raises(NumericError, match="The inputs contain NaN"):
+        distill(student, teacher, [(inputs, targets)], check_teacher=check_teacher)
+
+
+def test_nan_in_one_of_several_inputs_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(D, K).double()
+
+        def forward(self, x, y):
+            return self.layer(x + y)
+
+    inputs, targets = samples(N)
+    broken = inputs.copy()
+    broken[3, 0] = np.nan
+    for data in ([((inputs, broken), targets)], [({"x": broken, "y": inputs}, targets)]):
+        with pytest.raises(NumericError, match="The inputs contain NaN"):
+            fit(Two(), data, training=ONE_STEP)
+
+
+def test_a_plain_function_in_a_term_is_refused_with_the_decorator():
+    with pytest.raises(
+        UsageError, match=r"`loss` of kirsch\.Term is the function .*@kirsch\.distillation\.losses\.loss"
+    ):
+        Term(lambda student, teacher: 0.0)
 
 
 def test_a_bad_teacher_is_accepted_with_check_teacher_false_or_with_few_samples(student, teacher):

@@ -21,6 +21,7 @@ N, K = 40, 5
 INPUTS = np.random.default_rng(0).standard_normal((N, 6)).astype(np.float32)
 LABELS = np.arange(N) % K
 SHORT = kirsch.Training(epochs=1)
+UNLABELED = Objective(Objective.kd().terms, label_weight=0)
 
 
 def net(classes=K, seed=0, wide=6):
@@ -269,4 +270,31 @@ def test_a_live_or_stored_teacher_is_compared_with_chance_on_samples_of_all_clas
 
 def test_a_stored_teacher_is_not_evaluated_on_data_without_labels(tmp_path):
     given = data(targets=None)
-    learned(net(seed=1), build_store(tmp_path / "store", net(), given, keep=Dense()), given, check_teacher=True)
+    store = build_store(tmp_path / "store", net(), given, keep=Dense())
+    learned(net(seed=1), store, given, objective=UNLABELED, check_teacher=True)
+
+
+def test_a_layer_that_the_store_does_not_hold_is_named_with_the_argument_that_stores_it(tmp_path):
+    store = build_store(tmp_path / "store", net(), data(), keep=Dense())
+    term = kirsch.Term("fitnet", student_layer="logits", teacher_layer="stage")
+    expected = r"needs the teacher's layer 'stage', and the store holds only logits\..*outputs=\.\.\."
+    with pytest.raises(UsageError, match=expected):
+        learned(net(seed=1), store, data(), objective=Objective((term,)))
+
+
+def test_a_path_in_place_of_a_teacher_suggests_to_open_the_store():
+    with pytest.raises(UsageError, match=r"`teacher` .* is 'st'; .* give kirsch\.TeacherStore\.open\('st'\)\."):
+        learned(net(), "st", data())
+
+
+def test_the_repr_of_a_store_is_one_line(tmp_path):
+    store = build_store(tmp_path / "store", net(), data(augment=Noise(0.1)), keep=TopK(2), views=2)
+    assert repr(store) == (
+        f"<kirsch.TeacherStore: 40 samples, 2 views, 5 classes, records logits, in {tmp_path / 'store'}>"
+    )
+
+
+def test_warnings_point_to_the_line_of_the_call():
+    with pytest.warns(UserWarning, match="not evaluated, since no sample has a label") as caught:
+        kirsch.distill(net(), net(seed=1), data(targets=None), objective=UNLABELED, training=SHORT)
+    assert {record.filename for record in caught} == {__file__}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +18,7 @@ from kirsch.errors import LoadError, ModelError, NumericError, OutputError, Shap
 from kirsch.frameworks.find import framework_of
 from kirsch.registry import Registry
 from kirsch.tables import Cell, Part, Piece, Printable, Table, notes
+from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Exportable
@@ -154,7 +154,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
         f"The batch of {path.name} is fixed at {size}, the size of the example inputs. {why_fixed} "
         "Run the file with batches of this size, or let the forward read the batch size from its input: x.shape[0]."
     )
-    warnings.warn(note, stacklevel=4)  # the caller of kirsch.export; the check of its arguments adds a level
+    warn(note)
     return {**details, "notes": [*details["notes"], note]}
 
 

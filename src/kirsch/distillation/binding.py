@@ -14,7 +14,7 @@ from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.teachers import holds_top_k
 from kirsch.distillation.term import BoundTerm, ends
-from kirsch.errors import ShapeError, UnknownNameError, UsageError
+from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks.layers import at_layers, texts
 
 if TYPE_CHECKING:
@@ -236,7 +236,11 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
     names = [layers] if isinstance(layers, str) else list(layers)
     for name in names:
         if name not in recorded:
-            raise UnknownNameError("output in the store", name, recorded)
+            raise UsageError(
+                f"The objective needs the teacher's layer {name!r}, and the store holds only {', '.join(recorded)}.",
+                fix="Build the store by kirsch.build_store(folder, teacher, data, outputs=...), where `outputs` "
+                "returns features by name, and name them in `teacher_layer` of the term. Or give the teacher itself.",
+            )
     return names
 
 

@@ -262,8 +262,11 @@ def _live(
     for number, batch in enumerate(batches, 1):
         places = _spread(len(batch))
         with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
-            outputs = framework.inference.predict(teacher, _rows(batch.inputs, places))
+            inputs = _rows(batch.inputs, places)
+            outputs = framework.inference.predict(teacher, inputs)
             if not np.isfinite(outputs).all():
+                if _contain_nan(inputs):
+                    raise NumericError("The inputs contain NaN.", fix="Repair the data.")
                 raise NumericError(
                     "The teacher's outputs are not finite.",
                     "A student cannot learn from NaN or infinity.",
@@ -278,6 +281,13 @@ def _live(
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays are returned unchanged."""
     return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+
+
+def _contain_nan(inputs: Any) -> bool:
+    """Return whether an array of the inputs has a NaN."""
+    found: list[bool] = []
+    ops.map_arrays(lambda part: found.append(bool(np.isnan(host(part)).any())), inputs)
+    return any(found)
 
 
 def _until_enough(data: Any, objective: Objective) -> list[Batch]:

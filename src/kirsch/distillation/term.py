@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from kirsch.annotations import Fix
 from kirsch.arguments import checked
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, Loss, get_loss, loss_options, step_arguments
 from kirsch.errors import UnknownNameError
@@ -77,6 +78,15 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
     return None
 
 
+LossName = Annotated[
+    str,
+    Fix(
+        "Give the name of a loss, such as 'kd'. A function gets a name by the decorator "
+        "@kirsch.distillation.losses.loss('my-loss')."
+    ),
+]
+
+
 @checked
 @dataclass(frozen=True)
 class Term:
@@ -102,7 +112,7 @@ class Term:
 
     made_by: ClassVar[str] = 'kirsch.Term("kd", weight=0.9)'
 
-    loss: str = "kd"
+    loss: LossName = "kd"
     weight: Number = 0.9
     _: KW_ONLY
     temperature: Number | None = None

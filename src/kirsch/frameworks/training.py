@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -17,6 +16,7 @@ from kirsch.errors import DataError, UsageError
 from kirsch.options import Options
 from kirsch.progress import epoch_text
 from kirsch.tables import Part, Piece, Printable
+from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -184,7 +184,7 @@ class TrainingHooks:
     def warn(self, text: str, **more: Any) -> None:
         """Emit a warning: as an event if there is a callback, otherwise as a Python warning."""
         if self.event is None:
-            warnings.warn(text, stacklevel=3)
+            warn(text)
         else:
             self.event({"event": "warning", **more, "text": text})
 
@@ -300,8 +300,8 @@ class Trained(Printable):
 
     Args:
         model: trained model, in inference mode.
-        history: one dict per epoch: epoch, loss, terms, gradient_shares, learning_rate, seconds, and the validation
-            metrics.
+        history: one dict per epoch: epoch, loss, terms (the weighted loss of each term; they add up to the loss),
+            gradient_shares, learning_rate, seconds, and the validation metrics.
         first_batch: shares of the terms in the loss and in the gradient of the first batch.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import changes, renewed
 from kirsch.tables import Line, Part, Piece, Printable, notes
+from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +95,7 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     """
     result = prune_with_verification(model, plan, example_inputs=example_inputs, verify=verify)
     for text in result.warnings:
-        warnings.warn(text, stacklevel=3)  # show the line that calls `prune`; `checked` adds a level
+        warn(text)
     return result.model
 
 

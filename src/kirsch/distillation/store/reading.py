@@ -69,6 +69,19 @@ class TeacherStore:
 
     made_by: ClassVar[str] = "kirsch.TeacherStore.open(folder)"
 
+    @staticmethod
+    def of_text(text: str) -> str:
+        """Return the call that opens a store, for the error of `kirsch.arguments.checked`."""
+        return f"If it is the folder of a teacher store, give kirsch.TeacherStore.open({text!r})."
+
+    def __repr__(self) -> str:
+        """Return one line: the contents and the folder."""
+        stored = self.specification
+        views = f", {stored.views} views" if stored.views > 1 else ""
+        classes = f", {stored.classes} classes" if stored.classes is not None else ""
+        records = ", ".join([LOGITS] * (stored.classes is not None) + list(stored.features))
+        return f"<kirsch.TeacherStore: {stored.samples:,} samples{views}{classes}, records {records}, in {self.folder}>"
+
     def __init__(self, folder: Path, specification: Specification) -> None:
         self.folder, self.specification = folder, specification
         self.record_bytes, self.record_type = specification.record_bytes, np.dtype(specification.fields)

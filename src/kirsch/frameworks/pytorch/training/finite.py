@@ -61,6 +61,8 @@ def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch
     inputs = batch.inputs
     if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
         return NumericError(f"The inputs contain NaN or infinity {when}.", fix="Repair the data.")
+    if any(isinstance(part, torch.Tensor) and torch.isnan(part).any() for part in tree_leaves(inputs)):
+        return NumericError(f"The inputs contain NaN {when}.", fix="Repair the data.")
     layers: list[str] = []
 
     def recorder(path: str) -> Any:

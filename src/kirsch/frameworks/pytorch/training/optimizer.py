@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from kirsch.errors import DataError, UsageError, error_text
+from kirsch.errors import UsageError, error_text
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 
 if TYPE_CHECKING:
@@ -118,15 +118,9 @@ class Average:
             buffer.copy_(new)
 
 
-def check_schedule(training: Training, length: int | None) -> None:
-    """Raise a DataError if the schedule needs the number of batches, and the data has no length."""
-    if length is None and (training.schedule != "constant" or training.warmup_epochs):
-        warmup = f" with {training.warmup_epochs:g} warmup_epochs" if training.warmup_epochs else ""
-        raise DataError(
-            "The data has no length, so the number of batches of an epoch is not known.",
-            f"The schedule {training.schedule!r}{warmup} depends on this number.",
-            'Give the data a __len__, or train with schedule="constant" and warmup_epochs=0.',
-        )
+def needs_length(training: Training) -> bool:
+    """Return whether the learning rate depends on the number of batches of an epoch."""
+    return training.schedule != "constant" or training.warmup_epochs > 0
 
 
 def learning_rate(training: Training, epoch: float) -> float:

@@ -31,11 +31,12 @@ from kirsch.frameworks.pytorch.training.loaders import generators_of, length_of,
 from kirsch.frameworks.pytorch.training.optimizer import (
     Average,
     accelerator_for,
-    check_schedule,
     learning_rate,
+    needs_length,
     optimizer_of,
     separate_precision,
 )
+from kirsch.frameworks.pytorch.training.seed import seeded
 from kirsch.frameworks.pytorch.training.state import digest, load_arrays, to_array, to_tensor
 from kirsch.frameworks.training import GradientShares, Trained, TrainingState, require_labels
 
@@ -65,8 +66,7 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
 
     Raises:
         NumericError: a loss term has no gradient on the first batch of an epoch, or values are not finite.
-        DataError: an epoch has no batches, all targets of a step are masked, or the schedule needs the number of
-            batches and the data has no length.
+        DataError: an epoch has no batches, or all targets of a step are masked.
         CheckpointError: the state to resume from belongs to another model or to other settings. The settings include
             the number of epochs, because the schedule depends on it.
         UsageError: no parameter is trainable, this machine lacks the precision, or the processes have different
@@ -120,7 +120,11 @@ class _Run:
         normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())  # noqa: SLF001 - the common base has no public name
         self.min_samples = self.accelerator.num_processes * (2 if normalized else 1)  # a smaller batch is not divided
         self.length = length_of(batches)
-        check_schedule(training, self.length)
+        if self.length is None and needs_length(training):
+            states = [generator.get_state() for generator in self.generators]
+            self.length = seeded(lambda: sum(1 for _ in batches), training.seed)
+            for generator, state in zip(self.generators, states, strict=True):
+                generator.set_state(state)
         self.history: list[dict[str, Any]] = []
         self.first_batch: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0

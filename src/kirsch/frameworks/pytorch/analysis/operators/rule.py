@@ -7,12 +7,12 @@ operation by the relations of `kirsch.graph.relations`. An operator without a ru
 from __future__ import annotations
 
 import string
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch.graph.labels import Tensor
+from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.analysis.operation import OperationContext
@@ -66,11 +66,10 @@ def apply(op: OperationContext) -> list[Tensor]:
         return results
     del op.facts.terms[terms:]  # `freeze_all` adds the costs again
     at = op.facts.operation
-    warnings.warn(
+    warn(
         f"The rule of {op.name} {fault} (at {at.source or at.module or at.name}). "
         "All axes of the operation are frozen, so fewer units can be removed. Please report the model.",
         RuntimeWarning,
-        stacklevel=2,
     )
     return op.freeze_all(f"the rule for {at.name} failed")
 
