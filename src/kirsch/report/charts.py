@@ -177,7 +177,7 @@ def _axes(
     x: Scale, y: Scale, base: float, x_labels: Sequence[str], y_labels: Sequence[str], y_title: str = ""
 ) -> list[Markup]:
     """Return the axes of a chart; `base` is the y coordinate of the x axis. Overlapping x labels are left out."""
-    parts = [_element("text", y_title, x=x.start - 8, y=y.end - 14, class_="end")] if y_title else []
+    parts = [_element("text", y_title, x=2, y=y.end - 14)] if y_title else []
     for tick, text in zip(y.ticks(), y_labels, strict=True):
         parts.append(_element("line", x1=x.start, x2=x.end, y1=y(tick), y2=y(tick), class_="grid"))
         parts.append(_element("text", text, x=x.start - 8, y=y(tick) + 4, class_="end"))
