@@ -218,7 +218,8 @@ In the last table, every other unit of every group of a float32 model is removed
 
 - *Cut*: time to copy the model with only the kept units.
 - *Copy of kept weights*: time to copy the tensors of the pruned model.
-- *Selection of kept weights*: time to select evenly spaced entries of each original tensor, as many as are kept.
+- *Selection of kept weights*, for comparison with the cut: time to select evenly spaced entries from each original
+  tensor, as many as the plan keeps.
 - *Prune*: time of `kirsch.prune`. The rows "cut" run it without the verification, the rows "cut and verified" with it.
   A verification computes in float64 and holds two copies of the original.
 - *Additional memory*: peak memory during `kirsch.prune` minus the size of the original and the pruned model, divided by

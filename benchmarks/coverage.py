@@ -316,7 +316,7 @@ of the scores, which cannot be traced.
 OTHERS_HEAD = """## Models that were not used during development
 
 The first run on these models found two errors, which are fixed. `kirsch.load` failed for models that fill buffers in
-their first forward pass. The masked original took a maximum over units also over the removed units. The models "by
+their first forward pass. In the masked original, a maximum over units included the removed units. The models "by
 hand" were written for this page."""
 
 REASONS = """\
@@ -351,6 +351,7 @@ def reasons(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for reason, *_, share in row.get("blockers", ()):
             general = re.sub(r"[`'\"][^`'\"]*[`'\"]|\d+", "…", reason)
+            general = re.sub(", …(?= cannot be updated)", " and …", general)
             shares.setdefault(general, []).append(share)
     most = sorted(shares.items(), key=lambda item: -sum(item[1]))[:12]
     for reason, found in most:

@@ -64,7 +64,7 @@ DEFAULTS = {
         (Term("kd", 0.5, temperature=3.0, options={"convention": "keras"}),), label_weight=0.5
     ),
 }
-"""Default losses of other libraries, read from their code. Their training loops are not used."""
+"""Losses of other libraries, read from their code, with the arguments shown. Their training loops are not used."""
 
 
 def objectives(task: str) -> dict[str, Objective]:

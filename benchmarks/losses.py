@@ -144,8 +144,9 @@ channels, and "rkd-angle" the angles of all triples of samples.
 - The *plain* form stores each term of the sums: for "nst", the products of all pairs of channels at every position; for
   "rkd-angle", the differences of all pairs of samples in every dimension.
 - The *Kirsch* form uses matrices of inner products. For "nst", the matrix has the inner products of all pairs of
-  channels or of all pairs of positions, whichever is cheaper. For "rkd-angle", it has those of all pairs of samples. It
-  is computed in float64, because float32 would lose the small distances between similar samples.
+  channels or of all pairs of positions, whichever is cheaper. For "rkd-angle", the matrix has the inner products of
+  all pairs of samples, and is computed in float64, because float32 would lose the small distances between similar
+  samples.
 
 The first column gives the shape of the student's and the teacher's features: (N, C, H, W) for "nst", (N, D) for
 "rkd-angle". The features are float32.

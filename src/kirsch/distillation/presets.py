@@ -145,7 +145,7 @@ def ofa() -> dict[str, Any]:
 
 @PRESETS.register("cwd")
 def cwd() -> dict[str, Any]:
-    """Channel-wise distillation of the logits of a segmentation network (`cwd`) with weight 5, and label loss.
+    """Channel-wise distillation of the logits of a segmentation network (`cwd-pixels`) with weight 5, and label loss.
 
     Source: Shu et al. 2021, arXiv:2011.13256, section 4.
     """

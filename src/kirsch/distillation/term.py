@@ -93,7 +93,7 @@ class Term:
     """One distillation loss with its weight, and the layers that it compares.
 
     Args:
-        loss: name of a loss in `LOSSES`.
+        loss: name of a distillation loss, such as "kd"; the command `kirsch methods` lists all losses.
         weight: weight of the loss, >= 0, or a `Ramp`.
         temperature: temperature of the loss, > 0, or a `Ramp`; None for the default of the loss.
         student_layer: layer of the student, see `kirsch.frameworks.layers`: "logits", "layer3", "hidden[2]", "auto".

@@ -42,8 +42,10 @@ class Goal(Printable):
     """Largest cost of the pruned model, as a fraction of the original.
 
     Args:
-        macs: fraction of the multiply-accumulates, 0 < macs < 1.
-        parameters: fraction of the parameters, 0 < parameters < 1.
+        macs: largest number of multiply-accumulates of the pruned model, as a fraction of that of the original; above 0
+            and below 1.
+        parameters: largest number of parameters of the pruned model, as a fraction of that of the original; above 0 and
+            below 1.
 
     Raises:
         GoalError: both limits are None, or a fraction is out of range.

@@ -18,12 +18,14 @@ MaxDrop = Annotated[
 ]
 """A drop of accuracy, as a fraction."""
 
+OF_THE_FIRST = "as a fraction of that of the model before the first step prune (the student, if there is one)"
+
 
 class JobGoal(Options):
     """Goals of a job, which are checked at its end. The goals of its steps are checked, too."""
 
-    macs: Fraction | None = Field(None, description="multiply-accumulates, as a fraction of the model at the start")
-    parameters: Fraction | None = Field(None, description="parameters, as a fraction of the model at the start")
+    macs: Fraction | None = Field(None, description=f"largest number of multiply-accumulates, {OF_THE_FIRST}")
+    parameters: Fraction | None = Field(None, description=f"largest number of parameters, {OF_THE_FIRST}")
     max_drop: MaxDrop | None = Field(None, description="allowed drop of accuracy: 0.01 is one percentage point")
     speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
 

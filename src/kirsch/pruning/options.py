@@ -55,7 +55,7 @@ class PlanOptions(Options):
         description=(
             "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
             "removed, more of the kinds with a weight above 1, none of those with weight 0; block: residual blocks; "
-            "default: all"
+            "default: units of all kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")

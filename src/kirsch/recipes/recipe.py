@@ -46,7 +46,7 @@ class DataSection(Options):
 
 
 class ModelSection(Options):
-    """The model before any step, as the callable that `model` names returns it."""
+    """The model before the first step. `model` names a callable that returns it."""
 
     model: str | None = Field(description=REFERENCE)
     outputs: Literal["logits", "probabilities"] | None = Field(

@@ -108,9 +108,9 @@ def detection_response(
         ShapeError: the shapes differ, or the number of boxes is not the number of cells.
         UsageError: an option is out of range, or a side is not a dict of "logits" and "boxes".
 
-    Source: classes: Yang et al. 2023, arXiv:2308.14286, and its code, which divides by the number of cells to which
-        the labels assign an object. The box weights are those of DETR (arXiv:2005.12872). The threshold is Kirsch's own
-        choice.
+    Source: boxes: L1 distance and generalized IoU with the weights of DETR; classes: Yang et al. 2023,
+        arXiv:2308.14286, and its code, which divides by the number of cells to which the labels assign an object. DETR
+        is arXiv:2005.12872. The threshold is Kirsch's own choice.
     """
     _check_weights(box_weight=box_weight, giou_weight=giou_weight)
     if not 0 <= threshold <= 1:

@@ -146,7 +146,7 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 def factor_transfer(
     student: Any, teacher: Any, *, power: float = 1.0, activity_power: float = 2.0, convention: str = "repdistiller"
 ) -> Any:
-    """Return |difference|^power of the factors, each scaled to norm 1, averaged over all elements.
+    """Return |difference|^power of the outputs of the adapters "factor", scaled to norm 1, averaged over elements.
 
     Args:
         student, teacher: factors (the outputs of the adapter "factor"), or the maps themselves, shape (N, C, H, W),
@@ -181,7 +181,7 @@ def factor_transfer(
 
 @loss("ofd", takes="maps")
 def overhaul(student: Any, teacher: Any, *, margin: Any = STANDARD_MARGIN, convention: str = "sum") -> Any:
-    """Return the squared distance to the teacher's clipped maps, except where they are <= 0 and the student is lower.
+    """Return the squared distance to the teacher's clipped maps; where these are <= 0, lower student values add 0.
 
     The teacher's maps are clipped from below at the margin. Where the clipped maps are at most 0, a lower value of the
     student adds nothing, because a ReLU maps both values to 0.
@@ -284,7 +284,7 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
     The distribution of a channel is its softmax over positions. The divergence is from the teacher to the student.
 
     Args:
-        student, teacher: logits of pixels, or maps, shape (N, C, H, W), floating.
+        student, teacher: maps, shape (N, C, H, W), floating.
         temperature: > 0.
 
     Returns:
@@ -295,8 +295,8 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
         ShapeError: the shapes differ.
         UsageError: the temperature is not above 0.
 
-    Source: Shu et al. 2021, arXiv:2011.13256. Temperature 1, weight 5 on the logits of a segmentation model, 10 on
-        each level of a detector's feature pyramid (mmrazor).
+    Source: Shu et al. 2021, arXiv:2011.13256. Temperature 1, weight 10 on each level of a detector's feature pyramid
+        (mmrazor).
     """
     check_temperature(temperature)
     check_maps(student, teacher)
@@ -308,7 +308,26 @@ def channel_wise(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any
 
 
 channel_wise_maps = loss("cwd", takes="maps")(channel_wise)
-channel_wise_pixels = loss("cwd-pixels", takes="pixels", activation="identity")(channel_wise)
+
+
+@loss("cwd-pixels", takes="pixels", activation="identity")
+def channel_wise_pixels(student: Any, teacher: Any, *, temperature: float = 1.0) -> Any:
+    """Return the loss "cwd" of the logits of a segmentation model, which have one channel per class.
+
+    Args:
+        student, teacher: logits of pixels, shape (N, C, H, W), floating.
+        temperature: > 0.
+
+    Returns:
+        Scalar in nats, >= 0 up to rounding, averaged over samples and classes; 0 if the channels agree up to an offset.
+
+    Raises:
+        ShapeError: the shapes differ.
+        UsageError: the temperature is not above 0.
+
+    Source: Shu et al. 2021, arXiv:2011.13256. Temperature 1, weight 5 (mmrazor).
+    """
+    return channel_wise(student, teacher, temperature=temperature)
 
 
 @loss("pkd", takes="maps", relational=True)

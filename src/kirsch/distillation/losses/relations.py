@@ -200,7 +200,7 @@ def _probabilities(features: Any, eps: float) -> Any:
 
 @loss("cc", takes="features", learned=True, relational=True)
 def correlation(student: Any, teacher: Any) -> Any:
-    """Return the inner product of |student - teacher| of two successive samples of the batch, averaged over pairs.
+    """Return the inner product of |student - teacher| of a sample and of the next sample, averaged over these pairs.
 
     This is the formula of the authors' code, and depends on the order of the batch. The loss "cc-kernel" implements the
     equations of the paper.

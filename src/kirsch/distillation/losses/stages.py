@@ -34,8 +34,8 @@ def flow(student: Any, teacher: Any, *, convention: str = "mean") -> Any:
         ShapeError: there are fewer than two stages, or student and teacher differ in stages, samples or channels.
         UnknownNameError: the convention is unknown.
 
-    Source: Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2. Weight 50 in a separate phase
-        before other training (RepDistiller).
+    Source: Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2. RepDistiller uses weight 50 in
+        a separate phase before the other training.
     """
     check_convention(convention, ("mean", "torchdistill"))
     _check_stages(student, teacher)

@@ -107,7 +107,7 @@ def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
 
 @loss("token-fsp", takes="relations", over="samples")
 def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Return the squared difference of the flow matrices: inner products, over positions, of the units of two layers.
+    """Return the squared difference of the matrices of inner products over positions, of pairs of units of two layers.
 
     Args:
         student, teacher: hidden states of two layers, each (N, L, D); both may be the same layer.
@@ -143,7 +143,7 @@ def _flow_matrix(layers: Sequence[Any], mask: Any) -> Any:
 
 @loss("token-nst", takes="relations", widths="any", over="pairs")
 def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Return the squared difference of the similarities of positions: inner products, over the width, of two layers.
+    """Return the squared difference of the matrices of inner products over units, of pairs of positions of two layers.
 
     Args:
         student, teacher: hidden states of two layers, each (N, L, D); D may differ in the teacher. Both may be the

@@ -44,9 +44,10 @@ def top_k(
         UnknownNameError: the tail is unknown.
         DataError: the mask is false everywhere.
 
-    Source: "bucket": TRL with a teacher server; DistillKit with stored logits (named "symmetric uniform" there).
-        "zero": DistillKit. "renormalized": NVIDIA's Model Optimizer for Megatron. "uniform": the loss of Wu et al. 2022
-        (TinyViT), arXiv:2207.10666, minus the entropy of the targets; k is 10 for ImageNet-1k, 100 for ImageNet-22k.
+    Source: Values of `tail`: "bucket" puts all other classes into one, as TRL does with a teacher server, and
+        DistillKit with stored logits (named "symmetric uniform" there). "zero" is a loss of DistillKit, "renormalized"
+        of NVIDIA's Model Optimizer for Megatron. "uniform" is the loss of Wu et al. 2022 (TinyViT), arXiv:2207.10666,
+        minus the entropy of the targets; k is 10 for ImageNet-1k, 100 for ImageNet-22k.
     """
     check_temperature(temperature)
     check_same_shape(student, teacher)
