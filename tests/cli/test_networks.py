@@ -221,7 +221,7 @@ def test_an_excluded_group_is_kept(kirsch):
         (["--macs", "0.5", "--importance", "magnitud"], "no importance 'magnitud'.*Did you mean 'magnitude'"),
         (["--macs", "0.5", "--ranking", "here"], "`ranking` of kirsch.plan is 'here'"),
         (["--macs", "0.5", "--round-to", "some"], "`round_to` of kirsch.plan is 'some'"),
-        (["--macs", "0.5", "--exclude", "layer9"], "no layer to `exclude` named 'layer9'"),
+        (["--macs", "0.5", "--exclude", "layer9"], "`exclude` names the layer 'layer9', which does not exist"),
         (["--macs", "half"], "--macs"),
     ],
 )
