@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kirsch.graph.cost import WORDS
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import UNROUNDED_KINDS
 from kirsch.graph.plan import Goal
@@ -75,7 +76,7 @@ def missed_notes(plan: Plan) -> list[str]:
         return []
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     return [
-        f"The goal is missed: {name} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove more "
+        f"The goal is missed: {WORDS[name]} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove more "
         "units, or make a new plan."
         for name, (value, limit) in reached.items()
         if value > limit
@@ -92,12 +93,12 @@ def landing_note(plan: Plan) -> str:
         return ""
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
-    one_unit = f"Removing one unit of these groups changes the {name} by more than this distance."
+    one_unit = f"Removing one unit of these groups changes the {WORDS[name]} by more than this distance."
     why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{name} are {value:.1%} of the original, {distance}. {why}{fix}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:
