@@ -283,7 +283,7 @@ def test_an_edited_plan_that_misses_its_goal_has_a_note(run_json, kirsch, folder
     edit(folder / "plan.json", removed=[0])
     _, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert "goal missed: ≤ 50 %" in out
-    assert "The goal is missed: macs are" in out
+    assert "The goal is missed: MACs are" in out
 
 
 def test_an_invalid_plan_is_refused_before_any_work(kirsch, run_json, folder):

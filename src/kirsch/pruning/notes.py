@@ -76,8 +76,8 @@ def missed_notes(plan: Plan) -> list[str]:
         return []
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     return [
-        f"The goal is missed: {WORDS[name]} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove more "
-        "units, or make a new plan."
+        f"The goal is missed: {WORDS[name]} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove "
+        "more units, or make a new plan."
         for name, (value, limit) in reached.items()
         if value > limit
     ]
