@@ -23,7 +23,10 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def transformers():
-    """Return the module transformers, without the operators of torchvision; skip the test where it is missing."""
+    """Import `transformers`, also where the compiled operators of torchvision are missing.
+
+    The test is skipped if transformers is not installed.
+    """
     from kirsch.frameworks.pytorch.io.vision import import_beside
 
     pytest.importorskip("transformers", exc_type=ImportError)

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 import kirsch
+from kirsch.arguments import checked
 from kirsch.data import augment
+from kirsch.errors import UsageError
 
 VALUES = {
     "None": lambda: None,
@@ -468,6 +471,25 @@ NAMES = [
     "Jitter",
     "Noise",
 ]
+
+
+@checked
+def sizes_of(sizes: dict[str, int], others: list[dict[str, int]], names: tuple[str, ...] = ()) -> Any:
+    return sizes, others, names
+
+
+def test_a_wrong_key_of_a_dict_is_named_with_the_argument():
+    with pytest.raises(
+        UsageError, match=r"^A key of `sizes` of \S*sizes_of is 3; expected text\. Give a dict from text"
+    ):
+        sizes_of({3: 4}, [])
+    with pytest.raises(UsageError, match=r"^A key of `others\[1\]` of \S*sizes_of is 3; expected text\."):
+        sizes_of({}, [{"a": 1}, {3: 4}])
+
+
+@pytest.mark.parametrize("view", [dict.keys, dict.values])
+def test_views_of_a_dict_are_accepted_for_a_sequence(view):
+    assert sizes_of({}, [], view({"a": "a"})) == ({}, [], ("a",))
 
 
 @pytest.mark.parametrize(

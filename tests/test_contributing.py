@@ -30,7 +30,7 @@ def defined(monkeypatch):
     return run_page("CONTRIBUTING.md", monkeypatch)
 
 
-def test_the_importance_is_the_largest_weight_in_closed_form(defined):
+def test_the_importance_equals_the_largest_weight(defined):
     first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
     model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
     with torch.no_grad():

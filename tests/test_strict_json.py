@@ -19,7 +19,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_ordinary_json_is_read_as_by_python(content):
+def test_the_result_for_ordinary_json_equals_that_of_the_json_module(content):
     for text in (json.dumps(content), json.dumps(content, ensure_ascii=False)):
         assert strict_json.parse(text) == strict_json.parse(text.encode()) == content
 

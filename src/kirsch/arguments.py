@@ -15,7 +15,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -39,6 +39,9 @@ ABBREVIATIONS = {
 }
 """Usual abbreviations of arguments."""
 
+SEQUENCES = (Sequence, AbstractSet, ValuesView)
+"""Types that are accepted for a sequence: they have a length and can be iterated again."""
+
 
 class _MismatchError(Exception):
     """A value does not fit its annotation.
@@ -47,13 +50,15 @@ class _MismatchError(Exception):
         value: the argument, or the element of the argument that does not fit.
         expected: noun phrase for the expected type.
         fix: the fix, as a sentence; may be empty.
-        close: whether the type is right and only the value is wrong. A union reports the error of such a member.
+        close: whether the value nearly fits, for example a number out of range, or a list with one wrong element. If
+            no member of a union accepts a value, the union raises the last error with `close=True`.
     """
 
     def __init__(self, value: Any, expected: str, fix: str, *, close: bool) -> None:
         super().__init__(expected)
         self.value, self.expected, self.fix, self.close = value, expected, fix, close
         self.path = ""  # path of the element in the argument, such as "[0]"
+        self.is_key = False  # whether the value is a key of the dict at this path
 
 
 def checked(target: T) -> T:
@@ -159,14 +164,14 @@ def _meant_argument(unknown: str, value: Any, known: Sequence[str], hints: Mappi
 
 
 def _classes_with_fields(hint: Any) -> list[Any]:
-    """Return the classes of options and the dataclasses of Kirsch in an annotation that users construct themselves."""
+    """Option classes and dataclasses of Kirsch in an annotation, except those that users cannot construct."""
     if get_args(hint):
         return [kind for part in get_args(hint) for kind in _classes_with_fields(part)]
     has_fields = hasattr(hint, "model_fields") or hasattr(hint, "__dataclass_fields__")
     if not inspect.isclass(hint) or not has_fields or not hint.__module__.startswith("kirsch."):
         return []
-    name = public_name(hint)
-    return [hint] if getattr(hint, "made_by", name).startswith(name) else []  # a graph is made by kirsch.trace
+    name = public_name(hint)  # skip classes that a function makes: users get a Graph from kirsch.trace
+    return [hint] if getattr(hint, "made_by", name).startswith(name) else []
 
 
 def _merged(errors: list[UsageError]) -> UsageError:
@@ -187,6 +192,7 @@ def _checked_argument(target: Any, parameter: inspect.Parameter, value: Any, hin
         return convert(value, hint)
     except _MismatchError as error:
         found = f"`{parameter.name}{error.path}` of {public_name(target)} is {value_phrase(error.value)}"
+        found = f"A key of {found}" if error.is_key else found
         fix = error.fix or _example(target, parameter) or f"Give {type_phrase(hint)}."
         expected = "" if fix == f"Give {error.expected}." else f"; expected {error.expected}"
         raise UsageError(f"{found}{expected}.", fix=fix) from None
@@ -234,7 +240,8 @@ def _annotated(value: Any, hint: Any) -> Any:
 def _union(value: Any, hint: Any) -> Any:
     """Convert the value with the first member of the union that accepts it.
 
-    If no member does, raise the error of the last `close` member, or else an error that names all members.
+    If no member accepts the value, raise the last error with `close=True`. If there is none, raise an error that names
+    all members.
     """
     closest: _MismatchError | None = None
     fix, alternatives = "", sum(alternative is not type(None) for alternative in get_args(hint))
@@ -308,9 +315,9 @@ def _none(value: Any, hint: Any) -> None:
 
 
 def _sequence(value: Any, hint: Any) -> Any:
-    """Return a sequence with converted elements; sets, ranges and dict views are accepted, text is not."""
+    """Return a sequence with converted elements; sets, ranges and views of dicts are accepted, text is not."""
     origin, kinds = get_origin(hint) or hint, list(get_args(hint)) or [Any]
-    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, (Sequence, AbstractSet)):
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, SEQUENCES):
         _refuse(value, type_phrase(hint))
     if origin is not tuple or kinds[-1] is ...:
         kinds = kinds[:1] * len(value)
@@ -324,7 +331,7 @@ def _iterable(value: Any, hint: Any) -> Any:
     """Return an iterable; the elements are checked only if iterating does not consume them."""
     if hasattr(value, "dtype"):  # iterating over an array would yield its rows
         _refuse(value, type_phrase(hint))
-    once = hasattr(value, "__next__") or not isinstance(value, (Sequence, AbstractSet, Mapping, str, bytes))
+    once = hasattr(value, "__next__") or not isinstance(value, (*SEQUENCES, Mapping))
     return value if once and hasattr(value, "__iter__") else _sequence(value, hint)
 
 
@@ -332,9 +339,15 @@ def _mapping(value: Any, hint: Any) -> Any:
     if not isinstance(value, Mapping):
         _refuse(value, type_phrase(hint))
     key_kind, kind = get_args(hint) or (Any, Any)
-    return {
-        _element(key, key_kind, " has a key that"): _element(item, kind, f"[{key!r}]") for key, item in value.items()
-    }
+    return {_key(key, key_kind): _element(item, kind, f"[{key!r}]") for key, item in value.items()}
+
+
+def _key(value: Any, hint: Any) -> Any:
+    try:
+        return convert(value, hint)
+    except _MismatchError as error:
+        error.is_key, error.close = True, True
+        raise
 
 
 def _element(value: Any, hint: Any, path: str) -> Any:
@@ -370,7 +383,7 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 def _instance(value: Any, kind: Any) -> Any:
     """Return the value if it is an instance of the class.
 
-    A protocol of callables accepts any callable. An array type accepts any array.
+    If the class is a Protocol with `__call__`, any callable is accepted. An array type accepts any array.
     """
     if isinstance(kind, TypeVar) or getattr(kind, "_is_protocol", False):
         return value if isinstance(kind, TypeVar) or "__call__" not in vars(kind) else _callable(value, kind)

@@ -123,7 +123,7 @@ class Display:
             self._live = None
 
     def restore_cursor(self) -> None:
-        """Show the cursor again, before the process exits without cleanup."""
+        """Show the cursor again. Called before the process exits without cleanup."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
                 self.stream.write("\x1b[?25h\n")

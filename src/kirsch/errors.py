@@ -84,12 +84,14 @@ class UnknownNameError(UsageError):
         name: the unknown name.
         known: the known names.
         most: number of known names that the message lists.
+        argument: the argument that contains the name, such as "exclude".
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], most: int = 12) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], most: int = 12, argument: str = "") -> None:
         names = sorted(known)
         fix = nearest(name, names) or ("Give one of these." if names else "Leave it out.")
-        super().__init__(f"There is no {kind} {name!r}.", listing(names, most), fix)
+        what = f"`{argument}` names the {kind} {name!r}, which does not exist." if argument else ""
+        super().__init__(what or f"There is no {kind} {name!r}.", listing(names, most), fix)
         self.name = name
 
 

@@ -16,7 +16,10 @@ from kirsch.cli import main
 
 @pytest.fixture(autouse=True)
 def _default_signal_handlers():
-    """Install the default handlers: the parent process may ignore SIGHUP, as nohup does, or SIGINT, as shells do."""
+    """Install the default handlers.
+
+    The parent process may ignore SIGHUP, as nohup does, or SIGINT, as a shell does for background jobs.
+    """
     defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield

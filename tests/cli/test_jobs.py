@@ -386,5 +386,7 @@ def test_a_stopped_run_shows_the_resume_command_and_can_be_verified(folder, proc
     assert code == 3
     first, second, third = out.splitlines()
     assert first == "not finished run: 0 of 6 steps are done; continue with kirsch resume run"
-    assert re.fullmatch(r"verified     \d files in \d folders? have the sha256 of their manifests", second)
+    assert re.fullmatch(
+        r"verified     \d files in \d folders?: the sha256 of each matches the manifest of its folder", second
+    )
     assert third.startswith("not verified run.json, recipe.yaml, events.jsonl, environment.json: no hash is stored ")

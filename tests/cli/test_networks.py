@@ -221,7 +221,7 @@ def test_an_excluded_group_is_kept(kirsch):
         (["--macs", "0.5", "--importance", "magnitud"], "no importance 'magnitud'.*Did you mean 'magnitude'"),
         (["--macs", "0.5", "--ranking", "here"], "`ranking` of kirsch.plan is 'here'"),
         (["--macs", "0.5", "--round-to", "some"], "`round_to` of kirsch.plan is 'some'"),
-        (["--macs", "0.5", "--exclude", "layer9"], "no layer to `exclude` named 'layer9'"),
+        (["--macs", "0.5", "--exclude", "layer9"], "`exclude` names the layer 'layer9', which does not exist"),
         (["--macs", "half"], "--macs"),
     ],
 )
@@ -283,7 +283,7 @@ def test_an_edited_plan_that_misses_its_goal_has_a_note(run_json, kirsch, folder
     edit(folder / "plan.json", removed=[0])
     _, out, _ = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert "goal missed: ≤ 50 %" in out
-    assert "The goal is missed: macs are" in out
+    assert "The goal is missed: MACs are" in out
 
 
 def test_an_invalid_plan_is_refused_before_any_work(kirsch, run_json, folder):

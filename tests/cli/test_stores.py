@@ -105,9 +105,15 @@ def test_options_are_passed_to_the_data_source(folder, kirsch):
             ["build", "kept", *TEACHER_AND_DATA, "--keep", "all"],
             "--keep 'all' is not a number of classes. Write --keep 10, or --keep dense",
         ),
-        (["build", "kept", *TEACHER_AND_DATA, "--part", "0/2"], "--part '0/2' is not a part. The form is i/n"),
-        (["build", "kept", *TEACHER_AND_DATA, "--part", "3/2"], "--part '3/2' is not a part"),
-        (["build", "kept", *TEACHER_AND_DATA, "--option", "train"], "--option 'train' is not an option"),
+        (
+            ["build", "kept", *TEACHER_AND_DATA, "--part", "0/2"],
+            "--part '0/2' does not have the form i/n, from 1/n to n/n. An example is --part 1/4",
+        ),
+        (["build", "kept", *TEACHER_AND_DATA, "--part", "3/2"], "--part '3/2' does not have the form i/n"),
+        (
+            ["build", "kept", *TEACHER_AND_DATA, "--option", "train"],
+            "--option 'train' does not have the form key=value. An example is --option train=45000",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(folder, kirsch, arguments, sentence):

@@ -149,6 +149,10 @@ def test_a_full_disk_raises_an_output_error():
     screen = Terminal(Mode(), Broken(errno.ENOSPC), io.StringIO())
     with pytest.raises(OutputError, match=r"The standard output cannot be written\. planted"):
         screen.progress([Piece("one")])
+    screen = Terminal(Mode(json=True), io.StringIO(), Broken(errno.ENOSPC))
+    for write in (screen.progress, screen.write_error):
+        with pytest.raises(OutputError, match=r"The standard error cannot be written\. planted"):
+            write([Piece("one")])
 
 
 def test_the_status_line_is_cut_to_the_width_and_removed(monkeypatch):

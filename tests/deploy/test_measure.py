@@ -246,7 +246,8 @@ def test_several_inputs_are_fed_by_name_and_the_logits_are_measured(two, fixed_t
 def test_the_error_for_unknown_input_names_has_the_names_of_the_file(two):
     artifact, pair, labels = two
     renamed = {"a": pair["first"], "b": pair["second"]}
-    sentence = r"The inputs are named a, b; the file has first, second\."
+    fix = r"Give a dict with one array for each of first, second\."
+    sentence = rf"The file has the inputs first, second; the given names are a, b\. {fix}"
     with pytest.raises(UsageError, match=sentence):
         kirsch.measure(artifact, example_inputs=renamed)
     with pytest.raises(UsageError, match=sentence):

@@ -94,3 +94,5 @@ def test_shapes_are_matched_by_name_or_by_order(session):
         generated_inputs(two, [spec(1, 2, name="a"), spec(1, 2, name="c")])
     with pytest.raises(UsageError, match="has 2 inputs; the number of given shapes is 1"):
         generated_inputs(two, [spec(1, 2)])
+    with pytest.raises(UsageError, match="has 1 input; the number of given shapes is 2"):
+        generated_inputs(session(("a", ["n", "w"])), [spec(1, 2), spec(3, 4)])

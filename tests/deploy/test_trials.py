@@ -127,7 +127,7 @@ def test_an_output_that_consists_of_rounding_errors_is_refused(tmp_path):
         ([1j, 2.0], [1j, 1.0], 0.5),
     ],
 )
-def test_the_distance_in_closed_form(expected, actual, difference):
+def test_the_distance_equals_its_closed_form(expected, actual, difference):
     assert distance(np.array(expected), np.array(actual)) == difference
 
 

@@ -161,7 +161,7 @@ def test_a_state_of_another_run_or_of_a_longer_chain_is_refused():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"training": [SHORT]}, "`training` has 1 items, and the chain has 3 links"),
+        ({"training": [SHORT]}, "`training` has 1 item, and the chain has 3 links"),
         ({"objective": [Objective.kd()] * 4}, "`objective` has 4 items, and the chain has 3 links"),
         ({"learn_from": "first"}, "`learn_from` .* is 'first'; expected 'previous' or 'all'"),
     ],
@@ -172,7 +172,7 @@ def test_a_list_of_options_that_is_not_as_long_as_the_chain_is_refused(options, 
 
 
 def test_a_chain_of_one_model_or_with_a_repeated_model_is_refused():
-    with pytest.raises(UsageError, match="needs a teacher and a student; found 1 models"):
+    with pytest.raises(UsageError, match="needs a teacher and a student; found 1 model\\."):
         distill_chain(models()[:1], data())
     one, other = models()[:2]
     with pytest.raises(UsageError, match=r"Models 0 and 2 are the same object\. .*copy\.deepcopy"):

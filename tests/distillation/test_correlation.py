@@ -25,7 +25,7 @@ def test_dist_of_opposite_outputs_is_2_for_samples_and_2_for_classes(convention,
         assert float(LOSSES["dist"](*sides, convention=convention, **options)) == pytest.approx(expected, rel=1e-7)
 
 
-def test_batch_and_class_correlation_in_closed_form(framework):
+def test_batch_and_class_correlation_equal_their_closed_form(framework):
     """P_s = (1/2, 1/2), P_t = (1/4, 3/4) of one sample. P Pᵀ is 1/2 and 5/8; Pᵀ P is 1/4, and 1/16, 3/16, 9/16."""
     student, teacher = framework(np.zeros((1, 2))), framework(np.array([[0.0, math.log(3)]]))
     batch = float(LOSSES["batch-correlation"](student, teacher, temperature=1.0))

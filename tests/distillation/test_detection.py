@@ -71,7 +71,7 @@ def sigmoid(logits):
         ([0.2, 0.2, 0, 0], [0.5, 0.5, 0, 0], -1),
     ],
 )
-def test_overlap_of_boxes_in_closed_form(framework, first, second, expected):
+def test_overlap_of_boxes_equals_its_closed_form(framework, first, second, expected):
     for pair in ((first, second), (second, first)):
         assert float(giou(*(framework(np.array(box, float)) for box in pair))) == pytest.approx(expected, abs=1e-15)
 
@@ -132,7 +132,7 @@ def test_logits_with_other_cells_than_the_maps_are_refused():
 # ------------------------------------------------------------------------------------------------ dense heads
 
 
-def test_detection_response_in_closed_form(framework):
+def test_detection_response_equals_its_closed_form(framework):
     """Cell 0: probability 3/4 in the teacher, 1/2 in the student. Cell 1: 1/4 in both, so its boxes do not count."""
     teacher = {
         "logits": framework(np.log([[[3.0], [1 / 3]]])),

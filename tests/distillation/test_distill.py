@@ -65,14 +65,14 @@ def gradients(student, teacher, temperature):
     return label, soft
 
 
-def test_one_step_of_distillation_in_closed_form(student, teacher):
+def test_one_step_of_distillation_equals_its_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
     found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP)
     expected = weight(student) - 0.1 * NESTEROV * (0.3 * label + 0.7 * soft)
     np.testing.assert_allclose(weight(found.model), expected, rtol=1e-12)
 
 
-def test_the_loss_and_gradient_shares_of_the_first_batch_in_closed_form(student, teacher):
+def test_the_loss_and_gradient_shares_of_the_first_batch_equal_their_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
     found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).first_batch
     inputs, targets = samples(N)

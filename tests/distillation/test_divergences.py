@@ -23,7 +23,7 @@ def test_reverse_kl_is_soft_targets_with_student_and_teacher_exchanged():
     assert float(value) == pytest.approx(float(soft_target(z_t, z_s, temperature=2.0)), rel=1e-14)
 
 
-def test_jsd_in_closed_form(framework):
+def test_jsd_equals_its_closed_form(framework):
     """p_s = (1/4, 3/4), p_t = (3/4, 1/4), β = 1/2: M is uniform, each KL is 3/4 log 3 - log 2, 1 / (β (1 - β)) = 4."""
     student, teacher = np.array([[0.0, math.log(3)]]), np.array([[math.log(3), 0.0]])
     value = float(LOSSES["jsd"](framework(student), framework(teacher)))

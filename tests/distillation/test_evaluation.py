@@ -246,7 +246,7 @@ def test_a_validation_with_invalid_targets_is_refused_before_training():
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-def test_the_statistics_of_predictions_in_closed_form():
+def test_the_statistics_of_predictions_equal_their_closed_form():
     """4 of 6 samples of class 0 and 1 of 2 of class 1 are correct; 5 predictions are 0 and 3 are 1."""
     found = PredictionSummary.of(np.array([0, 0, 0, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 0, 0, 0, 1, 1]))
     assert (found.n, found.accuracy, found.classes, found.most_frequent) == (8, 5 / 8, 2, 6)

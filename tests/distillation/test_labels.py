@@ -22,14 +22,14 @@ TOKENS = np.random.default_rng(1).integers(0, 5, (3, 4))
 BINARY = (np.random.default_rng(2).random((3, 5)) < 0.4).astype(np.float64)
 
 
-def test_hard_labels_in_closed_form(framework):
+def test_hard_labels_equal_their_closed_form(framework):
     """Softmax of (0, log 3) is (1/4, 3/4): the losses of the labels 0 and 1 are log 4 and log 4/3."""
     logits = framework(np.array([[0.0, math.log(3)], [0.0, math.log(3)]]))
     value = float(hard_label(logits, framework(np.array([0, 1]))))
     assert value == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-15)
 
 
-def test_smoothed_labels_in_closed_form(framework):
+def test_smoothed_labels_equal_their_closed_form(framework):
     """Smoothing of 0.2 over two classes turns the label 1 into (0.1, 0.9): 0.1 log 4 + 0.9 log 4/3."""
     logits, targets = framework(np.array([[0.0, math.log(3)]])), framework(np.array([1]))
     value = float(hard_label(logits, targets, label_smoothing=0.2))
@@ -89,7 +89,7 @@ def test_the_gradient_of_smoothed_labels_is_probabilities_minus_labels():
     np.testing.assert_allclose(student.grad, expected / N, atol=1e-15)
 
 
-def test_the_binary_loss_in_closed_form(framework):
+def test_the_binary_loss_equals_its_closed_form(framework):
     """Logits 0 and log 3 have probabilities 1/2 and 3/4; the targets are 1 and 0: log 2 + log 4."""
     value = binary_label(framework(np.array([[0.0, math.log(3)]])), framework(np.array([[1.0, 0.0]])))
     assert float(value) == pytest.approx(math.log(2) + math.log(4), rel=1e-15)
@@ -125,7 +125,7 @@ def test_one_output_per_sample_is_not_broadcast_over_the_batch(loss, framework):
     assert float(loss(framework(logits), framework(targets))) == expected
 
 
-def test_the_squared_error_in_closed_form(framework):
+def test_the_squared_error_equals_its_closed_form(framework):
     """The squared errors 1 + 4 and 0 + 9 of two samples have the mean 7."""
     student, truth = np.array([[1.0, 2.0], [0.0, 3.0]]), np.zeros((2, 2))
     assert float(squared_error(framework(student), framework(truth))) == 7.0

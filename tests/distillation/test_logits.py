@@ -224,7 +224,7 @@ def test_losses_conform_with_other_options(variant, check):
 # ------------------------------------------------------------------------------------------------ soft targets
 
 
-def test_soft_targets_in_closed_form(framework):
+def test_soft_targets_equal_their_closed_form(framework):
     """Teacher (1/2, 1/2), student (1/4, 3/4): KL = log(4/3) / 2."""
     student, teacher = framework(np.array([[0.0, 2 * math.log(3)]])), framework(np.zeros((1, 2)))
     value = float(soft_target(student, teacher, temperature=2.0))
@@ -362,7 +362,7 @@ def test_the_loss_hard_is_the_cross_entropy_with_the_predictions_of_the_teacher(
     assert float(value) == pytest.approx(float(hard_label(z_s, z_t.argmax(-1))), rel=1e-15)
 
 
-def test_squared_logits_in_closed_form(framework):
+def test_squared_logits_equal_their_closed_form(framework):
     """The squared differences 1 + 4 and 0 + 9 of two samples have the mean 7."""
     student = np.array([[1.0, 2.0], [0.0, 3.0]])
     assert float(LOSSES["logit-l2"](framework(student), framework(np.zeros((2, 2))))) == 7.0

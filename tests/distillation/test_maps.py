@@ -34,7 +34,7 @@ def maps(*rows):
 # ---------------------------------------------------------------------------------------------------- closed forms
 
 
-def test_attention_transfer_in_closed_form(framework):
+def test_attention_transfer_equals_its_closed_form(framework):
     """Attention maps (1, 0) and (1, 1) / √2 have the distance √(2 - √2)."""
     student, teacher = maps([2, 0], [1, 0]), maps([1, -1])
     assert loss_value("at", student, teacher, framework) == pytest.approx((2 - math.sqrt(2)) / 2, rel=1e-14)
@@ -42,14 +42,14 @@ def test_attention_transfer_in_closed_form(framework):
     assert paper == pytest.approx(math.sqrt(2 - math.sqrt(2)), rel=1e-14)
 
 
-def test_neuron_selectivity_in_closed_form(framework):
+def test_neuron_selectivity_equals_its_closed_form(framework):
     """The channels are orthogonal: the kernel is 1 within each model, 0 between them. The discrepancy is 1 + 1 - 0."""
     assert loss_value("nst", maps([3, 0]), maps([0, 5]), framework) == pytest.approx(2, rel=1e-14)
     # Means of the kernel over pairs of channels: 1/2 within the teacher, 1 within the student, 1/2 between (twice).
     assert loss_value("nst", maps([3, 0]), maps([0, 5], [1, 0]), framework) == pytest.approx(0.5, rel=1e-14)
 
 
-def test_activation_boundaries_in_closed_form(framework):
+def test_activation_boundaries_equal_their_closed_form(framework):
     """Signs of the teacher (+, +, -, -), student (2, 0.5, 0, -3), margin 1: hinges 0, 0.5, 1, 0."""
     student, teacher = maps([2, 0.5, 0, -3]), maps([0.1, 3, -0.1, -4])
     value = loss_value("ab", student, teacher, framework, convention="torchdistill")
@@ -57,14 +57,14 @@ def test_activation_boundaries_in_closed_form(framework):
     assert loss_value("ab", student, teacher, framework, margin=0.5, convention="torchdistill") == pytest.approx(0.25)
 
 
-def test_ofd_in_closed_form(framework):
+def test_ofd_equals_its_closed_form(framework):
     """Teacher 2: every difference counts. Teacher -0.5: if the student is higher. Teacher -3: if it is above -1."""
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
 
 
-def test_cwd_in_closed_form(framework):
+def test_cwd_equals_its_closed_form(framework):
     """Teacher (1/2, 1/2), student (1/4, 3/4) at temperature 2: log(4/3) / 2 times 4."""
     student, teacher = maps([0, 2 * math.log(3)], [5, 5]), maps([7, 7], [1, 1])
     value = loss_value("cwd", student, teacher, framework, temperature=2.0)
@@ -72,7 +72,7 @@ def test_cwd_in_closed_form(framework):
     assert loss_value("cwd-pixels", student, teacher, framework, temperature=2.0) == pytest.approx(value, rel=1e-15)
 
 
-def test_factor_transfer_in_closed_form(framework):
+def test_factor_transfer_equals_its_closed_form(framework):
     """(3, 4) / 5 and (1, 0) differ by 0.4 and 0.8; squared activations give (9, 16) / √337."""
     student, teacher = maps([3, 4]), maps([2, 0])
     assert loss_value("ft", student, teacher, framework, convention="paper") == pytest.approx(0.6, rel=1e-14)
@@ -80,7 +80,7 @@ def test_factor_transfer_in_closed_form(framework):
     assert loss_value("ft", student, teacher, framework) == pytest.approx((1 - 9 / length + 16 / length) / 2, rel=1e-14)
 
 
-def test_hierarchical_context_in_closed_form(framework):
+def test_hierarchical_context_equals_its_closed_form(framework):
     """A checkerboard of ±1 averages to 0: only the full size counts, 1 / (1 + 1/2 + 1/4). A constant is unchanged."""
     board = (-1.0) ** np.add.outer(np.arange(4), np.arange(4))[None, None]
     zero = np.zeros_like(board)
@@ -127,7 +127,7 @@ def test_maximum_pooling_equals_that_of_pytorch(framework):
     assert value == pytest.approx(np.linalg.norm(products, axis=1).sum() / 8, rel=1e-13)
 
 
-def test_vid_in_closed_form(framework):
+def test_vid_equals_its_closed_form(framework):
     """Variances 1 and e: (2² / 1 + 0) / 2 and (2² / e + 1) / 2."""
     scale = np.log(np.expm1(np.array([1.0, math.e]) - 1e-5))
     teacher = np.zeros((3, 2, 2, 2))
@@ -339,7 +339,7 @@ def test_maps_of_another_size_are_refused_by_losses_that_compare_positions(name)
 
 @pytest.mark.parametrize("name", ["fsp", "kd-svd"])
 def test_unequal_stages_are_refused(name):
-    with pytest.raises(ShapeError, match=r"student has 1 stages, the teacher 1.*at least two"):
+    with pytest.raises(ShapeError, match=r"student has 1 stage, the teacher 1.*at least two"):
         LOSSES[name]([g1], [h1])
     with pytest.raises(ShapeError, match="student has 2 stages, the teacher 3"):
         LOSSES[name]([g1, g2], [h1, h2, h2])

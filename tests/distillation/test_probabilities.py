@@ -299,7 +299,7 @@ def test_the_outputs_of_several_teachers_are_declared_as_a_tuple():
         distill(PLAIN, [net(), net(nn.Softmax(-1), seed=4)], dataset(), objective=mixed, **QUIET).model, expected
     )
     assert Objective.from_dict(mixed.to_dict()) == mixed
-    with pytest.raises(UsageError, match="`teacher_outputs` has 2 entries; the number of teachers is 1"):
+    with pytest.raises(UsageError, match="`teacher_outputs` has length 2; the number of teachers is 1"):
         distill(PLAIN, net(), dataset(), objective=mixed, **QUIET)
 
 
@@ -357,7 +357,7 @@ def test_logarithms_of_a_softmax_are_accepted_by_class_losses_and_refused_by_bin
         distill(*logs, dataset(YES.astype(np.float64)), objective=BINARY, **QUIET)
 
 
-def test_to_logits_in_closed_form():
+def test_to_logits_equals_its_closed_form():
     p = torch.tensor([[0.2, 0.8], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     found = to_logits(p, "softmax")
     torch.testing.assert_close(found[0], p[0].log())

@@ -29,7 +29,7 @@ def loss_value(name, student, teacher, framework=np.asarray, **options):
 # ---------------------------------------------------------------------------------------------------- closed forms
 
 
-def test_relational_distances_in_closed_form(framework):
+def test_relational_distances_equal_their_closed_form(framework):
     """Distances 1, 2, 3 are divided by their mean 2, and 1, √2, 1 by theirs. Each pair counts in both orders."""
     mean = (2 + math.sqrt(2)) / 3
     difference = np.array([1 / 2 - 1 / mean, 2 / 2 - math.sqrt(2) / mean, 3 / 2 - 1 / mean])
@@ -37,7 +37,7 @@ def test_relational_distances_in_closed_form(framework):
     assert value == pytest.approx((difference**2 / 2).sum() * 2 / 9, rel=1e-13)
 
 
-def test_relational_angles_in_closed_form(framework):
+def test_relational_angles_equal_their_closed_form(framework):
     """A right isosceles triangle and a line have three cosines each, which count in both orders; the mean is over 27.
 
     The triangle has the cosines 0, 1/√2, 1/√2 at its samples, the line 1, -1, 1. The cosine of a side with itself is 1
@@ -48,7 +48,7 @@ def test_relational_angles_in_closed_form(framework):
     assert loss_value("rkd-angle", LINE, CORNER, framework) == pytest.approx(2 * sum(losses) / 27, rel=1e-13)
 
 
-def test_sp_in_closed_form(framework):
+def test_sp_equals_its_closed_form(framework):
     """The products of orthogonal samples give the identity, those of equal samples rows (1, 1) / √2 or (1, 1) / 2."""
     difference, same = np.eye(2), np.ones((2, 1))
     tilt = 1 / math.sqrt(2)
@@ -57,7 +57,7 @@ def test_sp_in_closed_form(framework):
     assert loss_value("sp", difference, same, framework, convention="torchdistill") == pytest.approx(0.25, rel=1e-14)
 
 
-def test_pkt_in_closed_form(framework):
+def test_pkt_equals_its_closed_form(framework):
     """Cosines 1 and 0 give (2/3, 1/3), 1 and 1 give (1/2, 1/2): KL divergence over 2 · 2 pairs."""
     student, teacher = np.eye(2), np.ones((2, 1))
     divergence = (math.log(0.5 / (2 / 3)) + math.log(0.5 / (1 / 3))) / 2
@@ -65,14 +65,14 @@ def test_pkt_in_closed_form(framework):
     assert value == pytest.approx(2 * divergence / 4, rel=1e-13)
 
 
-def test_correlations_of_successive_samples_in_closed_form(framework):
+def test_correlations_of_successive_samples_equal_their_closed_form(framework):
     """Differences (1, 2), (0, 3), (2, 0): inner products 6 and 0 of successive samples."""
     student = np.array([[1.0, -2], [0, 3], [2, 0]])
     assert loss_value("cc", student, np.zeros((3, 2)), framework) == pytest.approx(3, rel=1e-14)
     assert loss_value("cc", student[[0, 2, 1]], np.zeros((3, 2)), framework) == pytest.approx((2 + 0) / 2, rel=1e-14)
 
 
-def test_cc_kernel_in_closed_form(framework):
+def test_cc_kernel_equals_its_closed_form(framework):
     """Cosines 0 and 1: the series is 1 and 1 + 0.8 + 0.32, times exp(-0.8)."""
     student, teacher = 3 * np.eye(2), np.ones((2, 1))
     difference = math.exp(-0.8) * 1.12
@@ -90,7 +90,7 @@ def test_the_series_of_the_kernel_converges_to_the_gaussian():
     assert loss_value("cc-kernel", es, ones, order=20) == pytest.approx(expected, rel=1e-12)
 
 
-def test_crd_batch_in_closed_form(framework):
+def test_crd_batch_equals_its_closed_form(framework):
     """Two orthogonal samples, equal in both models, give log(1 + exp(-1 / T)). N equal samples give log N."""
     value = loss_value("crd-batch", 2 * np.eye(2), 5 * np.eye(2), framework, temperature=0.5)
     assert value == pytest.approx(math.log1p(math.exp(-2)), rel=1e-13)
@@ -103,7 +103,7 @@ def test_crd_batch_equals_the_cross_entropy_of_pytorch():
     assert loss_value("crd-batch", es, et5) == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_crd_in_closed_form(framework):
+def test_crd_equals_its_closed_form(framework):
     """Scores of 1, 1 and 3 times the expected score of noise: probabilities 1/2, and 1/2 and 1/4 for negatives."""
     logits = framework(np.log([[1.0, 1.0, 3.0]]))
     expected = math.log(2) + math.log(2) + math.log(4)

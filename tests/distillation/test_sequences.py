@@ -83,7 +83,7 @@ DIVERGENCE = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # KL divergence of the
     ],
     ids=str,
 )
-def test_weights_of_blank_frames_in_closed_form(framework, options, expected):
+def test_weights_of_blank_frames_equal_their_closed_form(framework, options, expected):
     assert float(ctc_frames(framework(UNIFORM), framework(FRAMES), **options)) == pytest.approx(expected, rel=1e-13)
 
 

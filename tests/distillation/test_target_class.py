@@ -51,7 +51,7 @@ def test_dkd_refuses_a_single_class_and_negative_weights():
             LOSSES["dkd"](z_s, z_t, labels=y, **{name: -1.0})
 
 
-def test_ofa_in_closed_form(framework):
+def test_ofa_equals_its_closed_form(framework):
     """p_t = (1/4, 3/4), label 1, power 2: targets 1/16 and (7/4)² - 1 = 33/16; -log p_s is log 2."""
     student, teacher = np.zeros((1, 2)), np.array([[0.0, math.log(3)]])
     value = LOSSES["ofa"](framework(student), framework(teacher), labels=framework(np.array([1])), power=2.0)
@@ -64,7 +64,7 @@ def test_an_invalid_power_is_refused(power):
         LOSSES["ofa"](z_s, z_t, labels=y, power=power)
 
 
-def test_weighted_soft_labels_in_closed_form(framework):
+def test_weighted_soft_labels_equal_their_closed_form(framework):
     """Student (1/2, 1/2), teacher (1/4, 3/4): cross-entropy with label 1 log 2 and log 4/3, with the teacher log 2."""
     student, teacher = np.zeros((1, 2)), np.array([[0.0, math.log(3)]])
     weight = 1 - math.exp(-math.log(2) / (math.log(4 / 3) + 1e-7))

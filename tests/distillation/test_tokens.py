@@ -51,7 +51,7 @@ def test_losses_conform_with_other_options(loss, check):
 # ------------------------------------------------------------------------------------------------ hidden states
 
 
-def test_hidden_mse_in_closed_form(framework):
+def test_hidden_mse_equals_its_closed_form(framework):
     """Differences 1 and 3 at the first position, 2 and 0 at the second: (1 + 9) / 2 = 5 and 2."""
     student, teacher = framework([[[1.0, 3.0], [2.0, 0.0]]]), framework(np.zeros((1, 2, 2)))
     assert float(hidden_mse(student, teacher)) == 3.5
@@ -100,13 +100,13 @@ def test_hidden_cosine_depends_on_the_angle_only(student, expected):
     assert value == pytest.approx(expected, abs=1e-15)
 
 
-def test_cls_pkd_in_closed_form(framework):
+def test_cls_pkd_equals_its_closed_form(framework):
     """(3, 4) and (0, 2) become (0.6, 0.8) and (0, 1): 0.36 + 0.04. Other positions do not count."""
     student, teacher = framework([[[3.0, 4.0], [9.0, 9.0]]]), framework([[[0.0, 2.0], [7.0, 0.0]]])
     assert float(cls_pkd(student, teacher)) == pytest.approx(0.4, rel=1e-14)
 
 
-def test_token_fsp_in_closed_form(framework):
+def test_token_fsp_equals_its_closed_form(framework):
     """Layers (1, 2), (3, 4) and (1, 0), (0, 1) over two positions: products [[1, 3], [2, 4]] / 2, teacher 0."""
     layers = [framework([[[1.0, 2.0], [3.0, 4.0]]]), framework([[[1.0, 0.0], [0.0, 1.0]]])]
     zeros = [framework(np.zeros((1, 2, 2)))] * 2
@@ -115,7 +115,7 @@ def test_token_fsp_in_closed_form(framework):
     assert float(token_fsp(layers, zeros, mask=framework([[True, False]]))) == pytest.approx((1 + 4) / 4, rel=1e-14)
 
 
-def test_token_nst_in_closed_form_with_unequal_widths(framework):
+def test_token_nst_equals_its_closed_form_with_unequal_widths(framework):
     """[[1, 0], [0, 1]] times its transpose over a width of 2 gives 1/2 on the diagonal; the teacher gives ones."""
     student, teacher = framework([[[1.0, 0.0], [0.0, 1.0]]]), framework([[[1.0] * 4, [1.0] * 4]])
     value = token_nst([student, student], [teacher, teacher])
@@ -139,7 +139,7 @@ def test_attention_scores_of_minus_infinity_count_as_0():
 
 
 @pytest.mark.parametrize("loss", [attention_ce, attention_kl])
-def test_attention_in_closed_form(framework, loss):
+def test_attention_equals_its_closed_form(framework, loss):
     """Teacher (1/2, 1/2), student (1/4, 3/4): KL is log(4/3) / 2, and the teacher's entropy is log 2."""
     student, teacher = framework([[[[0.0, math.log(3)]] * 2]]), framework(np.zeros((1, 1, 2, 2)))
     entropy = math.log(2) if loss is attention_ce else 0

@@ -29,7 +29,7 @@ def model(*terms, components=8):
     return CostModel(terms, np.arange(components))
 
 
-def test_the_cost_of_two_layers_in_closed_form(chain):
+def test_the_cost_of_two_layers_equals_its_closed_form(chain):
     """Layers 3 → 5 → 2 with biases on one row; then 3 of the 5 units are kept."""
     graph = chain(5).graph()
     assert graph.cost == Cost(parameters=3 * 5 + 5 + 5 * 2 + 2, macs=3 * 5 + 5 * 2, activations=0)

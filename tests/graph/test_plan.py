@@ -214,7 +214,7 @@ def test_the_costs_in_a_plan_are_replaced_by_counted_costs(graph):
     assert counted.after == graph.prices.price(graph.keep({"first": (0, 1)}))
 
 
-def test_the_fractions_of_a_cost_in_closed_form():
+def test_the_fractions_of_a_cost_equal_their_closed_form():
     original = Cost(parameters=200, macs=1000, activations=9)
     goal = Goal(macs=0.5, parameters=0.25)
     assert goal.fractions(Cost(40, 600, 9), original) == {"macs": (0.6, 0.5), "parameters": (0.2, 0.25)}

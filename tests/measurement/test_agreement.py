@@ -15,7 +15,7 @@ def test_outputs_agree_with_themselves():
     assert agreement(REFERENCE, REFERENCE.copy()) == Agreement(same_labels=4, n=4, max_error=0, relative=0, centered=0)
 
 
-def test_the_differences_in_closed_form():
+def test_the_differences_equal_their_closed_form():
     """One output differs by 1.5; the squares of the reference sum to 9 + 1 + 13 + 9 = 32."""
     outputs = REFERENCE.copy()
     outputs[3, 1] = 1.5

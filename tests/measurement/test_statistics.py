@@ -34,7 +34,7 @@ def test_the_wilson_interval_has_its_closed_form(case):
 
 
 @pytest.mark.parametrize("n", [1, 10, 359])
-def test_the_interval_of_zero_or_all_hits_in_closed_form(n):
+def test_the_interval_of_zero_or_all_hits_equals_its_closed_form(n):
     """The width is z² / (n + z²) with z² = 3.8414588."""
     width = 3.841458820694124 / (n + 3.841458820694124)
     assert (rate(0, n).low, rate(0, n).high) == pytest.approx((0, width), abs=1e-15)

@@ -17,7 +17,7 @@ from kirsch.distillation.losses.loss import check_same_shape
 from kirsch.errors import DataError, ShapeError, UsageError
 
 
-def test_log_softmax_in_closed_form(framework):
+def test_log_softmax_equals_its_closed_form(framework):
     logits = framework([[0.0, math.log(3.0)], [5.0, 5.0]])
     np.testing.assert_allclose(ops.log_softmax(logits), np.log([[0.25, 0.75], [0.5, 0.5]]), rtol=1e-15)
 
@@ -64,7 +64,7 @@ def test_the_message_about_unequal_shapes_contains_both_shapes():
         check_same_shape(np.zeros((2, 3)), torch.zeros(2, 4))
 
 
-def test_log_sigmoid_in_closed_form(framework):
+def test_log_sigmoid_equals_its_closed_form(framework):
     values = ops.log_sigmoid(framework([0.0, math.log(3), 1e4, -1e4]))
     np.testing.assert_allclose(values, [-math.log(2), math.log(0.75), 0, -1e4], rtol=1e-15)
 
@@ -76,7 +76,7 @@ def test_the_slope_of_log_sigmoid_is_one_half_at_zero():
     np.testing.assert_allclose(logits.grad, [0.5, 0.25, 1], rtol=1e-15)
 
 
-def test_a_weighted_mean_in_closed_form(framework):
+def test_a_weighted_mean_equals_its_closed_form(framework):
     values, weights = framework([[1.0, 5.0, 100.0]]), framework([[1.0, 3.0, 2.0]])
     assert float(ops.weighted_mean(values, weights)) == pytest.approx((1 + 15 + 200) / 6, rel=1e-15)
     mask = framework([[True, True, False]])

@@ -271,7 +271,7 @@ def test_an_edit_that_changes_the_cost_has_a_note_and_the_goal_is_checked_again(
     plan = Plan.from_json(plan.to_json().replace('"macs": 0.75', '"macs": 0.2'))
     found = prune_with_verification(MODEL, plan)
     assert any("was edited after it was made: it states" in note for note in found.notes)
-    assert any("The goal is missed: macs are" in note for note in found.notes)
+    assert any("The goal is missed: MACs are" in note for note in found.notes)
     kirsch.save(found.model, tmp_path / "small")
     stored = json.loads((tmp_path / "small" / "plan.json").read_text())
     assert stored["cost"]["after"] == found.plan.after.to_dict()

@@ -95,7 +95,7 @@ def test_excluded_blocks_are_kept(inputs):
     graph = kirsch.trace(nn.Sequential(chain(ROTATION, ROTATION), chain(ROTATION, ROTATION)).eval(), inputs)
     assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["1"]).without == ("0.0", "0.1")
     assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["*.0"]).without == ("0.1", "1.1")
-    with pytest.raises(UnknownNameError, match="no residual block to `exclude` named '7'"):
+    with pytest.raises(UnknownNameError, match="`exclude` names the residual block '7', which does not exist"):
         plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["7"])
 
 

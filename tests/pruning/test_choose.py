@@ -69,7 +69,10 @@ def test_kept_channels_are_the_largest_by_magnitude():
 
 
 def uneven():
-    """Return the graph of two layers. Unit 0 has the larger root mean square, units 1 and 2 have the larger mean."""
+    """Return the graph of two layers.
+
+    Unit 0 has the larger root mean square, units 1 and 2 have the larger mean absolute value.
+    """
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 3, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[6.0, 0.0], [4.0, -4.0], [-4.0, 4.0]]))
@@ -78,7 +81,7 @@ def uneven():
 
 
 @pytest.mark.parametrize(("norm", "rows"), [(1, [3.0, 4.0, 4.0]), (2, [18**0.5, 4.0, 4.0])])
-def test_magnitude_in_closed_form(norm, rows):
+def test_magnitude_equals_its_closed_form(norm, rows):
     graph = uneven()
     found = magnitude(graph, graph.groups[0], norm=norm, seed=0)
     np.testing.assert_allclose(found, (np.array(rows) / np.mean(rows) + 1.0) / 2, rtol=1e-6)
@@ -136,7 +139,7 @@ def test_kept_widths_are_multiples_of_round_to(round_to):
         (32, [16, 8, 4]),
     ],
 )
-def test_round_to_auto_depends_on_the_number_of_units_and_is_never_halved_below_4(units, multiples):
+def test_round_to_auto_is_1_below_8_units_and_at_least_4_otherwise(units, multiples):
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, units), nn.Linear(units, 2)), torch.randn(1, 4))
     assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
@@ -154,7 +157,8 @@ def test_a_plan_far_below_its_goal_has_a_note_with_the_reason():
     assert any(note.endswith(reason) for note in plan.notes)
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), round_to=1)  # one of three units is a third of the MACs
-    reason = "23.3 points below the goal of 90.0%. A single unit of its groups costs that much."
+    distance = "23.3 points below the goal of 90.0%."
+    reason = f"{distance} Removing one unit of these groups changes the MACs by more than this distance."
     assert any(note.endswith(reason) for note in plan.notes)
 
 
@@ -165,7 +169,7 @@ def test_a_plan_close_to_its_goal_has_no_note_on_the_goal():
 
 def test_a_plan_with_widths_that_run_slowly_has_a_note():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
-    assert any("Widths that 4 does not divide run slowly" in note for note in plan.notes)
+    assert any("Widths that are not multiples of 4 run slowly" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("pattern", ["3", "3.weight", "[3]"])
@@ -181,7 +185,9 @@ def test_an_unknown_layer_to_exclude_names_the_nearest():
     model.add_module("features", nn.Linear(4, 8))
     model.add_module("head", nn.Linear(8, 2))
     graph = kirsch.trace(model, torch.randn(1, 4))
-    with pytest.raises(UnknownNameError, match=r"no layer to `exclude` named 'feature'.*Did you mean 'features'\?"):
+    with pytest.raises(
+        UnknownNameError, match=r"`exclude` names the layer 'feature', which does not exist.*Did you mean 'features'\?"
+    ):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), exclude=["feature"])
 
 

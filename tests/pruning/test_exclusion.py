@@ -154,5 +154,7 @@ def test_a_plan_without_exclusions_has_no_note_on_exclusions(model):
 
 
 def test_the_error_for_an_unknown_layer_in_keep_outputs_names_the_nearest(model):
-    with pytest.raises(UnknownNameError, match=r"no layer for `keep_outputs` named 'clasifier'.*'classifier'"):
+    with pytest.raises(
+        UnknownNameError, match=r"`keep_outputs` names the layer 'clasifier', which does not exist.*'classifier'"
+    ):
         pruned(model, keep_outputs=["clasifier"])

@@ -123,9 +123,14 @@ def model_of_graph():
 
 
 def test_the_error_for_an_unknown_kind_names_the_nearest_kind(graph):
-    with pytest.raises(UnknownNameError, match=r"no kind of unit for `kinds` 'heads'.*Did you mean 'head'"):
+    with pytest.raises(
+        UnknownNameError, match=r"`kinds` names the kind of unit 'heads', which does not exist.*Did you mean 'head'"
+    ):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), kinds=["heads"])
-    with pytest.raises(UnknownNameError, match=r"no kind of unit for `round_to` 'channels'.*Did you mean 'channel'"):
+    with pytest.raises(
+        UnknownNameError,
+        match=r"`round_to` names the kind of unit 'channels', which does not exist.*Did you mean 'channel'",
+    ):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to={"channels": 8})
 
 

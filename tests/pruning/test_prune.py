@@ -333,7 +333,7 @@ def test_the_error_for_a_build_of_another_class_names_the_class_and_not_the_inpu
         kirsch.prune(nn.Linear(3, 3), kirsch.Plan.read(tmp_path / "small" / "plan.json"), example_inputs=IMAGE)
 
 
-def test_the_regularizers_in_closed_form():
+def test_the_regularizers_equal_their_closed_form():
     model = build()
     weights = sum(float(p.detach().abs().sum()) for p in model.parameters() if p.dim() > 1)
     assert float(L1(0.5)(model).detach()) == pytest.approx(0.5 * weights, rel=1e-6)

@@ -60,13 +60,18 @@ def test_forecast_shows_the_cost_that_the_steps_reach_for_each_limit(job):
 
 @pytest.mark.parametrize(
     ("groups", "blocks", "text"),
-    [(1, 0, "in 1 group"), (2, 0, "in 2 groups"), (0, 1, "by removing 1 block"), (0, 3, "by removing 3 blocks")],
+    [
+        (1, 0, "by pruning 1 group; units"),
+        (2, 0, "by pruning 2 groups; units"),
+        (0, 1, "by removing 1 block; blocks"),
+        (0, 3, "by removing 3 blocks; blocks"),
+    ],
 )
 def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks}
     (line,) = [plain(line) for line in forecast_lines(found) if plain(line).startswith("plan ")]
-    assert f" {text}, ranked by " in line
+    assert f" {text} ranked by " in line
 
 
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):

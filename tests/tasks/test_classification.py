@@ -60,7 +60,7 @@ def test_lost_classes_are_sorted_by_loss_of_accuracy_and_leave_out_classes_witho
     ]
 
 
-def test_balanced_and_chance_accuracy_in_closed_form():
+def test_balanced_and_chance_accuracy_equal_their_closed_form():
     """The recall is 2/3 for class 0 and 1 for class 1. Half of the predictions are 0, half are 1."""
     result = PredictionSummary.of(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
     assert (result.n, result.classes, result.first, result.most_frequent) == (4, 2, 0, 3)
@@ -81,7 +81,7 @@ def test_two_models_are_compared_by_the_samples_that_only_one_predicts_correctly
     assert paired(logits_of([1, 1]), logits_of([0, 1]), np.array([0, 0])) == Paired(0, 1, 2, 1.0)
 
 
-def test_the_calibration_error_in_closed_form():
+def test_the_calibration_error_equals_its_closed_form():
     """Four samples with confidence 90 %, three correct; two with 65 %, one correct: (4 · 0.15 + 2 · 0.15) / 6."""
     confidence = np.array([0.9] * 4 + [0.65] * 2)
     logits = np.log(np.stack([confidence, 1 - confidence], axis=1))

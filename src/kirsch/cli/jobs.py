@@ -125,8 +125,9 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
             for key, word in (("macs", "MACs"), ("parameters", "parameters"))
         )
         lines += [[]] if number == 0 else []
-        weights = f", ranked by {content['plan_weights']}" if number == 0 else ""
-        of_groups = f"in {figures.counted(len(plan['groups']), 'group')}"
+        kind = "block" if plan["blocks"] else "unit"
+        weights = f"; {kind}s ranked by {content['plan_weights']}" if number == 0 else ""
+        of_groups = f"by pruning {figures.counted(len(plan['groups']), 'group')}"
         of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"
         text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{weights}"
         lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
@@ -202,12 +203,12 @@ def verify(folder: Path, terminal: Terminal) -> int:
         "folders": checked.folders,
     }
     if checked.finished:
-        text = f"all {checked.files} files have the sha256 of the manifest"
+        text = f"the sha256 of all {checked.files} files matches the manifest"
         terminal.result([[Piece(f"{'sound':<13}", "good"), Piece(f"{folder}: {text}")]], content)
         return 0
     progress = f"{len(checked.done)} of {len(checked.steps)} steps are done"
     compared = f"{figures.counted(checked.files, 'file')} in {figures.counted(checked.folders, 'folder')}"
-    verified = f"{compared} have the sha256 of their manifests"
+    verified = f"{compared}: the sha256 of each matches the manifest of its folder"
     unverified = f"{', '.join(checked.uncovered)}: no hash is stored for them until the run ends"
     lines: list[Line] = [
         [

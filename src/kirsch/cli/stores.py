@@ -1,4 +1,4 @@
-"""The subcommand store, on stores of teacher outputs: build, check, verify, info."""
+"""The subcommand `kirsch store`: the actions build, check, verify and info on a store of teacher outputs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class TeacherArguments:
     """Teacher and data from the command line.
 
     Args:
-        model, weights: reference and origin of the weights; see `load_model`.
-        data: data source of a recipe.
+        model: reference to the teacher, such as "file.py:callable".
+        weights: "random", "pretrained" or a safetensors file; see `load_model`.
+        data: name or reference of a data source, as in `data.source` of a recipe.
         options: options of the data source, each "key=value".
         seed: seed of random weights, of the data and of the augmentation.
         batch_size: samples of one batch of the teacher.
@@ -54,14 +55,16 @@ class TeacherArguments:
         for text in self.options:
             key, equals, value = text.partition("=")
             if not equals or not key:
-                raise UsageError(f"--option {text!r} is not an option.", "The form is key=value.", "Write train=45000.")
+                raise UsageError(
+                    f"--option {text!r} does not have the form key=value.", fix="An example is --option train=45000."
+                )
             options[key] = scalar(value, f"--option {key}")
         data = load_data(self.data, options, seed=self.seed, base=Path())
         if data.is_stream:
             raise UsageError(
                 f"The training part of {data.name} is a loader.",
                 "A store finds each sample by its number in an array.",
-                "Return a data set whose training part is kirsch.Split(inputs, labels).",
+                "The data source must return a data set whose training part is kirsch.Split(inputs, labels).",
             )
         teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
         require_deterministic(teacher, (data.train.inputs[:1],))
@@ -80,7 +83,7 @@ class BuildOptions:
     """Options to build a store, from the command line.
 
     Args:
-        keep: "dense", or the number of classes.
+        keep: "dense" for all classes, or the number of most likely classes to store.
         views, temperature: see `build_store`.
         part: "i/n" with 1 <= i <= n; "" builds all.
     """
@@ -99,7 +102,7 @@ class BuildOptions:
         share = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.part or "1/1")
         if share is None or not 1 <= int(share[1]) <= int(share[2]):
             raise UsageError(
-                f"--part {self.part!r} is not a part.", "The form is i/n, from 1/n to n/n.", "Write --part 1/4."
+                f"--part {self.part!r} does not have the form i/n, from 1/n to n/n.", fix="An example is --part 1/4."
             )
         return {
             "keep": Dense() if self.keep == "dense" else TopK(int(self.keep)),
@@ -124,7 +127,10 @@ def run_action(
         store.verify()
         count = store.specification.views * store.specification.ranges
         lines: list[Line] = [
-            [Piece(f"{'sound':<13}", "good"), Piece(f"all {count} range files have their stored sha256")]
+            [
+                Piece(f"{'sound':<13}", "good"),
+                Piece(f"{figures.counted(count, 'data file')} checked, all hashes are correct"),
+            ]
         ]
         terminal.result(lines, {"store": str(folder), "sound": True, "ranges": count})
         return 0

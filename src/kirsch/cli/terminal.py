@@ -65,24 +65,25 @@ class Terminal:
     def progress(self, *lines: Line) -> None:
         """Write lines that show progress, except in quiet mode."""
         if not self.mode.quiet:
-            _write(self._display, *lines)
+            self._write(self._display, *lines)
 
     def result(self, parts: Iterable[Part], content: dict[str, Any]) -> None:
         """Write the result: lines and tables of text, or one JSON object in JSON mode."""
         if self.mode.json:
             self.write_json(content)
             return
-        _write(self._stdout, *lines(parts))
+        self._write(self._stdout, *lines(parts))
 
     def write_json(self, content: dict[str, Any]) -> None:
         """Write a JSON object to the standard output, in one line."""
-        with _write_errors():  # `json.dumps` returns ASCII, which every encoding has, and escapes control characters
+        # `json.dumps` returns ASCII, which every encoding has, and escapes control characters
+        with _write_errors("standard output"):
             self._stdout.stream.write(json.dumps(content, default=str) + "\n")
             self._stdout.stream.flush()
 
     def write_error(self, *lines: Line) -> None:
         """Write lines to the standard error, also in quiet mode."""
-        _write(self._stderr, *lines)
+        self._write(self._stderr, *lines)
 
     def start_status(self, draw: Callable[[], Line], *, refresh: bool = True) -> None:
         """Show a status line as `Display.start_status` does, except in quiet mode."""
@@ -98,18 +99,17 @@ class Terminal:
         self._display.stop_status()
 
     def restore_cursor(self) -> None:
-        """Show the cursor again, before the process ends at once."""
+        """Show the cursor again. Called before the process exits without cleanup."""
         self._display.restore_cursor()
 
-
-def _write(display: Display, *lines: Line) -> None:
-    with _write_errors():
-        display.progress(*lines)
+    def _write(self, display: Display, *lines: Line) -> None:
+        with _write_errors("standard error" if display is self._stderr else "standard output"):
+            display.progress(*lines)
 
 
 @contextlib.contextmanager
-def _write_errors() -> Iterator[None]:
-    """Convert the errors of writing to a stream.
+def _write_errors(stream: str) -> Iterator[None]:
+    """Convert the errors of writing to a stream, such as "standard error".
 
     Raises:
         ClosedError: the reader has closed the stream.
@@ -120,6 +120,6 @@ def _write_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows raises EINVAL
             raise ClosedError from None
-        raise OutputError("The standard output cannot be written.", f"{error.strerror or error}.") from error
+        raise OutputError(f"The {stream} cannot be written.", f"{error.strerror or error}.") from error
     except ValueError as error:  # code of the model has closed the stream
-        raise OutputError("The standard output cannot be written.", f"{error}.") from error
+        raise OutputError(f"The {stream} cannot be written.", f"{error}.") from error

@@ -1,4 +1,7 @@
-"""Loaders as parts of a data set: training batches are read in each epoch, other parts once, into memory."""
+"""Loaders as parts of a data set.
+
+The training loader is read again in each epoch. The other loaders are read once, into memory.
+"""
 
 from __future__ import annotations
 

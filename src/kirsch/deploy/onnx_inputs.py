@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.errors import LoadError, UsageError, listing
 from kirsch.graph.inputs import InputSpec
 from kirsch.measurement.machine import require_room
@@ -81,7 +82,8 @@ def _shapes_by_name(session: OnnxSession, specs: Sequence[InputSpec]) -> dict[st
         return {spec.name: spec.shape for spec in specs}
     if specs and len(specs) != len(session.inputs):
         raise UsageError(
-            f"{session.path} has {len(session.inputs)} inputs; the number of given shapes is {len(specs)}.",
+            f"{session.path} has {figures.counted(len(session.inputs), 'input')}; "
+            f"the number of given shapes is {len(specs)}.",
             listing(session.inputs),
             f"Give --input for each input, in this order or by name: --input {session.inputs[0]}=1,3,224,224.",
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-FILE_FIX = "Give an ONNX file, such as kirsch.export writes, or the model itself to kirsch.measure."
+FILE_FIX = "Give a file written by kirsch.export. To measure the model without a file, call kirsch.measure(model, ...)."
 INPUTS_FIX = "Give example inputs of that number, shape and type."
 
 
@@ -116,9 +116,10 @@ class OnnxSession:
         if not isinstance(inputs, Mapping) or not all(hasattr(value, "shape") for value in inputs.values()):
             return tuple(_arrays(inputs))
         if set(inputs) != set(self.inputs):
+            names = ", ".join(self.inputs)
             raise UsageError(
-                f"The inputs are named {', '.join(map(str, inputs))}; the file has {', '.join(self.inputs)}.",
-                fix="Give an array for each of these names.",
+                f"The file has the inputs {names}; the given names are {', '.join(map(str, inputs))}.",
+                fix=f"Give a dict with one array for each of {names}.",
             )
         return tuple(host(inputs[name]) for name in self.inputs)
 
@@ -167,7 +168,7 @@ class OnnxSession:
 
 
 def _arrays(inputs: Any) -> list[NDArray[Any]]:
-    """Return the arrays in nested inputs, in the order of the file's inputs."""
+    """Return the arrays in nested inputs, in their order."""
     if isinstance(inputs, (Mapping, tuple, list)):
         parts = inputs.values() if isinstance(inputs, Mapping) else inputs
         return [array for part in parts for array in _arrays(part)]

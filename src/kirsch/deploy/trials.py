@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.errors import ModelError, NumericError
 from kirsch.failures import error_with_location
 
@@ -244,7 +245,9 @@ def _drifts(model: Exportable, session: OnnxSession, trial: Trial) -> tuple[dict
     """Return the difference and the tolerance of each output by name."""
     outputs = session.run(*trial.inputs)
     if len(outputs) != len(trial.expected):
-        raise NumericError(f"The exported file has {len(outputs)} outputs, the model has {len(trial.expected)}.")
+        raise NumericError(
+            f"The exported file has {figures.counted(len(outputs), 'output')}, the model has {len(trial.expected)}."
+        )
     drifts = {
         name: distance(expected, actual)
         for (name, expected), actual in zip(trial.expected.items(), outputs, strict=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch import ops
+from kirsch import figures, ops
 from kirsch.distillation.distillation_loss import top_k_record_loss
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
@@ -54,8 +54,8 @@ def bind(
 
     Raises:
         UnknownNameError: a term names a layer that a model does not have, or an output that the store does not hold.
-        ShapeError: no adapter can convert the student's feature of a term to the shape of the teacher's, or student and
-            teacher return different numbers of classes.
+        ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert the
+            student's feature to the shape of the teacher's feature.
         UsageError: a term names different numbers of layers of student and teacher, or a teacher that does not exist.
     """
     if recorded is None and not teachers:
@@ -66,7 +66,7 @@ def bind(
             continue
         if recorded is None and not 0 <= (term.teacher or 0) < len(teachers):
             raise UsageError(
-                f"The term {term.record_name!r} has teacher={term.teacher}, and there are {len(teachers)} teachers.",
+                f"The term {term.record_name!r} has teacher={term.teacher}; the number of teachers is {len(teachers)}.",
                 fix=f"Give an index from 0 to {len(teachers) - 1}.",
             )
         teacher = None if recorded is not None else teachers[term.teacher or 0]
@@ -207,8 +207,8 @@ def _layer_pairs(
     if len(teacher_layers) != len(student_layers):
         if isinstance(term.layers[1], list) and not any("*" in text for text in term.layers[1]):
             raise UsageError(
-                f"The term {term.record_name!r} names {len(teacher_layers)} layers of the teacher and "
-                f"{len(student_layers)} of the student.",
+                f"The term {term.record_name!r} names {figures.counted(len(teacher_layers), 'layer')} of the teacher "
+                f"and {len(student_layers)} of the student.",
                 fix="Name the same number, or a pattern such as layer*, whose matches are chosen by depth.",
             )
         teacher_layers = by_depth(teacher_layers, len(student_layers))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from kirsch import ops
+from kirsch import figures, ops
 from kirsch.annotations import Count
 from kirsch.arguments import checked
 from kirsch.data.annotations import Build, Data, Model, Regularizer
@@ -75,7 +75,8 @@ def distill_chain(
     """
     if len(models) < MIN_MODELS:
         raise UsageError(
-            f"A chain needs a teacher and a student; found {len(models)} models.", fix="Give two or more models."
+            f"A chain needs a teacher and a student; found {figures.counted(len(models), 'model')}.",
+            fix="Give two or more models.",
         )
     _check_distinct(models)
     first, students = models[0], models[1:]
@@ -251,7 +252,8 @@ def _for_each_link(value: Any, links: int, name: str) -> list[Any]:
         return [value] * links
     if len(value) != links:
         raise UsageError(
-            f"`{name}` has {len(value)} items, and the chain has {links} links from one model to the next.",
+            f"`{name}` has {figures.counted(len(value), 'item')}, and the chain has {figures.counted(links, 'link')} "
+            "from one model to the next.",
             fix="Give one item for all links, or one for each.",
         )
     return list(value)

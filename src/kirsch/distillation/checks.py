@@ -66,8 +66,8 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
     unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
         f"The batches have no targets, so the label loss is left out. They contain {' and '.join(unknown)}, which "
-        f"{type(model).__name__} does not take. If one of these entries holds the targets, name it labels; remove the "
-        "others."
+        f'{type(model).__name__} does not take. If one of these entries holds the targets, rename it to "labels". '
+        "Remove the other entries."
     )
     return [text] if unknown else []
 

@@ -75,8 +75,8 @@ def distill(
     Raises:
         UsageError: student and teacher are one object, a model does not run on the first batch, or a model returns
             probabilities that the objective does not declare.
-        ShapeError: student and teacher return different numbers of classes, or no adapter can convert the student's
-            feature of a term to the shape of the teacher's.
+        ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert
+            the student's feature to the shape of the teacher's feature.
         UnknownNameError: a term names a layer that the model does not have.
         DataError: there are no samples, the label loss does not take the targets, the data is a dataset and not a
             loader, or a model does not take a batch.

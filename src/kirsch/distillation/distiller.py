@@ -69,8 +69,8 @@ class Distiller:
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
             run on the batch, or a model returns probabilities instead of logits.
-        ShapeError: student and teacher return different numbers of classes, or no adapter can convert the student's
-            feature of a term to the shape of the teacher's.
+        ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert
+            the student's feature to the shape of the teacher's feature.
         UnknownNameError: a term names a layer that the model does not have.
         DataError: the label loss does not take the targets, or it is unclear which elements of the batch are inputs and
             which are targets.

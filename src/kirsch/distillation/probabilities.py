@@ -288,7 +288,7 @@ def logits_converters(
     declared = objective.teacher_outputs
     if isinstance(declared, (tuple, list)) and len(declared) != len(teachers):
         raise UsageError(
-            f"`teacher_outputs` has {len(declared)} entries; the number of teachers is {len(teachers)}.",
+            f"`teacher_outputs` has length {len(declared)}; the number of teachers is {len(teachers)}.",
             fix="Give one entry for each teacher, or one value for all.",
         )
     return [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.graph.kinds import GRID_UNIT_KINDS
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Group:
 
     def __repr__(self) -> str:
         """Return one line."""
-        return f"<Group {self.name}: {self.size} units of kind {self.kind}, in {len(self.layers)} layers>"
+        layers = figures.counted(len(self.layers), "layer")
+        return f"<Group {self.name}: {figures.counted(self.size, 'unit')} of kind {self.kind}, in {layers}>"
 
     @property
     def size(self) -> int:

@@ -176,6 +176,6 @@ def _removable(graph: Graph, exclude: Sequence[str]) -> list[str]:
     for pattern in exclude:
         named = [path for path in graph.blocks if matches(path, pattern)]
         if not named:
-            raise UnknownNameError("residual block to `exclude` named", pattern, graph.blocks)
+            raise UnknownNameError("residual block", pattern, graph.blocks, argument="exclude")
         removable = [path for path in removable if path not in named]
     return removable

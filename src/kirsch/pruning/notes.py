@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kirsch.graph.cost import WORDS
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import UNROUNDED_KINDS
 from kirsch.graph.plan import Goal
@@ -22,7 +23,7 @@ CLOSE = 0.01
 """Largest distance of a plan below its goal without a note, as a fraction of the original."""
 
 ALIGNED = 4
-"""ONNX Runtime cannot use its blocked layout of convolutions for widths that this number does not divide.
+"""ONNX Runtime cannot use its blocked layout of convolutions for widths that are not multiples of this number.
 
 Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long in a depthwise convolution.
 """
@@ -75,8 +76,8 @@ def missed_notes(plan: Plan) -> list[str]:
         return []
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     return [
-        f"The goal is missed: {name} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove more "
-        "units, or make a new plan."
+        f"The goal is missed: {WORDS[name]} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove "
+        "more units, or make a new plan."
         for name, (value, limit) in reached.items()
         if value > limit
     ]
@@ -92,11 +93,12 @@ def landing_note(plan: Plan) -> str:
         return ""
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
-    why = "A single unit of its groups costs that much." if single else f"round_to={multiple!r} rounds the widths."
+    one_unit = f"Removing one unit of these groups changes the {WORDS[name]} by more than this distance."
+    why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{name} are {value:.1%} of the original, {distance}. {why}{fix}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:
@@ -109,4 +111,5 @@ def width_notes(plan: Plan) -> list[str]:
     if not unaligned:
         return []
     more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
-    return [f"Widths that {ALIGNED} does not divide run slowly on some runtimes: {', '.join(unaligned[:3])}{more}."]
+    names = f"{', '.join(unaligned[:3])}{more}"
+    return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]

@@ -73,10 +73,10 @@ class PlanOptions(Options):
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
-                raise UnknownNameError("kind of unit for `kinds`", kind, (*KINDS, BLOCK), most=len(KINDS) + 1)
+                raise UnknownNameError("kind of unit", kind, (*KINDS, BLOCK), len(KINDS) + 1, "kinds")
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
-                raise UnknownNameError("kind of unit for `round_to`", kind, KINDS, most=len(KINDS))
+                raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):

@@ -89,7 +89,8 @@ def _with_parameters(graph: Graph, pattern: str) -> list[str]:
     names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
     if not names:
         layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
-        raise UnknownNameError("layer to `exclude` named", pattern, layers | {group.name for group in graph.groups})
+        known = layers | {group.name for group in graph.groups}
+        raise UnknownNameError("layer", pattern, known, argument="exclude")
     tied = {id(graph.tensors[name]) for name in names}
     return [g.name for g in graph.groups if any(id(graph.tensors[name]) in tied for name, _ in g.footprint)]
 
@@ -99,7 +100,7 @@ def _with_outputs(graph: Graph, pattern: str) -> list[str]:
     outputs = graph.module_outputs()
     named = [output for path, output in outputs.items() if fnmatch.fnmatchcase(path, pattern)]
     if not named:
-        raise UnknownNameError("layer for `keep_outputs` named", pattern, outputs)
+        raise UnknownNameError("layer", pattern, outputs, argument="keep_outputs")
     kept = np.zeros(len(graph.coupling.frozen), bool)
     for labels in (axis for output in named for tensor in output for axis in tensor.axes if axis is not None):
         kept[graph.coupling.component[labels]] = True

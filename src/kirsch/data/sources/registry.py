@@ -51,7 +51,9 @@ def load_data(source: str, options: dict[str, Any], *, seed: int, base: Path | N
         raise UsageError(
             f"The data source {source!r} does not take these options.",
             f"{error}.",
-            f"Use only {', '.join(takes)} in data.options." if takes else "Remove data.options: it takes no options.",
+            f"Use only {', '.join(takes)} in data.options."
+            if takes
+            else "Remove data.options: the data source takes no options.",
         ) from error
     try:
         with preserved_process_state():

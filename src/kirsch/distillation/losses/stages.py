@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from kirsch import ops
+from kirsch import figures, ops
 from kirsch.distillation.losses.loss import check_convention, check_integer, check_maps, check_same_shape, loss
 from kirsch.distillation.losses.maps import hierarchical_context
 from kirsch.errors import ShapeError, UsageError
@@ -56,7 +56,7 @@ def _check_stages(student: Any, teacher: Any) -> None:
     """Raise a ShapeError unless student and teacher have the same number of stages, samples and channels."""
     if len(student) != len(teacher) or len(student) < len("ab"):
         raise ShapeError(
-            f"The student has {len(student)} stages, the teacher {len(teacher)}.",
+            f"The student has {figures.counted(len(student), 'stage')}, the teacher {len(teacher)}.",
             "Relations between stages need the same number of stages in student and teacher, at least two.",
         )
     for number, (maps_s, maps_t) in enumerate(zip(student, teacher, strict=True)):
@@ -210,6 +210,6 @@ def reviewed(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) 
     Source: Chen et al. 2021, arXiv:2104.09044, equation 6.
     """
     if len(student) != len(teacher):
-        raise ShapeError(f"The student has {len(student)} stages, the teacher {len(teacher)}.")
+        raise ShapeError(f"The student has {figures.counted(len(student), 'stage')}, the teacher {len(teacher)}.")
     pairs = zip(student, teacher, strict=True)
     return sum(hierarchical_context(maps_s, maps_t, sizes=sizes, axis=1) for maps_s, maps_t in pairs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kirsch import ops
+from kirsch import figures, ops
 from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
@@ -411,7 +411,7 @@ def _check_same_positions(student: Sequence[Any], teacher: Sequence[Any]) -> Non
         if not isinstance(arrays, (list, tuple)):
             raise ShapeError(f"The {role} has one array; a list of arrays is needed, each of shape (N, L, D).")
     if len(student) != len(teacher):
-        raise ShapeError(f"The student has {len(student)} arrays, the teacher {len(teacher)}.")
+        raise ShapeError(f"The student has {figures.counted(len(student), 'array')}, the teacher {len(teacher)}.")
     shapes = {tuple(array.shape[:2]) for array in (*student, *teacher)}
     if len(shapes) > 1:
         found = " and ".join(str(shape) for shape in sorted(shapes))

@@ -140,7 +140,7 @@ def test_every_registered_adapter_is_declared_for_all_frameworks():
 
 
 @EVERY_CASE
-def test_the_number_of_parameters_of_an_adapter_in_closed_form(case):
+def test_the_number_of_parameters_of_an_adapter_equals_its_closed_form(case):
     assert sum(parameter.numel() for parameter in make_adapter(case).parameters()) == PARAMETERS[case]
 
 
@@ -368,8 +368,8 @@ def test_the_extra_loss_of_an_adapter_is_the_sum_over_its_stages():
         ("conv", MAP, WIDE, {"spatial": "crop"}, UsageError, r"'spatial' is 'crop'.*'pool' or 'interpolate'"),
         ("conv", (4, 5, 6), WIDE, {}, ShapeError, r"student's value has shape \(4, 5, 6\); \(N, C, H, W\) is needed"),
         ("conv", MAP, (4, 6), {}, ShapeError, r"teacher's value has shape \(4, 6\); \(N, C, H, W\) is needed"),
-        ("conv", [MAP], [MAP, MAP], {}, ShapeError, r"student has 1 stages, the teacher has 2 stages"),
-        ("conv", MAP, [MAP], {}, ShapeError, r"student has one value, the teacher has 1 stages"),
+        ("conv", [MAP], [MAP, MAP], {}, ShapeError, r"student has 1 stage, the teacher has 2 stages"),
+        ("conv", MAP, [MAP], {}, ShapeError, r"student has one value, the teacher has 1 stage"),
         ("review", MAP, WIDE, {}, ShapeError, r"'review' needs a list of stages; there is only one value"),
         ("fitnet", (4, 6, 3, 3), WIDE, {}, ShapeError, r"student's map is 3 × 3, the teacher's 8 × 8"),
         ("linear", (4, 5, 6), (4, 6, 6), {}, ShapeError, r"can only change the last axis"),

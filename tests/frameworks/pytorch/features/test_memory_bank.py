@@ -225,7 +225,7 @@ def test_a_bank_restored_from_its_state_continues_identically():
 # ------------------------------------------------------------------------------------------------ the loss of CRD
 
 
-def test_crd_in_closed_form():
+def test_crd_equals_its_closed_form():
     """Logits of 0 are probabilities of 1/2: (1 + K) log 2 for each direction."""
     assert float(LOSSES["crd"](torch.zeros(2, 4), torch.zeros(2, 4))) == pytest.approx(8 * math.log(2), rel=1e-6)
     student = torch.tensor([[math.log(3), -math.log(3)]], dtype=torch.float64)  # 3/4 for both

@@ -151,8 +151,8 @@ def with_layer_of(package):
 
 
 UNTRACEABLE = {
-    "TorchScript": (lambda: torch.jit.script(Net()), "It is TorchScript.*the Python module"),
-    "TorchScript by a run": (lambda: torch.jit.trace(Net(), X), "It is TorchScript"),
+    "scripted TorchScript": (lambda: torch.jit.script(Net()), "It is TorchScript.*the Python module"),
+    "traced TorchScript": (lambda: torch.jit.trace(Net(), X), "It is TorchScript"),
     "a part in TorchScript": (lambda: Net(torch.jit.script), "Its part `a` is TorchScript"),
     "dynamic int8": (
         lambda: torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear}, dtype=torch.qint8),

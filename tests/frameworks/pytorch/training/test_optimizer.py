@@ -30,7 +30,7 @@ def rates(training, length=None):
     return [learning_rate(training, step / (length or 1)) for step in range(training.epochs * (length or 1))]
 
 
-def test_the_cosine_schedule_in_closed_form():
+def test_the_cosine_schedule_equals_its_closed_form():
     cosine = math.sqrt(3) / 2  # cos 30°
     expected = [0.8, 0.4 * (1 + cosine), 0.6, 0.4, 0.2, 0.4 * (1 - cosine)]
     assert rates(Training(epochs=6, learning_rate=0.8, schedule="cosine")) == pytest.approx(expected, rel=1e-12)

@@ -118,7 +118,7 @@ def test_validation_runs_in_inference_mode_after_each_epoch_and_does_not_change_
     assert_same_bits(found.model, trained().model)
 
 
-def test_the_shares_of_the_terms_in_the_first_batch_in_closed_form():
+def test_the_shares_of_the_terms_in_the_first_batch_equal_their_closed_form():
     """Gradients of norm 3 and 4 have shares 3/7 and 4/7; values of 3·2 and 4·1 have shares 0.6 and 0.4."""
     model = nn.Linear(2, 1, bias=False)
     model.weight.data.copy_(torch.tensor([[2.0, 1.0]]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from kirsch import figures
 from kirsch.errors import ShapeError
 from kirsch.frameworks.adapters.options import ADAPTER_OPTIONS, check_known, complete_options
 from kirsch.frameworks.adapters.shapes import Shape, choose_adapter
@@ -94,7 +95,7 @@ def _is_list(shapes: Any) -> bool:
 
 
 def _describe(shapes: Any) -> str:
-    return f"{len(shapes)} stages" if _is_list(shapes) else "one value"
+    return figures.counted(len(shapes), "stage") if _is_list(shapes) else "one value"
 
 
 def _build_one(
