@@ -68,7 +68,7 @@ def test_a_build_with_other_options_does_not_overwrite_a_store(store_copy):
             r"the callable that returns the outputs \(outputs: stored None, given .*<lambda> version 1\)",
         ),
     ):
-        with pytest.raises(StoreError, match=rf"is stale\. .* another value of .*{word}.* build another store in another folder"):
+        with pytest.raises(StoreError, match=rf"is stale\. .* another value of .*{word}.* in another folder"):
             tiny_store(store_copy, **options)
     TeacherStore.open(store_copy).verify()
 
