@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
 from kirsch.errors import GoalError
+from kirsch.graph.cost import WORDS
 from kirsch.graph.plan import Goal
 from kirsch.steps import Measure, Prune
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from kirsch.jobs.job import Job, Record
     from kirsch.jobs.step import Step
-
-WORDS = {"macs": "MACs", "parameters": "parameters"}
 
 
 @dataclass(frozen=True)
