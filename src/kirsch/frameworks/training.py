@@ -315,7 +315,7 @@ class Trained(Printable):
 
     @property
     def _epochs(self) -> str:
-        return f"{len(self.history)} epoch{'s' * (len(self.history) != 1)}"
+        return figures.counted(len(self.history), "epoch")
 
     def parts(self) -> list[Part]:
         """Return the name of the model, a line for each of the last epochs, and the shares of the gradient."""
