@@ -265,6 +265,7 @@ def test_option_distill_without_student_is_refused(trained, tmp_path):
             r"compress has no argument 'excluded'\. Arguments: model, .*Options of the plan: .*Did you mean 'exclude'",
         ),
         ({"training": TRAINING}, r"no argument 'training'\..* Give recover=kirsch\.Training\(\.\.\.\)\."),
+        ({"lr": 0.1}, r"no argument 'lr'\..* Give recover=kirsch\.Training\(learning_rate=\.\.\.\)\."),
         ({"epochs": 3}, r"no argument 'epochs'\..* Give recover=kirsch\.Training\(epochs=\.\.\.\)\."),
         (
             {"excluded": ["head"], "steps": [Prune(goal=HALF)]},

@@ -13,7 +13,7 @@ from typing import Any
 
 from kirsch import files, strict_json
 from kirsch.annotations import Count, Positive, Seed
-from kirsch.arguments import checked
+from kirsch.arguments import ABBREVIATIONS, checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
@@ -246,8 +246,9 @@ def _refuse_unknown(plan_options: dict[str, Any]) -> None:
     for name in plan_options:
         if name not in options:
             fix = nearest(name, [*arguments, *options])
-            if name in ("training", *Training.model_fields):
-                fix = f"Give recover=kirsch.Training({'...' if name == 'training' else f'{name}=...'})."
+            full_name = ABBREVIATIONS.get(name, name)
+            if full_name in ("training", *Training.model_fields):
+                fix = f"Give recover=kirsch.Training({'...' if name == 'training' else f'{full_name}=...'})."
             raise UsageError(
                 f"kirsch.compress has no argument {name!r}.",
                 f"Arguments: {', '.join(arguments)}. Options of the plan: {', '.join(options)}.",
