@@ -35,13 +35,13 @@ class TargetCheck:
         logits_shape: shape of the logits of one sample; None leaves the targets unchecked.
 
     Attributes:
-        all_checked: whether the targets of every batch so far were checked; False before the first batch.
+        all_checked: whether the targets of every batch so far were checked; None before the first batch.
     """
 
     def __init__(self, objective: Objective, logits_shape: tuple[int, ...] | None) -> None:
         self._objective, self._logits_shape = objective, logits_shape
         self._had_targets, self._warned = False, False
-        self._any_unchecked, self.all_checked = False, False
+        self.all_checked: bool | None = None
 
     def __call__(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Return a warning if batches without targets follow batches with targets, once per run.
@@ -58,8 +58,7 @@ class TargetCheck:
             checked = self._logits_shape is not None and check_batch(
                 batch.targets, self._logits_shape, self._objective, on_any_device=on_any_device
             )
-            self._any_unchecked |= not checked
-            self.all_checked = not self._any_unchecked
+            self.all_checked = checked and self.all_checked is not False
             return []
         if not self._objective.terms:
             raise DataError(
@@ -153,7 +152,7 @@ class DistillationStep:
             step_counts,
             batch_counts=batch_counts,
             factors=self.factors,
-            targets_checked=self._targets.all_checked,
+            targets_checked=self._targets.all_checked is True,
             regularization=regularization(self._regularizers, model),
         )
 
