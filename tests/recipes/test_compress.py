@@ -401,8 +401,8 @@ def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, mon
             kirsch.Goal(parameters=0.4),
             [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
             (
-                r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Of the parameters before it, prune leaves \d\d\.\d %, "
-                r"prune-2 leaves \d\d\.\d %\. Lower prune-2\.goal\.parameters, or raise goal\.parameters to 0\."
+                r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Share of the parameters that each step leaves: prune "
+                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower prune-2\.goal\.parameters, or raise goal\.parameters to 0\."
             ),
         ),
     ],

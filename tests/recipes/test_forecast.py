@@ -75,7 +75,9 @@ def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
 
 
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
-    with pytest.raises(GoalError, match=r"the goal is ≤ 0\.1 %\..* prune leaves .*Lower prune\.goal\.macs, or raise"):
+    with pytest.raises(
+        GoalError, match=r"the goal is ≤ 0\.1 %\..* each step leaves: prune .*Lower prune\.goal\.macs, or raise"
+    ):
         forecast(job.recipe("goal.macs=0.001"), base=job.base)
 
 

@@ -148,10 +148,12 @@ def refuse_unreachable(job: Job, steps: Mapping[str, Step], final: Mapping[str, 
     limits = f"{WORDS[name]} {_share(value, missed[0]['limit'])} of the {job.model_name}"
     prunings = [key for key, step in steps.items() if isinstance(step, Prune)]
     reached = [
-        f"{key} leaves {figures.percent(plan.after.to_dict()[name] / max(plan.before.to_dict()[name], 1))}"
+        f"{key} {figures.percent(plan.after.to_dict()[name] / max(plan.before.to_dict()[name], 1))}"
         for key, plan in job.plans.items()
     ]
-    why = f"Of the {WORDS[name]} before it, {', '.join(reached)}." if reached else "No step removes units."
+    why = "No step removes units."
+    if reached:
+        why = f"Share of the {WORDS[name]} that each step leaves: {', '.join(reached)}."
     fix = f"Lower {prunings[-1]}.goal.{name}" if prunings else "Add a step prune"
     possible = math.ceil(1000 * value) / 1000
     alternative = f"raise goal.{name} to {possible:g}" if possible < 1 else f"leave out goal.{name}"
