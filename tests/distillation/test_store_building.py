@@ -27,11 +27,20 @@ class InterruptedBuildError(Exception):
     pass
 
 
-def test_a_stopped_build_continues_and_gives_identical_files(store_folder, tmp_path):
+def interrupt(_event):
+    raise InterruptedBuildError
+
+
+def test_an_interrupted_build_continues_and_gives_identical_files(store_folder, tmp_path):
     folder, events = tmp_path / "s", []
+
+    def record_and_interrupt(event):
+        events.append(event)
+        raise InterruptedBuildError
+
     for count in range(1, 6):
         with pytest.raises(InterruptedBuildError):
-            tiny_store(folder, event=events.append, stop=InterruptedBuildError)
+            tiny_store(folder, event=record_and_interrupt)
         assert len(events) == count
         with pytest.raises(StoreError, match=rf"is partial\. {6 - count} of 6 ranges are missing"):
             TeacherStore.open(folder)
@@ -43,7 +52,7 @@ def test_a_stopped_build_continues_and_gives_identical_files(store_folder, tmp_p
 
 def test_the_error_of_a_partial_store_names_the_first_missing_range(tmp_path):
     with pytest.raises(InterruptedBuildError):
-        tiny_store(tmp_path, stop=InterruptedBuildError)
+        tiny_store(tmp_path, event=interrupt)
     with pytest.raises(StoreError, match=r"the first is view 0, samples 8 to 15\. Build it again with the same arg"):
         TeacherStore.open(tmp_path)
 
@@ -64,14 +73,14 @@ def test_the_size_of_batches_and_ranges_does_not_change_the_records(store_folder
 def test_a_range_file_has_at_most_64_mebibytes(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 2**20))
     with pytest.raises(InterruptedBuildError):
-        build_store(tmp_path, model, data(None), keep=Dense(), stop=InterruptedBuildError, batch_size=4)
+        build_store(tmp_path, model, data(None), keep=Dense(), event=interrupt, batch_size=4)
     assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 31
 
 
 def test_a_range_file_has_at_least_a_32nd_of_the_samples_so_that_a_batch_is_found_in_few_files(tmp_path):
     many = ArrayData(np.zeros((600_000, 1), np.float32), None)
     with pytest.raises(InterruptedBuildError):
-        build_store(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), stop=InterruptedBuildError, batch_size=20_000)
+        build_store(tmp_path, nn.Linear(1, 2), many, keep=TopK(1), event=interrupt, batch_size=20_000)
     assert json.loads((tmp_path / "store.json").read_text())["range_size"] == 600_000 // 32
 
 

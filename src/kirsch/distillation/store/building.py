@@ -45,7 +45,6 @@ def build_store(
     ranges: tuple[Annotated[int, Between(0)], Count] = (0, 1),
     range_size: Count | None = None,
     event: Callable[[dict[str, Any]], None] | None = None,
-    stop: Callable[[], Exception | None] | None = None,
 ) -> TeacherStore | None:
     """Run a teacher once on every view of every sample, and store its outputs.
 
@@ -66,8 +65,8 @@ def build_store(
         batch_size: number of samples in a batch of the teacher.
         ranges: (i, n): build only ranges i, i + n, i + 2n, ...
         range_size: number of samples in a range; by default the larger of 16,384 and 1/32 of all, but at most 64 MiB.
-        event: called with {"event": "range", "view", "range", "done", "of"} after each range.
-        stop: called after each range; if it returns an error, the error is raised.
+        event: called with {"event": "range", "view", "range", "done", "of"} after each range. An error that it
+            raises ends the build; the next call continues.
 
     Returns:
         The store, or None if ranges of other processes are missing.
@@ -93,8 +92,6 @@ def build_store(
         _build_range(file, runner, specification)
         if event is not None:
             event({"event": "range", "view": file.view, "range": file.number, "done": done, "of": len(assigned)})
-        if stop is not None and (error := stop()) is not None:
-            raise error
     if not all(file.path.is_file() for file in specification.files(folder)):
         return None
     files.remove_temporary(folder)  # temporary files of processes that were killed
