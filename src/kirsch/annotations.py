@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 FORMAT_LIMIT = 2**31
-"""Limits from this number on come from number formats, such as 2**53, and are not shown in errors."""
+"""Limits of this number or more come from number formats, such as 2**53. Errors show them only for larger values."""
 
 MAX_VALUE_LENGTH = 40
 """Largest number of characters of a value that an error shows."""

@@ -199,7 +199,7 @@ def _checked_argument(target: Any, parameter: inspect.Parameter, value: Any, hin
 
 
 def _example(target: Any, parameter: inspect.Parameter) -> str:
-    """Return a sentence with a typical value of an argument; empty if there is no such value."""
+    """Return a sentence with the default of an argument, or with a call that sets it; empty if there is neither."""
     if isinstance(parameter.default, (bool, int, float, str)):
         return f"The default is {parameter.name}={parameter.default!r}."
     made_by = getattr(target, "made_by", "")
@@ -359,7 +359,7 @@ def _element(value: Any, hint: Any, path: str) -> Any:
 
 
 def _callable(value: Any, hint: Any) -> Any:
-    """Return a callable that takes the number of arguments of its annotation."""
+    """Return the callable if it takes as many arguments as its annotation states."""
     if not callable(value):
         _refuse(value, type_phrase(hint))
     parameters = (get_args(hint) or [...])[0]

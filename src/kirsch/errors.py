@@ -19,7 +19,7 @@ KirschError                    exit code
 ├── NumericError               6     a numerical failure: NaN, constant outputs
 │   └── VerificationError            the pruned model does not equal the masked original
 └── Stopped                          the run was asked to stop; a checkpoint is saved
-    ├── Preempted              75    by SIGTERM
+    ├── Preempted              75    by SIGTERM or SIGHUP
     └── Interrupted            130   by SIGINT
 """
 
@@ -163,7 +163,7 @@ class Stopped(KirschError):  # noqa: N818 - not a failure: the user or the machi
 
 
 class Preempted(Stopped):
-    """Stopped by SIGTERM."""
+    """Stopped by SIGTERM or SIGHUP."""
 
     exit_code = 75
 
@@ -207,6 +207,6 @@ def listing(names: list[str], most: int = 12) -> str:
 
 
 def name_of(value: object) -> str:
-    """Return module and name of a function or class, or of the class of anything else."""
+    """Return the module and name of a function or class; for any other value, those of its class."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"

@@ -91,8 +91,8 @@ def during(doing: str, memory_fix: str = "") -> Iterator[None]:
 def location(error: BaseException) -> str:
     """Return where the user's code raised the exception, as "nets.py:12, in forward"; empty if unknown.
 
-    This is the innermost frame after the last frame of Kirsch. A frame in an installed package is used only if no other
-    frame follows.
+    Of the frames after the last frame of Kirsch, this is the innermost one in the user's own files. If there is none,
+    it is the innermost one in an installed package other than `RUNTIMES`.
     """
     frames = [(frame.filename, frame.lineno, frame.name) for frame in extract_tb(error.__traceback__)]
     last = max((number for number, frame in enumerate(frames) if frame[0].startswith(KIRSCH_FOLDER)), default=-1)

@@ -33,7 +33,7 @@ IRREGULAR_KINDS = {
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: readers see the old content or the new, also after a kill at any moment."""
+    """Write a file atomically: even if the process is killed, readers see either the old content or the new."""
     write_chunks(path, (content,))
 
 
@@ -232,7 +232,7 @@ def _parse_entries(text: bytes) -> dict[str, tuple[int, str]]:
 
     Raises:
         ValueError: the text is not what `write_manifest` writes. The same content in another format is refused as well,
-            so that a repeated name cannot hide another.
+            because Kirsch did not write it.
     """
     content = strict_json.parse(text)
     if not isinstance(content, dict) or content.keys() != {"kirsch_manifest", "files"}:
@@ -344,8 +344,8 @@ def check_writable(folder: Path, needed_bytes: int = 0) -> None:
 def remove(folder: Path) -> None:
     """Remove a folder.
 
-    If the process is killed meanwhile, the folder is complete, or has a temporary name and is removed by
-    `remove_temporary`.
+    If the process is killed during the call, the folder is either complete, or has a temporary name, so that a later
+    call of `remove_temporary` removes the rest.
     """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     if temporary.exists():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FieldsError(ValueError):
-    """Problems inside the value of one field, for validators of pydantic.
+    """Error that a pydantic validator raises for problems inside the value of one field.
 
     Args:
         problems: pairs of the path of a problem in the value, such as ("terms", 2), and its error.
@@ -31,9 +31,9 @@ class FieldsError(ValueError):
 class Options(BaseModel):
     """Options of a technique, immutable, with a type, default and description for each.
 
-    A field is declared once, as `epochs: Count = Field(10, description="passes over the data")`. A call of the class
-    raises a `UsageError` that names the argument. Recipes read the same class from YAML, `kirsch init` writes its
-    descriptions, and the command line makes flags of its fields.
+    A field is declared once, as `epochs: Count = Field(10, description="passes over the data")`. Calling the class with
+    a wrong value raises a `UsageError` that names the argument. Recipes read the same class from YAML, `kirsch init`
+    writes its descriptions, and the command line makes flags of its fields.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)

@@ -21,7 +21,7 @@ TIMED_STEP = "measure"
 """The step that measures latency."""
 
 RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
-"""Entries of the event of an epoch that are not metrics."""
+"""Keys of an epoch event that are not metrics."""
 
 MOST_METRICS = 4
 """Largest number of metrics in the line of an epoch."""
@@ -167,8 +167,8 @@ class RunningEpoch:
 
     Args:
         epoch, epochs, batch, batches: see `TrainingProgress.batch`.
-        since: time in seconds of the clock at which batch `first` was done.
-        first: the first batch that was done in this process.
+        since: clock time, in seconds, at which batch `first` was finished.
+        first: number of the first batch that was finished in this process.
     """
 
     epoch: int
@@ -196,7 +196,7 @@ def header_lines(event: dict[str, Any]) -> list[Line]:
 
 
 def labeled(label: str, tone: str, lines: Sequence[Line], width: int = 13) -> list[Line]:
-    """Return lines with a label before the first one; the others are indented by its width."""
+    """Return lines with a label before the first one; the other lines are indented by the same width."""
     return [[Piece(f"{'' if number else label:<{width}}", tone), *line] for number, line in enumerate(lines)]
 
 
@@ -213,7 +213,7 @@ def epoch_text(event: Mapping[str, Any]) -> str:
 
 
 def metric_texts(event: Mapping[str, Any]) -> list[str]:
-    """Return the metrics of an epoch: the accuracy, or the first of other metrics with their names."""
+    """Return the accuracy of an epoch, or else the first `MOST_METRICS` other metrics with their names."""
     if event.get("accuracy") is not None:
         return [figures.percent(event["accuracy"])]
     metrics = [(name, value) for name, value in event.items() if name not in RECORD and isinstance(value, float)]

@@ -1,4 +1,7 @@
-"""Callables by reference, as recipes and the command name them: `package.module:callable`, `file.py:callable`."""
+"""Load the callable that a reference in a recipe or on the command line names.
+
+A reference has the form `package.module:callable` or `file.py:callable`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries of objects that users choose by name: importances, losses, exporters, runtimes, tasks."""
+"""Registries of objects that users choose by name: importances, losses, exporters, steps, tasks."""
 
 from __future__ import annotations
 

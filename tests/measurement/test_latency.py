@@ -213,8 +213,9 @@ def test_speedup_that_contradicts_the_medians_is_noted(value, is_noted):
         notes
         == [
             (
-                "The machine was disturbed: the ratio of teacher to exported within a round is "
-                f"{value:.2f}×, and the ratio of the two medians is 1.19×. Measure again on an idle machine."
+                "The machine was disturbed: the latency of teacher divided by that of exported in the same round is "
+                f"{value:.2f}× (median), but the ratio of the two median latencies is 1.19×. Measure again on an idle "
+                "machine."
             )
         ]
         * is_noted

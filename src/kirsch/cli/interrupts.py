@@ -18,7 +18,7 @@ LOADERS = tuple(
     os.path.join(*parts)  # noqa: PTH118 - ends of paths
     for parts in (("frameworks", "find.py"), ("recipes", "models.py"), ("kirsch", "references.py"))
 )
-"""Ends of the paths of those files of Kirsch that import frameworks, models and data sources."""
+"""Path endings of the Kirsch files that import frameworks, models and data sources."""
 AS_JSON = f'{{"error": {{"type": "Interrupted", "what": "{MESSAGE}", "exit_code": {INTERRUPTED}}}}}\n'
 
 
@@ -30,7 +30,7 @@ def interruptible(stdout: TextIO) -> Iterator[None]:
     KeyboardInterrupt in C++ code of the import would abort the process.
 
     Args:
-        stdout: stream for a result in JSON.
+        stdout: stream for the JSON error, with --json, if Ctrl-C ends the process during an import.
     """
     received = []
 

@@ -79,7 +79,8 @@ class PlanRequest:
     Args:
         macs, parameters: the goal; see `Goal`.
         options: options of `kirsch.plan` that differ from the defaults.
-        data: data source of a recipe, on which blocks are ranked; "" for the example inputs.
+        data: name or reference of a data source, as in `data.source` of a recipe; blocks are ranked on its training
+            samples. "": blocks are ranked on the example inputs.
         seed: seed of the plan and of the data.
     """
 

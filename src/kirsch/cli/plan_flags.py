@@ -13,7 +13,7 @@ from kirsch.pruning.options import PlanOptions
 
 
 def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter `**options` of a subcommand with flags for the options of a plan that it does not name."""
+    """Replace the parameter `**options` of a subcommand with flags for the plan options that are not yet parameters."""
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     flags = [_flag(name) for name in PlanOptions.model_fields if name not in signature.parameters]
@@ -64,7 +64,7 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _value(name: str, value: Any) -> Any:
-    """Return the value of an option for the value of its flag. Texts of the form KIND=NUMBER become a dict."""
+    """Convert the value of a flag to the value of its option. Texts of the form KIND=NUMBER become a dict."""
     if not isinstance(value, list):
         return value
     kinds, flag = _types(PlanOptions.model_fields[name].annotation), f"--{name.replace('_', '-')}"

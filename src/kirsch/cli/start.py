@@ -41,7 +41,7 @@ def _prepare_exit(code: int) -> None:
         redirect_stdout()
         sys.stdout = sys.stderr
     if code == INTERRUPTED:
-        # If C code received SIGINT during an import, Python would end by the signal, even if the exception was handled.
+        # If SIGINT arrived in C code during an import, Python would still end by this signal, although it was handled.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

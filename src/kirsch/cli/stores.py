@@ -36,7 +36,7 @@ class TeacherArguments:
         data: name or reference of a data source, as in `data.source` of a recipe.
         options: options of the data source, each "key=value".
         seed: seed of random weights, of the data and of the augmentation.
-        batch_size: samples of one batch of the teacher.
+        batch_size: number of samples per forward pass of the teacher.
     """
 
     model: str
@@ -85,7 +85,7 @@ class BuildOptions:
     Args:
         keep: "dense" for all classes, or the number of most likely classes to store.
         views, temperature: see `build_store`.
-        part: "i/n" with 1 <= i <= n; "" builds all.
+        part: "i/n" builds part i of n, 1 <= i <= n; "" builds the whole store.
     """
 
     keep: str

@@ -57,7 +57,7 @@ def stdout_for_result() -> Iterator[TextIO]:
             os.dup2(duplicate, STDOUT)
             os.close(duplicate)
         if result is not original:
-            with contextlib.suppress(OSError, ValueError):  # its reader has closed it
+            with contextlib.suppress(OSError, ValueError):  # the reader has closed the stream
                 result.close()
 
 

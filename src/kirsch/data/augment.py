@@ -31,7 +31,7 @@ Augment = Annotated[Callable[[Any, np.random.Generator], Any], Fix(HOW)]
 
 MASK = 0xFFFFFFFFFFFFFFFF
 STEP = np.uint64(0x9E3779B97F4A7C15)
-"""2⁶⁴ divided by the golden ratio, odd: the counter of splitmix64."""
+"""Increment of the counter of splitmix64: 2⁶⁴ divided by the golden ratio, rounded to an odd number."""
 SHIFTS = tuple(np.array([bits], np.uint64) for bits in (30, 27, 31))
 FACTORS = tuple(np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 """Constants of `mix`, as arrays: overflow of an array gives no warning, and Python numbers would have to be converted

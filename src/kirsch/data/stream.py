@@ -117,7 +117,7 @@ def _single_input(batch: Batch, name: str) -> NDArray[Any]:
     if not hasattr(inputs, "shape"):
         raise DataError(
             f"{name} has several inputs: {summary(inputs)}.",
-            "A data set of kirsch.compress has one input.",
+            "kirsch.compress takes data sets with a single input array.",
             "Give batches of (inputs, labels); for models with several inputs, call kirsch.distill, kirsch.prune and "
             "kirsch.export.",
         )

@@ -190,7 +190,7 @@ def check_inputs(inputs: Any, targets: Any) -> None:
 
 
 def _check_part(part: Any, inputs: Any) -> None:
-    """Refuse a model argument that is not an array, a container of arrays or of a type in `SWITCHES`."""
+    """Refuse a model argument unless it is an array, a value of a type in `SWITCHES`, or a container of such values."""
     if isinstance(part, dict):
         for inner in part.values():
             _check_part(inner, inputs)

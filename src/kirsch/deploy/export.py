@@ -193,7 +193,9 @@ def usage(artifact: Artifact) -> str:
         names.append(f"x{number}" if number else "x")
         shape = ", ".join("1" if isinstance(size, str) else str(size) for size in value["shape"])
         dtype = NUMPY_TYPES.get(value["type"], value["type"])
-        lines.append(f'{names[-1]} = np.zeros(({shape}), "{dtype}")  # prepared as for training\n')
+        lines.append(
+            f'{names[-1]} = np.zeros(({shape}), "{dtype}")  # replace with inputs, preprocessed as in training\n'
+        )
     feed = ", ".join(
         f"{_quoted(value['name'])}: {name}" for value, name in zip(artifact.details["inputs"], names, strict=True)
     )

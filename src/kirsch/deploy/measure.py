@@ -132,8 +132,8 @@ class Measurement(Printable):
     """Size, latency and accuracy of a model or an exported file.
 
     Args:
-        parameters: number of trainable parameters; None for a file.
-        macs: multiply-accumulates of one sample, counted during a run of the model; None for a file.
+        parameters: number of parameters; None for a file.
+        macs: multiply-accumulates of one call with `batch` samples, counted during a run of the model; None for a file.
         bytes: size of the ONNX file in bytes.
         latency: latency of one call.
         batch: number of samples per call; 1 unless the batch size of the file is fixed.
@@ -227,14 +227,13 @@ def measure(
             file's inputs, or a dict by their names; labels are class numbers, shape (N,).
         runtime: "onnxruntime".
         threads: number of threads of the runtime.
-        rounds: number of rounds of the timing, at least 6: a confidence interval needs as many.
+        rounds: number of rounds of the timing. The 95 % confidence interval of a median needs at least 6.
 
     Returns:
         The `Measurement`. If the batch size of the file is fixed, latency and MACs are for one batch of this size.
 
     Raises:
-        UsageError: the number of threads is out of range, or the names of the inputs differ
-            from the file's.
+        UsageError: the number of threads is out of range, or the names of the inputs differ from the file's.
         LoadError: the file cannot be loaded or has no inputs.
         ShapeError: the file does not accept the inputs.
         DataError: the labels are not class numbers.

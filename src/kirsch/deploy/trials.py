@@ -79,7 +79,7 @@ def trials(model: Exportable) -> tuple[list[Trial], str]:
     example = tuple(model.inputs.values())
     first = Trial("example", example, _run(model, example))
     if not first.expected:
-        raise ModelError(f"A {model.name} returns no tensor.", fix="Let its forward return the outputs of the file.")
+        raise ModelError(f"A {model.name} returns no tensor.", fix="Return at least one tensor from its forward.")
     _check_finite(model, first)
     _check_deterministic(model, example)
     lengths = [len(array) for array in example]
@@ -189,10 +189,13 @@ def _is_finite(array: NDArray[Any]) -> bool:
 def compare(model: Exportable, session: OnnxSession, compared: Sequence[Trial]) -> list[dict[str, Any]]:
     """Compare a file with its model; return one JSON record per trial.
 
-    The record has the kind of the inputs, the batch size, and these keys of the output with the largest difference:
+    A record has these keys. "drift" and "allowed" describe the output whose difference is the largest relative to its
+    tolerance; they are None if no output is compared.
 
-    - "drift": the difference, see `distance`; None if no output is compared;
-    - "allowed": the tolerance of this output;
+    - "inputs": kind of the inputs;
+    - "batch": batch size;
+    - "drift": difference of this output, see `distance`;
+    - "allowed": tolerance of this output;
     - "unstable": names of the outputs that are not compared in this trial. Rounding errors change them by more than
       `LARGEST_TOLERANCE`, or the model itself returns NaN or no finite number for zeros or large values, for example
       after a division by a norm of 0.

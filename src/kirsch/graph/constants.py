@@ -122,7 +122,7 @@ def _value(leaf: Leaf, demands: Sequence[Demand], values: dict[object, int], kep
 
     If all demands require constants, as in `size // self.each == 4`, several values can fit. They are tried in this
     order: the new size if the attribute equals a size, the present value, and the present value times the ratio of a
-    new to an old size. Any other value is used only if no second value fits, because a small value such as 1, which
+    new to an old size. Any other value is used only if it is the only one that fits: a small value such as 1, which
     divides every size, often fits by chance.
     """
     present, required = values[leaf], [_required(demand, kept) for demand in demands]

@@ -55,7 +55,10 @@ class GroupCost:
 
     @property
     def tied_layers(self) -> tuple[str, ...]:
-        """Layers of the group other than the layer that gives the group its name; parameters of the model by name."""
+        """Layers of the group, except the layer that gives the group its name.
+
+        A parameter of the top-level module has no layer and is listed by its own name.
+        """
         layers = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in self.group.footprint)
         first = self.group.name.partition("#")[0]
         return tuple(layer for layer in layers if layer != first)

@@ -107,8 +107,8 @@ def equalities(facts: Facts) -> NDArray[np.int64]:
 def _tied(component: NDArray[np.int64], ties: Sequence[tuple[Labels, Labels]]) -> NDArray[np.int64]:
     """Return the component of each label after adding ties; components are numbered by their first labels.
 
-    Union-find on arrays: every round makes the smallest component that a component is tied to its parent, for all ties
-    at once. A chain of ties needs one round, a star needs two.
+    Union-find on arrays. In every round, the parent of each component becomes the smallest component that it is tied
+    to, for all ties at once. A chain of ties needs one round, a star needs two.
     """
     if not ties:
         return component

@@ -128,7 +128,7 @@ class Facts:
         floors: label arrays, with the minimum number of labels to keep.
         marks: role → label arrays.
         operation: the operation that is being recorded.
-        cause: the freeze that took the labels of an input of this operation; None if all inputs have their labels.
+        cause: the freeze because of which an input of this operation has no labels; None if no input lost its labels.
     """
 
     count: int = 1
@@ -223,11 +223,14 @@ class Facts:
         self.conditions.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def choose(self, expression: Expression, *, holds: bool) -> None:
-        """Record a comparison that only chooses a branch. Its result may change; an error during pruning names it."""
+        """Record a comparison that only chooses a branch.
+
+        Its result may change. If the pruned model then fails, the error names the line of the comparison.
+        """
         self.choices.append(Demand(np.zeros(0, np.int64), expression, self.operation, int(holds)))
 
     def mark(self, axis: Axis, use: str) -> None:
-        """Record the role of an axis in an operation; see `kinds.KINDS`."""
+        """Record the role of an axis in an operation, such as "head". The kinds of units follow from these roles."""
         if axis is not None:
             self.marks.setdefault(use, []).append(axis)
 
@@ -320,7 +323,7 @@ class Facts:
     def begin(self, operation: Operation, cause: Freeze | None = None) -> None:
         """Start an operation; the facts recorded next belong to it.
 
-        `cause`: the freeze that took the labels of an input of the operation; None if all inputs have their labels.
+        `cause`: the freeze because of which an input of the operation has no labels; None if no input lost its labels.
         """
         self.operation = operation
         self.cause = cause

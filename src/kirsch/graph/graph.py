@@ -168,7 +168,8 @@ class Graph(Printable):
     def _with_cost(self, solved: coupling.Coupling, groups: Sequence[Group]) -> tuple[Group, ...]:
         """Return the groups on which the parameters or MACs depend.
 
-        The others are, for example, the positions of a buffer of position indices that the example inputs do not use.
+        An example of a group without cost: a buffer of position indices is longer than the example inputs, and the
+        group consists of its unused entries.
         """
         counted = np.zeros(len(solved.frozen), bool)
         for term in self.facts.terms:
@@ -280,7 +281,7 @@ class Graph(Printable):
         return list(dict.fromkeys(choice.operation.source for choice in found))
 
     def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
-        """Return a parameter axis that would lose all indices, or more than an operation allows; None without one."""
+        """Return a parameter axis that would lose all indices, or more than an operation allows; None if none would."""
         component = self.coupling.component
         for floor_labels, least in self.facts.floors:
             components = component[floor_labels]
@@ -324,9 +325,9 @@ class Graph(Printable):
         return free
 
     def frozen_by(self, name: str) -> list[Freeze]:
-        """Return the freezes of a parameter of which no part can be removed, those by inputs and outputs last.
+        """Return the reasons why no part of a parameter can be removed; empty if a part can be removed.
 
-        Empty if a part of the parameter can be removed.
+        Reasons at the inputs and outputs of the model come last.
         """
         component, why = self.coupling.component, self.coupling.why
         axes = [component[labels] for labels in self.tensors[name].axes if labels is not None]

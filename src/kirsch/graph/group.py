@@ -173,8 +173,8 @@ class _Footprints:
 def _closed_units(coupling: Coupling, in_grid: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.int64]]]:
     """Return the kind and components of the units of grids.
 
-    Each marginal that is not itself a cell gives a unit: the smallest set of components that contains the marginal and
-    leaves in every grid the cells at the crossings of the kept marginals, and no others.
+    Each marginal that is not itself a cell gives a unit: the components that must be removed together with the marginal
+    so that every grid stays consistent; see `_Closure`.
     """
     cells = np.zeros(len(coupling.frozen), bool)
     for grid in coupling.grids:
@@ -258,7 +258,8 @@ class _Closure:
         Returns:
             The union of the parts, sorted; None if a frozen component would have to be removed.
         """
-        waiting = self._grids_with(parts[0])  # grids of earlier seeds come first: their closed sets are known
+        # In the order of the grids: those of earlier seeds, whose closed sets are known, come first.
+        waiting = self._grids_with(parts[0])
         while waiting:
             more = self._missing(waiting.pop(0))
             if more is None or self._coupling.frozen[more].any():

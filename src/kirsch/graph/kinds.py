@@ -6,7 +6,7 @@ KINDS = {
     "expert": "one expert of a mixture of experts: its weights, and the output of the router that selects it",
     "kv group": "the query heads that share one key and value head, together with this head",
     "head in kv group": "the query heads with the same position in each kv group",
-    "head": "an index that two activations and their product have, such as the index of a head of queries and keys",
+    "head": "an index that two activations and their product share, such as the index of a head of queries and keys",
     "head dim": "one index inside all heads: summed over in queries × keys, or an entry of the value vectors",
     "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
     "conv group": "one group of a grouped convolution, with all of its channels",
@@ -16,8 +16,8 @@ KINDS = {
     "embedding dim": "a column of an embedding table, or a channel of a residual stream of linear layers",
     "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
     "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
-    "chunk": "an index of the first of the axes into which a reshape splits an axis, if no kind above applies",
-    "position in chunk": "an index of a later one of the axes into which such a reshape splits an axis",
+    "chunk": "an index of the first of several axes into which a reshape splits one axis, if no kind above applies",
+    "position in chunk": "an index of one of the other axes of such a split",
     "channel": "any other unit",
 }
 """Kinds of units with their definitions. The first definition that fits a unit applies.

@@ -26,8 +26,8 @@ class Tensor:
     Args:
         shape: sizes of the axes.
         axes: one label array per axis, or None for an axis without labels. An axis of size 1 has no labels.
-        points: labels of the axis that the values of the tensor index, for a tensor of indices such as the result of a
-            top-k; None for other tensors.
+        points: for a tensor of indices, such as the indices of a top-k, the labels of the axis that they refer to. None
+            for other tensors.
     """
 
     shape: tuple[int, ...]

@@ -18,7 +18,7 @@ LAYERS = 3
 """Number of tied layers that are named."""
 
 BLOCKERS = 12
-"""Number of reasons for blockers that are shown; JSON has all blockers."""
+"""Number of blockers that are shown; JSON has all of them."""
 
 BLOCKS = 6
 """Number of residual blocks that are named; JSON has all of them."""

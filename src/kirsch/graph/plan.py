@@ -151,7 +151,8 @@ class Plan(Printable):
         inputs: the example inputs, tensors without their values; empty if they cannot be stored.
         tracing: options of the trace.
         blocks: residual blocks to remove.
-        notes: reasons why the plan is not closer to its goal, and widths that are slow on common hardware.
+        notes: reasons why the plan is not closer to its goal, widths that are slow on common hardware, and the cost of
+            the units that `exclude` and `keep_outputs` keep.
         configuration: path of a number in the model's configuration → its new value; set when the plan is applied, if
             a configuration describes the pruned model.
         graph: the graph that the plan was made from; not stored.

@@ -18,7 +18,7 @@ MaxDrop = Annotated[
 ]
 """A drop of accuracy, as a fraction."""
 
-OF_THE_FIRST = "as a fraction of that of the model before the first step prune (the student, if there is one)"
+OF_THE_FIRST = "as a fraction of the number in the model before the first prune step (the student, if there is one)"
 
 
 class JobGoal(Options):

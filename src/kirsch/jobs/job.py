@@ -68,11 +68,12 @@ class Job:
         teacher: model from which the other models learn, and with which they are compared.
         model: model that the steps compress: the student, or the teacher itself.
         start_cost: parameters and MACs of `model` before any step.
-        trained: "teacher" and "student" → model before compression, whose latency is measured with the exported file.
+        trained: "teacher" and "student" → model before compression; `Measure` compares its latency with that of the
+            exported file.
         key: key of the current step.
         inputs: hash over everything that determines the result of the current step.
         records: key of a step → record of its results.
-        plans: key of a step that prunes → plan that `preview` of the step made.
+        plans: key of each step `Prune` → the plan that its `preview` made.
     """
 
     data: DataSet

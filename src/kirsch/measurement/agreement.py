@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_VARIATION = 1e-6
-"""Smallest fraction of the squared norm of the reference that must come from differences between samples."""
+"""The reference is nearly constant if at most this fraction of its squared norm comes from differences of samples."""
 
 
 @dataclass(frozen=True)

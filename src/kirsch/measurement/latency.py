@@ -89,8 +89,9 @@ def disturbances(
         of_medians = contradicting_medians(latencies[reference], latencies[name], speedup)
         if of_medians is not None:
             texts.append(
-                f"The machine was disturbed: the ratio of {reference} to {name} within a round is "
-                f"{figures.ratio(speedup.value)}, and the ratio of the two medians is {figures.ratio(of_medians)}."
+                f"The machine was disturbed: the latency of {reference} divided by that of {name} in the same round is "
+                f"{figures.ratio(speedup.value)} (median), but the ratio of the two median latencies is "
+                f"{figures.ratio(of_medians)}."
             )
     return [f"{text} Measure again on an idle machine." for text in texts]
 

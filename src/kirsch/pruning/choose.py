@@ -91,8 +91,8 @@ def plan(
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
             further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
-        UsageError: an option is out of range or has no effect on the kinds, `kinds` names blocks and other kinds, or
-            `data` is missing for blocks.
+        UsageError: an option is out of range or has no effect with these `kinds`, `kinds` names blocks and other kinds,
+            or `data` is missing for blocks.
     """
     options = PlanOptions(
         importance=importance,

@@ -40,10 +40,10 @@ IMPORTANCES: Registry[Importance] = Registry("importance")
 def magnitude(graph: Graph, group: Group, *, norm: int, seed: int) -> NDArray[np.float64]:
     """Return the magnitude of the weights of each unit, relative to the other units of the group.
 
-    The magnitude of a slice of a weight is the mean of |w| (norm 1) or the root of the mean of w² (norm 2). It is
-    computed for the slices of the units in all weights with two or more axes: of layers that produce the units and of
-    layers that read them. The magnitudes of each weight are divided by their mean over the units, and averaged over the
-    weights: an average unit has magnitude 1 in any layer.
+    The magnitude of a slice of a weight is the mean of |w| (norm 1) or the root of the mean of w² (norm 2). Each weight
+    that has a slice for each unit contributes, both in layers that produce the units and in layers that read them.
+    Weights with one axis are used only if there are no others. The magnitudes of each weight are divided by their mean
+    over the units, and averaged over the weights: an average unit has magnitude 1 in any layer.
 
     Source: Li et al. 2017, arXiv:1608.08710 (norm 1 of filters); the average over coupled layers after Fang et al.
         2023, arXiv:2301.12900, section 3.2.

@@ -20,7 +20,7 @@ class Kept:
     """Kept channels of the output of one module.
 
     Args:
-        axis: axis of the channels, counted with the batch axis; None if no channel was removed.
+        axis: axis of the channels in the output, which includes the batch axis; None if no channel was removed.
         indices: kept channels of the original, in the order of the pruned model; empty if no channel was removed.
     """
 

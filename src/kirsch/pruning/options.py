@@ -104,7 +104,7 @@ class PlanOptions(Options):
 
     @property
     def importance_name(self) -> str:
-        """Name of the importance, the default filled in."""
+        """Name of the importance; the default if the option is None."""
         default = "influence" if self.of_blocks else "magnitude"
         return default if self.importance is None else self.importance
 

@@ -35,7 +35,7 @@ OPTIMIZER_NOTE = "An optimizer of the original still has the parameters of the o
 
 @dataclass(frozen=True)
 class Pruned(Printable):
-    """Result of a removal.
+    """A pruned model with its verification, plan and notes; returned by `prune_with_verification`.
 
     Args:
         model: the pruned model.
@@ -85,8 +85,8 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
-            `save_pretrained` raises an error; or kept units have computed weights, as in spectral normalization, that
-            changed.
+            `save_pretrained` raises an error. Or the weights of kept units changed, because they are computed from all
+            units, as in spectral normalization.
 
     Raises:
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
@@ -176,7 +176,7 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     plan = replace(plan, configuration=configuration)
     setattr(pruned, PLANS, [*getattr(model, PLANS, []), plan.to_json()])
     shapes = getattr(model, SHAPES, None)
-    # If the model was changed after an earlier pruning, no plan restores it: `save` compares with the earlier shapes.
+    # If the model was changed after an earlier pruning, no plan restores it. The earlier shapes make `save` refuse it.
     changed = shapes is not None and shapes != framework.inference.parameter_shapes(model)
     setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."

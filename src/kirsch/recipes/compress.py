@@ -118,13 +118,13 @@ def compress(
             have no effect and are refused.
         distill: options of the training of the student.
         recover: options of the training after pruning; None to leave this training out.
-        objective: objective of both trainings: an objective, or the name of a preset; by default soft targets and
-            labels, `Objective.kd()`.
+        objective: `Objective`, or name of a preset, of both trainings. The default is `Objective.kd()`: soft targets
+            and labels.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
         speedup: smallest allowed speedup over the model.
         task: name of the task of the model in `kirsch.tasks.TASKS`.
-        batch_size: samples per training step; None for 64, or for the batch size of the loader of the training part.
+        batch_size: samples per training step. None: the batch size of the loader if the training part is one, else 64.
         seed: seed of all random numbers, unless a training or step has its own.
         folder: run folder; by default a new folder under runs/. The same call with the same folder continues a run.
         name: name of the model in the report; by default the name of its class.

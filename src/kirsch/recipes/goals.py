@@ -26,7 +26,7 @@ class CostGoal:
     Args:
         key: key of the step whose result is limited; empty for the final model of the job.
         limits: the limits.
-        reference: name of the model that the limits are fractions of.
+        reference: name of the model whose cost the limits are fractions of.
         prefix: beginning of its texts; empty if the job has no other limits.
     """
 
@@ -51,7 +51,8 @@ class CostGoal:
 def cost_goals(job: Job, steps: Mapping[str, Step]) -> list[CostGoal]:
     """Return the limits of the cost of all steps and of the final model.
 
-    A limit of the first step that is also that of the final model is left out: it would be listed twice.
+    A limit of the first step `Prune` that equals the limit of the final model is left out, since it would be listed
+    twice.
     """
     final, goals = job.goal.cost, []
     prunings = [(key, step) for key, step in steps.items() if isinstance(step, Prune)]

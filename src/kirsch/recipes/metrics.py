@@ -67,7 +67,7 @@ def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
-    """Return the keys of the steps that made the last teacher and the final model."""
+    """Return the keys of the last step that trained or evaluated the teacher, and of the final model's step."""
     keys = [key for key, record in records.items() if "accuracy" in record]
     teachers = [key for key in keys if records[key]["model"] == "teacher"]
     return teachers[-1], keys[-1]

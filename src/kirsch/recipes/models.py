@@ -30,9 +30,10 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         weights: for timm models: "random", "pretrained" (downloaded by timm), or a safetensors file.
 
     Raises:
-        UsageError: the reference has another form, or names a model, or a callable that needs arguments.
+        UsageError: the reference has another form.
         LoadError: the file, module, callable or timm model does not exist.
-        ModelError: the callable fails, or does not return a model.
+        ModelError: the reference names a file without a callable, a model, or a callable that needs arguments; or the
+            callable fails, or does not return a model.
     """
     kind, colon, name = reference.rpartition(":")
     _refuse_files(reference, base or Path())
@@ -64,7 +65,7 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
 
 
 def _example(reference: str) -> str:
-    """Return a reference to a model, to the file that was given if it is Python code."""
+    """Return a valid reference as an example; if the user gave a Python file, the example names this file."""
     return f"{reference.rstrip(':')}:build" if reference.rstrip(":").endswith(".py") else "timm:resnet18"
 
 
@@ -174,7 +175,7 @@ def stated_inputs(reference: str, model: Any, *, base: Path | None = None) -> An
         return framework.analysis.inputs_like([InputSpec(main, image, "float32")], model)
     dummies = getattr(model, "dummy_inputs", None)
     if isinstance(dummies, Mapping):
-        named = main in dummies or not hasattr(model, "main_input_name")  # others may be inputs of a submodel
+        named = main in dummies or not hasattr(model, "main_input_name")  # other names may belong to a submodel
         return {name: _one_sample(value) for name, value in dummies.items()} if named and dummies else None
     arrays = dummies if isinstance(dummies, (tuple, list)) else (dummies,)
     return tuple(map(_one_sample, arrays)) if arrays and all(hasattr(array, "shape") for array in arrays) else None

@@ -59,7 +59,7 @@ class Recipe(Options):
 
     version: Literal[2] = Field(2, description="version of the format")
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
-        "recipe", description="name in the run folder and the report"
+        "recipe", description="name, used in the report and for the run folder"
     )
     seed: Seed = Field(0, description="seed of all random numbers")
     task: str = Field("classification", description="task of the models: classification")

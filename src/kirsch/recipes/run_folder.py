@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DERIVED = (RUN, METRICS, REPORT, ENVIRONMENT, files.MANIFEST)
-"""Files that every run writes again from its other files, beside the plans and the pruned model."""
+"""Files that a continued run writes again from its other files, as it does with the plans and the pruned model."""
 
 WRITTEN = re.compile(
     r"(record|values|manifest|plan(\.\d+)?)\.json|(weights|arrays|model)\.safetensors|logits\.npy|(teacher|student)\.onnx"

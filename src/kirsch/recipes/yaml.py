@@ -29,7 +29,7 @@ SCALARS = {f"{TAG}{name}" for name in ("str", "null", "bool", "int", "float")}
 
 
 class _Resolver(VersionedResolver):
-    """Types of plain scalars in YAML 1.2. The dates, merge keys and values that ruamel.yaml adds remain strings."""
+    """Types of plain scalars in YAML 1.2. Dates, "<<" and "=" remain strings; ruamel.yaml has other types for them."""
 
     processing_version = (1, 2)  # a %YAML directive does not change what a recipe means
 

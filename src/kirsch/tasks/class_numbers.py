@@ -36,7 +36,9 @@ def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
         raise DataError(
             f"Sample {sample} {name} has the label {labels[sample]}.",
             f"There are {classes} classes, so labels go from 0 to {classes - 1}.",
-            "Give labels - 1." if labels.min() == 1 else "Leave such samples out, or name all classes.",
+            "Give labels - 1."
+            if labels.min() == 1
+            else "Leave such samples out, or give the data set the names of all classes.",
         )
 
 

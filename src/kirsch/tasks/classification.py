@@ -32,8 +32,9 @@ class PredictionSummary:
         n: number of samples.
         accuracy: fraction of correct predictions, 0 to 1.
         balanced: balanced accuracy, the mean recall over the classes that occur among the labels.
-        chance: expected accuracy of predictions that have the same class frequencies, but ignore the inputs. For
-            constant predictions it equals the accuracy. Cohen's kappa is (accuracy - chance) / (1 - chance).
+        chance: expected accuracy of random predictions that have the class frequencies of the classifier's predictions,
+            but ignore the inputs. For a constant classifier it equals the accuracy. Cohen's kappa is
+            (accuracy - chance) / (1 - chance).
         most_frequent: number of samples of the most frequent class.
         classes: number of classes that occur among the labels.
         first: the first prediction.
@@ -234,7 +235,7 @@ class Classification:
             raise ShapeError(
                 f"The model returns logits of shape {outputs.shape[1:]}; the data {data.name} has "
                 f"{len(data.classes)} classes.",
-                fix="Give the model a head for these classes, or kirsch.DataSet the name of each class of the model.",
+                fix="Give the model one output per class, or list its classes in kirsch.DataSet(classes=...).",
             )
 
     def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
@@ -258,7 +259,7 @@ class Classification:
         return quality | ({"balanced_accuracy": summary.balanced} if summary.uneven else {})
 
     def weakness(self, quality: dict[str, Any]) -> tuple[str, str]:
-        """Return why a model is unusable: it predicts one class for all samples, or is not better than chance."""
+        """Return numbers and a reason if a model predicts one class for all samples or is not better than chance."""
         chance, value, n = quality["chance"], quality["accuracy"]["value"], quality["accuracy"]["n"]
         if not quality["one_class"] and value > chance:
             return "", ""
