@@ -87,7 +87,7 @@ class Measure(Step):
 
     runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
     threads: Count = Field(1, description="threads of the runtime")
-    rounds: Rounds = Field(30, description="number of rounds; each times every model in turn")
+    rounds: Rounds = Field(30, description="number of rounds; in each round, every model is timed once")
 
     def preview(self, job: Job) -> None:
         """Check that the machine has a core for each thread.
