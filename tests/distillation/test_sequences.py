@@ -1,4 +1,4 @@
-"""Alignment of causal models, the loss of CTC frames, and the filter for sequences that a teacher generated."""
+"""Masks from lengths, the loss of CTC frames, and the filter for sequences that a teacher generated."""
 
 from __future__ import annotations
 
