@@ -99,7 +99,7 @@ def ctc_frames(
 
 
 def _check_frames(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError if the shapes differ; name the strides if only the numbers of frames do."""
+    """Raise a ShapeError if the shapes differ. If only the numbers of frames differ, its fix is about the strides."""
     are_frames = len(student.shape) == len(teacher.shape) == 3  # noqa: PLR2004 - (N, L, K)
     if are_frames and student.shape[0] == teacher.shape[0] and student.shape[1] != teacher.shape[1]:
         raise ShapeError(
