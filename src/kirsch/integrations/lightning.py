@@ -43,8 +43,11 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
     During training, adapters are among the `parameters()` of the student, so that `configure_optimizers`, DDP and
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
-    model contains them. The losses of the batches and processes of an optimizer step are weighted by their numbers of
-    samples or positions that contribute to the loss. Each term of the loss and its share of the gradient are logged.
+    model contains them. Each term of the loss and its share of the gradient are logged.
+
+    The losses of the batches and processes of an optimizer step are weighted by their numbers of labels: labeled
+    samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens, this
+    is exact only if the fraction of labeled items is the same in all batches.
 
     Args:
         teacher: see `kirsch.Distiller`.

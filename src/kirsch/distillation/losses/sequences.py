@@ -17,9 +17,6 @@ from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-IGNORE = -100
-"""Label of masked positions, as in PyTorch and transformers."""
-
 BLANK_MODES = ("keep", "drop", "weight")
 
 
