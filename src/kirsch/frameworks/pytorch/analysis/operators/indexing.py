@@ -1,4 +1,4 @@
-"""Rules of operators that read or write at the indices in a tensor, or whose result depends on the order of entries."""
+"""Rules of operators that take a tensor of indices, or whose result depends on the order of entries."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _index_select(op: OperationContext) -> Tensor:
 
 @rule("gather", "take_along_dim")
 def _gather(op: OperationContext) -> Tensor:
-    """The index has the shape of the result, so its axes except `dim` equal the axes of x."""
+    """The index has the shape of the result. Its axes except `dim` correspond to the axes of x, and may be shorter."""
     x, index = op.args[0], op.args[1] if op.name == "take_along_dim" else op.args[2]
     dim = op.arg(2, "dim") if op.name == "take_along_dim" else op.args[1]
     if dim is None:
