@@ -111,7 +111,7 @@ def infer_prefix(length: int, size: tuple[int, int], prefix: int | None = None) 
 
 
 def width_of(shape: Shape) -> int:
-    """Return the channels of maps, or the last axis of tokens and vectors.
+    """Return the number of channels of maps, or the size of the last axis of tokens and vectors.
 
     Raises:
         ShapeError: the value is neither maps, tokens nor vectors.

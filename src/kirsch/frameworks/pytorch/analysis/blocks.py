@@ -1,9 +1,9 @@
 """Residual blocks: modules whose output can be replaced by their input, found from the traced operations.
 
-A residual block is a module that is called once. A path of additions, normalizations and operations that only
-rearrange or rescale values leads from the output of the module back to an input tensor of the same shape. The
-parameters of the block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not
-depend on that input tensor.
+A residual block is a module that is called once. A path of additions, normalizations, activations and operations that
+only move values leads from the output of the module back to an input tensor of the same shape. The parameters of the
+block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not depend on that
+input tensor.
 """
 
 from __future__ import annotations

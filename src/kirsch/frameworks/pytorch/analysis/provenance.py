@@ -351,7 +351,7 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """Return the axis of a standard layer's weight whose size an attribute states; see `surgery.cut.update_widths`.
+    """Return the axis of a standard layer's weight that has the size in an attribute; see `surgery.cut.update_widths`.
 
     Such an attribute always equals the size of the weight, so it is traced as that size.
     """

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _SATURATING = "sigmoid hardsigmoid _softmax _safe_softmax softmax tanh hardtanh exp"
 SATURATING = frozenset(_SATURATING.split())
-"""Operators with a bounded range, or used to compute such an operator. `clamp` counts if it has both bounds."""
+"""Operators with a bounded range, and `exp`, with which the code of a model may compute a sigmoid or a softmax.
+
+`clamp` counts if it has both bounds.
+"""
 
 _LEARNED = """
 mm addmm bmm baddbmm mv addmv addbmm dot linear matmul einsum convolution _convolution conv1d conv2d conv3d
