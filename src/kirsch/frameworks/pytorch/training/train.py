@@ -413,7 +413,7 @@ class _Run:
         if changes:
             raise CheckpointError(
                 f"The run was started with other settings: {'; '.join(changes)}.",
-                "The optimizer, the order of the samples and the schedule depend on them, the schedule also on the "
+                "The optimizer, the order of the samples and the learning rate depend on the settings, including the "
                 "number of epochs.",
                 "Resume with the previous settings, or start the run again.",
             )
