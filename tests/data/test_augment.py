@@ -174,7 +174,8 @@ def test_noise_has_its_standard_deviation_and_is_uncorrelated_between_samples():
     assert abs(found.mean()) < 5 * 0.5 / np.sqrt(found.size)
     assert found.std() == pytest.approx(0.5, rel=5 / np.sqrt(2 * found.size))
     assert abs(np.corrcoef(found.reshape(200, -1))[np.triu_indices(200, 1)]).max() < 6 / np.sqrt(192)
-    assert (found**4).mean() / 0.5**4 == pytest.approx(3 - 0.1, abs=0.1)  # excess kurtosis: -1.2 / 12
+    # The noise is a sum of 12 uniform numbers, with the excess kurtosis -1.2 / 12.
+    assert (found**4).mean() / 0.5**4 == pytest.approx(3 - 0.1, abs=0.1)
 
 
 def test_stages_of_a_chain_draw_independently():
@@ -337,7 +338,7 @@ def test_transform_that_remembers_the_previous_sample_is_refused():
     ("transform", "kind"),
     [
         (lambda batch, random: batch[..., 1:], r"an array of shape \(1, 3, 7, 5\)"),
-        (lambda *arguments: arguments, "a tuple"),  # transforms of torchvision return unknown arguments
+        (lambda *arguments: arguments, "a tuple"),  # torchvision transforms pass arguments of other types through
         (lambda batch, random: None, "a NoneType"),
     ],
 )

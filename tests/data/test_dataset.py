@@ -110,7 +110,7 @@ def loader(labels=(0, 1, 2), batch_size=2, **options):
     return DataLoader(samples, batch_size=batch_size, **options)
 
 
-def test_parts_of_loaders_are_read_into_memory_except_the_training_part():
+def test_loaders_are_read_into_memory_except_that_of_the_training_part():
     training = loader((0, 1, 2, 1))
     data = data_set(train=training, validation=loader(), test=loader((2, 1)))
     assert data.is_stream

@@ -295,7 +295,10 @@ def test_a_file_that_returns_nan_is_refused(planted, tmp_path):
 
 
 def test_a_comparison_of_constant_maps_is_recorded_as_unstable():
-    """The deviation of a constant map is 0 or a rounding error, depending on the runtime."""
+    """The model divides a map by its standard deviation, which is 0 or a rounding error for a constant map.
+
+    It depends on the runtime which of the two it is: 0 gives NaN, a rounding error gives a finite number.
+    """
 
     class Model:
         name = "Norm"

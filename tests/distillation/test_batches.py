@@ -190,7 +190,7 @@ WRONG = {
     "texts in a dict": ([{"image": X, "path": ["a"] * N, "label": Y}], DataError, "not strings"),
     "ragged lists": ([([X[:3], X[:4]], Y[:3])], DataError, "differ in their number of samples"),
     "ragged targets": ([(X, [[1], [1, 2]] * 6)], DataError, "The targets of a batch are a list of 12 list"),
-    "other samples": ([(X, Y[:7])], DataError, "These are 12 samples and 7 targets"),
+    "fewer targets than inputs": ([(X, Y[:7])], DataError, "These are 12 samples and 7 targets"),
     "entries that the model does not take": (
         [{"image": X, "size": Y, "label": Y}],
         UsageError,

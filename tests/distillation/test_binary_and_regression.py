@@ -24,7 +24,7 @@ def test_binary_kd_equals_kd_of_two_classes_of_which_one_has_the_logit_0(framewo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_gradient_of_binary_soft_targets_is_temperature_times_the_difference(temperature):
+def test_the_gradient_of_binary_soft_targets_is_temperature_times_the_difference_of_the_probabilities(temperature):
     """The student has logits of exactly 0, like a head initialized to zero."""
     student = torch.zeros(N, K, dtype=torch.float64, requires_grad=True)
     LOSSES["binary-kd"](student, torch.from_numpy(z_t), temperature=temperature).backward()

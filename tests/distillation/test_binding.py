@@ -356,7 +356,7 @@ def test_terms_that_need_more_than_the_top_k_logits_of_a_store_are_refused(tmp_p
             distill(Net(4), store, data(), objective=Objective((term,)))
 
 
-def test_an_unknown_label_loss_or_layer_is_refused_before_any_work():
+def test_an_unknown_label_loss_or_an_invalid_layer_name_is_refused_before_any_work():
     with pytest.raises(UnknownNameError, match="no label-loss 'crossentropy'"):
         Objective(label_loss="crossentropy")
     with pytest.raises(UsageError, match="is not a layer name"):

@@ -133,7 +133,10 @@ def test_logits_with_other_cells_than_the_maps_are_refused():
 
 
 def test_detection_response_equals_its_closed_form(framework):
-    """Cell 0: probability 3/4 in the teacher, 1/2 in the student. Cell 1: 1/4 in both, so its boxes do not count."""
+    """Cell 0 has the probability 3/4 in the teacher and 1/2 in the student.
+
+    Cell 1 has the probability 1/4 in both. This is not above the threshold, so its boxes do not count.
+    """
     teacher = {
         "logits": framework(np.log([[[3.0], [1 / 3]]])),
         "boxes": framework([[[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 0.1, 0.1]]]),
@@ -181,7 +184,7 @@ def test_detection_response_is_equal_for_an_object_that_only_the_student_or_only
     assert invented == pytest.approx(8, rel=1e-2)
 
 
-def test_detr_of_an_object_that_only_the_student_detects_is_a_tenth_of_that_of_a_missed_object(framework):
+def test_the_loss_detr_of_an_invented_object_is_a_tenth_of_the_loss_of_a_missed_object(framework):
     def loss_value(*cells):
         student, teacher = (
             {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
@@ -299,7 +302,7 @@ def test_queries_of_the_student_without_a_matching_query_of_the_teacher_get_no_g
     assert not student["boxes"].grad[:, :4].any()
 
 
-def test_only_the_classes_of_queries_without_an_object_are_compared():
+def test_queries_without_an_object_are_compared_by_their_classes_but_not_by_their_boxes():
     student, teacher = random_side(0, 5), random_side(1, 5)
     teacher["logits"][:, 2:, -1] += 30.0  # no object
     fewer = {name: part[:, :2] for name, part in teacher.items()}

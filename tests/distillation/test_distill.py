@@ -276,7 +276,7 @@ def test_a_validation_can_be_arrays_batches_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_a_teacher_is_evaluated_on_batches_until_32_samples_8_of_them_not_of_the_largest_class(student, teacher):
+def test_batches_are_read_until_there_are_32_samples_of_which_8_are_not_of_the_largest_class(student, teacher):
     inputs, targets = samples(60, seed=5)
     batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
     with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):

@@ -185,7 +185,7 @@ def test_a_module_wrapped_by_ddp_has_the_same_gradients():
         torch.distributed.destroy_process_group()
 
 
-def test_a_direct_call_of_the_student_keeps_no_features():
+def test_calling_the_student_itself_stores_no_features():
     found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),)))
     batch = next(data().epoch(0, 0))
     found(batch)

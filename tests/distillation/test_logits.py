@@ -205,7 +205,7 @@ VARIANTS = {
     "bounded-regression margin": with_options("bounded-regression", margin=1.0),
 }
 MINIMUM_ELSEWHERE = {
-    "dist mmrazor",  # the constant added to the norms lowers the loss if tiny probabilities grow
+    "dist mmrazor",  # norms have an added constant: the loss falls if tiny probabilities of the student grow
     "kd keras",  # clipped probabilities get no gradient
     "top-k zero",  # minimum at a student without tail probability
     "top-k uniform",  # minimum at a student with a uniform tail

@@ -58,7 +58,11 @@ def test_activation_boundaries_equal_their_closed_form(framework):
 
 
 def test_ofd_equals_its_closed_form(framework):
-    """Teacher 2: every difference counts. Teacher -0.5: if the student is higher. Teacher -3: if it is above -1."""
+    """Where the teacher is above 0, every difference counts.
+
+    Where the teacher is at most 0, the target is the larger of its value and the margin -1, and only a student above
+    the target adds to the loss.
+    """
     teacher = maps([2, 2, -0.5, -0.5, -3, -3])
     student = maps([0, 3, -2, 1, -2, 1])
     assert loss_value("ofd", student, teacher, framework, margin=-1.0) == pytest.approx(4 + 1 + 0 + 2.25 + 0 + 4)
@@ -81,7 +85,10 @@ def test_factor_transfer_equals_its_closed_form(framework):
 
 
 def test_hierarchical_context_equals_its_closed_form(framework):
-    """A checkerboard of ±1 averages to 0: only the full size counts, 1 / (1 + 1/2 + 1/4). A constant is unchanged."""
+    """A checkerboard of ±1 is 0 after pooling, so only the full size counts, with the weight 1 / (1 + 1/2 + 1/4).
+
+    Pooling does not change a constant map.
+    """
     board = (-1.0) ** np.add.outer(np.arange(4), np.arange(4))[None, None]
     zero = np.zeros_like(board)
     assert loss_value("hcl", board, zero, framework) == pytest.approx(1 / 1.75, rel=1e-14)
@@ -92,7 +99,7 @@ def test_pearson_is_one_minus_the_correlation_of_each_channel(framework):
     value = loss_value("pkd", fs, ft4, framework, eps=0.0)
     rows = [part.swapaxes(0, 1).reshape(4, -1) for part in (fs, ft4)]
     correlation = [np.corrcoef(row_s, row_t)[0, 1] for row_s, row_t in zip(*rows, strict=True)]
-    count = rows[0].shape[1]  # with a standard deviation of n - 1, the mean square is (n - 1) / n
+    count = rows[0].shape[1]  # the standard deviation divides by n - 1, so the mean square is (n - 1) / n
     assert value == pytest.approx((1 - np.mean(correlation)) * (count - 1) / count, rel=1e-12)
 
 
@@ -318,7 +325,7 @@ def test_no_gradient_reaches_the_teacher_of_vid():
 # --------------------------------------------------------------------------------------------------------- errors
 
 
-def test_vid_refuses_a_number_of_scales_that_is_not_the_number_of_channels():
+def test_numbers_of_scales_or_margins_that_differ_from_the_number_of_channels_are_refused():
     with pytest.raises(ShapeError, match="`scale` has 3 values; 1 or 4, one per channel, are needed"):
         LOSSES["vid"]({"mean": fs, "scale": np.zeros(3)}, ft4)
     with pytest.raises(ShapeError, match="`margin` has 3 values"):
@@ -383,7 +390,7 @@ def test_invalid_options_of_maps_are_refused(name, options, message):
 
 
 @pytest.mark.parametrize("variance", [2e-5, 5.0, 800.0, 1e6])
-def test_vid_equals_the_density_for_any_variance(variance):
+def test_vid_equals_the_gaussian_negative_log_likelihood_for_any_variance(variance):
     expected = 0.5 * ((MAPS[0] - MAPS[1]) ** 2 / variance + math.log(variance)).mean()
     assert float(LOSSES["vid"](*MAPS, variance=variance)) == pytest.approx(expected, rel=1e-6)
 

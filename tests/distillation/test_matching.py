@@ -101,7 +101,7 @@ def test_all_stages_of_a_network_inside_of_a_module_are_found():
     assert stages_among(shapes, IMAGE, "Net") == [("body.0", (16, 16)), ("body", (8, 8))]
 
 
-def test_blocks_with_several_outputs_are_layers(transformers):
+def test_blocks_with_several_outputs_are_found_as_stages(transformers):
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
     words = torch.randint(3, 20, (2, 5))
     found = stages_found(

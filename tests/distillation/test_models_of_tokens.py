@@ -470,7 +470,7 @@ def test_the_batches_of_an_optimizer_step_sum_to_the_loss_of_one_large_batch(tra
     """A batch is weighted by the number of items that a term averages: labels, tokens or pairs of tokens."""
     student, teacher = pair(build, transformers)
     inputs, labels = unequal_batch(build)
-    if not labeled and build in BOTH:  # otherwise the labels are the mask of the decoder
+    if not labeled and build in BOTH:  # with labels, the mask of the decoder follows from the labels
         inputs["decoder_attention_mask"] = (labels != -100).astype(np.int64)
     terms = translation_terms(build) if build in BOTH else ENCODED if build is bert else (Term("kd", 1.0), LAST)
     objective = Objective(terms, causal=build is gpt2)

@@ -76,7 +76,7 @@ def test_peers_are_combined_like_teachers(way):
     torch.testing.assert_close(found[0].weight, alone[0].weight, rtol=1e-12, atol=1e-14)
 
 
-def test_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
+def test_the_kd_term_of_the_default_objective_has_the_gradient_of_the_mean_divergence_to_the_peers():
     """The paper defines the loss of three or more students in this way."""
     students = [linear(seed) for seed in range(3)]
     inputs = torch.from_numpy(samples(N)[0])

@@ -330,7 +330,7 @@ def test_fit_and_mutual_learning_accept_declared_probabilities():
         assert_close_weights(one.model, other.model)
 
 
-def test_an_ensemble_of_probabilities_has_the_logits_of_their_mean():
+def test_an_ensemble_of_models_with_probabilities_returns_the_logits_of_the_mean_probabilities():
     inputs = torch.from_numpy(samples(N)[0])
     soft = [net(nn.Softmax(-1), seed=seed).eval() for seed in (0, 1)]
     mean = (soft[0](inputs) + soft[1](inputs)) / 2

@@ -138,7 +138,10 @@ def test_labels_that_are_all_masked_are_refused_if_all_terms_need_labels():
 
 
 def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
-    """6 of 24 samples have a label. All are in one batch, or in the first of four batches: the means are equal."""
+    """6 of 24 samples have a label.
+
+    One batch of all samples, and four batches of which only the first has labels, have the same mean.
+    """
     labels = np.full(24, -100)
     objective = Objective((Term("dkd", 1.0, temperature=4.0),), label_weight=0.0)
     net, teacher = Net().double(), Net(6).double()

@@ -38,10 +38,11 @@ def test_relational_distances_equal_their_closed_form(framework):
 
 
 def test_relational_angles_equal_their_closed_form(framework):
-    """A right isosceles triangle and a line have three cosines each, which count in both orders; the mean is over 27.
+    """The angles are those of a right isosceles triangle and of three samples on a line.
 
-    The triangle has the cosines 0, 1/√2, 1/√2 at its samples, the line 1, -1, 1. The cosine of a side with itself is 1
-    in both. The Huber loss of a difference above 1 is the difference minus one half.
+    The triangle has the cosines 0, 1/√2, 1/√2 at its samples, the line 1, -1, 1. Each counts twice, for both orders of
+    the two sides; the mean is over all 3³ triples of samples. The cosine of a side with itself is 1 in both. The Huber
+    loss of a difference above 1 is the difference minus one half.
     """
     tilt = 1 / math.sqrt(2)
     losses = [1 / 2, (1 + tilt) - 1 / 2, (1 - tilt) ** 2 / 2]
@@ -49,7 +50,10 @@ def test_relational_angles_equal_their_closed_form(framework):
 
 
 def test_sp_equals_its_closed_form(framework):
-    """The products of orthogonal samples give the identity, those of equal samples rows (1, 1) / √2 or (1, 1) / 2."""
+    """The products of orthogonal samples form the identity matrix. Those of equal samples form rows (1, 1) / √2.
+
+    With the convention of torchdistill, the rows of equal samples are (1, 1) / 2.
+    """
     difference, same = np.eye(2), np.ones((2, 1))
     tilt = 1 / math.sqrt(2)
     rows = ((1 - tilt) ** 2 + tilt**2) * 2 / 4
@@ -58,7 +62,10 @@ def test_sp_equals_its_closed_form(framework):
 
 
 def test_pkt_equals_its_closed_form(framework):
-    """Cosines 1 and 0 give (2/3, 1/3), 1 and 1 give (1/2, 1/2): KL divergence over 2 · 2 pairs."""
+    """Similarities are (1 + cosine) / 2. The cosines 1 and 0 give the probabilities 2/3 and 1/3, 1 and 1 give 1/2 each.
+
+    The KL divergence of both samples is divided by the number of pairs, 2 · 2.
+    """
     student, teacher = np.eye(2), np.ones((2, 1))
     divergence = (math.log(0.5 / (2 / 3)) + math.log(0.5 / (1 / 3))) / 2
     value = loss_value("pkt", student, teacher, framework, eps=0.0)
@@ -104,7 +111,10 @@ def test_crd_batch_equals_the_cross_entropy_of_pytorch():
 
 
 def test_crd_equals_its_closed_form(framework):
-    """Scores of 1, 1 and 3 times the expected score of noise: probabilities 1/2, and 1/2 and 1/4 for negatives."""
+    """The scores are 1, 1 and 3 times the expected score of noise.
+
+    The loss is -log(1/2) for the positive, and -log(1/2) and -log(1/4) for the two negatives.
+    """
     logits = framework(np.log([[1.0, 1.0, 3.0]]))
     expected = math.log(2) + math.log(2) + math.log(4)
     assert float(LOSSES["crd"](logits, logits)) == pytest.approx(2 * expected, rel=1e-14)  # both directions
@@ -245,7 +255,7 @@ def test_a_negative_temperature_is_refused():
 @pytest.mark.parametrize("name", ["rkd-distance", "rkd-angle"])
 @pytest.mark.parametrize("unit", [False, True])
 def test_small_distances_within_distant_clusters_are_accurate_in_32_bits(name, unit):
-    """8 clusters of 8 samples with a distance of 600 and a standard deviation of 1."""
+    """Distances between the 8 clusters of 8 samples are about 500 times the distances within a cluster."""
     random = np.random.default_rng(1)
     centers = np.repeat(600 * random.standard_normal((8, 64)), 8, 0)
     sides = [torch.from_numpy((scale * centers + random.standard_normal((64, 64))).astype("f")) for scale in (1, 1.3)]
@@ -257,7 +267,8 @@ def test_small_distances_within_distant_clusters_are_accurate_in_32_bits(name, u
         results.append((float(loss.detach()), student.grad.double()))
     (value, gradient), (exact_value, exact_gradient) = results
     assert value == pytest.approx(exact_value, rel=1e-4, abs=1e-9)
-    # The cosine of a distance of 1 beside distances of 600 has only four of the seven digits of float32.
+    # The difference of two features in a cluster is hundreds of times smaller than the features themselves, so that
+    # four of the seven digits of float32 remain.
     assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 1e-3
 
 

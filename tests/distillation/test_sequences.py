@@ -1,4 +1,4 @@
-"""Alignment of causal models, the loss of CTC frames, and the filter for sequences that a teacher generated."""
+"""Masks from lengths, the loss of CTC frames, and the filter for sequences that a teacher generated."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from kirsch.testing import LOSS_CHECKS
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.standard_normal((2, 2, 6, 5))  # logits (N, L, K)
-# Sample 0: a prompt of two tokens and an answer of three. Sample 1: a prompt of one, an answer of two, and padding.
-LABELS = np.array([[-100, -100, 4, 1, 3, -100], [-100, 2, 0, -100, -100, -100]])
 
 
 def test_mask_from_lengths_is_true_up_to_each_length(framework):

@@ -214,7 +214,7 @@ def test_a_process_ends_without_error_if_another_has_finished_the_build(store_fo
     assert content(tmp_path / "s") == content(store_folder)
 
 
-def test_a_temporary_file_that_the_process_that_built_the_range_removed_is_not_an_error(tmp_path, monkeypatch):
+def test_a_missing_temporary_file_is_not_an_error_if_another_process_has_built_the_range(tmp_path, monkeypatch):
     original = files.write_chunks
 
     def overtaken(path, chunks):

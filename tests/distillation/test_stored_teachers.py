@@ -91,7 +91,7 @@ SHAKEN = Noise(0.5)
 
 
 def test_the_seed_of_a_store_is_the_seed_that_its_records_were_built_with(tmp_path):
-    """The data may state the seed; two different seeds are refused."""
+    """`build_store` takes the seed of the data, if they have one, and refuses another value of its option `seed`."""
     given = data(SHAKEN, seed=5)
     store = build_store(tmp_path / "store", net(), given, keep=Dense(), views=2)
     assert store.specification.seed == 5

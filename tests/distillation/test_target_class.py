@@ -65,7 +65,11 @@ def test_an_invalid_power_is_refused(power):
 
 
 def test_weighted_soft_labels_equal_their_closed_form(framework):
-    """Student (1/2, 1/2), teacher (1/4, 3/4): cross-entropy with label 1 log 2 and log 4/3, with the teacher log 2."""
+    """The label is 1; the student has the probabilities (1/2, 1/2), the teacher (1/4, 3/4).
+
+    The cross-entropy with the label is log 2 for the student and log 4/3 for the teacher. The cross-entropy of the
+    student with the teacher is log 2.
+    """
     student, teacher = np.zeros((1, 2)), np.array([[0.0, math.log(3)]])
     weight = 1 - math.exp(-math.log(2) / (math.log(4 / 3) + 1e-7))
     value = LOSSES["wsld"](framework(student), framework(teacher), labels=framework(np.array([1])))

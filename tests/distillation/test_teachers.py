@@ -49,7 +49,7 @@ def test_binary_probabilities_of_teachers_are_averaged_for_each_label(temperatur
     torch.testing.assert_close((found / temperature).sigmoid(), expected)
 
 
-def test_with_teachers_confidence_the_weights_follow_from_the_entropies_of_each_label():
+def test_the_option_confidence_weights_teachers_by_the_entropy_of_each_label():
     probabilities = [logits.sigmoid() for logits in TWO]
     entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in probabilities]
     weights = [(-e).exp() for e in entropy]
@@ -88,7 +88,7 @@ def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
     assert bool(warnings) == (way == "logits" and loss != "logit-l2")
 
 
-def test_teachers_confidence_is_refused_for_losses_on_real_valued_outputs():
+def test_the_option_confidence_is_refused_for_losses_on_real_valued_outputs():
     objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
     with pytest.raises(UsageError, match="compares real numbers, which do not show how confident"):
         trained(Net(4), [Net(6), Net(5)], image_data(), objective)

@@ -107,7 +107,10 @@ def test_cls_pkd_equals_its_closed_form(framework):
 
 
 def test_token_fsp_equals_its_closed_form(framework):
-    """Layers (1, 2), (3, 4) and (1, 0), (0, 1) over two positions: products [[1, 3], [2, 4]] / 2, teacher 0."""
+    """At two positions, the first layer has the states (1, 2) and (3, 4), the second (1, 0) and (0, 1).
+
+    The mean product of the two layers is [[1, 3], [2, 4]] / 2; that of the teacher is 0.
+    """
     layers = [framework([[[1.0, 2.0], [3.0, 4.0]]]), framework([[[1.0, 0.0], [0.0, 1.0]]])]
     zeros = [framework(np.zeros((1, 2, 2)))] * 2
     assert float(token_fsp(layers, zeros)) == pytest.approx((1 + 9 + 4 + 16) / 4 / 4, rel=1e-14)

@@ -54,7 +54,7 @@ def steps_without_escapes(text):
 def open_terminal(monkeypatch):
     """Return a function that replaces the output streams with a terminal, and returns the terminal.
 
-    A test calls it, because pytest sets its own streams after each fixture.
+    The test calls the function, because pytest replaces the streams again between the fixtures and the test.
     """
 
     def open_():
@@ -186,7 +186,7 @@ def test_a_warning_is_one_line_and_not_a_python_warning(capfd):
     assert lines[0].startswith("warning  The weight of the labels reaches 1 after 9 epochs")
 
 
-def test_a_warning_of_each_model_of_a_chain_is_shown_once_and_epochs_name_their_model(capfd):
+def test_a_warning_that_all_models_of_a_chain_give_is_shown_once_and_epochs_name_their_model(capfd):
     late = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=kirsch.Ramp(0.1, 1.0, epochs=9))
     models = [net(8, 1), net(6, 2), net(4, 3)]
     data, training = ArrayData(*samples(), batch_size=8), kirsch.Training(epochs=1, learning_rate=0.1)

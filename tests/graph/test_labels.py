@@ -1,6 +1,7 @@
 """Labels of axes, the facts about them, and the check that no operation loses a label.
 
-Label 0 is a frozen index. A split arranges the labels of an axis, its cells, in a grid. A merge is the inverse.
+Label 0 is a frozen index. A split arranges the labels of an axis in a grid; they are the cells of the grid.
+A merge is the inverse.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def samples():
 
 
 def texts(count=8):
-    """Return sequences of tokens, the labels of the same positions, with 2 to 6 valid positions."""
+    """Return sequences of tokens as inputs, and as labels that are masked after the first 2 to 6 positions."""
     tokens = torch.as_tensor(np.random.default_rng(0).integers(0, WORDS, (count, LENGTH)))
     valid = torch.arange(LENGTH) < 2 + torch.arange(count)[:, None] % 5
     return torch.utils.data.TensorDataset(tokens, tokens.masked_fill(~valid, -100))
@@ -208,7 +208,7 @@ def test_bf16_loss_is_close_to_fp32():
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
-def test_batch_of_converts_batches():
+def test_the_function_given_as_batch_of_converts_batches():
     data = [{"pixels": x, "class": y, "name": "a"} for x, y in samples()]
     module = Module(data=data)
     callback = Distillation(
@@ -320,7 +320,11 @@ class SaveParameters(lightning.Callback):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its process")
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["soft targets", "adapter"])
 def test_two_processes_give_the_parameters_of_one(tmp_path, with_adapter):
-    """The data are sequences with different numbers of valid positions, or, for an adapter, samples with one label."""
+    """The data are sequences with different numbers of valid positions, or, for an adapter, samples with one label.
+
+    The callback weights batches by their numbers of labels. The loss on the adapter is a mean over samples, so the
+    weights are exact only if each sample has one label.
+    """
 
     def deterministic_net(width, seed):
         model = net(width, seed).double()

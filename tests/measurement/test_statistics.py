@@ -29,7 +29,8 @@ def test_the_wilson_interval_has_its_closed_form(case):
     center = (hits + z**2 / 2) / (n + z**2)
     half_width = z / (n + z**2) * math.sqrt(hits * (n - hits) / n + z**2 / 4)
     assert (result.low, result.high) == pytest.approx((center - half_width, center + half_width), abs=1e-12)
-    assert 0 <= result.low <= result.value + 1e-15  # at the ends both are 0 or 1 up to rounding
+    # Without hits, low and value are 0; if all are hits, value and high are 1, up to rounding.
+    assert 0 <= result.low <= result.value + 1e-15
     assert result.value - 1e-15 <= result.high <= 1
 
 

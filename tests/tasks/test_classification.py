@@ -211,7 +211,7 @@ def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, 
     assert re.search(sentence, str(caught.value))
 
 
-def test_objectives_take_the_label_loss_of_the_task():
+def test_the_label_loss_of_the_task_is_a_registered_label_loss():
     assert TASKS["classification"].label_loss in LABEL_LOSSES
 
 

@@ -159,12 +159,12 @@ BAD_LOSSES = [
         lambda s, t, temperature: squared(s, t).mean(),
         "expected torch.float32",
     ),
-    (  # 8 bits cannot hold the differences beside 100
+    (  # bfloat16 has 8 significant bits, too few for the differences of values near 100
         "check_loss_is_finite_in_half_precision",
         lambda s, t, temperature: squared(s + 100, t + 100).float().mean(),
         r"the loss of torch.bfloat16 values is .*; in 64 bits it is",
     ),
-    (  # correct value, and a gradient that is 1.5 times too large
+    (  # the value is 0 in each type, but the gradient in 16 bits is 1.5 times that in 64 bits
         "check_loss_is_finite_in_half_precision",
         lambda s, t, temperature: (
             (1.5 if s.dtype.itemsize == 2 else 1.0)
@@ -278,7 +278,7 @@ BAD_IMPORTANCES = [
         lambda graph, group, *, norm, seed: magnitude(graph, group, norm=norm, seed=seed).mean(),
         r"'0' has 8 units; the scores have shape \(\)",
     ),
-    (  # finite for norm 2 only
+    (  # NaN for norm 1
         "check_each_unit_has_one_finite_score",
         lambda graph, group, *, norm, seed: np.full(group.size, np.nan if norm == 1 else 1.0),
         "the scores of '0' are .*nan",

@@ -43,7 +43,8 @@ app = typer.Typer(
     epilog=(
         "Exit codes: 0 done, goals met; 2 wrong usage or recipe; 3 done, but a goal is missed, or verify found an "
         "unfinished run; 4 model, data or checkpoint cannot be loaded, or verify found damage; "
-        "5 packages, memory or disk; 6 numerical failure; 75 and 130 stopped, checkpoint saved; 1 a bug of Kirsch."
+        "5 a package is missing, memory is not sufficient, or a file cannot be written; 6 numerical failure; "
+        "75 and 130 stopped, kirsch resume continues; 1 a bug of Kirsch."
     ),
     add_completion=False,
     rich_markup_mode=None,
@@ -131,7 +132,7 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         help="Shape of an input, such as 1,3,224,224, with its type (1,24:int64) and name (mask=1,24:int64); "
-        "may be repeated. Default: inputs that the model states.",
+        "may be repeated. Default: random inputs of the model's example_shape, dummy_inputs or image size.",
     ),
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]

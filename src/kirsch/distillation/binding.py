@@ -209,7 +209,8 @@ def _layer_pairs(
             raise UsageError(
                 f"The term {term.record_name!r} names {figures.counted(len(teacher_layers), 'layer')} of the teacher "
                 f"and {len(student_layers)} of the student.",
-                fix="Name the same number, or a pattern such as layer*, whose matches are chosen by depth.",
+                fix="Name the same number of layers, or a pattern such as layer*: evenly spaced layers are taken "
+                "from its matches.",
             )
         teacher_layers = by_depth(teacher_layers, len(student_layers))
     if gathered:
@@ -256,7 +257,7 @@ def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], index: i
 
 
 def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:
-    """Compute the loss of a term on the values of the dry run, to find shapes that do not fit before training."""
+    """Compute the loss of a term on the values of the dry run, so that wrong shapes raise an error before training."""
     loss = term.loss
     student, teacher = values
     where = f"{quoted(term.student_layer)} of the student and {quoted(term.teacher_layer)} of the teacher"
@@ -305,7 +306,7 @@ def refuse_classes(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...
     raise ShapeError(
         f"The student returns {_classes(student_shape[1:])}; the teacher returns {_classes(teacher_shape[1:])}.",
         "Soft targets need the same classes in the same order.",
-        "Give one of them a head for the classes of the other.",
+        "Give one model a head for the classes of the other model.",
     )
 
 

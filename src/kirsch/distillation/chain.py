@@ -23,7 +23,7 @@ from kirsch.frameworks.progress import with_progress
 from kirsch.frameworks.training import Trained, Training, TrainingHooks, TrainingState
 
 Link = Callable[[list[Trained], TrainingHooks, bool], Trained]
-"""Trains one model: a function (results of the links before, hooks, whether to check the teachers) → result."""
+"""A function that trains one model: (results of the earlier links, hooks, whether to check the teachers) → result."""
 
 MIN_MODELS = 2
 
@@ -231,8 +231,8 @@ def ensemble(
         combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
         activation: the function that converts logits to probabilities: "softmax" over classes, or "sigmoid" for
             independent labels. "identity": the outputs are real-valued predictions, which are averaged.
-        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; outputs of
-            the first run that look like probabilities raise an error.
+        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; an error is raised if the
+            first outputs of a model sum to 1, as those of a softmax do.
 
     Returns:
         A model of the same framework, in inference mode. With "probabilities", the softmax of its logits is the mean of

@@ -144,7 +144,7 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
 def averaged_logits(objective: Objective, teachers: int) -> list[str]:
     """Return a warning if the logits of several teachers are averaged.
 
-    The result is the normalized geometric mean of their probabilities.
+    The softmax of averaged logits is the normalized geometric mean of the teachers' probabilities.
     """
     activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
     if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:

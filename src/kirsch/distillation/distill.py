@@ -70,7 +70,8 @@ def distill(
             lines, too. None: only on a terminal and in a notebook.
 
     Returns:
-        The trained student with its history. `first_batch` has the shares of the terms in loss and gradient.
+        The trained student with its history. Its field `first_batch` contains the share of each term in the loss and in
+        the gradient of the first batch.
 
     Raises:
         UsageError: student and teacher are one object, a model does not run on the first batch, or a model returns

@@ -37,7 +37,7 @@ The list has one feature, or one for each teacher if the losses of several teach
 
 
 class DistillationLoss:
-    """label_weight · label loss + Σ weight · distillation loss, with the names and layers of the terms resolved.
+    """The sum label_weight · label loss + Σ weight · distillation loss, with terms that are bound to layers.
 
     Args:
         objective: supplies the weight and kind of the label loss, and the rule that combines several teachers.
@@ -101,7 +101,8 @@ class DistillationLoss:
             batch: the batch on which student and teachers have run.
             epoch: number of epochs done.
             step_counts: counts of all batches of the optimizer step. None: the step has only this batch.
-            batch_counts: counts of the batch; None: count here, which synchronizes with the device of the batch.
+            batch_counts: counts of the batch; None: they are counted here, which synchronizes with the device
+                of the batch.
             factors: factors of the weights, by name of the term; 1 for a term that is left out.
             regularization: values of the regularizers, by name.
             targets_checked: the targets of the batch are known to be valid. Otherwise the losses on labels check them,
@@ -121,7 +122,10 @@ class DistillationLoss:
         adapter_losses: dict[str, Any] = {}
 
         def value_checks(*, of_labels: bool) -> AbstractContextManager[None]:
-            """Return a context without checks of values: only labels need them, as no mask is empty (counts > 0)."""
+            """Return a context that turns off the checks of values, unless the loss takes labels that were not checked.
+
+            The other checks look for empty masks, which cannot occur here, because each count is above 0.
+            """
             return nullcontext() if of_labels and not targets_checked else ops.without_value_checks()
 
         if fractions["labels"]:  # the mean over no labels is not defined

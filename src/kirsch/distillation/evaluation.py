@@ -38,10 +38,16 @@ A useful teacher is expected to predict at least one of them correctly.
 """
 
 WANTED_OTHERS = 8
-"""Number of samples outside the most frequent class after which a loader is no longer read."""
+"""Number of samples outside the most frequent class that suffice for the comparison with chance.
+
+A loader is read until there are this many, and `ENOUGH` samples in total, or until there are `MOST_SAMPLES`.
+"""
 
 MOST_SAMPLES = 1024
-"""Largest number of samples that are evaluated: of data in memory, or of one batch. A loader is read up to it, too."""
+"""Largest number of samples that are evaluated, of data in memory or of one batch of a loader.
+
+After this number of samples, no further batch of a loader is read.
+"""
 
 NOT_EVALUATED = (
     "The teacher was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
@@ -188,7 +194,7 @@ def _rows_of(found: Sequence[EvaluatedBatch]) -> tuple[NDArray[Any], NDArray[Any
 
 
 def _summaries_by_label(found: Sequence[EvaluatedBatch]) -> list[PredictionSummary]:
-    """Return a summary of the predictions of each binary label, without labels that no sample has."""
+    """Return a summary of the predictions of each binary label, without labels that have no target in any sample."""
     outputs, targets = _rows_of(found)
     return [
         PredictionSummary.of((outputs[known, label] > 0).astype(int), (targets[known, label] > 1 / 2).astype(int))

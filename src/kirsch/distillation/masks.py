@@ -37,7 +37,8 @@ class BatchMasks:
         objective: supplies `causal`, `ignore_index` and the label loss.
         positions_of: function that converts the mask of the inputs, shape (N, T), to the mask of the hidden states,
             shape (N, L).
-        labeled: count "labeled" of the batch, see `count`; None if only counts are needed.
+        labeled: the number of samples or positions with a label, as `count("labeled", ...)` returns it; None for an
+            object whose only use is `count`.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class BatchMasks:
         return labels if mask is None else ops.where(shift_logits(mask) != 0, labels, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
-        """Return logits, or a dict of arrays of positions, without the last position if the objective is causal."""
+        """Return logits, or each array of a dict, without the last position if the objective is causal."""
         if not self._causal:
             return logits
         if isinstance(logits, Mapping):
@@ -134,8 +135,8 @@ class BatchMasks:
     def mask_of(self, term: BoundTerm, student: Any) -> Any:
         """Return the mask of a term; None if all samples and positions are compared.
 
-        Logits of sequences and pixels are compared only where there is a label. Logits of samples without a label are
-        compared, too, unless the loss takes labels.
+        With one label per position (sequences, pixels), only logits with a label are compared. With one label per
+        sample, all logits are compared, unless the loss takes labels: then only those with a label.
 
         Args:
             term: the term.
@@ -158,8 +159,9 @@ class BatchMasks:
         Reads values of arrays, which synchronizes with their device.
 
         Args:
-            mean_over: "samples"; "labels": all samples, or the positions with a label; "labeled": the samples or
-                positions with a label; or `BoundTerm.mean_over` of the example.
+            mean_over: "samples": all samples. "labeled": samples or positions with a label. "labels": all samples if
+                each has one label, else the positions with a label. Any other text: `BoundTerm.mean_over` of the
+                example.
             example: a term whose mean goes over positions or pairs.
             sequences: whether the samples are sequences, so that without labels each position counts.
         """

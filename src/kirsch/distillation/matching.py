@@ -57,10 +57,12 @@ def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Si
 def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: str) -> list[tuple[str, Size | None]]:
     """Return path and map size of each stage, from the first to the last; the size is None for layers of tokens.
 
-    The last feature map of each size ends a stage. Two kinds of maps do not end a stage: maps inside of a block that
-    changes the size (such as an expansion before a stride), and maps inside of a module that outputs tokens (such as a
-    patch embedding). If more modules that output tokens follow the last stage than there are feature maps, the stages
-    are instead the longest list of numbered modules that output tokens.
+    The last feature map of each size ends a stage. Three kinds of maps do not end a stage: maps inside of a block
+    that changes the size, such as an expansion before a stride (unless no other map has their size); maps inside of a
+    module that outputs tokens, such as a patch embedding; and maps followed by channels-last outputs of the same size.
+
+    The stages are instead the longest list of numbered modules that output tokens if no map ends a stage, or if the
+    modules that output tokens after the last stage outnumber the feature maps.
 
     Args:
         shapes: path and output shape of modules, in the order in which they finish.
@@ -143,10 +145,10 @@ def _stage_ends(maps: Mapping[str, Shape], inner: set[str]) -> list[tuple[str, S
 
 
 def _longest_list(shapes: Sequence[tuple[str, Shape]]) -> list[str]:
-    """Return the longest list of numbered modules with one output shape that is not inside of another list.
+    """Return the longest list of numbered modules with the same output shape.
 
-    Of two lists of equal length, the one whose names are plain numbers is preferred. A single module counts as a list
-    only if its name is a plain number.
+    Lists inside of an element of another list are left out. Of two lists of equal length, the one whose names are plain
+    numbers is preferred. A single module counts as a list only if its name is a plain number.
     """
     lists: dict[tuple[bool, str, Shape], list[str]] = {}
     for path, shape in shapes:

@@ -35,8 +35,8 @@ class Objective:
         label_loss: "cross-entropy", "binary", "squared-error", or the name of a label loss that another package
             registers.
         causal: position i of a sequence predicts token i + 1: logits and labels are shifted by one position.
-        ignore_index: label of masked positions and of samples without a label, whose label loss is 0. For one label per
-            sample, the mean is over all samples. For sequences and images, it is over the positions with a label.
+        ignore_index: label of masked positions and of samples without a label, whose label loss is 0. With one label
+            per sample, the mean is over all samples. With a label per token or pixel, it is over the labeled positions.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
         teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the

@@ -347,7 +347,7 @@ def _first_batch(job: Job, model: Any) -> Batch:
 
 
 def _require_labels(job: Job, first: Batch) -> None:
-    """Refuse training data without labels before the training.
+    """Refuse training data without labels, before training starts.
 
     Raises:
         DataError: the first batch has no labels.
@@ -371,7 +371,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 
 
 def _gradient_share(trained: Trained) -> str:
-    """Return the largest share of a teacher term in the gradient.
+    """Return the teacher term with the largest share in the gradient, and this share, as text.
 
     The share is taken from the first batch; if all terms start with weight 0, from the last epoch.
     """

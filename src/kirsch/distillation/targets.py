@@ -327,7 +327,9 @@ def _type_fix(targets: NDArray[Any], shape: tuple[int, ...], *, integral: bool) 
     if targets.dtype == bool:
         return "Give integers: targets.astype(numpy.int64), or targets.long() of a tensor."
     if np.isnan(targets).any():
-        return "Leave out samples whose target is NaN, or give integers, with the objective's ignore_index for no label."
+        return (
+            "Leave out samples whose target is NaN, or give integers, with the objective's ignore_index for no label."
+        )
     if integral:
         return "The targets are integers stored as floats: give targets.astype(numpy.int64), or targets.long()."
     return _regression_fix(targets, shape)

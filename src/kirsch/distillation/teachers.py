@@ -183,9 +183,9 @@ def combined(
     Args:
         logits: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
         way: "probabilities": the mean of the softened probabilities. "logits": the mean of the logits, which for
-            classes is the normalized geometric mean of the probabilities and not a mixture. "confidence": the mean of
-            the probabilities, weighted for each sample, or label, by the softmax over teachers of their negative
-            entropies.
+            classes is the normalized geometric mean of the probabilities and not a mixture. "confidence": a weighted
+            mean of the probabilities. The weights of the teachers, for each sample or binary label, are the softmax of
+            their negative entropies.
         temperature: temperature of the softened probabilities.
         activation: the activation that the loss applies: "softmax", "sigmoid", or "identity" for real-valued outputs,
             which are averaged.

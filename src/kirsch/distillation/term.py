@@ -178,9 +178,9 @@ class Term:
 
 @dataclass(frozen=True)
 class BoundTerm:
-    """One loss between one layer of the student and one layer of the teacher.
+    """One loss, with the concrete layers of student and teacher that it compares.
 
-    If the layers of a term are a pattern, there is one bound term for each pair of layers.
+    A term with several pairs of layers gives one bound term for each pair, unless its loss compares all layers at once.
 
     Args:
         name: name of the term in events and in the history. A second term of the same name has "#2" appended.

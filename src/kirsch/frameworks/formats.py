@@ -91,7 +91,7 @@ def _by_content(path: Path, head: bytes, size: int) -> Format | None:
     if not size:
         return _other("an empty file", "It has no content.", "Write or download it again.")
     header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header + 8 <= size:  # before MAGIC: a header length may equal magic bytes
+    if head[8:9] == b"{" and header + 8 <= size:  # before MAGIC: the length in the first bytes may look like magic
         return _safetensors(complete=True, size=size)
     text = head.lstrip().lower()
     for at, magic, what, why, fix in MAGIC:

@@ -40,7 +40,7 @@ LayerNames = Annotated[
 that compare sets of predictions, such as those of detectors; or "auto", which matches the stages of both models."""
 
 Key = tuple[str, str, bool]
-"""Path of a module; name of a function that the module's `forward` calls, or ""; whether the layer is the input."""
+"""Path of a module; name of a function that the module's `forward` calls, or ""; whether the feature is an input."""
 
 GRAMMAR = re.compile(
     r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
@@ -99,7 +99,7 @@ class LayerName:
 
     @property
     def key(self) -> Key:
-        """Return path, function, and whether the layer is the input; without the numbers of the call and the output."""
+        """Return path, function, and whether the feature is an input, without the numbers of call and output."""
         return self.path, self.function, self.given
 
     @property

@@ -54,6 +54,6 @@ def logits_output(names: Sequence[str]) -> str:
             f"The model returns {', '.join(main)}, and none of them is named logits.",
             "The labels and the teacher are compared with one output.",
             'Name the output with the predictions "logits" in the code of the model. Or compare outputs by name, '
-            f'such as  "output.{main[0]}", with label_weight=0.',
+            f'such as "output.{main[0]}", with label_weight=0.',
         )
     return MAIN if MAIN in main else main[0]

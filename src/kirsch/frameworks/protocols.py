@@ -85,7 +85,8 @@ class StudentOutputs:
 
     Args:
         features: the student's features by layer.
-        adapted: the student's and the teacher's features for the loss, by name of the adapter.
+        adapted: the pair of features that each adapter returns for the loss, student's and teacher's, by name of the
+            adapter.
         adapter_losses: losses that train only an adapter, by name of the adapter.
     """
 
@@ -228,7 +229,7 @@ class Inference(Protocol):
         """Return the outputs of a classifier in inference mode, numpy (N, K), for inputs of shape (N, ...)."""
 
     def infer(self, run: Any, inputs: Any) -> Any:
-        """Return the outputs of a model, or the features of a `Features.capture`, for one batch, without gradient."""
+        """Return the logits of a model, or the features of a `Features.capture`, for one batch, without gradient."""
 
     def inference_mode(self, model: Any) -> Any:
         """Set a model to inference mode, and return it."""
@@ -267,7 +268,11 @@ class Inference(Protocol):
         """Write all parameters and buffers to a safetensors file."""
 
     def load_weights(self, model: Any, path: Path) -> None:
-        """Load the weights of `save_weights` into a model; names, shapes and types must agree."""
+        """Load a file of `save_weights` into a model.
+
+        Names and shapes must agree. The type of an array in the file must be that of the model's array, or a narrower
+        floating-point type.
+        """
 
     def match_dtypes(self, model: Any, path: Path) -> bool:
         """Convert a model's floating arrays to the types in a file of `save_weights`; return whether any changed."""

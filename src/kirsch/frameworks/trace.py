@@ -37,11 +37,12 @@ def trace(
         module: path of a part, such as "backbone", that is analyzed alone. The inputs of the part are recorded in a run
             of the whole model; shapes of its inputs and outputs do not change. Goals of plans are fractions of the cost
             of the part, and `kirsch.prune` returns the whole model with the pruned part.
-        softmax: treatment of an axis over which a softmax or a selection of the k largest values is computed. Removal
-            of its units changes the other probabilities, or selects other units. "freeze": all units of the axis are
-            kept. "kept": units may be removed, and the softmax or selection is computed over the kept units. The pruned
-            model then computes another function than the original with the units set to zero; the verification
-            reports the number of such operations. "kept" is needed to remove experts of a mixture of experts.
+        softmax: treatment of an axis over which a softmax or a selection of the k largest values is computed. If
+            units of such an axis are removed, the other probabilities change, or other units are selected. "freeze":
+            all units of the axis are kept. "kept": units may be removed, and the softmax or selection is computed over
+            the kept units. The pruned model then computes another function than the original with the units set to
+            zero; the verification reports the number of such operations. "kept" is needed to remove experts of a
+            mixture of experts.
         as_graph: whether the pruned model is the traced program, a `torch.fx.GraphModule`, in place of the module's own
             code. Integers in the code that would freeze units are then rewritten. The program is valid for the shapes
             of the example inputs (the batch size may differ unless the code contains it) and stays in inference mode:

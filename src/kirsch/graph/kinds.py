@@ -6,8 +6,14 @@ KINDS = {
     "expert": "one expert of a mixture of experts: its weights, and the output of the router that selects it",
     "kv group": "the query heads that share one key and value head, together with this head",
     "head in kv group": "the query heads with the same position in each kv group",
-    "head": "an index that two activations and their product share, such as the index of a head of queries and keys",
-    "head dim": "one index inside all heads: summed over in queries × keys, or an entry of the value vectors",
+    "head": (
+        "an index of an axis that two activations share and that their product keeps, such as the heads of queries and "
+        "keys"
+    ),
+    "head dim": (
+        "the same index inside every head: the product of queries and keys sums over it, or it is an index of the "
+        "value vectors"
+    ),
     "recurrent unit": "a unit of the state of an LSTM, GRU or plain recurrent layer",
     "conv group": "one group of a grouped convolution, with all of its channels",
     "position in conv group": "the channels with the same position in each group of a grouped convolution",

@@ -40,7 +40,7 @@ LARGEST = {
     "uint16": 2**16 - 1,
     "int32": 2**31 - 1,
     "uint32": 2**32 - 1,
-    "int64": 2**63 - 2,  # random integers are drawn below this value plus 1
+    "int64": 2**63 - 2,  # inputs are drawn below this value plus 1, which must fit into int64
     "uint64": 2**63 - 2,
 }
 FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2")
@@ -188,7 +188,7 @@ def _check_inputs(entries: list[dict[str, Any]]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"inputs has two inputs of the same name, {max(names, key=names.count)!r}")
     tensors = list(inputs.tensors(map(inputs.read, entries)))
-    # A size of 0 counts as 1, as in the strides of an array.
+    # A size of 0 counts as 1: the strides of an empty array are products of its other sizes, which must not be huge.
     if sum(math.prod(size or 1 for size in tensor.shape) for tensor in tensors) > MOST_NUMBERS:
         shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
         raise ValueError(f"inputs of shape {shapes} have more than {MOST_NUMBERS:,} numbers; sizes of 0 count as 1")

@@ -1,9 +1,10 @@
 """Ties and freezes of axes whose sizes are set by integers in the model's code.
 
-If `x.reshape(n, c, heads, c // heads)` is applied to a frozen axis, `c` must keep its value. Two axes whose sizes come
-from one attribute must lose the same number of units. Random choices of units show which demands the attributes cannot
-meet: sizes are sums and products of numbers of kept labels, so a demand that is met for a few very different choices is
-met for all.
+If the second axis of `x.reshape(n, c, -1)` is frozen, `c` must keep its value. Two axes whose sizes come from one
+attribute must lose the same number of units. A demand (see `kirsch.graph.facts`) states that an expression of integers
+in the code equals the number of kept indices of an axis. Random choices of units show which demands cannot be met:
+sizes are sums and products of numbers of kept labels, so a demand that is met for a few very different choices is met
+for all.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _failing(
 ) -> list[Demand]:
     """Return the demands that fail for a random choice, and the conditions that fail whenever a size they read changes.
 
-    A condition must also fail for at least one of the choices. A demand that is a comparison of sizes and attributes
-    with a number, such as `width % heads == 0`, is treated as a condition.
+    A condition is returned only if it fails for at least one choice; a choice may leave its sizes unchanged. A demand
+    that is a comparison of sizes and attributes with a number, such as `width % heads == 0`, is treated as a condition.
     """
     failing: dict[int, Demand] = {}
     both = [*demands, *conditions]
@@ -113,7 +114,7 @@ def _compares_sizes(demand: Demand) -> bool:
 
 
 def _holds_now(demand: Demand, kept: Callable[[Labels], int]) -> bool:
-    """Return whether the present attributes meet a demand without labels at the kept sizes."""
+    """Return whether a demand without labels is met if sizes become the kept ones and attributes do not change."""
     values: dict[object, int] = dict(demand.expression.leaves)
     values |= {Size(labels.tobytes()): kept(labels) for labels in demand.expression.sizes}
     try:

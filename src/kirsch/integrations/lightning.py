@@ -43,8 +43,11 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
     During training, adapters are among the `parameters()` of the student, so that `configure_optimizers`, DDP and
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
-    model contains them. The losses of the batches and processes of an optimizer step are weighted by their numbers of
-    samples or positions that contribute to the loss. Each term of the loss and its share of the gradient are logged.
+    model contains them. Each term of the loss and its share of the gradient are logged.
+
+    The losses of the batches and processes of an optimizer step are weighted by their numbers of labels: labeled
+    samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens, this
+    is exact only if the fraction of labeled items is the same in all batches.
 
     Args:
         teacher: see `kirsch.Distiller`.
@@ -152,7 +155,11 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         return self.distiller
 
     def _step(self, trainer: Any, pl_module: Any, loader_batch: Any) -> Any:
-        """Return the loss of one batch, times the number of batches per step, by which Lightning divides it."""
+        """Return the loss of one batch, scaled so that the gradients of a step can be averaged over items.
+
+        If a step has several batches or processes, the loss is multiplied by the number of items in the batch, and by
+        the number of batches per step, by which Lightning divides. `on_before_optimizer_step` divides by all items.
+        """
         distiller, batch = self._bound(), Batch.of(self._batch_of(loader_batch))
         accumulate = trainer.accumulate_grad_batches
         first_batch = trainer.fit_loop.epoch_loop.batch_idx // accumulate * accumulate
@@ -169,7 +176,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             return loss.total
         items = counts["labels"]
         if not self._item_unit:
-            # The unit is the same in all processes. It is a power of two, so that a resumed run has the same rounding.
+            # The unit is the same in all processes. It is a power of two, by which division is exact, so that a
+            # resumed run, which may have another unit, computes the same gradients.
             self._item_unit = 2.0 ** round(math.log2(max(1.0, float(_over_processes(trainer, items, "mean")))))
         self._step_items += items
         return loss.total * (items / self._item_unit * accumulate)

@@ -113,7 +113,10 @@ def normalize(x: Any, axis: int = -1, eps: float = 1e-12) -> Any:
 
 
 def standard_deviation(x: Any, axis: int | tuple[int, ...] = -1) -> Any:
-    """Return the standard deviation (n - 1) along one or more axes, kept with length 1; its gradient at 0 is finite."""
+    """Return the standard deviation, with denominator n - 1, along one or more axes, which are kept with length 1.
+
+    The gradient is finite where the standard deviation is 0.
+    """
     axes = (axis,) if isinstance(axis, int) else axis
     count = 1
     for number in axes:  # math.prod of a generator cannot be traced by torch.compile
@@ -318,7 +321,7 @@ def raise_if(condition: Any, error: Callable[[], Exception]) -> None:
 
 
 def is_known_to_hold(condition: Any) -> bool:
-    """Return whether a condition is known to be true for all elements; the caller can then skip work for exceptions.
+    """Return whether a condition is known to be true for all elements, so that the caller can skip the general case.
 
     The answer is False while a compiler traces the function, and within `without_value_checks()`. The result of the
     caller must therefore not depend on the answer.

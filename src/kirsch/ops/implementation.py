@@ -12,7 +12,7 @@ MODULES = {"numpy": "kirsch.ops.numpy_arrays", "torch": "kirsch.frameworks.pytor
 """Module with the operations, by the package that defines the array type; imported when such an array is first used."""
 
 IMPLEMENTATIONS: Registry[Any] = Registry("ops")
-"""Objects with the functions of `kirsch.ops.operations`, by the package of another library that defines an array type.
+"""Objects with the functions of `kirsch.ops.operations`, for further libraries. A key is the package of an array type.
 
 In place of `channel_axis`, an object has `CHANNEL_AXIS`, the axis of the channels of maps. Its functions take `like` as
 the second positional argument, not as a keyword.

@@ -1,4 +1,4 @@
-"""Array operations with the names of `keras.ops`. Each calls the function of the same name of its array's library.
+"""Array operations with the names of `keras.ops`. Each calls the function of the same name for the array's library.
 
 Unless stated otherwise, an operation is defined as in numpy, and works elementwise. An `axis` is an integer; the
 reductions `sum`, `mean`, `amax` and `amin` also take a tuple of integers, or None for all axes. The operators (`+`,

@@ -1,4 +1,4 @@
-"""Notes on a plan, and renewal of its costs and notes from the units that it removes."""
+"""Notes on a plan, and the recomputation of its costs and notes from the units that it removes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXCLUSION = ("exclude=", "keep_outputs=")
 """Beginnings of the notes of `kirsch.pruning.exclusion`, by which `renewed` recognizes and keeps them."""
 
 CLOSE = 0.01
-"""Largest distance of a plan below its goal without a note, as a fraction of the original."""
+"""A plan that is below its goal by more than this fraction of the original cost gets a note."""
 
 ALIGNED = 4
 """ONNX Runtime cannot use its blocked layout of convolutions for widths that are not multiples of this number.
@@ -93,7 +93,7 @@ def landing_note(plan: Plan) -> str:
         return ""
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
-    one_unit = f"Removing one unit of these groups changes the {WORDS[name]} by more than this distance."
+    one_unit = f"Removing one unit of a pruned group changes the {WORDS[name]} by more than this distance."
     why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""

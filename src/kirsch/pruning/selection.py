@@ -43,7 +43,10 @@ def removable_groups(graph: Graph, options: PlanOptions) -> list[Group]:
 
 
 def tied_groups(groups: Sequence[Group], options: PlanOptions) -> list[list[int]]:
-    """Return the indices of groups that lose the same number of units, one list for each number."""
+    """Return lists of indices of groups; the groups of a list must lose the same number of units.
+
+    With `uniform`, these are the groups of the same kind and size; otherwise, each list has one group.
+    """
     classes: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
         classes.setdefault((group.kind, group.size) if options.uniform else index, []).append(index)
@@ -51,12 +54,15 @@ def tied_groups(groups: Sequence[Group], options: PlanOptions) -> list[list[int]
 
 
 def finest(options: PlanOptions) -> int:
-    """Return how often the multiples of "auto" may be halved."""
+    """Return how many times the multiples that round_to="auto" chooses may be halved to come closer to the goal."""
     return 0 if isinstance(options.round_to, int) else 2
 
 
 def multiple(group: Group, options: PlanOptions, fineness: int) -> int:
-    """Return the number of which the kept units of a group are a multiple, with "auto" halved `fineness` times."""
+    """Return the multiple to which the number of kept units of a group is rounded.
+
+    With round_to="auto", multiples above `ALIGNED` are halved up to `fineness` times, but not below `ALIGNED`.
+    """
     if isinstance(options.round_to, int):
         return options.round_to
     if isinstance(options.round_to, Mapping) and group.kind in options.round_to:

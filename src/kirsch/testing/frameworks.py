@@ -133,7 +133,7 @@ def check_frozen_copy_equals_the_model(example: FrameworkExample) -> None:
 
 
 def check_exportable_model_equals_the_model(example: FrameworkExample) -> None:
-    """The model as a function of arrays returns its predictions as its only output."""
+    """The exportable model, called with arrays, has one output: the predictions of the model."""
     inference, model = example.framework.inference, example.model()
     exportable = inference.exportable(model, inference.from_numpy(example.inputs))
     outputs = exportable.outputs([example.inputs])

@@ -6,7 +6,7 @@ def test_my_loss(check):
     check(my_loss)
 ```
 
-A check calls the loss with arrays of the kind that its attribute `takes` names; a plain function takes logits.
+The checks call the loss with arrays of the kind `loss.takes`, or with logits if the loss has no such attribute.
 """
 
 from __future__ import annotations

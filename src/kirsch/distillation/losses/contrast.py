@@ -12,10 +12,10 @@ from kirsch.distillation.losses.loss import check_same_shape, loss
 def noise_contrast(student: Any, teacher: Any) -> Any:
     """Return the noise-contrastive loss that identifies each sample's embedding among negatives, in both directions.
 
-    The inputs are the outputs of the adapter "crd-bank": logits of one positive, in column 0, and of K negatives. A
-    logit is x = log(score / (K / rows)), where `rows` is the number of embeddings from which the negatives are drawn,
-    and K / rows is the expected score of noise. The probability that a pair is positive is score / (score + K / rows) =
-    sigmoid(x).
+    The inputs are the outputs of the adapter "crd-bank": logits of one positive, in column 0, and of K negatives. The
+    score of two embeddings v and w is exp(v · w / temperature) / Z, with a normalization constant Z. The negatives are
+    drawn from `rows` embeddings, each with the probability 1 / rows. The probability that a pair is the positive is
+    therefore score / (score + K / rows) = sigmoid(x), with the logit x = log(score / (K / rows)).
 
     Args:
         student: logits of the student's embeddings with the teacher's, shape (N, 1 + K).

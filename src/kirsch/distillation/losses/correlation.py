@@ -101,7 +101,8 @@ def _centered(matrix: Any, axis: int, rows: Any) -> Any:
 def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, mask: Any = None) -> Any:
     """Return ‖P_s P_sᵀ - P_t P_tᵀ‖² / N: the squared difference of the inner products of samples' softened outputs.
 
-    There is no factor T², so that the published weights apply. The products decrease faster with T than T² corrects.
+    There is no factor T², so that the published weights apply. At high T, the loss falls as 1/T⁴, which T² would not
+    compensate.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher. The positions of
@@ -110,7 +111,8 @@ def batch_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, m
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 if the softened outputs agree. For unrelated samples it grows in proportion to N.
+        Scalar, >= 0; 0 if the softened outputs agree. The value grows in proportion to N: N² pairs are summed and
+        divided by N.
 
     Raises:
         ShapeError: the shapes differ.
@@ -130,7 +132,7 @@ def class_correlation(student: Any, teacher: Any, *, temperature: float = 4.0, m
 
     Args, returns and errors are those of `batch_correlation`.
 
-    The value grows in proportion to N² if a batch repeats samples.
+    The products are summed over samples, so a batch that contains each sample k times has k² times the loss.
 
     Source: Jin, Wang, Lin 2023 (multi-level logit distillation), CVPR, section 3 (class level), temperature 4.
     """
@@ -153,10 +155,11 @@ def multi_level(
     """Return the sum of `kd`, `batch-correlation` and `class-correlation` over several temperatures.
 
     With two views of an image (weak and strong augmentation), call the loss once for each view, with the teacher's
-    logits of that view. Three details of the published code are left out. First, the code selects confident samples and
-    classes after the mean is taken, which selects nothing and halves the loss; here every sample counts, and `mask`
-    selects samples. Second, the terms for the strong view at temperatures 2 and 6 use the weak view. Third, the
-    correlations of the strong view are computed, but not added to the loss.
+    logits of that view. Three details of the published code are left out. First, for the weak view, the code multiplies
+    the mean loss by a mask of the less confident half of the samples or classes and averages again, so that no sample
+    is left out and the loss is halved. Here every sample counts, and `mask` selects samples. Second, the terms for the
+    strong view at temperatures 2 and 6 use the weak view. Third, the correlations of the strong view are computed, but
+    not added to the loss.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.

@@ -149,8 +149,8 @@ def detr(
     weight of its classes is at least `empty_weight`, so that an object detected by the student alone adds to the loss.
 
     Args:
-        student, teacher: dict of "logits", the logits, (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q
-            may differ: if the student has more queries, its unmatched queries learn from labels alone; if it has fewer,
+        student, teacher: dict of "logits", (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q may differ:
+            if the student has more queries, its unmatched queries learn from labels alone; if it has fewer,
             it learns from the teacher's most confident queries.
         classes: "softmax", whose last class is "no object" (DETR), or "sigmoid" for independent classes (Deformable
             DETR, DINO).
@@ -210,7 +210,7 @@ def most_confident(side: dict[str, Any], classes: str, count: int) -> dict[str, 
 
 
 def match_pairs(costs: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the row of each column, shape (N, C), in the matching with the smallest sum of costs in each sample.
+    """Return the row that is matched to each column, shape (N, C), so that the sum of costs of each sample is smallest.
 
     Args:
         costs: shape (N, R, C), R >= C; each column is matched to a different row.

@@ -187,7 +187,7 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
     if tuple(labels.shape) != tuple(student.shape[:-1]):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the logits have shape {tuple(student.shape)}.",
-            f"One class number for each of {tuple(student.shape[:-1])} is needed.",
+            f"Labels of shape {tuple(student.shape[:-1])} are needed: one class number for each sample or position.",
         )
     if mask is None and ops.is_known_to_hold((labels >= 0) & (labels < student.shape[-1])):
         return labels, None
@@ -215,7 +215,7 @@ def _first(wrong: Any, values: Any) -> tuple[int, float]:
 
 
 def _align_targets(student: Any, targets: Any) -> tuple[Any, Any]:
-    """Return outputs and targets of the same shape, with classes on the last axis, and the type of the outputs."""
+    """Return outputs and targets with equal shapes and types, and with the classes on the last axis."""
     if len(student.shape) == 1:
         student = student[:, None]
     if tuple(targets.shape) == tuple(student.shape[:-1]) and student.shape[-1] == 1:

@@ -193,7 +193,10 @@ def softened(
 
 
 def standardized(logits: Any) -> Any:
-    """Scale logits (..., K) to mean 0 and standard deviation 1 (K - 1) over classes; 1e-7 is added to the deviation."""
+    """Scale logits (..., K) to mean 0 and standard deviation 1 over classes.
+
+    The standard deviation has the denominator K - 1; 1e-7 is added to it.
+    """
     centered = logits - ops.mean(logits, -1)[..., None]
     return centered / (ops.standard_deviation(logits) + 1e-7)
 

@@ -28,7 +28,7 @@ Takes = Literal["logits", "values", "pixels", "maps", "features", "tokens", "att
 - attention: attention scores or weights, (N, heads, L, L)
 - relations: several arrays (N, L, D), which the loss relates to each other
 - stages: a list of feature maps, from the first stage to the last
-- sets: a dict of "logits", the logits (N, Q, K), and "boxes" (N, Q, 4), of a detector that predicts a set
+- sets: a dict of "logits" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
 
 The channels of pixels, maps and stages may be on another axis, see `Loss`.
 """
@@ -75,7 +75,7 @@ class Loss(Protocol):
     __doc__: str | None
 
     def __call__(self, student: Any, teacher: Any, *, axis: Any = None, **options: Any) -> Any:
-        """Return a scalar, smallest when the student equals the teacher.
+        """Return a scalar. With `least_at_teacher`, it is smallest when the student equals the teacher.
 
         Args:
             student, teacher: values of the kind `takes`.
@@ -119,8 +119,8 @@ def loss(
         activation: activation by which the outputs of several teachers are combined; by default "identity" if the loss
             takes values, else "softmax". With "softmax", a single class raises an error; with the other activations,
             arrays (N,) are treated as (N, 1).
-        least_at_teacher: the loss has its minimum where the student equals the teacher; False if the minimum also
-            depends on the labels.
+        least_at_teacher: the loss has its minimum where the student equals the teacher; False if the minimum may
+            be elsewhere, because it depends on labels, on a margin, or on the other samples.
 
     Raises:
         UnknownNameError: `takes`, `over` or `activation` has no such choice.
@@ -196,7 +196,7 @@ def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
     if takes in OUTPUT_KINDS and len(side.shape) < len("NK"):
         raise ShapeError(
             f"The {noun} have shape {tuple(side.shape)}; (N, K) or (N, L, K) is needed.",
-            "The samples would count as classes.",
+            "If there is only one axis, the samples would count as classes.",
             'Keep the last axis; for a single binary output use "binary-kd".',
         )
     if takes in ("logits", "pixels") and activation == "softmax" and side.shape[1 if takes == "pixels" else -1] == 1:

@@ -146,7 +146,7 @@ def activation_boundary(student: Any, teacher: Any, *, margin: float = 1.0, conv
 def factor_transfer(
     student: Any, teacher: Any, *, power: float = 1.0, activity_power: float = 2.0, convention: str = "repdistiller"
 ) -> Any:
-    """Return |difference|^power of the outputs of the adapters "factor", scaled to norm 1, averaged over elements.
+    """Return |difference|^power of the outputs of the adapter "factor", which are first scaled to norm 1.
 
     Args:
         student, teacher: factors (the outputs of the adapter "factor"), or the maps themselves, shape (N, C, H, W),
@@ -157,7 +157,7 @@ def factor_transfer(
             factor, as torchdistill and mmrazor do.
 
     Returns:
-        Scalar, >= 0; 0 if the factors agree up to their norm.
+        Scalar, >= 0, averaged over elements; 0 if the factors agree up to their norm.
 
     Raises:
         ShapeError: channels differ, or, for "paper", sizes.
@@ -247,14 +247,14 @@ def margins(mean: Any, std: Any) -> Any:
 
 @loss("hcl", takes="maps")
 def hierarchical_context(student: Any, teacher: Any, *, sizes: tuple[int, ...] = (4, 2, 1)) -> Any:
-    """Return the mean squared difference of the maps, and of maps pooled to smaller sizes with weights 1/2, 1/4, ...
+    """Return the squared difference of the maps, averaged over full and pooled sizes with weights 1, 1/2, 1/4, ...
 
     Args:
         student, teacher: shape (N, C, H, W), floating.
         sizes: heights and widths after pooling, the largest first; sizes of H or more are skipped.
 
     Returns:
-        Scalar, >= 0, a weighted mean over sizes; 0 if the maps agree.
+        Scalar, >= 0; 0 if the maps agree.
 
     Raises:
         ShapeError: the shapes differ.

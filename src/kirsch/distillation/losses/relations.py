@@ -79,7 +79,8 @@ def relational_angle(student: Any, teacher: Any, *, unit: bool = False) -> Any:
     """Return the Huber loss of the cosines of the angles of all triples of samples, averaged over triples.
 
     The cosines are computed from the pairwise distances, which are computed from inner products. This stores N³
-    numbers, but never the differences of samples, which have N² D numbers. Distances and products have 64 bits.
+    numbers, but never the differences of samples, which have N² D numbers. Products and squared distances are
+    computed in 64 bits if the device supports them.
 
     Args:
         student, teacher: shape (N, ...), floating; widths may differ.
@@ -127,8 +128,8 @@ def relational(
 def _squared_distances(features: Any, *, unit: bool) -> Any:
     """Return the squared distances of all pairs, (N, N), with 0 for distances that are only rounding errors.
 
-    The features are centered and have 64 bits, because the difference of products loses digits for samples that are
-    close to each other and far from the mean. With `unit` they are scaled to norm 1 first.
+    The features are centered and converted to 64 bits, because the difference of products loses digits for samples that
+    are close to each other and far from the mean. With `unit` they are scaled to norm 1 first.
     """
     vectors = ops.cast(ops.flatten(features), ops.widest_float(features))
     vectors = ops.normalize(vectors) if unit else vectors
@@ -137,7 +138,7 @@ def _squared_distances(features: Any, *, unit: bool) -> Any:
     squared_norms = ops.diagonal(products)
     norm_sums = squared_norms[:, None] + squared_norms[None]
     squares = norm_sums - 2 * products
-    # A cosine divided by the rounding error of a distance of 0 would be an arbitrary number.
+    # A cosine is divided by distances: with a rounding error in place of 0, it would be an arbitrary number.
     rounding = max(32 * ops.epsilon(vectors), 64 * ops.epsilon(features) ** 2)
     return ops.cast_like(ops.where(squares > rounding * norm_sums, squares, 0.0 * squares), features)
 

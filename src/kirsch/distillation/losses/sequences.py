@@ -17,9 +17,6 @@ from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-IGNORE = -100
-"""Label of masked positions, as in PyTorch and transformers."""
-
 BLANK_MODES = ("keep", "drop", "weight")
 
 
@@ -99,7 +96,7 @@ def ctc_frames(
 
 
 def _check_frames(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError if the shapes differ; name the strides if only the numbers of frames do."""
+    """Raise a ShapeError if the shapes differ. If only the numbers of frames differ, its fix is about the strides."""
     are_frames = len(student.shape) == len(teacher.shape) == 3  # noqa: PLR2004 - (N, L, K)
     if are_frames and student.shape[0] == teacher.shape[0] and student.shape[1] != teacher.shape[1]:
         raise ShapeError(

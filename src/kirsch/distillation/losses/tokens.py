@@ -107,7 +107,7 @@ def cls_pkd(student: Any, teacher: Any, *, mask: Any = None) -> Any:
 
 @loss("token-fsp", takes="relations", over="samples")
 def token_fsp(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Return the squared difference of the matrices of inner products over positions, of pairs of units of two layers.
+    """Return the squared difference of the inner products, over positions, of the units of two layers.
 
     Args:
         student, teacher: hidden states of two layers, each (N, L, D); both may be the same layer.
@@ -143,7 +143,7 @@ def _flow_matrix(layers: Sequence[Any], mask: Any) -> Any:
 
 @loss("token-nst", takes="relations", widths="any", over="pairs")
 def token_nst(student: Sequence[Any], teacher: Sequence[Any], *, mask: Any = None) -> Any:
-    """Return the squared difference of the matrices of inner products over units, of pairs of positions of two layers.
+    """Return the squared difference of the inner products, over units, of the positions of two layers.
 
     Args:
         student, teacher: hidden states of two layers, each (N, L, D); D may differ in the teacher. Both may be the
@@ -322,7 +322,7 @@ def minilm(
         DataError: the mask is false everywhere.
 
     Source: Wang et al. 2020, arXiv:2002.10957, sections 3.1 and 3.2; Wang et al. 2021, arXiv:2012.15828, section 3.1.
-        The last layer of base teachers; layer 21 of 24 of BERT large, 19 of RoBERTa large.
+        The compared layer is the last one of base teachers, layer 21 of 24 of BERT large, and 19 of RoBERTa large.
     """
     _check_same_positions(student, teacher)
     chosen = [(i, i) for i in range(len(student))] if pairs is None else list(pairs)

@@ -173,7 +173,7 @@ class TeacherStore:
         )
 
     def _rows(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Return the rows of the samples, in the order of the data."""
+        """Return the row of each sample: its index in the data from which the store was built."""
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise DataError(
                 f"The ids have shape {ids.shape} and type {ids.dtype}.", "Integers with one axis are needed."
@@ -212,7 +212,7 @@ class TeacherStore:
             mapped = np.memmap(file.path, np.uint8, "r", shape=(file.size_bytes,))
         except (OSError, ValueError) as error:
             raise damaged(self.folder, f"{file.path.name} cannot be read: {error}") from error
-        content = mapped.view(np.ndarray)  # indexing a memmap takes longer than reading
+        content = mapped.view(np.ndarray)  # indexing an np.memmap object takes longer than reading the records
         return content[: -spec.DIGEST_BYTES].view(self.record_type), content[-spec.DIGEST_BYTES :].tobytes()
 
     @checked

@@ -130,7 +130,7 @@ def fields_of(
 ) -> list[tuple[str, str, Shape]]:
     """Return name, numpy type and shape of each field of a record.
 
-    The logits of a sample have the shape (*positions, classes); `keep` and `classes` are None if there are none.
+    The logits of a sample have the shape (*positions, classes). Without logits, `keep` and `classes` are None.
     """
     logits: list[tuple[str, str, Shape]] = []
     if isinstance(keep, TopK) and classes is not None:
@@ -145,7 +145,7 @@ def values_of(keep: Keep | None, outputs: Arrays, temperature: float, indices: N
     """Return the values of all fields but the seed, by field, before they are rounded to the types of the fields.
 
     Args:
-        keep: format of "logits"; None if the outputs have none.
+        keep: format of the logits; None if the outputs have no "logits".
         outputs: arrays by name, shape (N, ...).
         temperature: temperature of the log-probabilities.
         indices: classes to keep, shape (N, ..., k); by default the most probable ones.

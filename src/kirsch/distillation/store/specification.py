@@ -1,8 +1,8 @@
 """Contents and origin of a store, and the paths and hashes of its files.
 
 A folder holds `store.json`, the ids unless they are 0, 1, 2, ..., and one file for each range of samples of each view.
-The file of a range contains its records, and a sha256 of the specification, the view and number of the range, and the
-records. The sha256 therefore shows whether any of these differ from what was written.
+The file of a range contains its records, followed by a sha256 over the specification, the view and number of the range,
+and the records together. The sha256 therefore shows whether any of these differ from what was written.
 """
 
 from __future__ import annotations
@@ -274,9 +274,9 @@ def _version(value: Any) -> str | int:
         found = f"{value_phrase(version)} as version; expected a text or a whole number"
         flaw = f"has {'no version' if version is None else found}"
         fix = (
-            'Set `version` after the definition of a function, f.version = "1", and self.version = "1" in the '
-            "constructor of a class, or a class attribute of a dataclass. Change it whenever the result changes, also "
-            "by a setting."
+            'Set f.version = "1" after the definition of a function, self.version = "1" in the constructor of a class, '
+            "or the class attribute `version` of a dataclass. Change the version whenever the results change, also if "
+            "only a setting changed."
         )
     elif settings and not is_dataclass(value) and isinstance(getattr(type(value), "version", None), (str, int)):
         flaw = f"has the version {version!r} for all objects, which may differ in `{settings[0]}`"

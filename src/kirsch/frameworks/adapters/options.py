@@ -93,11 +93,11 @@ class RegressorOptions(AdapterOptions):
     """Convert the student's maps to the teacher's channels and size by one convolution, batch norm and ReLU.
 
     If the student's maps have twice the size of the teacher's, the convolution is 3 × 3 with stride 2. If they have
-    half the size, it is a transposed 4 × 4 convolution. If they have another larger size, the convolution has no
-    padding, and a kernel that reduces the maps to the teacher's size.
+    half the size, it is a transposed 4 × 4 convolution. If they have another size, which must not be smaller, the
+    convolution has no padding, and a kernel that reduces the maps to the teacher's size.
 
     Args:
-        relu: apply a ReLU at the end, if the teacher's maps are taken after a ReLU.
+        relu: apply a ReLU at the end. Set it to False if the teacher's maps have negative values.
 
     Source: Romero et al. 2015, arXiv:1412.6550, as RepDistiller builds it.
     """
@@ -108,9 +108,9 @@ class RegressorOptions(AdapterOptions):
 @ADAPTER_OPTIONS.register("residual")
 @dataclass(frozen=True, kw_only=True)
 class ConnectorOptions(AdapterOptions):
-    """Convert the student's maps before a ReLU to the teacher's channels by a 1 × 1 convolution and a batch norm.
+    """Convert the student's maps to the teacher's channels by a 1 × 1 convolution and a batch norm.
 
-    The teacher's maps must also be taken before a ReLU. With `margins`, the teacher's maps are clipped from below; the
+    The maps of both models must be the input of a ReLU. With `margins`, the teacher's maps are clipped from below; the
     loss "ofd" then needs the same margins, or lower ones.
 
     Args:
@@ -180,9 +180,9 @@ class FactorOptions(AdapterOptions):
     """Compute a factor of the teacher's maps by a paraphraser, and a factor of the student's maps by a translator.
 
     A factor is a compressed representation of the maps. The paraphraser is trained as an autoencoder: its loss is the
-        mean squared error between the teacher's maps and
-    their reconstruction from the factor. No other gradient flows to the teacher's factor. To train in two phases like
-    the authors, first train on this loss alone, then freeze the paraphraser.
+    mean squared error between the teacher's maps and their reconstruction from the factor. No other gradient flows to
+    the teacher's factor. To train in two phases like the authors, first train on this loss alone, then freeze the
+    paraphraser.
 
     Args:
         rate: number of channels of a factor, divided by the number of the teacher's channels, > 0.

@@ -19,7 +19,7 @@ def choose_adapter(student: Shape, teacher: Shape, *, widths: str = "same", take
     Args:
         student, teacher: shapes; the first axis, the batch, is ignored.
         widths: "any" if the loss accepts different widths of student and teacher, else "same".
-        takes: kind of values that the loss compares, if known.
+        takes: kind of values that the loss compares, such as "maps", "features" or "attention"; None if it is unknown.
 
     Raises:
         ShapeError: no adapter supports these shapes.
@@ -111,7 +111,7 @@ def infer_prefix(length: int, size: tuple[int, int], prefix: int | None = None) 
 
 
 def width_of(shape: Shape) -> int:
-    """Return the channels of maps, or the last axis of tokens and vectors.
+    """Return the number of channels of maps, or the size of the last axis of tokens and vectors.
 
     Raises:
         ShapeError: the value is neither maps, tokens nor vectors.

@@ -32,12 +32,12 @@ CASES = {
     "index on one axis": (lambda _, x: x[:, ROWS], {}, [8]),
     "index on the first axis": (lambda _, x: x[torch.tensor([1, 0, 1])], {}, [8]),
     "index on two axes": (lambda _, x: x[torch.tensor([0, 1, 1]), ROWS], {}, [8]),
-    "index on two axes apart": (
+    "index on two axes that are not adjacent": (
         lambda s, x: x.unflatten(1, (5, 1)).expand(2, 5, 3, x.shape[-1])[torch.tensor([0, 1, 1]), :, ROWS % 3],
         {},
         [8],
     ),
-    "index with two axes on one axis": (lambda _, x: x[:, indices(2, 3, below=5)], {}, [8]),
+    "matrix of indices on one axis": (lambda _, x: x[:, indices(2, 3, below=5)], {}, [8]),
     "index by a mask": (lambda _, x: x[:, MASK], {}, [8]),
     "index on the last axis": (lambda _, x: x[..., torch.arange(8)], {}, []),
     "index_select": (lambda _, x: x.index_select(1, ROWS), {}, [8]),
@@ -80,10 +80,10 @@ CASES = {
     "topk of tokens": (lambda _, x: x.topk(3, 1)[0], {}, [8]),
     "kthvalue of tokens": (lambda _, x: x * x.kthvalue(2, 1, keepdim=True)[0], {}, [8]),
     "argmax over tokens": (lambda _, x: x * x.argmax(1, keepdim=True), {}, [8]),
-    "argmax over tokens, dropped": (lambda _, x: x * x.argmax(1)[:, None], {}, [8]),
+    "argmax over tokens without keepdim": (lambda _, x: x * x.argmax(1)[:, None], {}, [8]),
     "argmax over all": (lambda _, x: x * x.argmax(), {}, []),
     "triangle of tokens": (lambda _, x: x.transpose(1, 2).unflatten(2, (5, 1)).tril().squeeze(-1).mT, {}, [8]),
-    "triangle beside channels": (
+    "triangle of two axes after the channels": (
         lambda _, x: x[..., None].expand(2, 5, x.shape[-1], 5).transpose(1, 2).triu(1).sum(-1).transpose(1, 2),
         {},
         [8],

@@ -197,7 +197,7 @@ def test_resuming_with_other_settings_raises_an_error(changed, sentence):
     states, settings = [], {"epochs": 3, "learning_rate": 0.1}
     trained(training=Training(**settings), save=states.append)
     state = TrainingState(states[0].arrays, json.loads(json.dumps(states[0].values)))
-    sentence = rf"The run was started with other settings: {sentence}\. .* the schedule depend"
+    sentence = rf"The run was started with other settings: {sentence}\. .* the learning rate depend"
     with pytest.raises(CheckpointError, match=sentence):
         trained(training=Training(**settings | changed), resume=state)
 

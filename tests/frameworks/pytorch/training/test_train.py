@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from kirsch.data.batches import ArrayData
-from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.errors import DataError, KirschError, NumericError, UsageError
 from kirsch.frameworks.training import Training
 from training_runs import (
     ShuffledBatches,
@@ -92,6 +94,14 @@ def test_loss_terms_may_be_named_loss_and_samples():
 
     (record,) = trained(loss=loss, training=Training(epochs=1, learning_rate=0.1)).history
     assert record["terms"] == pytest.approx({"loss": record["loss"] / 2, "samples": record["loss"] / 2})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_close_hook_is_called_once_also_if_the_model_cannot_be_trained(device):
+    closed = []
+    with pytest.raises(KirschError) if device == "meta" else contextlib.nullcontext():
+        trained(model=network().to(device), close=lambda: closed.append(True))
+    assert closed == [True]
 
 
 def test_a_validation_metric_with_the_name_of_a_record_entry_raises_an_error():

@@ -239,7 +239,7 @@ def test_the_configuration_is_unchanged_without_verification():
     plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.6), uniform=True, kinds=["ffn unit"])
     found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
-    assert "without verification" in config_notes(found)[0]
+    assert "because the pruned model was not verified" in config_notes(found)[0]
 
 
 def test_a_loaded_model_without_a_configuration_raises_the_error_of_the_pruned_model(tmp_path):

@@ -132,7 +132,7 @@ def _has_producer(node: Node) -> bool:
 
 
 def _rows_used(producer: Node, path: list[Node], end: Node, axis: int) -> set[int]:
-    """Return the rows of a producer on which the value of `end` depends: those with a gradient at random values."""
+    """Return the rows of a producer that affect `end`: those with a gradient other than 0 at random values."""
     values: dict[Node, Any] = {}
 
     def value(node: Node) -> Any:

@@ -1,9 +1,9 @@
 """Residual blocks: modules whose output can be replaced by their input, found from the traced operations.
 
-A residual block is a module that is called once. A path of additions, normalizations and operations that only
-rearrange or rescale values leads from the output of the module back to an input tensor of the same shape. The
-parameters of the block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not
-depend on that input tensor.
+A residual block is a module that is called once. A path of additions, normalizations, activations and operations that
+only move values leads from the output of the module back to an input tensor of the same shape. The parameters of the
+block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not depend on that
+input tensor.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Program:
 def find(
     model: nn.Module, states: Mapping[Node, Any], constants: Collection[str], recorded: RecordedCalls
 ) -> tuple[ResidualBlock, ...]:
-    """Return the residual blocks of a model, in its order.
+    """Return the residual blocks of a model, in the order of its modules.
 
     Of two nested blocks, the outer one is returned if it has additions outside of the inner one.
 
@@ -162,7 +162,7 @@ def _block_of_graph(
         return None
     *way, entry = path_back
     if not any(entry in node.all_input_nodes for node in region if node is not way[-1]):
-        return None  # only a branch, to which the addition of another branch was attributed
+        return None  # the module is one of two branches, and their addition was attributed to it
     part = part_in(model, region, entry, way[0])
     if part is None:
         return None

@@ -66,7 +66,10 @@ GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm
 
 
 def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Return the floating-point operations of (S, I) times (G, I, O); each row is multiplied by one matrix."""
+    """Return the floating-point operations of (S, I) times (G, I, O); each row is multiplied by one matrix.
+
+    Products of other ranks count as 0.
+    """
     return int(2 * math.prod(rows) * weight[-1]) if len(rows) < len(weight) else 0
 
 

@@ -4,7 +4,7 @@ The comparisons are found in the bytecode.
 
 A comparison that only chooses between two branches, such as `if repeats == 1: return x`, may change its result after
 a cut: both branches compute a valid result, and the verification compares the outputs. If the verification fails, its
-    error names the line of the comparison.
+error names the line of the comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def guards(frame: FrameType, result: bool, *, compares: bool) -> bool:
 
 
 def guards_in_graph(frame: FrameType) -> bool:
-    """Return whether a comparison of a `torch.fx` graph is asserted, from the frame that runs the graph."""
+    """Return whether a `torch.fx` graph asserts the result of a comparison.
+
+    `frame` is the frame of `torch.fx.Interpreter` that computes the comparison.
+    """
     caller = frame.f_back
     node: Node | None = caller.f_locals.get("n") if caller is not None else None
     users = [getattr(user.target, "__name__", str(user.target)) for user in node.users] if node is not None else []
@@ -104,7 +107,7 @@ def _branches(instructions: list[Any], index: int, result: bool) -> tuple[int, i
         elif (
             current.opname == "STORE_FAST" and not stored and instructions[at - 1].offset >= instructions[index].offset
         ):
-            stored = str(current.argval)  # pytest rewrites an assert in this way
+            stored = str(current.argval)  # pytest stores the result of an assert in a variable
         elif current.opname.startswith("LOAD_FAST") and current.argval == stored:
             stored = ""
         elif (

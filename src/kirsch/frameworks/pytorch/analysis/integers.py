@@ -42,7 +42,7 @@ class Comparison:
 
     Args:
         left, right: the operands.
-        compare: the comparison of two integers.
+        compare: function that compares two integers.
         result: the result before any cut.
         source: the line of code, "" for an operation of a graph.
         chooses: whether the comparison only selects between branches that both return a result. Otherwise the model's

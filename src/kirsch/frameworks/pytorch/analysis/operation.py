@@ -138,10 +138,11 @@ class OperationContext:
             self.facts.pin(number, expression)
 
     def add_comparison(self, comparison: Comparison) -> None:
-        """Require that a comparison in the code keeps its result.
+        """Require that a comparison in the code keeps its result, unless it only chooses between branches.
 
         If a size must equal an attribute, the attribute must change with the size. If a size must equal a number in the
-        code, the axis is frozen. Any other comparison is a condition on the plan.
+        code, the axis is frozen. Any other comparison is a condition on the plan. A comparison that only chooses is
+        recorded, so that an error of the verification can name it.
         """
         sides = (comparison.left, comparison.right)
         expressions = [self.expression(side) if isinstance(side, TracedInt) else None for side in sides]

@@ -134,7 +134,7 @@ def _reason(
         error
     )
     fix = (
-        "Which operations `forward` runs depends on the values of the inputs. "
+        "The operations that `forward` runs depend on the values of the inputs. "
         'Trace a part without such decisions (module="backbone"), '
         'or follow the decisions for these inputs (decisions="example").'
         if dynamic

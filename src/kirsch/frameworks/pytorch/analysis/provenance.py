@@ -1,9 +1,9 @@
 """The origin of the integers in a forward pass: a module attribute, the size of a tensor, or a number in the code.
 
-A copy of the model shares its tensors and has a `TracedInt` in place of each integer attribute. While the copy is
-exported, a function mode records each call of the user's code with the integers among its arguments, and stores the
-number of the call in the graph nodes that the call creates. The sizes that the code reads, such as `x.shape[1]`, are
-`TracedInt`s too.
+A copy of the model has `TracedInt`s in place of the integer attributes that may be sizes. While the copy is exported, a
+`TorchFunctionMode` records each call of the user's code with the integers among its arguments, and stores the number of
+the call in the graph nodes that the call creates. The sizes that the code reads, such as `x.shape[1]`, are `TracedInt`s
+too.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class CallRecorder(TorchFunctionMode):
         return out
 
     def _without_foreign(self, value: Any) -> Any:
-        """Return arguments with plain numbers for the integers of another trace, which the code may have cached."""
+        """Return arguments with plain numbers in place of traced integers that the code has cached in another trace."""
         foreign = isinstance(value, TracedInt) and value.events is not self._recorded.events
         if isinstance(value, (tuple, dict)):
             items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -351,7 +351,7 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """Return the axis of a standard layer's weight whose size an attribute states; see `surgery.cut.update_widths`.
+    """Return the axis of a standard layer's weight that has the size in an attribute; see `surgery.cut.update_widths`.
 
     Such an attribute always equals the size of the weight, so it is traced as that size.
     """

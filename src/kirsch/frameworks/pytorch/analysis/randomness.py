@@ -103,7 +103,7 @@ def draws(func: Any, args: Any, options: Any) -> bool:
 
 
 def line_that_draws(program: ExportedProgram) -> str | None:
-    """Return the line of the first operation that draws random numbers on which an output depends.
+    """Return the line of the first operation that draws random numbers and that affects an output.
 
     Returns:
         The line, "" if it is unknown; None if no output depends on random numbers.
@@ -125,7 +125,7 @@ def line_in(trace: str) -> str:
 
 
 def reason_for(line: str) -> str:
-    """Return the error sentence for a model that draws random numbers at a line of code, "" if it is unknown."""
+    """Return the sentence of an error about random numbers. `line` is the code that draws them; "" if it is unknown."""
     return f"It draws random numbers in inference mode{f': {line}' if line else ''}."
 
 

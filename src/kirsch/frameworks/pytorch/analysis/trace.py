@@ -360,7 +360,10 @@ class _Walk:
         return layers is not None
 
     def pin_numbers(self) -> None:
-        """Require that integers of the code that are not sizes, such as scales and paddings, keep their values."""
+        """Require that integers of the code that are not sizes, such as scales and paddings, keep their values.
+
+        Add the comparisons with traced integers, too; see `OperationContext.add_comparison`.
+        """
         op = OperationContext(self._facts, "", (), {}, [], None, self._labels_of)
         for number, operation in self._origin.items():
             for integer in self._recorded.log[number].integers():
@@ -398,7 +401,7 @@ def _structured(results: Iterator[Tensor], values: Any) -> Any:
 
 
 def _activations(results: list[Tensor]) -> tuple[float, list[Axis]]:
-    """Return coefficient and factors of the size of the first result of an operation."""
+    """Return the size of the first result of an operation, as `coefficient` and `factors` of `Facts.cost`."""
     if not results:
         return 0.0, []
     constant = 1

@@ -73,8 +73,8 @@ class FeatureCapture:
         for path, function, of_input in keys:
             if not function:
                 self._hook(modules[path], path, of_input=of_input)
-        # Calls in the code of a submodule do not count as calls of the module: a batch norm adds to a counter, for
-        # example, which is not an addition in the module.
+        # A function that the code of a submodule calls does not count as called by the module: a batch norm adds to a
+        # counter, for example, and this is not an `add` of the module that contains it.
         for path, module in modules.items() if self._functions else ():
             is_inside = any(not parent or f"{path}.".startswith(f"{parent}.") for parent, _ in self._functions)
             if is_inside and not is_torchscript(module):
@@ -106,7 +106,7 @@ class FeatureCapture:
             return
         calls = self._values.setdefault(key, [])
         call = key, len(calls)
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not public; a copy is not a call of the model
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - not public; the `clone` below is not a call by the model
             self._versions[call] = [
                 (part, part._version)  # noqa: SLF001 - nothing else shows a change in place
                 for part in tree_leaves(value)
@@ -221,7 +221,10 @@ class FeatureCapture:
             return "", "Choose a layer that runs in the forward pass."
         return (
             "A compiled model that has run does not call hooks that are added later.",
-            "Pass the model before compilation. A custom training loop may compile distiller.module and pass module=.",
+            (
+                "Pass the model before compilation. To compile in a loop with kirsch.Distiller, compile "
+                "distiller.module and call distiller(batch, epoch, module=compiled)."
+            ),
         )
 
     def _function_error(self, layer: LayerName) -> Exception:

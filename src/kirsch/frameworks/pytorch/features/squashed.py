@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _SATURATING = "sigmoid hardsigmoid _softmax _safe_softmax softmax tanh hardtanh exp"
 SATURATING = frozenset(_SATURATING.split())
-"""Operators with a bounded range, or used to compute such an operator. `clamp` counts if it has both bounds."""
+"""Operators with a bounded range, and `exp`, with which the code of a model may compute a sigmoid or a softmax.
+
+`clamp` counts if it has both bounds.
+"""
 
 _LEARNED = """
 mm addmm bmm baddbmm mv addmv addbmm dot linear matmul einsum convolution _convolution conv1d conv2d conv3d
@@ -24,7 +27,7 @@ mkldnn_convolution mkldnn_linear embedding _embedding_bag lstm gru rnn_tanh rnn_
 native_batch_norm native_group_norm _native_batch_norm_legit_no_training cudnn_batch_norm
 """
 LEARNED = frozenset(_LEARNED.split())
-"""Operators of layers. Their results do not count as results of an activation before the layer."""
+"""Operators of layers. Their outputs do not count as outputs of a sigmoid or softmax that comes before the layer."""
 
 LOGARITHM = "log_sigmoid_forward"
 _COPIES = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
@@ -58,7 +61,7 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
         return out
 
     def _begins(self, name: str, args: Any) -> bool:
-        """Return whether the result of an operator is recorded for any input."""
+        """Return whether the result of an operator is recorded even if none of its inputs is a recorded result."""
         if self.logarithm:
             return name == LOGARITHM
         bounded = name == "clamp" and len([bound for bound in args[1:] if bound is not None]) == len(("min", "max"))

@@ -25,10 +25,10 @@ class StudentWithAdapters(nn.Module):
 
     Args:
         student: the model to train.
-        layers: layers without patterns.
+        layers: names of the layers to capture, without wildcards.
         adapters: adapters by name.
-        pairs: the student's layer whose value each adapter takes, by the adapter's name: a layer name, or a list or
-            dict of layer names.
+        pairs: adapter name → the student's layer that is the input of the adapter: a layer name, or a list or dict of
+            layer names.
         logits: function from the values by layer to the same values, with probabilities converted to logits. None if no
             value holds probabilities.
     """

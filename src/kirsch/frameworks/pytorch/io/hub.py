@@ -16,7 +16,7 @@ def from_hub(library: str, name: str, *, pretrained: bool) -> nn.Module:
 
     Raises:
         UnknownNameError: the library is not timm.
-        LoadError: see `from_timm`.
+        MissingExtraError, RequirementError, LoadError: see `from_timm`.
     """
     if library != "timm":
         raise UnknownNameError("library of models", library, ["timm"])

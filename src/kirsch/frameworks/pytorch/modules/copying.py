@@ -60,8 +60,8 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         for old, new in zip(model.parameters(), copied.parameters(), strict=True):
             new.requires_grad = old.requires_grad
-    # `torch.fx` creates new containers in a copied graph module, and the feature extractors of torchvision start in
-    # training mode.
+    # The copy may have other modes: `torch.fx` creates new containers in a copied graph module, and copies of the
+    # feature extractors of torchvision start in training mode.
     modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     replaced = {id(value) for value in (memo or {}).values()}
     new_modules = [(path, module) for path, module in copied.named_modules() if id(module) not in replaced]

@@ -273,7 +273,7 @@ def assign_modules(program: ExportedProgram, slots: dict[str, str]) -> None:
                 nearest = origin[0]
             elif source[0] == origin[0]:
                 nearest = container[latest]
-            else:  # the graph of a module that this one calls
+            else:  # the latest input comes from another graph, that of a module which this graph calls
                 nearest = source[0].rpartition(".")[0]
             owner[node] = container[node] = nearest if nearest.startswith(origin[0]) else origin[0]
         parts = owner[node].split(".") if owner[node] else []

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Set the mode of each module; containers must come before their submodules.
+    """Set the mode of each module; containers must come first, because their `train` also sets their submodules.
 
     A class may do more than set `training` in its `train`, such as torchvision's feature extractors, which have a graph
     for each mode.

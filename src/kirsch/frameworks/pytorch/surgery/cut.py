@@ -30,7 +30,7 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
     Args:
         model: the original.
         graph: graph of the original.
-        keep: boolean mask of the components of coupled labels that are kept.
+        keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         constants: whether to update the integer attributes that `forward` reads.
     """
     memo: dict[int, Any] = {}

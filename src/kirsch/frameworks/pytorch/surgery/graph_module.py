@@ -83,7 +83,7 @@ def _name(node: Node) -> str:
 def _arguments(node: Node, numbers: dict[tuple[str, int | None], int], traced: Traced) -> tuple[Any, Any]:
     """Return the arguments of an operation with updated integers.
 
-    In a view, the first size of an axis without units is replaced by -1, so that other batch sizes work.
+    In a view, the size of the first axis without units is replaced by -1, so that other batch sizes work.
     """
 
     def updated(value: Any, argument: str, index: int | None = None) -> Any:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 TOTAL = "loss"
 READ_EVERY = {"cpu": 1}
-"""Number of batches after which losses are read, by type of device. A CPU has no queue of operations to wait for."""
+"""Number of batches after which losses are read, by type of device.
+
+Reading a loss waits until an accelerator has completed all queued operations. A CPU has no such queue.
+"""
 READ_EVERY_ON_ACCELERATORS = 50
 
 

@@ -74,17 +74,17 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
         Stopped: `hooks.stop` requested it, after a call of `hooks.save`.
     """
     home = device_of(model)
-    check_trainable(student_of(model))
-    wrapped = model if isinstance(model, StudentWithAdapters) else StudentWithAdapters(model)
-    module: Any = copy_of(wrapped, name=type(student_of(model)).__name__)
-    try:
-        with torch.random.fork_rng(), separate_precision():
-            run = _Run(module, batches, loss, training, hooks)
-            run.train()
-    finally:
-        module.close()
+    with contextlib.ExitStack() as ending:
         if hooks.close is not None:
-            hooks.close()
+            ending.callback(hooks.close)
+        check_trainable(student_of(model))
+        wrapped = model if isinstance(model, StudentWithAdapters) else StudentWithAdapters(model)
+        module: Any = copy_of(wrapped, name=type(student_of(model)).__name__)
+        ending.callback(module.close)
+        ending.enter_context(torch.random.fork_rng())
+        ending.enter_context(separate_precision())
+        run = _Run(module, batches, loss, training, hooks)
+        run.train()
     return Trained(run.result().to(home).eval(), run.history, run.first_batch)
 
 
@@ -413,7 +413,7 @@ class _Run:
         if changes:
             raise CheckpointError(
                 f"The run was started with other settings: {'; '.join(changes)}.",
-                "The optimizer, the order of the samples and the schedule depend on them, the schedule also on the "
+                "The optimizer, the order of the samples and the learning rate depend on the settings, including the "
                 "number of epochs.",
                 "Resume with the previous settings, or start the run again.",
             )

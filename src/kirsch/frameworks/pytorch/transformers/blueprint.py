@@ -199,7 +199,7 @@ class Search:
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
         self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that only chosen numbers affect
-        self._best = (MOST_BUILDS, 0)  # counts of open numbers and of unreachable axes for `unreachable`
+        self._best = (MOST_BUILDS, 0)  # how many open numbers and unreachable axes gave `unreachable`
         self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
         self.integers = integer_attributes(model)
         self._trials: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}
@@ -320,7 +320,7 @@ class Search:
         return implied
 
     def _relevant(self, start: Sizes, implied: Numbers) -> list[SizeNumber]:
-        """Return the numbers that affect a cut axis, or an axis that a relevant number affects."""
+        """Return the numbers that affect a cut axis, and those that share an affected axis with a returned number."""
         size_numbers = self._size_numbers(start, implied)
         axes = set(_different(start, self.stored))
         for _ in size_numbers:  # a chain of numbers with common axes is not longer than this list
@@ -341,10 +341,12 @@ class Search:
         return size_numbers
 
     def settable(self, within: AbstractSet[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Return the axes of parameters that numbers of the configuration change without any effect on other axes.
+        """Return the axes of parameters that some number of the configuration changes without changing forbidden axes.
+
+        The model must not be pruned yet.
 
         Args:
-            within: the axes that may change. The model must not be pruned yet.
+            within: the axes of parameters that may change; all others are forbidden.
         """
         start = self.trial({})
         size_numbers = [] if start is None else self._size_numbers(start, self._implied(start, {}))
@@ -355,9 +357,8 @@ class Search:
     def _solutions(self, open_: list[SizeNumber], chosen: Numbers, start: Sizes) -> Iterator[Numbers]:
         """Yield the solutions that extend the chosen numbers with values of the open, not yet chosen, numbers.
 
-        The search is depth first.
-
-        A branch ends when an axis has another size than the target and no open number affects the axis.
+        The search is depth first. A branch ends when an axis has another size than the target and no open number
+        affects the axis.
         """
         if self.exhausted:
             return

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 MOST_SOLUTIONS = 4
 """Largest number of configurations that give the right shapes and whose outputs are compared with the pruned model."""
 MOST_GROWTH = 4
-"""Limit of a number that a plan states, relative to the largest size. A ratio grows when its divisor is pruned."""
+"""Limit of a number that a plan states, as a multiple of the largest size of the model or number of its configuration.
+
+It is above 1 because a ratio, such as `mlp_ratio`, grows when the width in its denominator is pruned.
+"""
 
 SCALING = ("embedding dim", "head dim")
 """Kinds of units whose number often also sets a factor that shapes do not show, such as the scale of attention."""
@@ -165,7 +168,7 @@ def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
 
 
 def _plan_options(model: nn.Module, plan: Plan, graph: Graph) -> str:
-    """Return options of a plan whose result the configuration describes, in words; empty if none are known."""
+    """Return options, in words, for a plan whose result a configuration can describe; empty if none are known."""
     kinds = _described(model, graph)
     cut = {removal.kind for removal in plan.groups}
     if not kinds or not cut or (plan.method.get("uniform") and cut <= set(kinds)):
@@ -191,7 +194,8 @@ def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) ->
     why = search.misfit or "Without verification, it is not known whether the outputs agree."
     advice = _plan_options(model, plan, graph)
     return Configured(
-        why=f"The configuration of the {type(pruned).__name__} is unchanged, without verification. {why}",
+        why=f"The configuration of the {type(pruned).__name__} is unchanged, because the pruned model was not "
+        f"verified. {why}",
         fix=f"Save it with kirsch.save, or {advice}{' and ' * bool(advice)}prune with verify=True.",
     )
 

@@ -68,7 +68,7 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
 
     Args:
         graph: graph of the original.
-        keep: boolean mask of the components of coupled labels that are kept.
+        keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         tensors: parameters and buffers of the original by path.
 
     Returns:

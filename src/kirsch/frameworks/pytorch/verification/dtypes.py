@@ -66,7 +66,10 @@ class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ha
 
 
 class WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replace Bernoulli draws with their means, so that dropout keeps all entries of tensors of any width."""
+    """Replace Bernoulli draws with their means, because two models of different widths would draw different numbers.
+
+    Dropout then keeps all entries.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""

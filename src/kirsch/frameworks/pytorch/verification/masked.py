@@ -77,7 +77,7 @@ class MaskedRun(Interpreter):
 
         Args:
             graph: graph of the original.
-            keep: boolean mask of the components of coupled labels that are kept.
+            keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
             tensors: parameters and buffers by path, in the dtype to compute in.
             blocks: paths of residual blocks to skip.
             training: run the trace of training mode.

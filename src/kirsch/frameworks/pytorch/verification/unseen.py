@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 FAINT = 1e-6
-"""Effects below this fraction of the largest effect are rounding errors. With the noise of `verify`, real effects are
-above 1e-3 of the largest effect."""
+"""Effects below this fraction of the largest effect are rounding errors. `verify` adds noise to the parameters
+before the call, so real effects are above 1e-3 of the largest effect."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""
@@ -37,7 +37,7 @@ def unseen(
 
     Args:
         graph: graph of the original.
-        keep: boolean mask of the components of coupled labels that are kept.
+        keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
 

@@ -69,7 +69,7 @@ def verify(
     Args:
         pruned, original: the pruned model, and the model that was traced.
         graph: graph of the original.
-        keep: boolean mask of the components of coupled labels that are kept.
+        keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         without: paths of the dropped blocks.
         moved: path of a module in the original → its path in the pruned model. None if no block was dropped.
 

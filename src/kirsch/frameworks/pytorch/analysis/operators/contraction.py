@@ -137,7 +137,7 @@ def _grouped(op: OperationContext) -> Tensor | list[Tensor]:
     x, weight, offsets = op.args[0], op.args[1], op.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or op.arg(3, "bias") is not None:
         return op.freeze_all("a grouped matrix product with a bias or with other ranks is not analyzed")
-    if op.is_weight(offsets):  # otherwise the rows of a removed group would be assigned to the next group
+    if op.is_weight(offsets):  # without this, the rows of a removed group would be assigned to the next group
         relations.freeze(op.facts, [weight, offsets], "the number of rows of each group is a constant", [0])
     groups = op.facts.equate(weight.axes[0], offsets.axes[0])
     op.facts.reduce(groups)
@@ -197,7 +197,7 @@ def _convolution(op: OperationContext) -> Tensor:
 
 
 def _channels(op: OperationContext, channels: Axis, size: int, weight: Tensor, *, transposed: bool) -> Axis:
-    """Return the output channels of a convolution for its input channels.
+    """Return the labels of the output channels of a convolution, and relate them to those of its input channels.
 
     With several groups, the channels are a grid: (groups, channels of one group).
     """

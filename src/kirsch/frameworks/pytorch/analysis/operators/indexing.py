@@ -1,4 +1,4 @@
-"""Rules of operators that read or write at the indices in a tensor, or whose result depends on the order of entries."""
+"""Rules of operators that take a tensor of indices, or whose result depends on the order of entries."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _index_select(op: OperationContext) -> Tensor:
 
 @rule("gather", "take_along_dim")
 def _gather(op: OperationContext) -> Tensor:
-    """The index has the shape of the result, so its axes except `dim` equal the axes of x."""
+    """The index has the shape of the result. Its axes except `dim` correspond to the axes of x, and may be shorter."""
     x, index = op.args[0], op.args[1] if op.name == "take_along_dim" else op.args[2]
     dim = op.arg(2, "dim") if op.name == "take_along_dim" else op.args[1]
     if dim is None:
@@ -103,7 +103,7 @@ def _gather(op: OperationContext) -> Tensor:
 
 @rule("index_put", "_unsafe_index_put")
 def _index_put(op: OperationContext) -> Tensor:
-    """x[indices] = values; the indices are on the first axes."""
+    """x[indices] = values, where the indices belong to the first axes of x."""
     x, indices, values = op.args[:3]
     count = len(indices)
     if any(index is None or len(index.shape) > 1 for index in indices):  # a mask may cover several axes
@@ -177,7 +177,7 @@ def _topk(op: OperationContext) -> Tensor | list[Tensor]:
 
 @rule("histc")
 def _histc(op: OperationContext) -> Tensor:
-    """Counts of the indices into a labeled axis, if there is one bin for each index."""
+    """A histogram of indices into a labeled axis keeps its labels if there is one bin for each index of the axis."""
     x, bins = op.args[0], op.arg(1, "bins", 100)
     relations.freeze(op.facts, [x], "a histogram is computed over the axis")
     points, stated_bins, stated_max = x.points, op.traced_arg(1, "bins"), op.traced_arg(3, "max")

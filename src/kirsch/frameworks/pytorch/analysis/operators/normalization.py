@@ -26,7 +26,7 @@ def _per_channel_norm(op: OperationContext) -> Tensor:
     x = op.args[0]
     running = op.name == "_native_batch_norm_legit_no_training"
     running |= op.name == "native_batch_norm" and not op.args[5]
-    if not running:  # weight standardization applies this operator to weights
+    if not running:  # weight standardization applies this operator to weights, whose other axes have labels
         others = [dim for dim in range(len(x.shape)) if dim != 1]
         relations.freeze(op.facts, [x], "a normalization computes its statistics over the axis", others)
     parameters = [(t, letters(x)[1]) for t in op.args[1:5] if isinstance(t, Tensor)]

@@ -24,7 +24,10 @@ sort topk kthvalue max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_
 max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
 """
 NONLINEAR = frozenset(_NONLINEAR.split())
-"""Operators that are not linear, beside the elementwise ones and the normalizations, whose rules mark their outputs."""
+"""Nonlinear operators whose outputs `apply` marks as "activated".
+
+The rules of elementwise operators and of normalizations mark their outputs themselves.
+"""
 
 Rule = Callable[["OperationContext"], Tensor | list[Tensor]]
 
@@ -45,8 +48,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(op: OperationContext) -> list[Tensor]:
     """Return the results of one operation.
 
-    A rule that raises an exception or loses a label is a bug of Kirsch. The operation is then treated like an operation
-    without a rule, and a warning asks the user to report the model.
+    A rule that raises an exception, loses a label (see `Facts.lost`) or returns other shapes than the operator is a bug
+    of Kirsch. The operation is then treated like an operation without a rule, and a warning asks the user to report the
+    model.
     """
     known = RULES.get(op.name)
     if known is None:

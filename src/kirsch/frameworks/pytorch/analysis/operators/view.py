@@ -56,7 +56,7 @@ def _expand(op: OperationContext) -> Tensor:
     for position, (size, stated) in enumerate(zip(op.shape, stated_sizes(op), strict=True)):
         old = position - new
         stays = old >= 0 and x.shape[old] == size
-        # An expanded axis is constant, so any part of it can be removed if its size in the code can change.
+        # Entries along an expanded axis are equal, so any of them can be removed if the size in the code can change.
         free = size > 1 and op.can_tie(stated)
         axis = x.axes[old] if stays else op.facts.fresh(size) if free else None
         axes.append(op.tie_size(axis, stated))

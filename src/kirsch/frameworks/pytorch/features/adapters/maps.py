@@ -82,7 +82,7 @@ class Regressor(Adapter):
 
 @ADAPTERS.register("residual")
 class Connector(Adapter):
-    """The adapter "residual": a 1 × 1 convolution and a batch norm of the student's maps before a ReLU.
+    """The adapter "residual": a 1 × 1 convolution and a batch norm, applied to maps that are the input of a ReLU.
 
     Args:
         student, teacher: shape (N, C, H, W).

@@ -45,9 +45,10 @@ class MemoryBank(Adapter):
     gradient. Z is the mean of exp(v · w / temperature) over the first training batch, times the number of rows, and
     stays fixed.
 
-    Each sample has a row in both banks. After a training batch, the rows of the samples in the batch are updated to
-    momentum · row + (1 - momentum) · embedding, scaled to norm 1. In inference mode nothing is written. Negatives are
-    drawn uniformly with replacement from the rows of other samples, by PyTorch's generator.
+    There is one bank for the student's embeddings and one for the teacher's; each sample has a row in both. After a
+    training batch, the rows of the samples in the batch are updated to momentum · row +
+    (1 - momentum) · embedding, scaled to norm 1. In inference mode nothing is written. Negatives are drawn uniformly
+    with replacement from the rows of other samples, by PyTorch's generator.
 
     With `size`, the most recent embeddings are kept in a queue of this size. The positive is then the other network's
     embedding of the sample in the same batch. Rows of the same sample do not count as negatives: their value is minus
