@@ -86,6 +86,13 @@ def test_entry_points_of_another_group_are_ignored(fruits, monkeypatch):
         fruits["plum"]
 
 
+def test_the_entry_point_group_of_a_kind_of_two_words_has_an_underscore(install, monkeypatch):
+    installed = EntryPoints([EntryPoint("plum", "foreign_fruits:plum", "kirsch.stone_fruit")])
+    install()
+    monkeypatch.setattr(registry, "entry_points", lambda **wanted: installed.select(**wanted))
+    assert Registry("stone fruit")["plum"] == 7
+
+
 def test_an_entry_point_whose_module_uses_the_decorator_is_not_a_duplicate(fruits, install, monkeypatch):
     def load(_self: EntryPoint) -> int:
         return fruits.register("plum")(7)

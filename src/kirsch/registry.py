@@ -16,15 +16,16 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Mapping from names to objects. Duplicates are refused; an unknown name raises an error with the known names.
 
-    Other packages register objects through the entry point group `kirsch.<kind>`. The group is read when a name is not
-    found, so that a broken package affects only those who use it.
+    Other packages register objects through the entry point group `kirsch.<kind>`, with underscores in place of spaces.
+    The group is read when a name is not found, so that a broken package affects only those who use it.
 
     Args:
-        kind: kind of the registered objects, in the singular: "importance".
+        kind: kind of the registered objects, in the singular: "importance", "label loss".
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self._group = f"kirsch.{kind.replace(' ', '_')}"
         self._objects: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -46,7 +47,7 @@ class Registry(Generic[T]):
 
     def _load(self, name: str) -> T:
         """Load an object from the entry point of another package."""
-        matches = entry_points(group=f"kirsch.{self.kind}", name=name)
+        matches = entry_points(group=self._group, name=name)
         if not matches:
             raise UnknownNameError(self.kind, name, self)
         if len(matches) > 1:
@@ -67,7 +68,7 @@ class Registry(Generic[T]):
         return loaded
 
     def __iter__(self) -> Iterator[str]:
-        names = set(self._objects) | {entry.name for entry in entry_points(group=f"kirsch.{self.kind}")}
+        names = set(self._objects) | {entry.name for entry in entry_points(group=self._group)}
         return iter(sorted(names))
 
     def __contains__(self, name: object) -> bool:

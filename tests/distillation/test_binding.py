@@ -357,7 +357,7 @@ def test_terms_that_need_more_than_the_top_k_logits_of_a_store_are_refused(tmp_p
 
 
 def test_an_unknown_label_loss_or_an_invalid_layer_name_is_refused_before_any_work():
-    with pytest.raises(UnknownNameError, match="no label-loss 'crossentropy'"):
+    with pytest.raises(UnknownNameError, match="no label loss 'crossentropy'"):
         Objective(label_loss="crossentropy")
     with pytest.raises(UsageError, match="is not a layer name"):
         Term("fitnet", student_layer="layer[").problems()

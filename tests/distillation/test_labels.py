@@ -151,7 +151,7 @@ def test_losses_on_labels_compute_with_32_bits(name, dtype):
 def test_label_losses_are_registered_by_name():
     names = {"cross-entropy": hard_label, "binary": binary_label, "squared-error": squared_error}
     assert {name: LABEL_LOSSES[name] for name in LABEL_LOSSES} == names
-    with pytest.raises(UnknownNameError, match=r"There is no label-loss 'cross_entropy'.*mean 'cross-entropy'"):
+    with pytest.raises(UnknownNameError, match=r"There is no label loss 'cross_entropy'.*mean 'cross-entropy'"):
         LABEL_LOSSES["cross_entropy"]
 
 

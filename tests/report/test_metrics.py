@@ -55,6 +55,11 @@ def test_metrics_are_read_as_written_and_unknown_fields_are_kept(read, metrics):
     assert read(metrics | {"later": 1}) == metrics | {"later": 1}
 
 
+def test_training_data_without_a_known_size_is_accepted(read, metrics):
+    metrics["measured"]["data"]["train"] = None  # a loader without a length
+    assert "a loader for training" in " ".join(render(read(metrics)).split())
+
+
 def test_a_missing_field_is_named_or_not_needed_by_the_report(read, metrics):
     accepted = []
     for path in list(paths_in(metrics)):

@@ -35,7 +35,7 @@ class BlockImportance(Protocol):
         """
 
 
-BLOCK_IMPORTANCES: Registry[BlockImportance] = Registry("importance of blocks")
+BLOCK_IMPORTANCES: Registry[BlockImportance] = Registry("block importance")
 
 
 @BLOCK_IMPORTANCES.register("influence")

@@ -111,7 +111,7 @@ SCHEMA = _fields(
         load_after=nullable(FIGURE),
         notes=array(text()),
         seed=COUNT,
-        data=_fields(name=text(), sha256=text(), train=COUNT, validation=COUNT, test=COUNT),
+        data=_fields(name=text(), sha256=text(), train=nullable(COUNT), validation=COUNT, test=COUNT),
     ),
     not_measured=array(text()),
     provenance=_fields(recipe=text(), plans=array(anything), environment=anything, fingerprint=text()),

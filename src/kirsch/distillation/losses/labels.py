@@ -37,7 +37,7 @@ class LabelLoss(Protocol):
         """
 
 
-LABEL_LOSSES: Registry[LabelLoss] = Registry("label-loss")
+LABEL_LOSSES: Registry[LabelLoss] = Registry("label loss")
 
 
 def _label_loss(name: str) -> Callable[[Callable[..., Any]], LabelLoss]:

@@ -34,7 +34,7 @@ class AdapterOptions:
     stages: ClassVar[bool] = False
 
 
-ADAPTER_OPTIONS: Registry[type[AdapterOptions]] = Registry("adapter-options")
+ADAPTER_OPTIONS: Registry[type[AdapterOptions]] = Registry("adapter options")
 """Options by the name of the adapter; the first line of the docstring describes the adapter."""
 
 
