@@ -270,7 +270,7 @@ def test_the_representation_of_a_graph_is_one_line():
     assert text == "<kirsch.Graph of Sequential: 67 parameters, 8 units in 1 group, inputs float32 (2, 4)>"
 
 
-def test_indices_of_a_buffer_without_cost_are_no_group(chain):
+def test_indices_of_a_buffer_without_cost_are_not_a_group(chain):
     net = chain()
     net.tensors["positions"] = Tensor.of((1, 7), [None, net.facts.fresh(7)])
     graph = replace(net.graph(), parameters=tuple(net.tensors)[:-1])

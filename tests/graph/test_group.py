@@ -214,7 +214,7 @@ def test_a_removed_cell_removes_the_row_or_column_that_adds_the_fewest_cells(net
 
 
 def test_a_removed_cell_removes_its_row_if_the_column_with_fewer_cells_is_frozen(network):
-    """As above with two further channels per row. The columns are frozen, so a row of the wide grid is removed."""
+    """As above with `extra=2`. The columns of the four channels are frozen, so a row of the wide grid is removed."""
     net = network()
     four = net.parameter("four.weight", 4).axes[0].reshape(2, 2)
     others = net.parameter("others.weight", 4).axes[0].reshape(2, 2)

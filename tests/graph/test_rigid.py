@@ -33,7 +33,10 @@ def layers(network):
 
 
 def add_demand(net, axis, leaves, compute=None, *, size=None):
-    """Add the demand that attributes, or the size of another axis, give the size of `axis`, or 8 if `axis` is None."""
+    """Add the demand that `compute` returns the size of `axis`, or 8 if `axis` is None.
+
+    `compute` takes the values of `leaves`, or the size of the axis `size`, if it is given.
+    """
     if size is not None:
         key = Size(size.tobytes())
         expression = Expression(lambda values: compute(values[key]), (), (size,), plain=compute is identity)
@@ -56,7 +59,7 @@ def group_sizes(net):
 
 
 def reasons(net):
-    """Return the reasons of all freezes except those of the input of the network."""
+    """Return the reasons of all freezes except those of the inputs and outputs of the network."""
     causes = net.graph().coupling.why.values()
     return {cause.reason for cause in causes if not cause.boundary} - {"the axis is coupled to a frozen axis"}
 

@@ -239,7 +239,7 @@ def test_options_out_of_range_are_named_together():
 
 @pytest.mark.parametrize("ranking", ["global", "local"])
 def test_no_axis_becomes_empty_if_several_groups_share_it(ranking):
-    """Two layers share an axis of a third layer: each may lose all units, but one of them must keep a unit."""
+    """The outputs of two layers are on one axis of a third layer. Each layer may lose all units except one."""
 
     class Shared(nn.Module):
         def __init__(self):

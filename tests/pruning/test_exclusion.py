@@ -1,4 +1,4 @@
-"""`exclude` keeps the parameters of layers, `keep_outputs` keeps their outputs, and notes state the cost."""
+"""`exclude` keeps the parameters of layers, `keep_outputs` keeps their outputs; notes name the effect on the cost."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_outputs_of_a_transposed_convolution_are_on_the_second_axis_of_its_w
     assert small[2].weight.shape[0] < 16
 
 
-def test_both_outputs_of_a_recurrent_layer_are_kept():
+def test_the_outputs_of_a_recurrent_layer_are_kept():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()

@@ -105,7 +105,7 @@ def test_frozen_layers_are_named_with_the_operation():
     assert error.fix == "No option of kirsch.plan allows more units to be removed."
 
 
-def test_an_error_with_options_that_reach_the_goal_does_not_end_with_the_options_that_do_not():
+def test_options_with_which_nothing_can_be_removed_are_not_proposed_again_with_another_goal():
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
     error = refused(kirsch.trace(model, torch.randn(1, 6)), kirsch.Goal(parameters=0.6), exclude=["2"])
     assert error.why.startswith("Nothing can be removed with these options. ")

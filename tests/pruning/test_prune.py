@@ -141,7 +141,7 @@ def test_no_model_is_returned_if_the_verification_fails(case, monkeypatch):
 
 
 def model_of_five_groups():
-    """Return a chain of convolutions with five groups, one per layer, and its inputs."""
+    """Return a chain of six convolutions with a group for each except the last, and its inputs."""
     return with_noise(nn.Sequential(*(nn.Conv2d(8 if index else 3, 8, 1) for index in range(6)))), IMAGE
 
 

@@ -45,7 +45,7 @@ def test_the_record_of_a_group_that_is_kept_has_no_units():
 
 
 def test_a_layer_with_outputs_in_two_groups_is_listed_once():
-    """A grouped convolution behind two layers that are added splits their channels into two groups."""
+    """A grouped convolution reads the sum of two layers. Its channels form two groups: conv groups, and positions."""
 
     class Net(nn.Module):
         def __init__(self):

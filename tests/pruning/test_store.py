@@ -78,7 +78,7 @@ STORED = {
     "a mask": (lambda x, mask: x.masked_fill(mask, 0), (X, X > 0)),
     "negative": (lambda x: x.float(), torch.full((2, 4), -3, dtype=torch.int8)),
     "unsigned": (lambda x: x.float(), torch.ones(2, 4, dtype=torch.uint16)),
-    "the largest": (lambda x: x.float(), torch.full((2, 4), 2**63 - 1)),
+    "the largest integer": (lambda x: x.float(), torch.full((2, 4), 2**63 - 1)),
     "half": (lambda x: x.float(), X.half()),
     "double": (lambda x: x.float(), X.double()),
     "complex": (lambda x: x.real, torch.randn(2, 4, dtype=torch.complex64)),
@@ -151,7 +151,7 @@ def test_a_model_with_a_pruned_part_that_takes_nested_inputs_is_loaded(tmp_path)
     for more in (
         {},
         {"example_inputs": (X, Y)},
-    ):  # stored inputs of the part; given inputs of the model
+    ):  # the stored inputs are those of the part, the given inputs are those of the model
         assert torch.equal(kirsch.load(tmp_path / "small", Outer, **more)(X, Y), small(X, Y))
 
 

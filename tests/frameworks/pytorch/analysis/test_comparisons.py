@@ -84,9 +84,9 @@ ADJUSTED = {
     "list": lambda s, x: torch._assert(x.shape[1] == s.listed[0], "channels"),
     "difference": lambda s, x: torch._assert(not x.shape[1] - s.channels, "channels"),
     "shape": asserts_shape,
-    "layer": compares_with_layer,
-    "weight": compares_with_weight,
-    "width of a layer": compares_width_of_layer,
+    "in_channels of a layer": compares_with_layer,
+    "shape of a weight": compares_with_weight,
+    "out_channels of a layer": compares_width_of_layer,
     "all": asserts_all,
     "any": raises_if_any_differs,
     "double": lambda s, x: torch._assert(2 * x.shape[1] == 2 * s.channels, "channels"),
@@ -139,7 +139,7 @@ FROZEN = {
     "dict": equals_dict_item,
     "config": equals_config,
     "all": all_equal_numbers,
-    "width of a layer": layer_width_equals_number,
+    "in_channels of a layer and a number": layer_width_equals_number,
 }
 
 
@@ -156,7 +156,7 @@ def test_an_attribute_compared_with_a_size_is_adjusted(kind):
 
 
 @pytest.mark.parametrize("kind", FROZEN)
-def test_a_size_compared_with_a_constant_is_frozen_and_the_error_has_the_line_and_a_fix(kind):
+def test_a_size_whose_comparison_cannot_be_adjusted_is_frozen_and_the_error_has_the_line_and_a_fix(kind):
     model = with_noise(Net(FROZEN[kind]))
     graph = kirsch.trace(model, IMAGE)
     pruned = kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.8)))
@@ -219,12 +219,13 @@ def test_a_plan_must_meet_a_condition_that_only_some_widths_meet():
     assert kirsch.prune(model, kirsch.plan(graph, Goal(macs=0.5), round_to=2)).first.out_channels < 16
     line = asserts_even.__code__.co_firstlineno + 1
     plan = kirsch.plan(graph, Goal(macs=0.5), round_to=2)
+    # One unit fewer is removed from `first`, so that its width is odd.
     removals = (dataclasses.replace(r, removed=r.removed[r.name == "first" :]) for r in plan.groups)
     with pytest.raises(PlanError, match=rf"result of a comparison at test_comparisons\.py:{line}\..*as_graph=True"):
         kirsch.prune(model, dataclasses.replace(plan, groups=tuple(removals)))
 
 
-def test_a_comparison_in_a_torch_fx_graph_is_kept():
+def test_a_comparison_in_a_torch_fx_graph_still_holds_after_pruning():
     traced = fx.symbolic_trace(with_noise(Net(lambda _, x: torch._assert(x.shape[1] == 16, "channels"))))
     result = prune_with_verification(traced, kirsch.plan(kirsch.trace(traced, IMAGE), Goal(macs=0.8)))
     assert result.verification.power > 1e-3
@@ -249,7 +250,7 @@ class Skipping(Checked):
         return x
 
 
-def test_the_error_of_a_cut_that_changes_a_branch_names_the_comparison():
+def test_the_error_for_a_cut_after_which_forward_takes_another_branch_names_the_comparison():
     model = with_noise(Net(lambda _, x: None))
     model.checked = with_noise(Skipping(lambda _, x: None))
     graph = kirsch.trace(model, IMAGE)

@@ -28,7 +28,11 @@ CONVOLUTIONS = {
         IMAGE,
         [3],
     ),
-    "multiplier": (nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 12, groups=4), nn.ReLU(), conv(12, 5)), IMAGE, [3, 4]),
+    "depthwise with a multiplier": (
+        nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 12, groups=4), nn.ReLU(), conv(12, 5)),
+        IMAGE,
+        [3, 4],
+    ),
     "groups in one dimension": (
         nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 5, 1)),
         torch.randn(2, 3, 9),
@@ -60,7 +64,7 @@ CONVOLUTIONS = {
         IMAGE,
         [8],
     ),
-    "transposed multiplier": (
+    "transposed depthwise with a multiplier": (
         nn.Sequential(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 12, 2, groups=4), nn.ReLU(), conv(12, 5)),
         IMAGE,
         [3, 4],
@@ -217,6 +221,8 @@ ATTENTIONS = {
         Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s.scale)),
         [4, 6],
     ),
+    # Without `scale`, sdpa divides by the square root of the width of a head, which pruning changes. The rows that
+    # compute the queries are rescaled to correct this. Where this is not possible, only the 4 heads can be pruned.
     "sdpa without a scale": (Attention(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), [4, 6]),
     "sdpa without a scale, rotary": (
         Attention(lambda s, q, k, v: rotary(s, q, k, v, F.scaled_dot_product_attention), frequency=weight(3)),
@@ -295,7 +301,7 @@ def test_pruning_fused_attention_updates_the_attributes_for_heads_and_width():
     assert (pruned.heads, pruned.width, tuple(pruned.qkv.weight.shape)) == (2, 3, (18, 12))
 
 
-def test_the_scale_of_attention_is_kept_in_inference_mode():
+def test_the_scale_of_attention_is_kept_in_torch_inference_mode():
     with torch.inference_mode():
         assert_pruned_correctly(ATTENTIONS["sdpa without a scale"][0], TOKENS.clone(), sizes=[4, 6])
 

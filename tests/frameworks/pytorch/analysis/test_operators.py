@@ -30,7 +30,7 @@ CASES = {
     "unit norm over channels": (lambda _, x: F.normalize(x, dim=1), conv(8, 4), {}, [8]),
     "scale by a parameter": (lambda s, x: x * s.gamma, conv(8, 4), {"gamma": nn.Parameter(torch.ones(8, 1, 1))}, [8]),
     "scale by a constant freezes": (lambda _, x: x * torch.arange(8.0).reshape(8, 1, 1), conv(8, 4), {}, []),
-    "type as another": (lambda s, x: x.type_as(s.other.weight), conv(8, 4), {"other": nn.Linear(5, 7)}, [8]),
+    "type_as another tensor": (lambda s, x: x.type_as(s.other.weight), conv(8, 4), {"other": nn.Linear(5, 7)}, [8]),
     "a weight that is a vector freezes": (
         lambda s, x: x + F.linear(x.permute(0, 2, 3, 1), s.vector).unsqueeze(1),
         conv(8, 4),
@@ -81,7 +81,7 @@ CASES = {
     "any over channels": (lambda _, x: x * (x > 1).any(1, keepdim=True), conv(8, 4), {}, []),
     "maximum of two tensors": (lambda s, x: torch.max(x, s.other(x)), conv(8, 4), {"other": conv(8, 8)}, [8]),
     "maximum over space": (lambda _, x: x * x.flatten(2).max(2)[0][..., None, None], conv(8, 4), {}, [8]),
-    "min of all": (lambda _, x: x * x.min(), conv(8, 4), {}, []),
+    "minimum of all elements freezes": (lambda _, x: x * x.min(), conv(8, 4), {}, []),
     "unfold of space": (lambda _, x: x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)), conv(8, 4), {}, [8]),
     "unfold of channels freezes": (lambda _, x: x.unfold(1, 2, 2).mean(-1), conv(4, 4), {}, []),
     "antialiased resizing": (
@@ -104,7 +104,7 @@ CASES = {
     ),
     "real part of a Fourier transform freezes": (lambda _, x: torch.fft.fft2(x).real, conv(8, 4), {}, []),
     "complex numbers": (lambda _, x: torch.view_as_real(torch.complex(x, x.tanh())).sum(-1), conv(8, 4), {}, [8]),
-    "complex numbers of pairs": (
+    "complex numbers from pairs of channels": (
         lambda _, x: torch.view_as_complex(x.permute(0, 2, 3, 1).unflatten(-1, (-1, 2)).contiguous()).abs(),
         nn.Linear(4, 4),
         {},

@@ -27,7 +27,7 @@ class Probe(NamedTuple):
 
 
 class Net(nn.Module):
-    """Two layers, and a function `run` of the module and the output of the second layer."""
+    """Two layers, followed by `run`, which takes the module and the output of the second layer."""
 
     def __init__(self, stem, middle, run, **parts):
         super().__init__()

@@ -139,7 +139,7 @@ def test_set_integer_sets_an_attribute_or_an_item_of_a_tuple():
     assert model.shape == (1, -1, 5)
 
 
-def test_sizes_record_their_tensor_and_the_call_of_view_as_records_sizes():
+def test_a_size_records_its_tensor_and_a_recorded_view_as_has_the_sizes_of_its_argument():
     recorded = RecordedCalls()
     weight, x = torch.ones(4, 6), torch.ones(2, 6)
     with CallRecorder(recorded, {id(weight): "layer.weight"}):

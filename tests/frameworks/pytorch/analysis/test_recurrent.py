@@ -12,7 +12,7 @@ TOKENS = torch.randn(2, 5, 6)
 
 
 class Recurrent(nn.Module):
-    """A linear layer, a recurrent layer, and a linear layer on the part of its results that `read` returns."""
+    """A linear layer, a recurrent layer, and a linear layer. `read` selects the input of the last layer."""
 
     def __init__(self, layer, read, width):
         super().__init__()

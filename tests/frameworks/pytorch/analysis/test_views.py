@@ -64,7 +64,7 @@ CASES = {
         {},
         [8],
     ),
-    "an axis of fixed size is reshaped with the size of a pruned axis": (
+    "reshape that splits a frozen axis and keeps a pruned axis": (
         lambda s, x: x + (x.flatten(2) @ s.mix).reshape(x.shape[0], x.shape[1], 8, 8),
         conv(8, 4),
         {"mix": nn.Parameter(torch.randn(64, 64))},
@@ -94,7 +94,7 @@ CASES = {
         {"gate": nn.Conv2d(8, 8, 1)},
         [8],
     ),
-    "expanding one channel beside x freezes neither tensor": (
+    "one channel expanded to the size of x and concatenated with x freezes nothing": (
         lambda s, x: torch.cat([x, s.gate(x).expand_as(x)], 1),
         conv(16, 4),
         {"gate": conv(8, 1)},

@@ -36,7 +36,7 @@ def test_initial_rows_have_norm_1():
     assert not torch.equal(bank.bank_student, bank.bank_teacher)
 
 
-def test_a_batch_updates_its_rows_by_half_and_no_others():
+def test_a_batch_moves_its_rows_halfway_to_its_embeddings_and_no_other_rows():
     bank = small_bank()
     before = bank.bank_student.clone(), bank.bank_teacher.clone()
     bank(VALUES_S, VALUES_T, ids=torch.tensor([3, 1]))
@@ -74,7 +74,7 @@ def test_crd_bank_equals_the_authors_code():
         noise = 3 / 5
         positive = torch.log(scores[:, 0] / (scores[:, 0] + noise + 1e-7)).sum()
         total -= (positive + torch.log(noise / (scores[:, 1:] + noise + 1e-7)).sum()) / 2
-    # The authors add 1e-7 to eight denominators of size 1.
+    # The authors add 1e-7 to each of the eight denominators of a sample, which are about 1.
     assert float(LOSSES["crd"](student_out, teacher_out).detach()) == pytest.approx(float(total), abs=1e-5)
     assert float(bank.z_student) > 0
 

@@ -75,7 +75,7 @@ def test_the_autocast_of_the_caller_is_not_exported(tmp_path, dtype):
     assert not [node for node in written.node if node.op_type == "Cast"]
 
 
-def test_the_batch_axis_is_free_for_an_example_of_one_sample(tmp_path):
+def test_the_batch_axis_is_dynamic_for_an_example_of_one_sample(tmp_path):
     """By default, the exporter of PyTorch treats an axis of size 1 in a recurrent layer as a constant."""
     torch.manual_seed(0)
     model, samples = nn.GRU(3, 4, batch_first=True), torch.randn(5, 2, 3)

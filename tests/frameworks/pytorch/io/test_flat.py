@@ -62,8 +62,14 @@ RETURNED = {
     "a named tuple": (lambda y, _: Pair(y, 2 * y), ["boxes", "scores"]),
     "one tensor twice": (lambda y, _: {"a": y, "b": y}, ["a", "b"]),
     "the input": (lambda y, x: {"y": y, "same": x, "x": x}, ["y", "same", "x_1"]),
-    "names that become one": (lambda y, _: {"a.b": y, "a": {"b": 2 * y}, "a_b": 3 * y}, ["a_b", "a_b_", "a_b_1"]),
-    "names of its operations": (lambda y, _: {"linear": 2 * y, "mul": y + 1, "weight": y}, ["linear", "mul", "weight"]),
+    "names that are equal as identifiers": (
+        lambda y, _: {"a.b": y, "a": {"b": 2 * y}, "a_b": 3 * y},
+        ["a_b", "a_b_", "a_b_1"],
+    ),
+    "names that operations of the graph also have": (
+        lambda y, _: {"linear": 2 * y, "mul": y + 1, "weight": y},
+        ["linear", "mul", "weight"],
+    ),
     "numbers beside tensors": (lambda y, _: (7, y, "text", None), ["output_1"]),
 }
 
@@ -110,7 +116,7 @@ TAKEN = {
     "None": ({"first": ROW, "mask": None}, ["first"]),
     "a switch": ({"first": ROW, "twice": True, "mode": "mean"}, ["first"]),
     "the result of a tokenizer": (BatchEncoding({"first": ROW, "mask": ROW}), ["first", "mask"]),
-    "names of its operations": (
+    "names that operations of the graph also have": (
         {"first": ROW, "linear": ROW, "mul": ROW, "logits": ROW},
         ["first", "linear", "mul", "logits"],
     ),

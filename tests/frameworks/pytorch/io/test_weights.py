@@ -129,7 +129,7 @@ def test_equal_models_give_equal_files(path):
     assert len(contents) == 1
 
 
-def test_a_file_of_save_model_is_loaded(path):
+def test_a_file_written_by_save_model_of_safetensors_is_loaded(path):
     model, other = Tied(), Tied()
     safetensors.torch.save_model(model, str(path))
     load_weights(other, path)

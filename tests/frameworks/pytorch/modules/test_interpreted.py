@@ -77,6 +77,7 @@ MAKERS = {
     "symbolic_trace": lambda model, _: fx.symbolic_trace(model),
     "export": exported,
     "unflatten": lambda model, inputs: torch.export.unflatten(torch.export.export(model, (inputs,))),
+    # The plan removes nothing, so that `prune` returns the traced program with its original sizes.
     "as_graph": lambda model, inputs: kirsch.prune(
         model, dataclasses.replace(kirsch.plan(kirsch.trace(model, inputs, as_graph=True), Goal(macs=0.9)), groups=())
     ),
@@ -144,6 +145,7 @@ def test_literal_sizes_in_a_graph_are_updated_by_a_cut(maker):
     assert {kind for kind, _ in groups(graph)} == {"head", "head dim"}
     found = prune_with_verification(module, kirsch.plan(graph, Goal(macs=0.7), round_to=1))
     assert found.verification.power > 1e-3
+    # The shapes of the trace are removed from the nodes, because they are wrong after the cut.
     assert "val" not in {key for node in getattr(found.model, "graph").nodes for key in node.meta}  # noqa: B009
 
 

@@ -18,7 +18,7 @@ from trace_and_cut import randomly_removed, with_noise
 
 
 class Numbers(nn.Module):
-    """A network with widths as literals in `run`, a part of its code."""
+    """Two linear layers with a function `run` between them, whose code contains widths as literals."""
 
     def __init__(self, run, width=8):
         super().__init__()
@@ -61,7 +61,7 @@ SIZES = {
     "a tensor of zeros": ([4, 8], []),
     "padding": ([6, 6, 2], [6]),
 }
-"""Sizes of the groups of the traced program, and of the model's code, in which literals freeze other groups."""
+"""Sizes of the groups with `as_graph=True`, and of those without it, where literals in the code freeze axes."""
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -20,7 +20,10 @@ SETTINGS = kirsch.Training(epochs=2, learning_rate=0.1)
 
 
 def losses(*totals: float) -> EpochLosses:
-    """Return the losses of batches with these totals. The term kd is half of the total, the weight the batch number."""
+    """Return the losses of batches with these totals. The term kd is half of the total.
+
+    The weight of a batch is its number, from 1.
+    """
     found = EpochLosses(CPU, {})
     for number, total in enumerate(totals, start=1):
         found.add(number, number, {TOTAL: torch.tensor(total), "part.kd": torch.tensor(total / 2)})

@@ -242,7 +242,7 @@ def test_the_configuration_is_unchanged_without_verification():
     assert "because the pruned model was not verified" in config_notes(found)[0]
 
 
-def test_a_loaded_model_without_a_configuration_raises_the_error_of_the_pruned_model(tmp_path):
+def test_save_pretrained_of_a_loaded_model_raises_the_same_error_as_before_it_was_saved(tmp_path):
     model = configurable()
     found = halved(model, uniform=False)
     assert found.verification is not None

@@ -28,7 +28,7 @@ ERROR = r"would write a checkpoint that from_pretrained cannot load\. .*kirsch\.
 
 
 class Mixed(nn.Module, huggingface_hub.PyTorchModelHubMixin):
-    """A model whose configuration has the arguments of its constructor, by PyTorchModelHubMixin."""
+    """A model with PyTorchModelHubMixin, which uses the arguments of the constructor as the configuration."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -117,7 +117,7 @@ def assert_cannot_be_saved(model, folder):
     assert not (folder / "checkpoint").exists()
 
 
-def test_saving_raises_an_error_with_the_options_of_a_plan_that_can_be_saved(small, tmp_path):
+def test_the_error_for_saving_names_options_of_a_plan_with_which_the_model_can_be_saved(small, tmp_path):
     assert_cannot_be_saved(small, tmp_path)
     with pytest.raises(
         UsageError, match=r'Save it with kirsch\.save, or plan with kinds=\["ffn unit"\], uniform=True\.'

@@ -54,7 +54,7 @@ def grouped_query_attention(s, x):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-def heads_of_constant_size(_, x):
+def constant_number_of_heads(_, x):
     x = x.view(2, 5, 4, -1)
     return (x / x.norm(dim=-1, keepdim=True)).flatten(2)
 
@@ -102,7 +102,7 @@ NETS = {
     "grouped-query attention": tokens(
         12, grouped_query_attention, 12, q=nn.Linear(12, 12), k=nn.Linear(12, 6), v=nn.Linear(12, 6)
     ),
-    "heads of a constant size": tokens(32, heads_of_constant_size, 32),
+    "constant number of heads": tokens(32, constant_number_of_heads, 32),
     "LSTM": tokens(6, lambda s, x: s.cell(x)[0], 8, cell=nn.LSTM(6, 8, batch_first=True)),
     "bidirectional GRU": tokens(
         6, lambda s, x: s.cell(x)[0], 16, cell=nn.GRU(6, 8, batch_first=True, bidirectional=True)

@@ -69,7 +69,7 @@ def columns(*shape):
 
 
 def unfrozen(reason):
-    """Skip all freezes whose reason contains this text."""
+    """Do not freeze an axis if the reason contains this text."""
 
     def make(plain):
         def freeze(self, axis, stated, **options):
@@ -179,7 +179,7 @@ def interleaved_halves(plain):
 
 
 def rows_for_columns(plain):
-    """Take the rows of a table for its columns."""
+    """Use the labels of the rows of an embedding table as those of its columns."""
 
     def embedding(op):
         table, indices = op.args

@@ -111,7 +111,7 @@ def test_modules_whose_computed_weight_changes_for_kept_units_are_listed(kind):
     assert result.verification.to_dict()["reweighted"] == dict(result.verification.reweighted)
 
 
-def test_the_reported_size_is_the_rms_ratio_of_the_kept_entries():
+def test_the_reported_ratio_is_the_rms_of_the_kept_entries_relative_to_the_original():
     model, result = pruned(parametrizations.weight_norm)
     model.eval(), result.model.eval()
     removal = next(removal for removal in result.plan.groups if removal.name == "b")

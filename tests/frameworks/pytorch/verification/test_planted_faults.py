@@ -69,7 +69,7 @@ FAULTS = {
     "concat reverses its parts": Fault(
         "cat", replaced(relations, "concat", lambda plain: lambda f, parts, *more: plain(f, parts[::-1], *more))
     ),
-    "relate takes a matrix for its transpose": Fault(
+    "relate treats a square matrix as its transpose": Fault(
         "linear", replaced(relations, "relate", with_square_weights_transposed)
     ),
     "elementwise aligns axes from the left": Fault("scaled grid", replaced(relations, "elementwise", aligned_left)),
@@ -89,7 +89,7 @@ FAULTS = {
             Facts, "merge", lambda plain: lambda s, axes, sizes, kind: plain(s, axes, sizes, kind)[columns(*sizes)]
         ),
     ),
-    "labels equal their neighbors": Fault(
+    "labels are tied to those of the neighboring indices": Fault(
         "linear",
         replaced(
             Facts,
@@ -99,8 +99,8 @@ FAULTS = {
     ),
     # Rules of operators.
     "a sum ties nothing": Fault("residual", replaced_rule("add", without_ties)),
-    "repeat is taken for repeat_interleave": Fault("repeat", replaced_rule("repeat", reordered(1, columns(2, 8)))),
-    "repeat_interleave is taken for repeat": Fault(
+    "repeat is treated as repeat_interleave": Fault("repeat", replaced_rule("repeat", reordered(1, columns(2, 8)))),
+    "repeat_interleave is treated as repeat": Fault(
         "repeat_interleave", replaced_rule("repeat_interleave", reordered(1, columns(8, 2)))
     ),
     "flip keeps the order": Fault("flip", replaced_rule("flip", reordered(1, slice(None, None, -1)))),
@@ -127,12 +127,14 @@ FAULTS = {
     "outputs of a depthwise convolution are interleaved": Fault(
         "depthwise convolution", replaced(contraction, "_channels", interleaved_outputs)
     ),
-    "a transposed convolution is taken for a plain one": Fault(
+    "a transposed convolution is treated as a plain one": Fault(
         "transposed convolution",
         replaced(contraction, "_channels", lambda plain: lambda *args, transposed: plain(*args, transposed=False)),
     ),
     "groups of a normalization are interleaved": Fault("group norm", split_by_columns("norm groups")),
-    "an embedding takes rows for columns": Fault("embedding", replaced_rule("embedding", rows_for_columns), FAILING),
+    "an embedding uses the labels of its rows as those of its columns": Fault(
+        "embedding", replaced_rule("embedding", rows_for_columns), FAILING
+    ),
     "gates are interleaved": Fault("LSTM", replaced(recurrent, "_gated", interleaved_gates)),
     "two directions are interleaved": Fault("bidirectional GRU", replaced_rule("gru", reordered(2, columns(2, 8)))),
     "shared keys are repeated for the wrong heads": Fault(
@@ -143,7 +145,7 @@ FAULTS = {
             lambda plain: lambda op, x, _: relations.gather(op.facts, x, 1, np.tile(np.arange(2), 2)),
         ),
     ),
-    # Freezes, demands and pins.
+    # Frozen axes, and integers in the code that must equal a size or keep their value.
     "channels under a softmax are removed": Fault("softmax", unfrozen("a softmax is computed over the axis")),
     "rolled channels are removed": Fault("roll", unfrozen("the axis is rolled by a fixed offset")),
     "channels sliced with a stride are removed": Fault("strided slice", unfrozen("the axis is sliced with a stride")),
@@ -152,18 +154,18 @@ FAULTS = {
     ),
     "indexed channels are removed": Fault("indexed channels", unfrozen("the axis is indexed by a tensor")),
     "heads are removed although their number is in the code": Fault(
-        "heads of a constant size", unfrozen("is a number in the code")
+        "constant number of heads", unfrozen("is a number in the code")
     ),
     "kernel positions are removed": Fault("batch norm", unfrozen("the axis is a kernel axis")),
     "outputs are removed": Fault("linear", unfrozen("the axis is part of an output of the model")),
     "the width that sets the scale of attention is reduced": Fault(
         "attention with normalized queries", unfrozen("the scale of attention")
     ),
-    "a size requires nothing of its attribute": Fault("attention", replaced(Facts, "demand", doing_nothing)),
-    "a divisor is not pinned": Fault("width as a divisor", replaced(Facts, "pin", doing_nothing)),
+    "an attribute need not equal the size of an axis": Fault("attention", replaced(Facts, "demand", doing_nothing)),
+    "a divisor need not keep its value": Fault("width as a divisor", replaced(Facts, "pin", doing_nothing)),
     # Units and components.
     "a frozen axis of a grid ties nothing": Fault(
-        "heads of a constant size", replaced(coupling, "_collapse", without_cells)
+        "constant number of heads", replaced(coupling, "_collapse", without_cells)
     ),
     "a unit is removed without its cells": Fault(
         "scaled grid", replaced(group._Closure, "close", lambda plain: lambda self, seed: np.array([seed])), FAILING

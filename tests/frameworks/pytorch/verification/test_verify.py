@@ -50,10 +50,10 @@ def swap(tensor, axis):
 FAULTS = {
     "two outputs of a layer swapped": lambda m: setattr(m[0].weight, "data", swap(m[0].weight, 0)),
     "two inputs of a layer swapped": lambda m: setattr(m[3].weight, "data", swap(m[3].weight, 1)),
-    "a bias off by one": lambda m: setattr(m[0].bias, "data", m[0].bias.data.roll(1)),
-    "a running mean off by one": lambda m: setattr(m[1], "running_mean", m[1].running_mean.roll(1)),
-    "a running variance off by one": lambda m: setattr(m[1], "running_var", m[1].running_var.roll(1)),
-    "a scale off by one": lambda m: setattr(m[1].weight, "data", m[1].weight.data.roll(1)),
+    "a bias shifted by one channel": lambda m: setattr(m[0].bias, "data", m[0].bias.data.roll(1)),
+    "a running mean shifted by one channel": lambda m: setattr(m[1], "running_mean", m[1].running_mean.roll(1)),
+    "a running variance shifted by one channel": lambda m: setattr(m[1], "running_var", m[1].running_var.roll(1)),
+    "a scale shifted by one channel": lambda m: setattr(m[1].weight, "data", m[1].weight.data.roll(1)),
     "groups of a norm in another order": lambda m: setattr(m[4].weight, "data", m[4].weight.data.flip(0)),
     "a wrong number of norm groups": lambda m: setattr(m[4], "num_groups", 1),
     "two inputs of the head swapped": lambda m: setattr(m[9].weight, "data", swap(m[9].weight, 1)),
@@ -156,7 +156,7 @@ OUTPUTS = {
     "infinities beside numbers": lambda s, x: s.second(x).unsqueeze(1) + torch.full((6, 6), -torch.inf).triu(1),
     "the smallest number of a dtype": lambda s, x: limited(s.second(x), torch.finfo(x.dtype).min),
     "half of the smallest number of a dtype": lambda s, x: limited(s.second(x), torch.finfo(type=x.dtype).min / 2),
-    "the smallest number, by a function that was imported before": lambda s, x: limited(
+    "the smallest number, by a reference to `finfo` from before the verification": lambda s, x: limited(
         s.second(x), FINFO(x.dtype).min
     ),
     "the largest number of a dtype, added": lambda s, x: s.second(x) + (x[:, :1] > 0) * torch.finfo(x.dtype).max,
@@ -217,7 +217,7 @@ def test_a_model_that_draws_random_numbers_in_inference_raises_an_error():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_model_that_draws_as_many_random_numbers_after_the_cut_is_compared_with_the_same_seed():
+def test_a_model_that_draws_as_many_random_numbers_after_the_cut_as_before_is_compared_with_the_same_seed():
     def shuffled(self, x):
         order = torch.rand(x.shape[0], x.shape[1]).argsort(1)
         return self.second(x.gather(1, order.unsqueeze(-1).expand_as(x)))
@@ -314,7 +314,7 @@ def test_a_fixed_width_in_the_training_branch_of_the_forward_method_is_detected(
         verified(Between(only_in_training), torch.randn(3, 4))
 
 
-def test_a_model_whose_original_fails_in_training_mode_is_verified_in_inference():
+def test_a_model_that_fails_in_training_mode_before_the_cut_is_verified_in_inference_mode():
     def either(self, x):
         if self.training:
             raise ValueError("needs targets")
