@@ -149,7 +149,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _select(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return evenly spaced entries of a tensor, of the given shape."""
+    """Return a tensor of the given shape that has the entries of `value` at evenly spaced indices of each axis."""
     for axis, size in enumerate(shape):
         if size < value.shape[axis]:
             value = value.index_select(axis, torch.arange(size) * (value.shape[axis] // size))

@@ -1,8 +1,8 @@
 """Measure which public models are pruned correctly, and write docs/coverage.md.
 
 Each model runs in its own process. It is traced, pruned to half of its MACs, verified, trained for one step, saved,
-loaded and exported. A harder plan removes half of the units of every group. With `--peer`, Torch-Pruning
-(`pip install torch-pruning`) prunes the same model with its defaults.
+loaded and exported. A second, harder plan that removes half of the units of every group is only verified. With
+`--peer`, Torch-Pruning (`pip install torch-pruning`) prunes the same model with its defaults.
 
     python benchmarks/coverage.py                 # all models, two at a time; also writes the rows to build/
     python benchmarks/coverage.py --only 'timm/*' # the models whose name matches
@@ -217,7 +217,7 @@ def _export(model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
 
 
 def peer(recipe: Recipe) -> str:
-    """Return the result of Torch-Pruning with its defaults, which prunes half of every group but the classifier."""
+    """Return the result of Torch-Pruning with its defaults, which removes half of each group except the classifier."""
     import torch_pruning  # noqa: PLC0415 - only needed for --peer
 
     model, inputs = recipe.build()

@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "examples"))
 from resnet_to_mobilenet import mobilenet, resnet  # noqa: E402 - the example's own networks
 
 TEACHER_IMAGES, IMAGES, EPOCHS, BATCH = 10_000, 5_000, 10, 64
-"""Number of training images of the teacher, number of them that the students are trained on, epochs, batch size."""
+"""Training images of the teacher, how many of these the students are trained on, epochs and batch size."""
 TRAINING = kirsch.Training(epochs=EPOCHS, learning_rate=0.05)
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(resnet, (16, 32, 64, 128), repeats=1),
@@ -68,7 +68,7 @@ DEFAULTS = {
 
 
 def objectives(task: str) -> dict[str, Objective]:
-    """Return the compared objectives. A warm-up of 20 of 240 epochs is shortened to the same fraction of `EPOCHS`."""
+    """Return the objectives to compare. Ramps that were published for runs of 240 epochs are scaled to `EPOCHS`."""
     student = STUDENTS[task]()
     layers = stages(framework_of(student).features, student, resnet().eval(), torch.zeros(8, 3, 32, 32))
     student_layers, teacher_layers = [a for a, _ in layers], [b for _, b in layers]

@@ -1,4 +1,4 @@
-"""Compare published objectives of distillation on images and on sentences, and write docs/benchmarks.md.
+"""Compare published distillation objectives on images and sentences, and write the tables in docs/benchmarks.md.
 
 All students of a task have the same number of epochs and the same optimizer; with the same seed, they have the same
 batches and initial weights. The student of the last epoch is evaluated, and the test set is not used to choose

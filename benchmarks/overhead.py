@@ -1,4 +1,4 @@
-"""Measure the time of a training step with a teacher, a store or a hand-written loop; write docs/benchmarks.md.
+"""Time a training step with a teacher, with a store and in a hand-written loop; write a table in docs/benchmarks.md.
 
 The three pairs are ResNets for CIFAR (He et al. 2015; names of the wide networks as in Tian et al. 2020,
 arXiv:1910.10699). The time is the processor time between the ends of two steps, on one thread. All variants are

@@ -1,4 +1,4 @@
-"""Measure the size of the records of a teacher store and the time to build and read it; write docs/store.md.
+"""Measure the record size of a teacher store and the time to build and read it; write the table in docs/store.md.
 
 The teacher is one small matrix product, so that the store takes most of the time. Records are read by random ids in
 batches of 256, with files in the page cache; the time is the median of the rounds. One file per sample, written by

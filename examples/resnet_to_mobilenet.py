@@ -66,7 +66,7 @@ class Inverted(nn.Module):
 
 
 def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn.Module:
-    """Return a ResNet-18 of half the width for 32 x 32 pixels. The stem halves the image."""
+    """Return a ResNet-18 of half the width for 32 x 32 pixels, with a 3 x 3 stem of stride 2 and no max pooling."""
     blocks: list[nn.Module] = []
     before = widths[0]
     for place, width in enumerate(widths):
@@ -78,7 +78,7 @@ def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn
 
 
 def mobilenet() -> nn.Module:
-    """Return a MobileNetV2 of a third of the width for 32 x 32 pixels. The stem halves the image."""
+    """Return a small MobileNetV2 for 32 x 32 pixels: narrower, with fewer blocks, and with a total stride of 8."""
     rows = [(1, 16, 1, 1), (4, 16, 2, 1), (4, 24, 2, 2), (4, 32, 2, 2), (4, 48, 1, 1)]
     blocks: list[nn.Module] = []
     before = 16

@@ -48,7 +48,8 @@ build.example_shape = (1, 3, 64, 64)
 def readme() -> dict[str, Any]:
     Path("model.py").write_text(MODEL)
     labels = np.arange(16) % 2
-    brightness = labels ^ (np.arange(16) < 2)  # two labels differ from the teacher, so both terms have a gradient
+    # Two labels differ from the teacher's predictions, so both terms have a gradient.
+    brightness = labels ^ (np.arange(16) < 2)
     images = np.random.default_rng(0).normal(brightness[:, None, None, None], 1, (16, 3, 224, 224)).astype(np.float32)
     batches = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels))
     return {

@@ -92,7 +92,7 @@ def run_page(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def run_block(block: Block, names: dict[str, Any]) -> None:
-    """Run a block in the current folder; Python defines its names in `names`."""
+    """Run a block in the current folder. Python code reads its variables from `names` and writes them to it."""
     if file := FILE.match(block.text):
         Path(file[1]).write_text(block.text)
     RUNNERS[block.language](block, names)

@@ -22,7 +22,7 @@ def pipe(path):
 def unix_socket(path):
     """Replace a file by a socket."""
     path.unlink()
-    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # such paths must be short
+    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # the path of a socket must be short
         made.bind(path.name)
 
 

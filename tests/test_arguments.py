@@ -412,7 +412,7 @@ def test_the_table_has_each_public_callable_and_each_argument(calls):
 
 
 RIGHT_TYPE = {"bytes", "model", "models", "array", "dict", "function", "text", "empty text", "path"}
-"""Kinds of values that can have the right type and be invalid otherwise; the error then names another problem."""
+"""Kinds of values that can have the right type and a wrong content; the error may name the content instead."""
 
 NAMES = [
     "trace",

@@ -109,7 +109,7 @@ def test_a_folder_at_the_path_of_a_file_is_refused(tmp_path):
 
 
 def test_a_file_above_the_size_limit_of_the_system_keeps_the_old_file(tmp_path):
-    """The size limit of a separate process causes a real error EFBIG, in place of a full disk."""
+    """A limit on the file size in a separate process causes a real EFBIG error. It stands in for a full disk."""
     script = (
         "import resource, signal, sys; from pathlib import Path; from kirsch import files\n"
         "from kirsch.errors import OutputError\n"

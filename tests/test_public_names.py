@@ -1,4 +1,4 @@
-"""Every name of Kirsch on the pages and in the messages exists, and pages import from `kirsch` what it exports."""
+"""Every name of Kirsch on the pages and in the messages exists. Pages import public names from `kirsch` itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import_beside("torchvision")  # imported by transformers and Lightning
 
 NAME = re.compile(r"(?<![\w./-])kirsch\.(\w+(?:\.\w+)*)")
 ENTRY_POINTS = {registry.kind for registry in REGISTRIES}
-"""Groups of entry points are called kirsch.importance, kirsch.loss, and so on."""
+"""Last parts of names such as kirsch.importance and kirsch.loss, which are entry point groups, not Python names."""
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
@@ -67,7 +67,7 @@ def test_a_wrong_name_does_not_exist():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
-def test_pages_import_from_kirsch_what_it_exports(page):
+def test_pages_import_public_names_from_kirsch_itself(page):
     """CONTRIBUTING shows code for the package itself, which imports from inner modules."""
     imports = [node for block in blocks(page) if block.language == "python" for node in ast.walk(ast.parse(block.text))]
     deep = [

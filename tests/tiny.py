@@ -20,7 +20,7 @@ from kirsch.data.dataset import DataSet, Split
 
 
 class Net(nn.Module):
-    """A network with batch statistics and dropout. A resumed run must restore both states."""
+    """A network with batch statistics and dropout. A resumed run must restore the statistics and the random state."""
 
     def __init__(self, width, classes=3):
         super().__init__()

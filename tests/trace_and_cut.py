@@ -25,7 +25,7 @@ def with_noise(model, seed=0):
 
 
 def randomly_removed(graph, seed=0, share=0.5):
-    """Return random units to remove by group name, such that each group and each axis keeps at least one unit."""
+    """Return group name → random units to remove, such that each group and each axis keeps at least one unit."""
     random = np.random.default_rng(seed)
     removed = {}
     for group in graph.groups:

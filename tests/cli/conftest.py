@@ -116,7 +116,7 @@ steps:
 
 @pytest.fixture(autouse=True)
 def _default_terminal(monkeypatch):
-    """Make the output independent of the terminal of the tests."""
+    """Make the output independent of the terminal in which the tests run."""
     for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")

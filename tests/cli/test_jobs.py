@@ -219,7 +219,7 @@ def test_report_refuses_altered_metrics(run, kirsch):
     assert (run / "report.html").read_bytes() == before
 
 
-def test_a_replaced_report_keeps_the_run_valid(run, kirsch):
+def test_a_report_that_is_written_again_keeps_the_run_valid(run, kirsch):
     original = (run / "report.html").read_text()
     (run / "report.html").write_text("another version")
     manifest.remove(run)

@@ -281,7 +281,7 @@ def test_a_finished_run_stays_valid_if_resuming_is_killed(server, run):
 
 
 def test_a_run_that_is_killed_many_times_equals_an_uninterrupted_run(server, run):
-    """Each process is killed at a later rename than the one before. The first kills leave an incomplete run folder."""
+    """Each process is killed four renames later than the previous one. The first kills leave an incomplete folder."""
     killed = 0
     for number in range(1, 200, 4):
         code = server.run("compress", "recipe.yaml", "--run", "run", plant=("before_rename", "", number))
@@ -306,7 +306,10 @@ def test_a_run_that_is_killed_at_an_arbitrary_instruction_equals_an_uninterrupte
 
 
 def test_a_run_that_is_stopped_within_an_epoch_equals_an_uninterrupted_run(server, run):
-    """Epochs have three batches. The teacher trains for six, the student for four, with dropout and augmentation."""
+    """An epoch has three batches. The teacher is trained for six epochs, the student for four.
+
+    The second resumed process trains 13 batches of the teacher and 3 · 4 of the student before the recovery starts.
+    """
     for arguments, number, batch, code, checkpoint in (
         (("compress", "recipe.yaml", "--run"), signal.SIGINT, 2, 130, "train/step-00000-000002"),
         (("resume",), signal.SIGTERM, 3, 75, "train/step-00001-000002"),
@@ -328,7 +331,7 @@ def test_a_run_that_is_ended_by_a_second_signal_equals_an_uninterrupted_run(serv
 
 
 def test_a_run_that_was_killed_before_its_start_is_started_again(server, run):
-    """The process is killed before its first file, and before run.json, which makes the folder a run."""
+    """The process is killed before it writes its first file, then before run.json, without which there is no run."""
     for name in ("recipe.yaml", "run.json"):
         plant = ("before_rename", name, 1)
         assert server.run("compress", "recipe.yaml", "--run", "run", plant=plant) == -signal.SIGKILL

@@ -60,7 +60,7 @@ def test_check_finds_changed_code_of_the_teacher(built, kirsch):
     assert "code may have changed; build the store again" in err
 
 
-def test_a_store_of_the_outputs_of_a_callable_must_be_checked_in_python(built, kirsch):
+def test_a_store_that_was_built_with_a_callable_must_be_checked_in_python(built, kirsch):
     stored = json.loads((built / "store.json").read_text())
     (built / "store.json").write_text(json.dumps(stored | {"outputs": "nets.outputs version 1"}))
     code, _, err = kirsch("store", "check", "kept", *TEACHER_AND_DATA, "--seed", "3")

@@ -102,7 +102,7 @@ FAULTS = {
     "NaN for zeros": "q = Div(input, input) d = Add(input, input) y = Mul(d, q)",
     "NaN for all inputs": "z = Sub(input, input) q = Div(z, z) y = Add(input, q)",
     "infinite": "z = Sub(input, input) e = Exp(z) q = Div(e, z) y = Add(input, q)",
-    "a third column": "s = ReduceSum<keepdims = 1>(input) d = Add(input, input) y = Concat<axis = 0>(d, d)",
+    "each row twice": "s = ReduceSum<keepdims = 1>(input) d = Add(input, input) y = Concat<axis = 0>(d, d)",
 }
 
 

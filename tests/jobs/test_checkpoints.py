@@ -85,14 +85,11 @@ def test_flipped_bit_is_reported_and_the_previous_checkpoint_is_used(saved, data
         found = checkpoints.newest(saved, "inputs", notes.append)
     finally:
         path.write_bytes(before)
-    if found.values["epoch"] == 3:  # a bit of the manifest that JSON ignores
-        assert path.name == files.MANIFEST
-        assert_same(found, state(3))
-    else:
-        assert_same(found, state(2))
-        (sentence,) = notes
-        assert sentence.startswith("The checkpoint step-00003-000000 is damaged: ")
-        assert path.name in sentence or path.name == files.MANIFEST, "a damaged manifest reports its own entry"
+    assert_same(found, state(2))
+    (sentence,) = notes
+    assert sentence.startswith("The checkpoint step-00003-000000 is damaged: ")
+    # If the bit is in the manifest, the note may name the file whose entry was changed.
+    assert path.name in sentence or path.name == files.MANIFEST
 
 
 @pytest.mark.parametrize("name", ["arrays.safetensors", "values.json", "manifest.json"])

@@ -81,7 +81,7 @@ def test_a_new_option_can_be_set_and_appears_in_the_commented_recipe(monkeypatch
 
 @pytest.mark.parametrize("option", [name for name in PlanOptions.model_fields if name != "seed"])
 def test_compress_takes_each_option_of_a_plan(option):
-    """A value of the wrong kind is refused by its name, before any work."""
+    """A value of the wrong type is refused before any work, and the error names the option."""
     part = kirsch.Split(torch.randn(6, 4).numpy(), np.arange(6) % 2)
     data = kirsch.DataSet("random", train=part, validation=part, test=part, classes=("a", "b"))
     with pytest.raises(UsageError, match=f"`{option}"):

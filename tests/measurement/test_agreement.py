@@ -34,7 +34,7 @@ def test_the_relative_differences_do_not_depend_on_the_scale(scale):
     assert (scaled.relative, scaled.centered) == pytest.approx((plain.relative, plain.centered), rel=1e-12)
 
 
-def test_the_centered_difference_does_not_depend_on_a_constant_in_both():
+def test_the_centered_difference_does_not_depend_on_a_constant_added_to_both_sets():
     """A large constant in both sets makes the relative difference small."""
     other = REFERENCE + np.array([[0.3, 0.0], [0.0, 0.3], [-0.3, 0.0], [0.0, -0.3]])
     plain, shifted = agreement(REFERENCE, other), agreement(REFERENCE + 100, other + 100)
@@ -69,7 +69,7 @@ def test_a_reference_that_is_constant_over_the_samples_raises(constant):
 
 @pytest.mark.parametrize(("variation", "raises"), [(0.9e-6, True), (1.1e-6, False)])
 def test_outputs_whose_variance_is_below_a_millionth_of_their_square_are_refused(variation, raises):
-    """The outputs 1 ± s have the mean square 1 + s², of which s² varies."""
+    """The outputs 1 ± s have the mean square 1 + s² and the variance s²."""
     step = np.sqrt(variation / (1 - variation))
     reference = np.array([[1 - step], [1 + step]])
     if raises:

@@ -89,7 +89,10 @@ def test_speedups_do_not_change_while_the_machine_slows_down():
 
 
 def test_the_noise_floor_includes_a_slower_first_call_of_each_round():
-    """The first call of a round is 1.25 times slower; it is the first or the second entry of the reference in turn."""
+    """The first call of each round takes 1.25 times as long.
+
+    A round times the reference twice, as its first and as its last entry. The order is reversed in every second round.
+    """
     clock, state = Clock(), {"calls": -4 * WARM_UP}
 
     def disturbed(seconds):
@@ -180,7 +183,7 @@ def test_too_few_rounds_for_a_confidence_interval_raise():
 
 
 def test_the_interval_is_the_narrowest_with_a_coverage_of_95_percent():
-    """The interval from the r-th to the s-th of n values covers the median if r to s - 1 of n coins show heads."""
+    """The interval from the r-th to the s-th of n values covers the median if n coins show r to s - 1 heads."""
     for n in range(6, 201):
         ratio = median_ratio(np.arange(n, 0, -1.0))
         low, high = int(ratio.low), int(ratio.high)

@@ -29,7 +29,7 @@ def test_rows_of_which_one_has_another_sum_are_not_probabilities():
 
 
 @pytest.mark.parametrize("outputs", [np.array([0.5, 0.5]), np.ones((5, 1)), np.zeros((0, 2))])
-def test_vectors_single_classes_and_no_rows_are_not_probabilities(outputs):
+def test_a_vector_or_a_single_class_or_an_empty_array_is_not_probabilities(outputs):
     assert are_probabilities(outputs) is False
 
 

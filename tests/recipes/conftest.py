@@ -45,7 +45,7 @@ class JobFolder:
         return run(self.recipe(*changes), folder, base=self.base, listen=self.events.append, **options)
 
     def steps(self, name: str) -> list[str]:
-        """Return the keys of the steps of the events with this name, in order."""
+        """Return the step key of each event with this name, in order."""
         return [event["key"] for event in self.events if event["event"] == name]
 
     def notes(self) -> list[str]:

@@ -25,7 +25,7 @@ from tiny import same_weights, write_job
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
 HALF = kirsch.Goal(macs=0.5)
-HALF_AGAIN = kirsch.Goal(macs=0.66)
+HALF_AGAIN = kirsch.Goal(macs=0.66)  # after a step to 0.75, at most 0.75 · 0.66 < 0.5 of the MACs remain
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -438,7 +438,7 @@ def test_goal_of_a_job_without_pruning_is_checked_at_its_end(trained, tmp_path, 
     assert item["text"] == f"MACs {100 * last / first:.1f} % of the teacher, goal ≤ 70 %"
 
 
-def test_limit_of_the_first_step_that_is_also_that_of_the_job_is_listed_once(trained, tmp_path):
+def test_limit_that_the_first_step_and_the_job_share_is_listed_once(trained, tmp_path):
     found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune(goal=HALF)], folder=tmp_path / "run")
     assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs"]
 
@@ -484,9 +484,9 @@ def test_duration_at_the_end_is_that_of_the_metrics(compressed):
 
 
 def of_loaders(data):
-    """Return the data set with a loader for each part; the training samples are shuffled and become louder."""
+    """Return the data set with a loader for each part. Training samples are shuffled and scaled by random factors."""
 
-    class Louder(TensorDataset):
+    class RandomlyScaled(TensorDataset):
         def __getitem__(self, index):
             sample, label = super().__getitem__(index)
             return sample * (0.8 + 0.4 * torch.rand(())), label
@@ -494,7 +494,7 @@ def of_loaders(data):
     def loader(split, kind=TensorDataset, **options):
         return DataLoader(kind(torch.from_numpy(split.inputs), torch.from_numpy(split.labels)), 16, **options)
 
-    train = loader(data.train, Louder, shuffle=True)
+    train = loader(data.train, RandomlyScaled, shuffle=True)
     return kirsch.DataSet("loaded", train, loader(data.validation), loader(data.test))
 
 

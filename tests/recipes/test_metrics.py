@@ -49,7 +49,8 @@ def test_accuracy_of_each_model_is_that_of_its_logits(run):
     for key, accuracy in found.items():
         assert accuracy["value"] == correct(run, key).mean()
         assert accuracy["n"] == 60
-        assert accuracy["low"] - 1e-12 <= accuracy["value"] <= accuracy["high"] + 1e-12  # bounds are rounded at 0 and 1
+        # At an accuracy of 0 or 1, the bound may be off by rounding.
+        assert accuracy["low"] - 1e-12 <= accuracy["value"] <= accuracy["high"] + 1e-12
 
 
 def test_models_have_different_accuracies(run):
@@ -232,7 +233,7 @@ def test_goal_is_met_by_a_value_equal_to_its_limit(done, finished, goal, code, m
 
 
 def test_pruned_model_above_its_limit_misses_the_goal(done):
-    """Planted fault: the goal is evaluated with the counted cost after pruning, not with the cost in the plan."""
+    """The MACs in the record of the pruning step are raised above the limit; the MACs in the plan still meet it."""
     folder = done.folder / "checkpoints" / "prune" / "done"
     record = json.loads((folder / "record.json").read_text())
     record["macs"] = round(0.61 * cost(8)[1])

@@ -103,7 +103,8 @@ def test_section_is_read_as_the_expected_objective(text, expected):
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_preset_is_read_from_its_name_and_from_its_full_form(name):
-    named = Objective.kd() if name == "kd" else Objective.preset(name)  # from the options temperature and weight
+    # "kd" takes the temperature and weight of the step, whose defaults are those of `Objective.kd`.
+    named = Objective.kd() if name == "kd" else Objective.preset(name)
     assert objective_of(f"  objective: {name}") == named
     full = json.dumps(Objective.preset(name).to_dict())
     assert objective_of(f"  objective: {full}") == Objective.preset(name)

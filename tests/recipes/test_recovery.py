@@ -1,4 +1,4 @@
-"""Kept channels of a pruned model are found in every layer, and the recovery objective compares them."""
+"""Kept channels of a pruned model are found in every layer. The recovery objective compares them with the original."""
 
 from __future__ import annotations
 

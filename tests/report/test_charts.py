@@ -239,7 +239,7 @@ def test_up_to_four_names_cover_neither_points_nor_each_other(points):
     names = [f"model {number}" for number in range(len(points))]
     boxes = []
     for x, y, anchor in charts._label_positions(points, names):
-        width = 7.0 * 7 + 4
+        width = 7.0 * 7 + 4  # a name has 7 characters, each at most 7 pixels wide
         left = x - width if anchor == "end" else x
         boxes.append((left, y - 12, left + width, y + 3))
     dots = [(x - 7, y - 7, x + 7, y + 7) for x, y in points]

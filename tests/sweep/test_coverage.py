@@ -1,4 +1,4 @@
-"""Models of other people: a sample of the list in the default suite, all of it with `-m sweep`."""
+"""Public models are pruned correctly: a sample of them in every test run, all of them with `-m sweep`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_nms_removes_boxes_that_overlap_a_better_one():
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_roi_align_of_a_linear_map_returns_the_values_at_cell_centers(aligned):
-    """On values that grow by one from pixel to pixel, the mean of a cell is the place of its middle."""
+    """If the values are the x coordinates of the pixels, the mean over a cell is the x coordinate of its center."""
     slope = torch.arange(16.0).expand(1, 1, 16, 16)
     box = torch.tensor([[0.0, 4, 2, 8, 6]])
     out = kernels.roi_align(slope, box, 1.0, 2, 2, 2, aligned)
