@@ -80,7 +80,7 @@ def test_widths_that_the_code_writes_as_literals_are_pruned(run):
 def convolutional():
     return with_noise(
         nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GroupNorm(3, 12),
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 12, 3, groups=4), nn.GroupNorm(3, 12),
             nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
         )
     )  # fmt: skip
