@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.detection import detection_response, detr
-from kirsch.distillation.losses.labels import hard_label
+from kirsch.tasks.label_losses import hard_label
 from kirsch.distillation.losses.maps import channel_wise
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term

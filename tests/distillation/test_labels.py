@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distillation.golden import y, z_s
 from kirsch.distillation.distill import fit
-from kirsch.distillation.losses.labels import LABEL_LOSSES, binary_label, hard_label, squared_error
+from kirsch.tasks.label_losses import LABEL_LOSSES, binary_label, hard_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Training

@@ -11,7 +11,7 @@ from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.losses import hard_label
-from kirsch.distillation.losses.labels import binary_label, squared_error
+from kirsch.tasks.label_losses import binary_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, KirschError, ShapeError

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_sets import data_set, split
-from kirsch.distillation.losses.labels import LABEL_LOSSES
+from kirsch.tasks.label_losses import LABEL_LOSSES
 from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.outputs import are_probabilities
 from kirsch.measurement.statistics import Paired, rate

@@ -216,7 +216,7 @@ def _removals(
 def _importance_scores(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
     """Return one finite number per unit."""
     with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
-        scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
+        scores = IMPORTANCES[importance](graph, group, norm=norm, seed=seed)
     if scores.shape == (group.size,) and not np.isfinite(scores).all():
         _refuse_not_finite(graph, group)
     if scores.shape != (group.size,) or not np.isfinite(scores).all():
