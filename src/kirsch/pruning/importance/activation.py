@@ -25,10 +25,5 @@ def activation(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray
 
     Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2.
     """
-    return np.mean(
-        [
-            relative_to_mean(mean_per_unit(graph, group, read.labels, read.mean_absolute))
-            for read in statistics.reads(group)
-        ],
-        axis=0,
-    )
+    means = [mean_per_unit(graph, group, read.labels, read.mean_absolute) for read in statistics.reads(group)]
+    return np.asarray(np.mean([relative_to_mean(values) for values in means], axis=0))

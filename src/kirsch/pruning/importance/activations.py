@@ -81,14 +81,15 @@ def read_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Ba
                 return
             x = _unpadded(x, masks)
             x = ops.upcast(x)
-            sums = [host(ops.sum(value, 0)).astype(np.float64) for value in (x, ops.abs(x), x * x)]
-            if not all(np.isfinite(value).all() for value in sums):
+            total, absolute, squares = (host(ops.sum(value, 0)).astype(np.float64) for value in (x, ops.abs(x), x * x))
+            if not np.isfinite(squares).all():
                 raise NumericError(
                     f"The activations that {name!r} reads contain NaN or infinity.",
                     "The units cannot be ranked.",
                     "Check the weights of the model and the calibration data.",
                 )
-            new = Read(name, axis, labels, x.shape[0], *sums, host(ops.count_nonzero(x, 0)).astype(np.float64))
+            nonzero = host(ops.count_nonzero(x, 0)).astype(np.float64)
+            new = Read(name, axis, labels, x.shape[0], total, absolute, squares, nonzero)
             old = found.get(name)
             found[name] = new if old is None else _added(old, new)
 

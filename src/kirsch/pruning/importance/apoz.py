@@ -25,6 +25,5 @@ def apoz(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.fl
 
     Source: Hu et al. 2016, arXiv:1607.03250, equation 1.
     """
-    return np.mean(
-        [mean_per_unit(graph, group, read.labels, read.share_of_nonzero) for read in statistics.reads(group)], axis=0
-    )
+    shares = [mean_per_unit(graph, group, read.labels, read.share_of_nonzero) for read in statistics.reads(group)]
+    return np.asarray(np.mean(shares, axis=0))

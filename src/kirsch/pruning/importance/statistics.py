@@ -100,7 +100,7 @@ class Statistics:
         return self._per_unit(group, {name: ops.abs(value) ** power for name, value in products.items()})
 
     def gradient_flow(self, group: Group) -> NDArray[np.float64]:
-        """Return the sum over the weights that read each unit of w · (H g), with Hessian H and gradient g of the loss."""
+        """Return the sum over the weights that read each unit of w · (H g): Hessian times gradient of the loss."""
         return self._per_unit(group, self._products_with(self._hessian_gradient))
 
     def second_order(self, group: Group) -> NDArray[np.float64]:
@@ -130,7 +130,8 @@ class Statistics:
     def _hessian_diagonal(self) -> dict[str, Any]:
         """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator)."""
         random = np.random.default_rng(self._seed)
-        weights = self._calibration.weights(self._graph)
+        gating = {name for axes, _ in self._readers.values() for name, _ in axes}  # others would only add noise
+        weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
 
         def estimate(batch: Batch) -> dict[str, Any]:
             total: dict[str, Any] = {}
