@@ -70,6 +70,15 @@ class Calibration(Protocol):
         channels (None if they are frozen), and `x` the activations, shape (positions, channels).
         """
 
+    def patches(
+        self, graph: Graph, inputs: Any, names: Collection[str], see: Callable[[str, int, Labels, int, Any], None]
+    ) -> None:
+        """Call `see(name, axis, labels, groups, x)` for each product of one of the named weights with activations.
+
+        `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
+        layer reads, shape (outputs, channels, kernel size).
+        """
+
     def weights(self, graph: Graph) -> dict[str, Any]:
         """Return the parameters by path, without gradient."""
 

@@ -16,6 +16,7 @@ from kirsch.pruning.importance.random import random
 from kirsch.pruning.importance.snip import snip
 from kirsch.pruning.importance.taylor import taylor
 from kirsch.pruning.importance.taylor_weights import taylor_weights
+from kirsch.pruning.importance.thinet import thinet
 from kirsch.pruning.importance.wanda import wanda
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "snip",
     "taylor",
     "taylor_weights",
+    "thinet",
     "wanda",
 ]

@@ -12,7 +12,7 @@ from kirsch.data.arrays import host
 from kirsch.errors import NumericError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from numpy.typing import NDArray
 
@@ -132,3 +132,65 @@ def column_sums(graph: Graph, read: Read, power: int) -> NDArray[np.float64]:
         return np.asarray(powers.sum(tuple(other for other in range(powers.ndim) if other != read.axis)))
     by_group = powers.reshape(groups, -1, powers.shape[1], int(np.prod(powers.shape[2:])))
     return np.asarray(by_group.sum((1, 3)).ravel())
+
+
+SAMPLED = 64
+"""Largest number of outputs of a layer per sample whose errors are computed; the others are left out evenly."""
+
+
+def contribution_products(
+    graph: Graph, calibration: Calibration, batches: Iterable[Batch], names: Collection[str]
+) -> list[tuple[Labels, NDArray[np.float64]]]:
+    """Return the products of the contributions of the channels to the outputs of some layers.
+
+    The contribution of a channel is the part that it adds to the outputs of a layer. The error of the outputs without a
+    set of channels, the sum of the squares, is the sum of the products over all pairs of these channels.
+
+    Args:
+        graph: graph of the model.
+        calibration: runs the model.
+        batches: calibration batches.
+        names: paths of the weights of the layers.
+
+    Returns:
+        For each layer, the labels of the channels, and the products, shape (channels, channels), relative to the sum of
+        the squares of the outputs.
+    """
+    grams: dict[str, Any] = {}  # name → sum of the products of the activations that the layer reads
+    layers: dict[str, tuple[Labels, int]] = {}
+    for batch in batches:
+        masks, most = _masks(batch), SAMPLED * len(batch)
+
+        def see(
+            name: str, axis: int, labels: Labels, groups: int, x: Any, masks: Any = masks, n: int = samples
+        ) -> None:
+            x = ops.upcast(_unpadded(x, masks))
+            x = x[:: max(1, x.shape[0] // (n * SAMPLED))]
+            rows = ops.reshape(x, (x.shape[0], groups, -1))
+            gram = ops.einsum("pgi,pgj->gij", rows, rows)
+            grams[name] = grams[name] + gram if name in grams else gram
+            layers[name] = labels, axis
+
+        calibration.patches(graph, batch.inputs, names, see)
+    return [(layers[name][0], _products(graph, name, *layers[name], host(gram))) for name, gram in grams.items()]
+
+
+def _products(graph: Graph, name: str, labels: Labels, axis: int, gram: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the products of the contributions of the channels of one layer; see `contribution_products`.
+
+    `gram`: products of activations, shape (groups, columns, columns). The columns of a channel, one for each position
+    of the kernel, follow each other.
+    """
+    groups, columns = gram.shape[:2]
+    channels = len(labels) // groups
+    weight = graph.values(name).astype(np.float64)
+    # Axis 0 is that of a product x @ W, or of a transposed convolution.
+    rows = weight.reshape(groups, -1, columns) if axis else weight.reshape(groups, channels, -1).swapaxes(1, 2)
+    products = gram.astype(np.float64) * (rows.swapaxes(1, 2) @ rows)
+    blocks = products.reshape(groups, channels, columns // channels, channels, columns // channels).sum((2, 4))
+    result = np.zeros((len(labels), len(labels)))
+    for group, block in enumerate(blocks):
+        part = slice(group * channels, (group + 1) * channels)
+        result[part, part] = block
+    energy = result.sum()
+    return result / energy if energy > 0 else result

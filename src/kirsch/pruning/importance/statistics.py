@@ -14,7 +14,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import Read, read_statistics
+from kirsch.pruning.importance.activations import Read, contribution_products, read_statistics
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
 
 if TYPE_CHECKING:
@@ -166,6 +166,18 @@ class Statistics:
                 "No weight of the model is multiplied with them.",
                 f"Exclude the layer, exclude={group.name!r}, or use another importance.",
             )
+        return found
+
+    def contribution_products(self, group: Group) -> list[NDArray[np.float64]]:
+        """Return the products of the contributions of the units to each layer that reads them, shape (units, units).
+
+        See `kirsch.pruning.importance.activations.contribution_products`. Runs the model on all batches.
+        """
+        names = [read.name for read in self.reads(group)]
+        found = []
+        for labels, products in contribution_products(self._graph, self._calibration, self._batches, names):
+            rows = np.stack([sum_per_unit(self._graph, group, labels, row) for row in products])
+            found.append(np.stack([sum_per_unit(self._graph, group, labels, column) for column in rows.T]))
         return found
 
     @cached_property

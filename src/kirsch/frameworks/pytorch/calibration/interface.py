@@ -2,6 +2,6 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
-from kirsch.frameworks.pytorch.calibration.reads import reads
+from kirsch.frameworks.pytorch.calibration.reads import patches, reads
 
-__all__ = ["block_features", "gradients", "hessian_products", "loss_without", "outputs", "reads", "weights"]
+__all__ = ["block_features", "gradients", "hessian_products", "loss_without", "outputs", "patches", "reads", "weights"]
