@@ -24,7 +24,7 @@ READERS = {
 
 
 def network(reader):
-    """Return a network whose second part reads six channels, its graph, and its group with one unit for each channel."""
+    """Return a network whose last layer reads six channels, its graph, and the statistics of two batches."""
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), READERS[reader]()).double().eval()
     graph = trace(model, IMAGES[:1])
     return model, graph, Statistics(graph, [Batch(part) for part in IMAGES.split(3)])

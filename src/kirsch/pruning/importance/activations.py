@@ -162,10 +162,10 @@ def contribution_products(
         masks, most = _masks(batch), SAMPLED * len(batch)
 
         def see(
-            name: str, axis: int, labels: Labels, groups: int, x: Any, masks: Any = masks, n: int = samples
+            name: str, axis: int, labels: Labels, groups: int, x: Any, masks: Any = masks, most: int = most
         ) -> None:
             x = ops.upcast(_unpadded(x, masks))
-            x = x[:: max(1, x.shape[0] // (n * SAMPLED))]
+            x = x[:: max(1, x.shape[0] // most)]
             rows = ops.reshape(x, (x.shape[0], groups, -1))
             gram = ops.einsum("pgi,pgj->gij", rows, rows)
             grams[name] = grams[name] + gram if name in grams else gram
