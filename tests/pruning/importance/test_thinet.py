@@ -47,7 +47,8 @@ def test_the_error_without_channels_is_the_sum_of_the_products(reader):
 
 def test_units_are_removed_in_the_order_of_the_smallest_error():
     model, graph, statistics = network("linear")
-    hidden = model[:2](IMAGES).detach()
+    model.requires_grad_(requires_grad=False)
+    hidden = model[:2](IMAGES)
     (group,) = graph.groups
     scores = IMPORTANCES["thinet"](graph, group, statistics=statistics)
     removed: list[int] = []
