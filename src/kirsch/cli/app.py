@@ -360,7 +360,7 @@ def methods(
 
 @command
 def doctor(session: Session) -> int:
-    """List installed and missing packages, with pip commands."""
+    """Import the installed packages, and show pip commands for missing and broken ones."""
     from kirsch.cli.doctor import doctor as run_doctor
 
     return run_doctor(session.terminal)
