@@ -12,6 +12,7 @@ from torch import nn
 
 import kirsch
 from distillation.examples import image_data
+from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Ramp, Term
@@ -76,10 +77,6 @@ def steps(found, optimizer, start, stop):
 def assert_close_states(one, two):
     for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def assert_no_hooks(*models):
-    assert not any(m._forward_hooks or m._forward_pre_hooks for model in models for m in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")

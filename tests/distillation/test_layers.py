@@ -13,7 +13,6 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3
@@ -152,11 +151,8 @@ def distilled(student, teacher, data, terms, **training):
 
 
 @pytest.fixture(scope="module")
-def vit():
+def vit(timm):
     """Return a function that builds a vision transformer of timm."""
-    import_beside("torchvision")
-    pytest.importorskip("timm", exc_type=ImportError)
-    timm = import_beside("timm")
 
     def build(width, *, fused=True):
         torch.manual_seed(width)
@@ -213,11 +209,8 @@ def test_terms_can_compare_inputs_and_results_of_functions_of_a_vision_transform
 
 
 @pytest.fixture(scope="module")
-def bert():
+def bert(transformers):
     """Return a function that builds an encoder of transformers with two classes."""
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    transformers = import_beside("transformers")
 
     def build(width, attention="eager", layers=2):
         torch.manual_seed(width)

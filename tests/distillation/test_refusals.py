@@ -22,7 +22,6 @@ from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, U
 from kirsch.frameworks.adapters import choose_adapter
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.features.layers import expand
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K, TOKENS = 3, 7
@@ -204,21 +203,18 @@ def test_a_teacher_with_another_vocabulary_is_refused():
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
 
 
-def timm_model(seed=0):
-    """Return a vision transformer of timm with dropout and stochastic depth."""
-    pytest.importorskip("timm", exc_type=ImportError)
-    timm = import_beside("timm")
-    torch.manual_seed(seed)
-    return timm.models.VisionTransformer(
-        img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2,
-        drop_path_rate=0.9, proj_drop_rate=0.5, pos_drop_rate=0.5, attn_drop_rate=0.5,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def timm_transformer():
-    import_beside("torchvision")
-    return timm_model
+def timm_transformer(timm):
+    """Return a function that builds a vision transformer of timm with dropout and stochastic depth."""
+
+    def build(seed=0):
+        torch.manual_seed(seed)
+        return timm.models.VisionTransformer(
+            img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2,
+            drop_path_rate=0.9, proj_drop_rate=0.5, pos_drop_rate=0.5, attn_drop_rate=0.5,
+        )  # fmt: skip
+
+    return build
 
 
 def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer):
