@@ -360,7 +360,7 @@ def methods(
 
 @command
 def doctor(session: Session) -> int:
-    """Import the installed packages, and show pip commands for missing and broken ones."""
+    """List missing and broken packages, with pip commands."""
     from kirsch.cli.doctor import doctor as run_doctor
 
     return run_doctor(session.terminal)
