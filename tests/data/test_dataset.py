@@ -44,7 +44,7 @@ def test_split_takes_tensors_and_lists_and_refuses_a_loader():
 
 
 def test_split_has_one_label_for_each_input():
-    with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each input"):
+    with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each sample"):
         Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64))
     assert len(Split(np.zeros((2, 2)), [0, 1])) == 2
 

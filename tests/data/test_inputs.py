@@ -54,6 +54,11 @@ def test_inputs_of_a_split_keep_their_names_and_order():
     assert (left.shape, right.shape) == ((3, 2), (3, 5))
 
 
+def test_dict_in_a_tuple_is_a_positional_argument():
+    split = Split((texts(),), LABELS)
+    assert list(split.inputs[0]) == ["input_ids", "mask"]
+
+
 @pytest.mark.parametrize("inputs", [(PAIR[0],), {"x": PAIR[0]}])
 def test_tuple_or_dict_with_one_array_is_a_single_input(inputs):
     part = Split(inputs, LABELS)
@@ -82,6 +87,11 @@ def test_hash_depends_on_the_values_and_names_of_all_inputs():
         (texts(mask=["a"] * 3), r"The input 'mask' of a Split is a list of 3 str, .* Give numbers of the same shape"),
         (texts(mask=True), r"The input 'mask' of a Split is a bool; expected one array"),
         (({"ids": ids()}, {"ids": ids(2)}), r"A Split has 2 samples of the input '1\.ids' and 3 labels"),
+        (list(PAIR), r"The inputs of a Split are a list of .*; expected one array"),
+        (
+            [ids(), ids()],
+            r"A Split has 2 inputs and 3 labels\. .* Give several inputs as a tuple or dict",
+        ),
         ((), r"The inputs of a Split are a tuple.*; expected one array"),
     ],
 )

@@ -66,7 +66,8 @@ class Split:
                 what = f"{len(array)} inputs" if not name else f"{len(array)} samples of the input {name!r}"
                 raise DataError(
                     f"A Split has {what} and {len(self.labels)} labels.",
-                    fix="Give one label for each input; samples lie on the first axis.",
+                    fix="Give one label for each sample; samples lie on the first axis. Give several inputs as a tuple "
+                    "or dict, not as a list.",
                 )
 
     def __len__(self) -> int:

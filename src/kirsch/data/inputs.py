@@ -37,10 +37,11 @@ def named_arrays(inputs: Any) -> dict[str, Any]:
 
 
 def without_container(inputs: Any) -> Any:
-    """Return the array of a tuple, list or dict with one entry; return other inputs unchanged."""
-    if isinstance(inputs, (Mapping, tuple, list)) and len(inputs) == 1:
-        (inputs,) = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return inputs
+    """Return the array of a tuple, list or dict whose only entry is an array; return other inputs unchanged."""
+    if not isinstance(inputs, (Mapping, tuple, list)) or len(inputs) != 1:
+        return inputs
+    (entry,) = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return entry if hasattr(entry, "shape") else inputs
 
 
 def rows(inputs: Any, indices: Any) -> Any:
