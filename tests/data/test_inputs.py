@@ -87,6 +87,7 @@ def test_hash_depends_on_the_values_and_names_of_all_inputs():
         (texts(mask=["a"] * 3), r"The input 'mask' of a Split is a list of 3 str, .* Give numbers of the same shape"),
         (texts(mask=True), r"The input 'mask' of a Split is a bool; expected one array"),
         (({"ids": ids()}, {"ids": ids(2)}), r"A Split has 2 samples of the input '1\.ids' and 3 labels"),
+        (texts(labels=LABELS), r"The inputs of a Split contain 'labels'\. .* the exported file would take the labels"),
         (list(PAIR), r"The inputs of a Split are a list of .*; expected one array"),
         (
             [ids(), ids()],

@@ -26,7 +26,7 @@ from kirsch.data.inputs import (
     without_container,
 )
 from kirsch.data.stream import Stream, read
-from kirsch.data.structure import refuse_dataset, summary
+from kirsch.data.structure import TARGETS, refuse_dataset, summary
 from kirsch.errors import DataError, UsageError
 from kirsch.references import is_valid_text
 
@@ -62,6 +62,12 @@ class Split:
         object.__setattr__(self, "inputs", without_container(inputs))
         object.__setattr__(self, "labels", _array("The labels of a Split are", self.labels))
         for name, array in named_arrays(self.inputs).items():
+            if name == TARGETS[0]:
+                raise DataError(
+                    f"The inputs of a Split contain {name!r}.",
+                    "They are arguments of the model, so the exported file would take the labels as an input.",
+                    "Leave the labels out of the inputs: kirsch.Split(inputs, labels).",
+                )
             if len(array) != len(self.labels):
                 what = f"{len(array)} inputs" if not name else f"{len(array)} samples of the input {name!r}"
                 raise DataError(
