@@ -252,8 +252,8 @@ def test_array_data_can_be_tensors_or_lists(net):
     for inputs, sentence in (
         (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* in place of ArrayData"),
         ([[1.0], [1.0, 2.0]], "inputs of ArrayData are a list of 2 list.* pad or resize"),
-        (["a", "b"], "The input 'inputs' is <U1 of shape .* numbers"),
-        (np.array([None, Images()]), "The input 'inputs' is object of shape"),
+        (["a", "b"], "The inputs of ArrayData are <U1 of shape .* numbers"),
+        (np.array([None, Images()]), "The inputs of ArrayData are object of shape"),
     ):
         with pytest.raises(DataError, match=sentence):
             ArrayData(inputs, None)

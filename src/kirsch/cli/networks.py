@@ -108,7 +108,8 @@ class PlanRequest:
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
+            from_numpy = loaded.framework.inference.from_numpy
+            data = [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})

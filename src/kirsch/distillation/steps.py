@@ -271,7 +271,7 @@ class Distill(TrainingStep):
         """Check that the models have the layers of the objective, that shapes fit, and that labels are valid."""
         student = _apart(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
-            require_deterministic(model, (job.example,))
+            require_deterministic(model, job.example)
         first, objective = _first_batch(job, student), self.objective_for(job)
         if uses_labels(objective):
             _require_labels(job, first)
@@ -343,7 +343,9 @@ def _apart(job: Job) -> Any:
 
 
 def _first_batch(job: Job, model: Any) -> Batch:
-    return first_batch(framework_of(model).training, job.data.batches(job.batch_size))
+    first = first_batch(framework_of(model).training, job.data.batches(job.batch_size))
+    job.data.check_first(first)
+    return first
 
 
 def _require_labels(job: Job, first: Batch) -> None:

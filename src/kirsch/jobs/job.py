@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.inputs import rows
 from kirsch.errors import NumericError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
@@ -113,10 +114,9 @@ class Job:
         return "teacher" if self.make_student is None else "student"
 
     @property
-    def example(self) -> NDArray[np.float32]:
-        """Return one sample, as a batch of one."""
-        sample: NDArray[np.float32] = self.data.test.inputs[:1]
-        return sample
+    def example(self) -> Any:
+        """Return the inputs of one sample, as a batch of one."""
+        return rows(self.data.test.inputs, slice(1))
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -156,7 +156,7 @@ class Job:
         resume = checkpoints.newest(folder, self.inputs, self.note)
         return TrainingHooks(event=emit, stop=self.stop, save=save, resume=resume)
 
-    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def validation(self) -> tuple[Any, NDArray[np.int64]]:
         """Return inputs and labels of the validation part."""
         return self.data.validation.inputs, self.data.validation.labels
 

@@ -84,11 +84,11 @@ class Prune(PlanOptions, Step):
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
-        data = inference.from_numpy(self._calibration(job)) if self.of_blocks else None
+        data = [inference.from_numpy(batch) for batch in self._calibration(job)] if self.of_blocks else None
         return graph, choose(graph, goal, data=data, **options)
 
     def _calibration(self, job: Job) -> Any:
-        """Return the samples on which blocks are ranked; a shuffling loader gives the same samples each time."""
+        """Return the batches on which blocks are ranked; a shuffling loader gives the same samples each time."""
         training = framework_of(job.model).training
         return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
 

@@ -108,7 +108,8 @@ def compress(
 
     Args:
         model: trained model. It is the teacher of all training, and is not changed.
-        data: data set with training, validation and test part, in memory or from loaders.
+        data: data set with training, validation and test part, in memory or from loaders; for a model with several
+            inputs, its inputs are a tuple or dict.
         goal: limits of the pruned model, as fractions of the cost of the model before the first step `Prune`. With
             `steps`, it applies to each step `Prune` without a goal.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
