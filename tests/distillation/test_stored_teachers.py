@@ -181,7 +181,7 @@ def test_a_store_of_another_version_of_a_transform_is_refused(tmp_path):
 
 def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
     given = data(scaled(1.0, None))
-    with pytest.raises(UsageError, match=r"changed has no version\. .*Set `version` after the definition"):
+    with pytest.raises(UsageError, match=r"changed has no version\. .*Set f\.version = \"1\" after the definition"):
         build_store(tmp_path / "store", net(), given, keep=Dense())
     assert not (tmp_path / "store").exists()
 
