@@ -24,8 +24,8 @@ NEEDED = {"measure": "- export\n"}
 
 def recipe_with(name: str, *changes: str):
     """Return a recipe with one step of this name without options."""
-    models = "teacher: {model: 'm:t'}\nstudent: {model: 'm:s'}\ngoal: {macs: 0.5}\n"
-    text = f"{models}steps:\n{NEEDED.get(name, '')}- {name}\n"
+    student = "student: {model: 'm:s'}\n" if STEPS[name].needs_student else ""
+    text = f"teacher: {{model: 'm:t'}}\n{student}goal: {{macs: 0.5}}\nsteps:\n{NEEDED.get(name, '')}- {name}\n"
     return read_recipe(text, changes)
 
 

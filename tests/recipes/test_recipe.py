@@ -72,7 +72,11 @@ PRUNES = st.fixed_dictionaries(
 STEPS = st.tuples(
     st.lists(TRAINS.map(lambda value: {"train": value}), max_size=1),
     st.lists(DISTILS.map(lambda value: {"distill": value}), max_size=2),
-    st.lists(PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}), max_size=4),
+    st.lists(
+        PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}),
+        min_size=1,
+        max_size=4,
+    ),
     st.just([]) | st.just(["export"]) | st.just([{"export": {"format": "onnx"}}, {"measure": {"threads": 3}}]),
 ).map(lambda parts: [step for part in parts for step in part])
 RECIPES = st.fixed_dictionaries(
@@ -166,7 +170,13 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             ),
         ),
         ("- measure", "line 8: steps[2]: the step 'measure' needs a step 'export' before it. Add this step."),
-        ("- train", "line 8: steps[2]: the teacher is trained after another step. Train it first."),
+        (
+            "- train",
+            (
+                "line 8: steps[2]: the step 'train' of the teacher comes after the step 'prune' of another model. The "
+                "other models are trained on the teacher, and compared with it. Move 'train' to the beginning."
+            ),
+        ),
         (
             "- train: {model: student}",
             (

@@ -59,12 +59,12 @@ class Export(Step):
         np.save(folder / LOGITS, logits, allow_pickle=False)
         agreed = agreement(inference.predict(job.model, inputs, batch_size=job.evaluation_batch_size), logits)
         quality = job.quality(logits)
-        last = next(record for record in reversed(job.records.values()) if "macs" in record)
+        parameters, macs = job.count(job.model)
         return {
             "model": "exported",
             "did": target.name,
-            "parameters": last["parameters"],
-            "macs": last["macs"],
+            "parameters": parameters,
+            "macs": macs,
             "bytes": artifact.bytes,
             **quality,
             "artifact": artifact.to_dict() | {"usage": usage(artifact)},

@@ -152,7 +152,7 @@ class Evaluate(Step):
         framework_of(job.teacher).inference.inference_mode(job.teacher)
         record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
-        job.check_usable(record, "Give a teacher with trained weights, or add a step `train` to the recipe.")
+        job.check_usable(record, "Give a teacher with trained weights, or add a step `train`.")
         job.trained["teacher"] = job.teacher
         return record
 
@@ -194,9 +194,9 @@ class Train(TrainingStep):
             objective=_labels(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.model, f"{self.model} trained")
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
@@ -307,11 +307,11 @@ class Distill(TrainingStep):
             hooks=job.hooks(),
             progress=False,
         )
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch
         record["cells"].append(_gradient_share(trained))
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:

@@ -54,7 +54,11 @@ class Step(Options):
         return 1.0
 
     def run(self, job: Job, folder: Path) -> Record:
-        """Run the step on the models of the job, write its files to a folder, and return its record."""
+        """Run the step on the models of the job, write its files to a folder, and return its record.
+
+        A step that changes the model sets `job.model` first, and then adds `job.save_and_evaluate(job.model, folder)`
+        to its record.
+        """
         raise NotImplementedError
 
     def load(self, job: Job, folder: Path, record: Record) -> None:

@@ -11,8 +11,9 @@ from kirsch.pruning.step import plan_file
 from kirsch.recipes.goals import expected_items, goal_texts
 from kirsch.recipes.manifest import RECIPE
 from kirsch.recipes.models import random_weights
+from kirsch.recipes.recipe import is_of_teacher
 from kirsch.recipes.runner import job_of, materials_of, preflight
-from kirsch.steps import Distill, Evaluate, Train
+from kirsch.steps import Distill, Train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     for key, step in recipe.all_steps.items():
         job.key = key
         step.preview(job)
-        parameters, macs = job.count(job.teacher if _is_of_teacher(step) else job.model)
+        parameters, macs = job.count(job.teacher if is_of_teacher(step) else job.model)
         steps.append(
             {
                 "key": job.key,
@@ -86,14 +87,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     }
 
 
-def _is_of_teacher(step: Step) -> bool:
-    """Return whether a step works on the teacher."""
-    return isinstance(step, Evaluate) or (isinstance(step, Train) and step.model == "teacher")
-
-
 def _reference(recipe: Recipe, step: Step) -> str | None:
     """Return the reference of the model that a step trains or evaluates for the first time; None for later steps."""
-    if _is_of_teacher(step):
+    if is_of_teacher(step):
         return recipe.teacher.model
     is_first = (type(step) is Distill or isinstance(step, Train)) and recipe.student is not None
     return recipe.student.model if is_first and recipe.student is not None else None

@@ -67,7 +67,7 @@ class Recipe(Options):
     teacher: ModelSection = Field(description="the large model")
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
     steps: tuple[SerializeAsAny[Step], ...] = Field(
-        description="steps in order: train, distill, prune, recover, export, measure"
+        description="steps in order: evaluate, train, distill, prune, recover, export, measure"
     )
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
@@ -77,7 +77,12 @@ class Recipe(Options):
         names = [name_of(step) for step in self.steps]
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
         for number, step in enumerate(self.steps):
-            problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
+            problems += [(("steps", number), error) for error in self._problems_of(step, names[: number + 1])]
+        if not self.steps:
+            problems.append((("steps",), UsageError("There are no steps.", fix="Add at least one, such as prune.")))
+        elif self.student is not None and all(map(is_of_teacher, self.steps)):
+            fix = "Add a step such as distill, or leave out the student."
+            problems.append((("student",), UsageError("No step uses the student.", fix=fix)))
         problems += self._problems_after_export(names)
         for key, step in zip(keys_of(names), self.steps, strict=True):
             if isinstance(step, Prune):
@@ -87,8 +92,9 @@ class Recipe(Options):
         if problems:
             raise FieldsError(problems)
 
-    def _problems_of(self, step: Step, name: str, before: Sequence[str]) -> Iterator[UsageError]:
-        """Yield the reasons why a step cannot follow the steps before it."""
+    def _problems_of(self, step: Step, names: Sequence[str]) -> Iterator[UsageError]:
+        """Yield the reasons why a step cannot follow the steps before it; `names` ends with its name."""
+        *before, name = names
         if step.needs and step.needs not in before:
             yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add this step.")
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
@@ -96,8 +102,15 @@ class Recipe(Options):
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-        if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
-            yield UsageError("The teacher is trained after another step.", fix="Train it first.")
+        other = next(
+            (name for name, earlier in zip(before, self.steps, strict=False) if not is_of_teacher(earlier)), ""
+        )
+        if other and is_of_teacher(step):
+            yield UsageError(
+                f"The step {name!r} of the teacher comes after the step {other!r} of another model.",
+                "The other models are trained on the teacher, and compared with it.",
+                f"Move {name!r} to the beginning.",
+            )
 
     def _problems_after_export(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
         """Yield a problem if steps change the model after it was exported: the file would be another model."""
@@ -116,14 +129,18 @@ class Recipe(Options):
 
     @property
     def all_steps(self) -> dict[str, Step]:
-        """Steps by key, in order. A teacher that is not trained is evaluated first."""
-        trains = any(isinstance(step, Train) and step.model == "teacher" for step in self.steps)
-        steps = (*(() if trains else (Evaluate(),)), *self.steps)
+        """Steps by key, in order. Without a step of the teacher, the teacher is evaluated first."""
+        steps = self.steps if any(map(is_of_teacher, self.steps)) else (Evaluate(), *self.steps)
         return dict(zip(keys_of([name_of(step) for step in steps]), steps, strict=True))
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
         return dump(self.model_dump(mode="json"))
+
+
+def is_of_teacher(step: Step) -> bool:
+    """Return whether a step trains or evaluates the teacher."""
+    return isinstance(step, Evaluate) or (isinstance(step, Train) and step.model == "teacher")
 
 
 def name_of(step: Step) -> str:
@@ -232,8 +249,8 @@ def recipe_of(
         recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
     except ValidationError as error:
         found = [(details["loc"], details) for details in error.errors()]
-        # Problems of the recipe as a whole are found only if its parts are valid.
-        problems = [*found, *problems] if problems else found
+        # Steps with problems are missing here, so that the recipe as a whole, whose place is (), cannot be judged.
+        problems = [*(item for item in found if item[0]), *problems] if problems else found
         recipe = None
     if recipe is None or problems:
         texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
