@@ -277,6 +277,12 @@ def test_option_distill_without_student_is_refused(trained, tmp_path):
             {"steps": [Prune()], "exclude": ["head"]},
             r"`exclude` of kirsch\.compress has no effect together with `steps`",
         ),
+        (
+            {"steps": [Prune()], "recover": kirsch.Training()},
+            r"`recover` of kirsch\.compress has no effect together with `steps`",
+        ),
+        ({"steps": [Prune()], "recover": None}, r"`recover` .* has no effect together with `steps`"),
+        ({"steps": [Prune()], "norm": 2}, r"`norm` .* has no effect together with `steps`"),
         ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
     ],
 )
