@@ -276,7 +276,6 @@ def test_environment_overrides_the_file_and_the_command_line_overrides_both():
         ("recover.learning_rate=1e-4", "recover.learning_rate", 1e-4),
         ("prune.exclude=[a.b, 'c*']", "prune.exclude", ("a.b", "c*")),
         ("prune.goal.macs=0.3", "prune.goal.macs", 0.3),
-        ("steps.0.prune.goal.macs=0.3", "prune.goal.macs", 0.3),
         ("name=no", "name", "no"),
         ("name=a=b", "name", "a=b"),
         ("data.options.deep.er={x: 1}", "data.options", {"deep": {"er": {"x": 1}}}),
@@ -371,12 +370,6 @@ def test_invalid_environment_variable_is_named():
         ("seed=[", r"^--set seed=\[ is not valid YAML\. Line 1: "),
         ("seed=.nan", r"^--set seed=\.nan: '\.nan' cannot be used\."),
         ("name=!!python/name:os.system", r"^--set name=!!python/name:os\.system uses the tag"),
-        ("seed.x=1", r"^--set seed\.x=1: 'seed' is a value, not a section\."),
-        (
-            "distill.weight=1",
-            r"^--set distill\.weight=1: the recipe has no section and no step 'distill'\. Its steps are ",
-        ),
-        ("recover-2.epochs=1", r"no step 'recover-2'.*Did you mean 'recover'\?"),
     ],
 )
 def test_unreadable_override_is_named(change, sentence):
