@@ -76,7 +76,8 @@ def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
 
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
     with pytest.raises(
-        GoalError, match=r"the goal is ≤ 0\.1 %\..* each step leaves: prune .*Lower prune\.goal\.macs, or raise"
+        GoalError,
+        match=r"the goal is ≤ 0\.1 %\..* each step leaves: prune .*Lower the goal macs of the step 'prune', or raise",
     ):
         forecast(job.recipe("goal.macs=0.001"), base=job.base)
 
@@ -142,7 +143,7 @@ def test_recipe_without_pruning_has_no_plan(job):
     [
         ("prune.goal.macs=0.001", GoalError, "No plan for Net reaches the goal"),
         ("teacher.model=nets.py:five_classes", ShapeError, r"the data stripes has 3 classes"),
-        ("measure.threads=5000", UsageError, r"measure\.threads is 5000"),
+        ("measure.threads=5000", UsageError, r"'measure' has threads=5000"),
     ],
 )
 def test_errors_of_the_run_are_raised_by_the_forecast(job, change, error, sentence):

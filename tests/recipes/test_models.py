@@ -145,7 +145,10 @@ def test_invalid_reference_is_refused_with_the_valid_forms(reference):
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
+        (
+            "none.py:net",
+            r"The file .*none\.py does not exist\. Check the path\. In a recipe, it is relative",
+        ),
         ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Fix the file\."),
         (
             "fails.py:net",

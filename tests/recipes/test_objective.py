@@ -167,9 +167,7 @@ def test_commented_recipe_explains_the_objective_key():
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [
-                r"line 3: steps\[0\].recover: temperature and weight of the step .* \[{loss: dkd, temperature: 2, weight: 0.5}\]"
-            ],
+            [r"line 3: steps\[0\].recover: temperature and weight .* \[{loss: dkd, temperature: 2, weight: 0.5}\]"],
         ),
     ],
 )

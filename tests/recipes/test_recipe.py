@@ -177,7 +177,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         (
             "- distill",
             (
-                "line 8: steps[2]: the step 'distill' needs a student. Add the section student, or use the step "
+                "line 8: steps[2]: the step 'distill' needs a student. Give a student, or use the step "
                 "recover, which trains the model itself on the teacher."
             ),
         ),
@@ -192,7 +192,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         (
             "- train: {model: student}",
             (
-                "line 8: steps[2]: the step 'train' needs a student. Add the section student, or "
+                "line 8: steps[2]: the step 'train' needs a student. Give a student, or "
                 "use the step recover, which trains the model itself on the teacher."
             ),
         ),
@@ -306,7 +306,7 @@ def test_steps_without_options_and_repeated_steps_have_keys():
 
 
 def test_prune_without_goal_needs_a_goal_of_the_job():
-    why = "Neither the step nor the job limits macs or parameters. Give a limit: prune.goal.macs=0.5."
+    why = "Neither the step nor the job limits macs or parameters. Give the step or the job a goal, such as macs=0.5."
     assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
     assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 

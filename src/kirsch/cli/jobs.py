@@ -161,7 +161,7 @@ def init(path: str, terminal: Terminal) -> int:
 
 def report(folder: Path, terminal: Terminal) -> int:
     """Write the report of a finished run again, from its metrics."""
-    from kirsch.recipes import manifest
+    from kirsch.recipes import manifest, run_folder
     from kirsch.report import render
 
     metrics = _metrics(folder)
@@ -171,7 +171,7 @@ def report(folder: Path, terminal: Terminal) -> int:
         raise CheckpointError(
             f"The report of {folder} cannot be written, because the metrics of the run are damaged.",
             f"{damaged[0]}.",
-            f"Restore the metrics: kirsch resume {folder}",
+            f"Restore the metrics: {run_folder.how_to_continue(folder)}",
         )
     target = folder / REPORT
     manifest.update_file(folder, REPORT, render(metrics))
@@ -186,14 +186,14 @@ def verify(folder: Path, terminal: Terminal) -> int:
         LoadError: the folder is not a run folder.
         CheckpointError: files are damaged, missing, or not part of the run; the message names all of them.
     """
-    from kirsch.recipes import integrity
+    from kirsch.recipes import integrity, run_folder
 
     checked = integrity.check(folder)
     if checked.problems:
         raise CheckpointError(
             f"The run {folder} is damaged:\n" + "\n".join(checked.problems),
             "",
-            f"kirsch resume {folder} restores the damaged files, or names the files to delete.",
+            f"{run_folder.how_to_continue(folder)} restores the damaged files, or names the files to delete.",
         )
     content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "steps": checked.steps}
     content |= {
@@ -213,7 +213,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
     lines: list[Line] = [
         [
             Piece(f"{'not finished':<13}", "warning"),
-            Piece(f"{folder}: {progress}; continue with kirsch resume {folder}"),
+            Piece(f"{folder}: {progress}; continue with {run_folder.how_to_continue(folder)}"),
         ],
         [Piece(f"{'verified':<13}", "good"), Piece(verified)],
         [Piece(f"{'not verified':<13}", "warning"), Piece(unverified)],
@@ -223,16 +223,19 @@ def verify(folder: Path, terminal: Terminal) -> int:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
+    from kirsch.recipes import run_folder
     from kirsch.report import read_metrics
 
     try:
         path = folder / METRICS
         if path.exists() and not path.is_file():  # reading a pipe would block
-            raise LoadError(f"{path} is not a file.", fix=f"Delete or move it; then kirsch resume {folder}")
+            fix = f"Delete or move it; then {run_folder.how_to_continue(folder)}"
+            raise LoadError(f"{path} is not a file.", fix=fix)
         return read_metrics(path)
     except OSError as error:
+        run_folder.require(folder)
         raise LoadError(
             f"{folder} has no {METRICS}.",
-            f"{error.strerror}: the run is not finished, or this is not a run folder.",
-            f"Finish the run: kirsch resume {folder}",
+            f"{error.strerror}: the run is not finished.",
+            f"Finish the run: {run_folder.how_to_continue(folder)}",
         ) from error

@@ -98,8 +98,8 @@ class Measure(Step):
         cores = usable_cores()
         if self.threads > cores and not job.is_done():  # the result of an earlier run on another machine is kept
             raise UsageError(
-                f"{job.key}.threads is {self.threads}; this machine has {cores} usable cores.",
-                fix=f"Lower {job.key}.threads.",
+                f"The step {job.key!r} has threads={self.threads}; this machine has {cores} usable cores.",
+                fix="Lower threads.",
             )
 
     def seconds(self, job: Job) -> float:

@@ -73,7 +73,7 @@ class Prune(PlanOptions, Step):
             raise UsageError(
                 f"The step {key!r} has no goal.",
                 "Neither the step nor the job limits macs or parameters.",
-                f"Give a limit: {key}.goal.macs=0.5.",
+                "Give the step or the job a goal, such as macs=0.5.",
             )
         return own
 

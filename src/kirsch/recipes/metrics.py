@@ -186,7 +186,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
 def _not_measured(job: Job) -> list[str]:
     out = []
     if "measure" not in job.records:
-        out.append("Latency: the recipe does not export and measure a file.")
+        out.append("Latency: the job does not export and measure a file.")
     else:
         out.append("Other runtimes and machines: the times hold only for the runtime and machine of this report.")
     out.append(f"Other seeds: there is one training run, with seed {job.seed}; results differ between seeds.")

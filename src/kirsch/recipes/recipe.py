@@ -97,7 +97,7 @@ class Recipe(Options):
         if step.needs and step.needs not in before:
             yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add this step.")
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
-            fix = "Add the section student, or use the step recover, which trains the model itself on the teacher."
+            fix = "Give a student, or use the step recover, which trains the model itself on the teacher."
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
