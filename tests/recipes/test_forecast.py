@@ -67,11 +67,14 @@ def test_forecast_shows_the_cost_that_the_steps_reach_for_each_limit(job):
         (0, 3, "by removing 3 blocks; blocks"),
     ],
 )
-def test_forecast_counts_groups_or_blocks(job, groups, blocks, text):
+def test_forecast_counts_groups_or_blocks_and_names_their_importance(job, groups, blocks, text):
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
-    found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks}
+    assert found["plans"]["prune"]["method"]["importance"] == "magnitude"
+    method = {"importance": "influence"}
+    found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks, "method": method}
     (line,) = [plain(line) for line in forecast_lines(found) if plain(line).startswith("plan ")]
-    assert f" {text} ranked by " in line
+    weights = "the weights that nets.py:teacher comes with"
+    assert line.endswith(f" {text} ranked by the importance influence, with {weights}")
 
 
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):

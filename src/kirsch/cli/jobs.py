@@ -126,10 +126,11 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         )
         lines += [[]] if number == 0 else []
         kind = "block" if plan["blocks"] else "unit"
-        weights = f"; {kind}s ranked by {content['plan_weights']}" if number == 0 else ""
+        ranking = f"; {kind}s ranked by the importance {plan['method']['importance']}"
+        weights = f", with {content['plan_weights']}" if number == 0 else ""
         of_groups = f"by pruning {figures.counted(len(plan['groups']), 'group')}"
         of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"
-        text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{weights}"
+        text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{ranking}{weights}"
         lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
     lines += labeled("reached", "good", [[Piece(text)] for text in content["expected"]])
     lines.append(
