@@ -114,7 +114,7 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         cost = ""
         if step["macs"] is not None:
             cost = f"{figures.count(step['macs']):>6} MACs   {figures.count(step['parameters']):>6} params"
-        duration = f"about {figures.seconds(step['seconds'])}"
+        duration = "not timed" if step["seconds"] is None else f"about {figures.seconds(step['seconds'])}"
         text = f"{number:>2} {step['key']:<10} {cost:<28}   {duration:<14}   {step['model'] or ''}"
         lines.append([Piece(text.rstrip())])
     for number, (key, plan) in enumerate(content["plans"].items()):
@@ -133,9 +133,10 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{ranking}{weights}"
         lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
     lines += labeled("reached", "good", [[Piece(text)] for text in content["expected"]])
-    lines.append(
-        [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
-    )
+    untimed = [step["key"] for step in content["steps"] if step["seconds"] is None]
+    without = f", without {' and '.join(untimed)}" if untimed else ""
+    duration = f"about {figures.seconds(content['seconds'])}{without}, on this machine under its current load"
+    lines.append([Piece(f"{'time':<13}{duration}")])
     lines.append([Piece(f"{'disk':<13}about {figures.bytes_(content['disk_bytes'])}")])
     if content["missing"]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])

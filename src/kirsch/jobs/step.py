@@ -48,8 +48,11 @@ class Step(Options):
             KirschError: the step would fail.
         """
 
-    def seconds(self, job: Job) -> float:
-        """Return the estimated time on `job.model`, from a few timed training steps; called after `preview`."""
+    def seconds(self, job: Job) -> float | None:
+        """Return the estimated time on `job.model`, from a few timed training steps; called after `preview`.
+
+        None: the time cannot be estimated.
+        """
         del job
         return 1.0
 

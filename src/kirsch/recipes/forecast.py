@@ -35,8 +35,8 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         JSON-able: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
-        "steps" (key, model, parameters, macs, seconds), "plans" (key of a step → groups, cost before and after),
-        "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+        "steps" (key, model, parameters, macs, seconds, which are None if they cannot be estimated), "plans" (key of a
+        step → groups, cost before and after), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
 
         "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
         prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,
@@ -81,7 +81,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         "plans": {key: json.loads(plan.to_json()) for key, plan in job.plans.items()},
         "plan_weights": _weights(recipe) if job.plans else None,
         "disk_bytes": sum(4 * step["parameters"] * COPIES for step in steps) + 1_000_000,
-        "seconds": sum(step["seconds"] for step in steps),
+        "seconds": sum(step["seconds"] or 0.0 for step in steps),
         "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
         "notes": [sentence] if sentence else [],
     }
