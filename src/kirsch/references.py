@@ -74,9 +74,7 @@ def _from_file(path: Path) -> ModuleType:
     except (OSError, ValueError) as error:
         why = "" if isinstance(error, FileNotFoundError) else error_text(error)
         what = "cannot be read" if why else "does not exist"
-        raise LoadError(
-            f"The file {path} {what}.", why, "Check the path. In a recipe, it is relative to the recipe."
-        ) from error
+        raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
     if not is_valid_text(str(path.resolve())):
         raise LoadError(
             f"The path of the file {str(path.resolve())!r} is not valid text.",

@@ -145,10 +145,7 @@ def test_invalid_reference_is_refused_with_the_valid_forms(reference):
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        (
-            "none.py:net",
-            r"The file .*none\.py does not exist\. Check the path\. In a recipe, it is relative",
-        ),
+        ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
         ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Fix the file\."),
         (
             "fails.py:net",
