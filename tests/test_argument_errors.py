@@ -44,7 +44,7 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
         (lambda: kirsch.Objective(teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
         (
             lambda: kirsch.Objective(teacher_outputs=3),
-            r"Give 'logits', 'probabilities', a tuple of 'logits', 'probabilities' or None, or None\.$",
+            r"Give 'logits', 'probabilities', a list of 'logits', 'probabilities' or None, or None\.$",
         ),
         (lambda: kirsch.Plan.from_json(3), r"is 3\. Give text or bytes\.$"),
     ],

@@ -139,7 +139,7 @@ WORDS: dict[Any, str] = {
     Sequence: "a list",
     Iterable: "a list",
     list: "a list",
-    tuple: "a tuple",
+    tuple: "a list",
 }
 
 

@@ -192,10 +192,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     A name that contains a known name as a word is close, too: "attention head" suggests "head".
     """
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    close = close or [other for other in names if other in re.split(r"[\s_-]+", name)]
-    return f"Did you mean {close[0]!r}?" if close else ""
+    names = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    close = close or [other for other in names if other in re.split(r"[\s_-]+", name.lower())]
+    return f"Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def listing(names: list[str], most: int = 12) -> str:

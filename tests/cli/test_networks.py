@@ -369,6 +369,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     [
         (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
         (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and --macs are given."),
+        (["prune", CHAIN, "--plan", "p", "--norm", "2", "-o", "small"], 2, "Both a plan and --norm are given."),
         (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
         (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan nets.py cannot be read as JSON."),
         (["export", CHAIN, "-o", "."], 5, ". is a folder."),

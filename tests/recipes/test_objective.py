@@ -167,7 +167,7 @@ def test_commented_recipe_explains_the_objective_key():
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [r"line 3: steps\[0\].recover: temperature and weight can only be combined with the objective kd"],
+            [r"line 3: steps\[0\].recover: temperature and weight .* \[{loss: dkd, temperature: 2, weight: 0.5}\]"],
         ),
     ],
 )
@@ -178,6 +178,21 @@ def test_invalid_objective_is_named_with_line_and_nearest_name(text, sentences):
     assert len(found) == len(sentences)
     for line, sentence in zip(found, sentences, strict=True):
         assert re.match(sentence, line), line
+
+
+@pytest.mark.parametrize("options", [{"temperature": 3.0}, {"weight": 0.5}, {"temperature": 3.0, "weight": 0.5}])
+@pytest.mark.parametrize("objective", [*sorted(set(PRESETS) - {"kd"}), Objective.kd(), Objective.labels()])
+def test_the_fix_for_temperature_and_weight_beside_another_objective_is_valid(objective, options):
+    with pytest.raises(UsageError, match=r"can only be combined with the name 'kd' as objective") as caught:
+        Recover(objective=objective, **options)
+    found = repr(objective) if isinstance(objective, str) else "an objective with its own terms"
+    assert caught.value.what.endswith(f"; found {found}.")
+    assert caught.value.fix.startswith(f"Leave out {' and '.join(options)}")
+    fix = re.search(r"such as (objective: .*)\.$", caught.value.fix)
+    if fix is None:
+        return
+    (term,) = objective_of(f"  {fix[1]}").terms
+    assert {name: getattr(term, name) for name in options} == options
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -239,8 +254,6 @@ def test_steps_take_an_objective_by_name_or_object(job):
     assert step.objective_for(SimpleNamespace(outputs={}, model_name="student")) == objective
     read = Distill.model_validate(step.model_dump(mode="json"))
     assert read.objective == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
-    with pytest.raises(UsageError, match="temperature can only be combined with the objective kd"):
-        Recover(temperature=2.0, objective="dkd")
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
     with pytest.raises(UsageError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):

@@ -152,7 +152,7 @@ class Evaluate(Step):
         framework_of(job.teacher).inference.inference_mode(job.teacher)
         record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
-        job.check_usable(record, "Give a teacher with trained weights, or add a step `train` to the recipe.")
+        job.check_usable(record, "Give a teacher with trained weights, or add a step `train`.")
         job.trained["teacher"] = job.teacher
         return record
 
@@ -194,9 +194,9 @@ class Train(TrainingStep):
             objective=_labels(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.model, f"{self.model} trained")
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
@@ -233,23 +233,36 @@ class Distill(TrainingStep):
             "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
         ),
     )
-    temperature: Positive | None = Field(None, description="temperature of the objective kd; null: 4")
+    temperature: Positive | None = Field(None, description='temperature of the objective "kd"; null: 4')
     weight: Share | None = Field(
         None,
         description=(
-            "weight of the soft-target loss of the objective kd; the label loss has the weight 1 - weight; null: 0.9"
+            'weight of the soft-target loss of the objective "kd"; the label loss has the weight 1 - weight; null: 0.9'
         ),
     )
 
     def check(self) -> None:
         """Check that temperature and weight belong to the objective kd."""
         super().check()
-        numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
-        if self.objective != "kd" and numbers:
-            raise UsageError(
-                f"{' and '.join(numbers)} can only be combined with the objective kd.",
-                fix="Set them in the objective instead.",
+        given = {name: getattr(self, name) for name in ("temperature", "weight") if getattr(self, name) is not None}
+        if self.objective == "kd" or not given:
+            return
+        if isinstance(self.objective, str):
+            found, terms = repr(self.objective), Objective.preset(self.objective).terms
+        else:
+            found, terms = "an objective with its own terms", self.objective.terms
+        fix = f"Leave out {' and '.join(given)}"
+        term = next((term for term in terms if term.temperature is not None or "temperature" not in given), None)
+        if term is not None:
+            options = ", ".join(f"{name}: {value:g}" for name, value in given.items())
+            fix += (
+                f", or give terms with these options, such as objective: {{terms: [{{loss: {term.loss}, {options}}}]}}"
             )
+        raise UsageError(
+            f"{' and '.join(given)} of the step can only be combined with the name 'kd' as objective; found {found}.",
+            "Each term of an objective has its own temperature and weight.",
+            f"{fix}.",
+        )
 
     def objective_for(self, job: Job) -> Objective:
         """Return the objective, with the outputs (logits or probabilities) of the models of the job."""
@@ -307,11 +320,11 @@ class Distill(TrainingStep):
             hooks=job.hooks(),
             progress=False,
         )
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch
         record["cells"].append(_gradient_share(trained))
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 """Result of a step as JSON. "did": what the step did, in a few words. "cells": texts for the table of steps. A step
-that makes a model adds "model", a name such as "pruned", and the keys of `Job.evaluate`."""
+that makes a model adds "model", a name such as "pruned", and the keys of `Job.save_and_evaluate`."""
 
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
@@ -161,12 +161,17 @@ class Job:
         return self.data.validation.inputs, self.data.validation.labels
 
     def evaluate(self, model: Any, folder: Path) -> Record:
-        """Return size, cost and test quality of a model, and write its logits to the folder."""
+        """Return size, cost and test quality of a model, and write its logits to the folder.
+
+        The key "roles" lists the roles of the model in the job: "teacher", "model", both or neither. Goals and report
+        use the last record of each role.
+        """
         inference = framework_of(model).inference
         logits = inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
-        return {"parameters": parameters, "macs": macs, **self.quality(logits)}
+        roles = [name for name, known in (("teacher", self.teacher), ("model", self.model)) if model is known]
+        return {"roles": roles, "parameters": parameters, "macs": macs, **self.quality(logits)}
 
     def save_and_evaluate(self, model: Any, folder: Path) -> Record:
         """Write the weights of a model to the folder of its step, and return its size, cost and test quality."""

@@ -73,7 +73,7 @@ class Prune(PlanOptions, Step):
             raise UsageError(
                 f"The step {key!r} has no goal.",
                 "Neither the step nor the job limits macs or parameters.",
-                f"Give a limit: {key}.goal.macs=0.5.",
+                "Give the step or the job a goal, such as macs=0.5.",
             )
         return own
 
@@ -96,6 +96,7 @@ class Prune(PlanOptions, Step):
         """Prune the model, verify it, and write it with its plan."""
         graph, plan = self._plan(job)
         pruned = prune_with_verification(job.model, plan)
+        job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
         notes = [*plan.notes, *pruned.warnings]
@@ -113,7 +114,6 @@ class Prune(PlanOptions, Step):
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
         record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
-        job.model = pruned.model
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:

@@ -260,8 +260,13 @@ def _refuse_unknown(plan_options: dict[str, Any]) -> None:
 def _refuse_beside_steps(
     distill: Training | None, recover: Training | None, objective: Any, plan_options: dict[str, Any]
 ) -> None:
-    given = {"distill": distill, "recover": recover, "objective": objective, **plan_options}
-    unused = [name for name, value in given.items() if value not in (None, DEFAULT_TRAINING)]
+    given = {
+        "distill": distill is not None,
+        "recover": recover is not DEFAULT_TRAINING,  # an equal object was given by the caller
+        "objective": objective is not None,
+        **dict.fromkeys(plan_options, True),
+    }
+    unused = [name for name, is_given in given.items() if is_given]
     if unused:
         raise UsageError(
             f"`{unused[0]}` of kirsch.compress has no effect together with `steps`.",
