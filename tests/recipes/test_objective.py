@@ -25,7 +25,7 @@ from kirsch.recipes.recipe import commented, read_recipe
 from kirsch.steps import Distill, Prune, Recover
 
 MINIMAL = "teacher: {model: 'm:t'}\nsteps:\n- recover:\n"
-JOB = SimpleNamespace(outputs={}, model_name="teacher")
+JOB = SimpleNamespace(outputs={}, model_name="student")
 
 
 def recover_recipe(text: str, *changes: str):

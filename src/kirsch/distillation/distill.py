@@ -21,6 +21,7 @@ from kirsch.distillation.checks import (
 )
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
+from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
@@ -152,6 +153,8 @@ def fit(
         framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
     )
     check_last_batch(framework.inference, model, data, first)
+    for text in warning_of_unused_outputs(framework.features, model, None, objective, (), inputs):
+        hooks.warn(text)
     step = DistillationStep(framework.features, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
     trained = framework.training.train(

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.layers import LayerName
+from kirsch.frameworks.layers import OUTPUT, LayerName
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
 from kirsch.frameworks.pytorch.modules.unsupported import check_values
@@ -187,7 +187,7 @@ class FeatureCapture:
             return logits_of(outputs)
         if layer.of_outputs:
             available = named(outputs)
-            name = layer.path.removeprefix("output.")
+            name = layer.path.removeprefix(OUTPUT)
             if name not in available:
                 raise UnknownNameError("output", name, available)
             return available[name]
