@@ -21,7 +21,7 @@ from kirsch.errors import DataError, NumericError
 from kirsch.tasks.classification import PredictionSummary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,16 +37,11 @@ FEW_OTHERS = 3
 A useful teacher is expected to predict at least one of them correctly.
 """
 
-WANTED_OTHERS = 8
-"""Number of samples outside the most frequent class that suffice for the comparison with chance.
-
-A loader is read until there are this many, and `ENOUGH` samples in total, or until there are `MOST_SAMPLES`.
-"""
-
 MOST_SAMPLES = 1024
 """Largest number of samples that are evaluated, of data in memory or of one batch of a loader.
 
-After this number of samples, no further batch of a loader is read.
+The batches of a loader are read until the teacher is better than chance on at least `ENOUGH` samples, or until there
+are this many samples.
 """
 
 NOT_EVALUATED = (
@@ -96,13 +91,7 @@ def evaluate_teacher(
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
         return {}  # the objective does not use the targets, so they may have any form
-    if not found:
-        return {}
-    if objective.label_loss == "squared-error":
-        return _check_numbers(found)
-    if objective.label_loss == "binary":
-        return _check_binary(found, warn)
-    return _check_classes(found, warn)
+    return _checked_metrics(found, objective, warn)
 
 
 @dataclass(frozen=True)
@@ -118,6 +107,32 @@ class EvaluatedBatch:
     outputs: NDArray[Any]
     targets: NDArray[Any]
     classes: int
+
+
+def _checked_metrics(
+    found: Sequence[EvaluatedBatch], objective: Objective, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the metrics of predictions, after the comparison with chance; empty without labels.
+
+    Raises:
+        NumericError: the predictions are no better than chance.
+    """
+    if not found:
+        return {}
+    if objective.label_loss == "squared-error":
+        return _check_numbers(found)
+    if objective.label_loss == "binary":
+        return _check_binary(found, warn)
+    return _check_classes(found, warn)
+
+
+def _is_better_than_chance(found: Sequence[EvaluatedBatch], objective: Objective) -> bool:
+    """Return whether the comparison with chance gives neither an error nor a warning."""
+    warnings: list[str] = []
+    try:
+        return bool(_checked_metrics(found, objective, warnings.append)) and not warnings
+    except NumericError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -261,27 +276,42 @@ def _live(
     """Return the predictions of a teacher for some labeled samples."""
     source = validation if validation is not None and not callable(validation) else data
     if isinstance(source, ArrayData):
-        batches: Iterable[Batch] = [Batch(source.inputs, source.targets)]
-    else:
-        batches = framework.training.seeded(lambda: _until_enough(source, objective), 0)
-    found = []
-    for number, batch in enumerate(batches, 1):
-        places = _spread(len(batch))
-        with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
-            inputs = _rows(batch.inputs, places)
-            outputs = framework.inference.predict(teacher, inputs)
-            if not np.isfinite(outputs).all():
-                if _contain_nan(inputs):
-                    raise NumericError("The inputs contain NaN.", fix="Repair the data.")
-                raise NumericError(
-                    "The teacher's outputs are not finite.",
-                    "A student cannot learn from NaN or infinity.",
-                    "Check the teacher's weights, and that the inputs are prepared as it expects.",
-                )
-            if batch.targets is not None:
-                stated = declared_outputs(objective, place)
-                found.append(evaluated_batch(outputs, host(batch.targets)[places], objective, stated))
-    return found
+        source = [Batch(source.inputs, source.targets)]
+
+    def evaluate() -> list[EvaluatedBatch]:
+        found: list[EvaluatedBatch] = []
+        samples = 0
+        for number, batch in enumerate(batches_of(source), 1):
+            with naming(f"Batch {number} of the {'validation' if source is validation else 'data'}"):
+                found += _evaluated(framework, teacher, batch, objective, place)
+            samples += len(batch)
+            if samples >= MOST_SAMPLES:
+                break
+            if samples >= ENOUGH and (not found or _is_better_than_chance(found, objective)):
+                break
+        return found
+
+    return framework.training.seeded(evaluate, 0)  # type: ignore[no-any-return]
+
+
+def _evaluated(
+    framework: Framework, teacher: Any, batch: Batch, objective: Objective, place: int
+) -> list[EvaluatedBatch]:
+    """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
+    places = _spread(len(batch))
+    inputs = _rows(batch.inputs, places)
+    outputs = framework.inference.predict(teacher, inputs)
+    if not np.isfinite(outputs).all():
+        if _contain_nan(inputs):
+            raise NumericError("The inputs contain NaN.", fix="Repair the data.")
+        raise NumericError(
+            "The teacher's outputs are not finite.",
+            "A student cannot learn from NaN or infinity.",
+            "Check the teacher's weights, and that the inputs are prepared as it expects.",
+        )
+    if batch.targets is None:
+        return []
+    return [evaluated_batch(outputs, host(batch.targets)[places], objective, declared_outputs(objective, place))]
 
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
@@ -294,26 +324,6 @@ def _contain_nan(inputs: Any) -> bool:
     found: list[bool] = []
     ops.map_arrays(lambda part: found.append(bool(np.isnan(host(part)).any())), inputs)
     return any(found)
-
-
-def _until_enough(data: Any, objective: Objective) -> list[Batch]:
-    """Return the first batches of a loader, until there are enough samples of more than one class."""
-    batches: list[Batch] = []
-    counts: dict[Any, int] = {}
-    for batch in batches_of(data):
-        batches.append(batch)
-        samples = sum(map(len, batches))
-        if batch.targets is None or objective.label_loss != "cross-entropy":
-            others = WANTED_OTHERS
-        else:
-            targets = host(batch.targets)
-            values, numbers = np.unique(targets[targets != objective.ignore_index], return_counts=True)
-            for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
-                counts[value] = counts.get(value, 0) + number
-            others = sum(counts.values()) - max(counts.values(), default=0)
-        if samples >= MOST_SAMPLES or (samples >= ENOUGH and others >= WANTED_OTHERS):
-            break
-    return batches
 
 
 def evaluated_batch(
