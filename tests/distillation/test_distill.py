@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -276,12 +277,12 @@ def test_a_validation_can_be_arrays_batches_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_batches_are_read_until_there_are_32_samples_of_which_8_are_not_of_the_largest_class(student, teacher):
+def test_all_batches_up_to_1024_samples_are_read_for_a_teacher_that_is_no_better_than_chance(student, teacher):
     inputs, targets = samples(60, seed=5)
     batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
-    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 60 samples"):
         distill(student, teacher, one_batch(), validation=batches)
-    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 60 samples"):
         distill(student, teacher, batches)
 
 
@@ -324,11 +325,18 @@ def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sen
             call()
 
 
-def test_the_hook_validate_has_precedence_over_the_option_validation(student, teacher):
-    hooks = TrainingHooks(validate=lambda model: {"metric": 7.0})
-    (record,) = distill(student, teacher, one_batch(), training=ONE_STEP, validation=samples(N), hooks=hooks).history
-    assert record["metric"] == 7.0
-    assert "accuracy" not in record
+def test_the_hook_validate_is_refused_beside_the_option_validation(student, teacher):
+    hooks = TrainingHooks(validate=lambda _model: {"metric": 7.0})
+    for call in (partial(distill, student, teacher), partial(fit, student)):
+        with pytest.raises(UsageError, match=r"Both `validation` and `hooks\.validate` are given"):
+            call(one_batch(), training=ONE_STEP, hooks=hooks, validation=samples(N))
+
+
+def test_fit_refuses_terms_and_label_smoothing_beside_an_objective(student):
+    with pytest.raises(UsageError, match=r"has the terms kd, and kirsch\.fit has no teacher"):
+        fit(student, one_batch(), objective=Objective.kd())
+    with pytest.raises(UsageError, match=r"`label_smoothing` of kirsch\.fit has no effect together with `objective`"):
+        fit(student, one_batch(), objective=Objective.labels(), label_smoothing=0.1)
 
 
 def test_a_run_with_validation_can_be_stopped_and_resumed(student, teacher):

@@ -31,7 +31,7 @@ from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import with_progress
-from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
+from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, metrics_of, shares_of
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
@@ -278,7 +278,7 @@ def _validating_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
         return hooks
 
     def validate_each(cohort: Any) -> dict[str, float]:
-        metrics = [validate(student) for student in features.members(cohort)]
+        metrics = [metrics_of(validate, student) for student in features.members(cohort)]
         return {
             _prefixed(index, name): value for index, by_name in enumerate(metrics) for name, value in by_name.items()
         }
