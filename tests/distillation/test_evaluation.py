@@ -75,6 +75,13 @@ def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_even_
     events_of(CONSTANT, ArrayData(X, labels), check_teacher=False)
 
 
+def test_the_error_names_the_teacher_of_several_that_is_no_better_than_chance():
+    data = ArrayData(X, RARE.astype(int))
+    student = FromFunction(lambda x: x[:, :2])
+    with pytest.raises(NumericError, match=r"Teacher 1 \(of 2, counted from 0\) is no better than chance"):
+        distill(student, [CORRECT, CONSTANT], data, training=ONCE)
+
+
 @pytest.mark.parametrize("of_validation", [False, True])
 def test_batches_are_read_until_the_teacher_is_better_than_chance(of_validation):
     labels = np.arange(1024) % 2

@@ -104,11 +104,13 @@ def distill(
     hooks = with_validation(hooks, framework, validation, objective, [student])
     emit = hooks.event or (lambda _event: None)
     if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
-        for index, model in enumerate(one_or_more(teacher)):
-            metrics = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, index)
+        teachers = one_or_more(teacher)
+        for index, model in enumerate(teachers):
+            name = "The teacher" if len(teachers) == 1 else f"Teacher {index} (of {len(teachers)}, counted from 0)"
+            metrics = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, index, name)
             emit({"event": "teacher", **metrics})
             if not metrics and not stored:
-                hooks.warn(NOT_EVALUATED)
+                hooks.warn(NOT_EVALUATED.format(teacher=name))
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         emit({"event": "attached", "pairs": bound.rows})
     texts = split_relations(objective, training) + late_ramps(objective, training)

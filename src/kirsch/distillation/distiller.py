@@ -31,6 +31,7 @@ from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
 from kirsch.frameworks.training import GradientShares, LossOutput
+from kirsch.tables import Line, Part, Piece, Printable, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.term import BoundTerm
 
 
-class Distiller:
+class Distiller(Printable):
     """Computes the distillation loss in a training loop of your own.
 
         with kirsch.Distiller(student, teacher, objective, next(iter(loader))) as distiller:
@@ -195,6 +196,22 @@ class Distiller:
                 for sentence in self._gradient_shares.update(self.step.balance(norms)):
                     self._warn(sentence)
         return output
+
+    def parts(self) -> list[Part]:
+        """Return the models, the objective, and a row for each pair of layers that is compared."""
+        rows = [
+            [
+                row["term"],
+                f"{', '.join(texts(row['student']))} ({row['student_shape']})",
+                f"{', '.join(texts(row['teacher']))} ({row['teacher_shape']})",
+                row["adapter"] or "",
+            ]
+            for row in self.rows
+        ]
+        student: Line = [Piece("student  ", "faint"), Piece(type(self.student).__name__, "strong")]
+        objective: Line = [Piece("loss     ", "faint"), Piece(str(self._objective))]
+        table = Table([["term", "student", "teacher", "adapter"], *rows])
+        return [student, objective, *([table] if rows else [])]
 
     @property
     def shares(self) -> dict[str, float]:

@@ -219,6 +219,7 @@ class MutualStep:
         total: Any = 0.0
         terms: dict[str, Any] = {}
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
+            # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
             features, own = step.loss.features(peers, epoch), _Logits({"logits": logits[index]})
             output = step.loss_of(

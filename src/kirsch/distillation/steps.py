@@ -257,8 +257,8 @@ class Distill(TrainingStep):
         objective = self.objective
         if objective == "kd":
             objective = Objective.kd(
-                TEMPERATURE if self.temperature is None else self.temperature,
-                WEIGHT if self.weight is None else self.weight,
+                temperature=TEMPERATURE if self.temperature is None else self.temperature,
+                weight=WEIGHT if self.weight is None else self.weight,
             )
         elif isinstance(objective, str):
             objective = Objective.preset(objective)

@@ -30,6 +30,9 @@ OUTPUT_NAMES = ("logits", "penultimate", "hidden", "attention")
 
 MAX_LISTED = 4
 
+FUSED_ATTENTION = "scaled_dot_product_attention"
+EAGER = 'Build the model without fused attention; in the transformers library, with attn_implementation="eager".'
+
 
 class FeatureCapture:
     """Runs a model and returns the features of some layers. The hooks stay in the model until `close`.
@@ -236,9 +239,14 @@ class FeatureCapture:
                 f"{_quoted(layer.path)} does not call {layer.function} itself; {listed} does.",
                 fix=f'Write "{inner[0]}/{layer.function}".',
             )
-        return UnknownNameError(
-            f"function that {_quoted(layer.path)} calls", layer.function, self._called.get(layer.path, ())
-        )
+        called_functions = self._called.get(layer.path, ())
+        if FUSED_ATTENTION in called_functions:
+            return UsageError(
+                f"{_quoted(layer.path)} does not call {layer.function}: it calls {FUSED_ATTENTION}.",
+                "Fused attention returns no attention scores or weights.",
+                EAGER,
+            )
+        return UnknownNameError(f"function that {_quoted(layer.path)} calls", layer.function, called_functions)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -321,7 +329,7 @@ def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]
         raise UsageError(
             f"{type(model).__name__} returns no {' or '.join(fields)}, so {layer.text!r} has no value.",
             "Fused attention does not compute weights." if kind == "attention" else "",
-            'Build it with attn_implementation="eager".' if kind == "attention" else "Choose a module instead.",
+            EAGER if kind == "attention" else "Choose a module instead.",
         )
     layers: Sequence[Any] = values
     return layers
