@@ -120,7 +120,7 @@ ACCEPTED_BY_CALLABLE = {
     "Objective.kd.temperature": POSITIVE,
     "Objective.kd.weight": {"number"},
     "Objective.preset.name": set(),
-    "fit.label_smoothing": NUMBERS,
+    "fit.label_smoothing": NUMBERS | {"None"},
     "Distiller.warn": {"model"},
     "Distiller.counts.batches": {"empty list", "generator"},
     "Distiller.check_labels.targets": {"None", "numbers"},
@@ -271,7 +271,7 @@ def calls(tmp_path_factory):
         "Objective.from_dict": (kirsch.Objective.from_dict, {"values": objective.to_dict()}),
         "Ramp": (kirsch.Ramp, {"start": 0.0, "end": 1.0, "epochs": 1.0, "after": 0.0}),
         "distill": (kirsch.distill, {"student": Net(), "teacher": model, "check_teacher": False, **common}),
-        "fit": (kirsch.fit, {"model": Net(), "label_smoothing": 0.0, **common}),
+        "fit": (kirsch.fit, {"model": Net(), **common, "label_smoothing": None, "objective": None}),
         "distill_chain": (
             kirsch.distill_chain,
             {"models": [model, Net()], "learn_from": "previous", "check_teacher": False, **common},

@@ -278,10 +278,10 @@ def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
 def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
     store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     with pytest.raises(StoreError, match="temperature"):
-        distill(Net(4), store, data(), objective=Objective.kd(4.0))
+        distill(Net(4), store, data(), objective=Objective.kd(temperature=4.0))
     other = ArrayData(data().inputs + 1, data().targets)
     with pytest.raises(StoreError, match="data"):
-        distill(Net(4), store, other, objective=Objective.kd(1.0))
+        distill(Net(4), store, other, objective=Objective.kd(temperature=1.0))
 
 
 def test_an_optimizer_step_whose_targets_are_all_masked_is_refused():

@@ -46,7 +46,7 @@ def test_declared_probabilities_are_distilled_like_the_logits(name):
 
 
 def test_student_and_teacher_outputs_are_declared_separately():
-    objective = Objective.kd(2.0)
+    objective = Objective.kd(temperature=2.0)
     expected = distill(PLAIN, net(), dataset(), objective=objective, **QUIET).model
     one = Objective(objective.terms, label_weight=objective.label_weight, teacher_outputs="probabilities")
     assert_close_weights(distill(PLAIN, net(nn.Softmax(-1)), dataset(), objective=one, **QUIET).model, expected)
@@ -55,7 +55,7 @@ def test_student_and_teacher_outputs_are_declared_separately():
 
 
 def test_the_outputs_of_several_teachers_are_declared_as_a_tuple():
-    objective = Objective.kd(2.0)
+    objective = Objective.kd(temperature=2.0)
     expected = distill(PLAIN, [net(), net(seed=4)], dataset(), objective=objective, **QUIET).model
     mixed = Objective(objective.terms, label_weight=objective.label_weight, teacher_outputs=("logits", "probabilities"))
     assert_close_weights(
@@ -113,9 +113,9 @@ def test_mutual_learning_refuses_teacher_outputs():
 
 
 def test_logarithms_of_a_softmax_are_accepted_by_class_losses_and_refused_by_binary_ones():
-    expected = distill(PLAIN, net(), dataset(), objective=Objective.kd(2.0), **QUIET).model
+    expected = distill(PLAIN, net(), dataset(), objective=Objective.kd(temperature=2.0), **QUIET).model
     logs = net(nn.LogSoftmax(-1), seed=1), net(nn.LogSoftmax(-1))
-    assert_close_weights(distill(*logs, dataset(), objective=Objective.kd(2.0), **QUIET).model, expected)
+    assert_close_weights(distill(*logs, dataset(), objective=Objective.kd(temperature=2.0), **QUIET).model, expected)
     with pytest.raises(UsageError, match="returns logarithms of probabilities that sum to 1"):
         distill(*logs, dataset(YES.astype(np.float64)), objective=BINARY, **QUIET)
 

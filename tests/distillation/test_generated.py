@@ -17,7 +17,7 @@ from kirsch.frameworks.model_generator import ModelGenerator
 from kirsch.frameworks.training import Training, TrainingHooks
 
 D, K = 6, 3
-SOFT = Objective.kd(2.0, 1.0)
+SOFT = Objective.kd(temperature=2.0, weight=1.0)
 
 
 def linear(seed):

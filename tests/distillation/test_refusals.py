@@ -67,7 +67,11 @@ def distilled(term, student=None, teacher=None):
             UsageError,
             r"Net does not take the keyword output_hidden_states, so .hidden.0.. has no value.* Choose the module",
         ),
-        ("auto[7]", UsageError, r"There are 1 stages shared by student and teacher, and the index is 7"),
+        (
+            "auto[7]",
+            UsageError,
+            r"stage 7 \(auto\[7\]\), and the number of stages shared by student and teacher is 1",
+        ),
     ],
 )
 def test_an_unknown_layer_raises_an_error_that_names_the_known_layers(layer, error, sentence):

@@ -35,7 +35,7 @@ def data(augment=None, targets=LABELS, **options):
 
 
 def learned(student, teacher, given, temperature=1.0, **options):
-    options = {"objective": Objective.kd(temperature), "check_teacher": False, "training": SHORT} | options
+    options = {"objective": Objective.kd(temperature=temperature), "check_teacher": False, "training": SHORT} | options
     return kirsch.distill(student, teacher, given, **options)
 
 
@@ -123,7 +123,7 @@ def test_a_store_whose_views_differ_from_the_views_of_the_data_is_refused(tmp_pa
 
 
 def bound(store, batch, objective=None):
-    return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
+    return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(temperature=1.0), batch).eval()
 
 
 def test_batches_of_a_custom_loop_must_have_the_views_of_the_store(tmp_path):

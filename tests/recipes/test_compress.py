@@ -226,7 +226,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
             student=student,
             distill=kirsch.Training(epochs=3, learning_rate=0.05),
             recover=kirsch.Training(epochs=1, learning_rate=0.01),
-            objective=kirsch.Objective.kd(2.0),
+            objective=kirsch.Objective.kd(temperature=2.0),
             batch_size=16,
             folder=tmp_path / "run",
             listen=listen,

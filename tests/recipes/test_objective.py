@@ -25,7 +25,7 @@ from kirsch.recipes.recipe import commented, read_recipe
 from kirsch.steps import Distill, Prune, Recover
 
 MINIMAL = "teacher: {model: 'm:t'}\nsteps:\n- recover:\n"
-JOB = SimpleNamespace(outputs={}, model_name="teacher")
+JOB = SimpleNamespace(outputs={}, model_name="student")
 
 
 def recover_recipe(text: str, *changes: str):
@@ -44,10 +44,10 @@ def objective_of(text: str, *changes: str) -> Objective:
     ("text", "expected"),
     [
         ("  {}", Objective.kd()),
-        ("  {temperature: 2, weight: 0.5}", Objective.kd(2.0, 0.5)),
-        ("  {temperature: 2}", Objective.kd(2.0, 0.9)),
-        ("  {weight: 1}", Objective.kd(4.0, 1.0)),
-        ("  {objective: kd, weight: 0.5}", Objective.kd(4.0, 0.5)),
+        ("  {temperature: 2, weight: 0.5}", Objective.kd(temperature=2.0, weight=0.5)),
+        ("  {temperature: 2}", Objective.kd(temperature=2.0, weight=0.9)),
+        ("  {weight: 1}", Objective.kd(temperature=4.0, weight=1.0)),
+        ("  {objective: kd, weight: 0.5}", Objective.kd(temperature=4.0, weight=0.5)),
         ("  {objective: dkd}", Objective.preset("dkd")),
         ("  {objective: {preset: at, label_weight: 0.5}}", Objective.preset("at", label_weight=0.5)),
         (
@@ -112,7 +112,9 @@ def test_preset_is_read_from_its_name_and_from_its_full_form(name):
 
 def test_overrides_change_the_objective():
     assert objective_of("  epochs: 3", "recover.objective=dkd") == Objective.preset("dkd")
-    assert objective_of("  objective: dkd", "recover.objective=kd", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
+    assert objective_of("  objective: dkd", "recover.objective=kd", "recover.weight=0.5") == Objective.kd(
+        temperature=4.0, weight=0.5
+    )
     found = objective_of("  objective: {preset: at}", "recover.objective.label_weight=2")
     assert found == Objective.preset("at", label_weight=2.0)
 

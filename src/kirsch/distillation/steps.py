@@ -13,6 +13,7 @@ from kirsch.annotations import Positive, Seed, Share
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.further_outputs import with_further_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.targets import uses_labels
@@ -269,8 +270,8 @@ class Distill(TrainingStep):
         objective = self.objective
         if objective == "kd":
             objective = Objective.kd(
-                TEMPERATURE if self.temperature is None else self.temperature,
-                WEIGHT if self.weight is None else self.weight,
+                temperature=TEMPERATURE if self.temperature is None else self.temperature,
+                weight=WEIGHT if self.weight is None else self.weight,
             )
         elif isinstance(objective, str):
             objective = Objective.preset(objective)
@@ -340,11 +341,23 @@ class Distill(TrainingStep):
 
 @STEPS.register("recover")
 class Recover(Distill):
-    """Train a pruned model on the outputs of the teacher, to recover the quality lost by pruning."""
+    """Train a pruned model on the outputs of the teacher, to recover the quality lost by pruning.
+
+    If the model is pruned from the teacher, the default objective kd also compares its further outputs with those of
+    the teacher.
+    """
 
     needs_student: ClassVar[bool] = False
     makes: ClassVar[str] = "recovered"
     did: ClassVar[str] = ""
+
+    def objective_for(self, job: Job) -> Objective:
+        """Return the objective; without a student, the default objective compares all outputs of the model."""
+        objective = super().objective_for(job)
+        if self.objective != "kd" or job.model_name != "teacher":
+            return objective
+        features, first = framework_of(job.model).features, _first_batch(job, job.model)
+        return with_further_outputs(objective, features, job.model, job.teacher, first.inputs)
 
     def _put(self, job: Job, model: Any) -> None:
         job.model = model

@@ -229,7 +229,7 @@ def _usual_steps(
 
     def settings(training: Training) -> dict[str, Any]:
         values = {name: getattr(training, name) for name in Training.model_fields}
-        return values | ({"seed": None} if training.seed == 0 else {})  # 0 is the default: the seed of the job
+        return values if "seed" in training.model_fields_set else values | {"seed": None}  # None: the seed of the job
 
     steps: list[Step] = []
     if with_student:
