@@ -40,7 +40,7 @@ def test_trace_prints_groups_and_blockers(kirsch):
     code, out, err = kirsch("trace", CHAIN)
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0] == "Sequential   411 parameters   2.35 k MACs   input 1×1×6×6"
+    assert lines[0] == "Sequential   411 parameters   2.35 k MACs for the input 1×1×6×6"
     assert lines[2] == "0       8 channels      360 parameters   2.30 k MACs   with 2"
     assert lines[4] == "blockers  reasons why parameters cannot be removed, with their share of all parameters"
     assert lines[5].split(maxsplit=2)[:2] == ["11.7", "%"]  # 48 of 411: the weights of the linear layer
@@ -293,7 +293,7 @@ def test_an_invalid_plan_is_refused_before_any_work(kirsch, run_json, folder):
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 2
     assert err.startswith("error   The plan plan.json is not valid.")
-    assert "goal.macs: a finite number above 0 below 1 is expected, and 'half' was found" in err
+    assert "goal.macs: a finite number above 0 and below 1 is expected, and 'half' was found" in err
     assert not (folder / "small").exists()
 
 

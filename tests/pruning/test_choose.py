@@ -207,7 +207,7 @@ def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, sc
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():
-    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, \d+\.\d% is the least reachable"):
+    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, [\d.]+% is the least reachable"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
 
 
@@ -253,7 +253,7 @@ def test_no_axis_becomes_empty_if_several_groups_share_it(ranking):
 
     graph = kirsch.trace(Shared(), torch.randn(2, 4))
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.05), ranking=ranking, round_to=1, min_keep=0.01)
-    assert graph.emptied(plan.keep(graph)) is None
+    assert graph.too_small(plan.keep(graph)) is None
     kept = kirsch.prune(Shared(), plan).last.in_features
     assert 1 <= kept < 128
 
