@@ -80,8 +80,8 @@ def test_inputs_and_outputs_are_not_blockers_and_the_plan_error_names_them():
 def test_the_values_of_an_unknown_parameter_are_refused():
     graph = trace(nn.Linear(6, 3), TOKENS)
     assert graph.values("weight").shape == (3, 6)
-    with pytest.raises(UnknownNameError, match=r"There is no parameter 'wieght'\. .* Did you mean 'weight'\?"):
-        graph.values("wieght")
+    with pytest.raises(UnknownNameError, match=r"There is no parameter 'weights'\. .* Did you mean 'weight'\?"):
+        graph.values("weights")
 
 
 def test_blockers_are_sorted_by_their_share_of_the_parameters():
