@@ -365,8 +365,8 @@ def test_plan_and_export_replace_only_a_file_of_their_own_kind(kirsch, folder, c
     assert code == 5
     assert err.startswith(f"error   The file nets.py exists and is not {noun}.")
     assert (folder / "nets.py").read_text() == before
-    (folder / "empty").touch()
-    for name in ("new", "new", "empty"):
+    (folder / "empty.onnx").touch()
+    for name in ("new.onnx", "new.onnx", "empty.onnx"):
         assert kirsch(*command, "-o", name)[0] == 0
 
 

@@ -321,7 +321,7 @@ def test_sample_ids_that_are_not_unique_are_refused():
         (lambda: Term(student_layer=None), "`student_layer` of kirsch.Term is None"),
         (
             lambda: Term("fitnet", student_layer=["conv", 3]),
-            "`student_layer` of kirsch.Term is a list of 2; expected a layer name",
+            "`student_layer` of kirsch.Term is a list with 2 elements; expected a layer name",
         ),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (
