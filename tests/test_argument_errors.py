@@ -38,6 +38,8 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
     ("call", "message"),
     [
         (lambda: kirsch.plan(1), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
+        (lambda: kirsch.TeacherStore("store"), r"'specification'\. Write kirsch\.TeacherStore\.open\(folder\)"),
+        (lambda: kirsch.steps.Prune(norm="1"), r"Prune is '1'; expected 1 or 2\. The default is norm=2\."),
         (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStore objects\.$"),
         (lambda: kirsch.Term("kd", options=[]), r"expected a dict from text to any object|Give a dict from text to"),
         (lambda: kirsch.Goal(macs=np.ones(3)), r"is an ndarray of shape \(3,\); expected a number or None\."),

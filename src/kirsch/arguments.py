@@ -135,9 +135,10 @@ def _call_error(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = next((name for name in keywords if name not in known and not takes_any), None)
     if unknown is None:
-        return UsageError(
-            f"{call} was called with the wrong arguments: {error}.", fix=f"Its arguments are {', '.join(known)}."
-        )
+        made_by = getattr(target, "made_by", "")
+        by_constructor = not made_by or made_by.startswith(f"{call}(")
+        fix = f"Its arguments are {', '.join(known)}." if by_constructor else f"Write {made_by}."
+        return UsageError(f"{call} was called with the wrong arguments: {error}.", fix=fix)
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
         f"{call} has no argument {unknown!r}.",

@@ -144,7 +144,7 @@ def test_hooks_are_removed_after_an_exception():
 
 
 def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
-    with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Net named 'dwn'.*Did you mean 'down'"):
         trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
 
@@ -169,7 +169,7 @@ def test_a_temperature_of_zero_is_refused():
 
 
 def test_an_option_that_a_loss_lacks_is_refused():
-    with pytest.raises(UnknownNameError, match="no option of the loss 'dkd' 'betta'"):
+    with pytest.raises(UnknownNameError, match="no option of the loss 'dkd' named 'betta'"):
         Objective((Term("dkd", 1.0, options={"betta": 2}),))
 
 

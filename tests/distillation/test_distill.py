@@ -327,10 +327,10 @@ def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(
     [
         ({"validation": 3}, r"`validation` is 3\. Give ArrayData, \(inputs, labels\), a DataLoader"),
         ({"validation": iter([])}, r"`validation` is a list_iterator\. Give ArrayData"),
-        ({"validation": (1, 2, 3)}, r"`validation` is a tuple of 3\. Give ArrayData"),
-        ({"training": {"epochs": 2}}, r"`training` .* is a dict of 1; .* Give kirsch\.Training\(epochs=10\)"),
+        ({"validation": (1, 2, 3)}, r"`validation` is a tuple with 3 elements\. Give ArrayData"),
+        ({"training": {"epochs": 2}}, r"`training` .* is a dict with 1 element; .* Give kirsch\.Training\(epochs=10\)"),
         ({"training": 2}, r"`training` .* is 2; .* Give kirsch\.Training\(epochs=10\)"),
-        ({"hooks": {"event": print}}, r"`hooks` .* is a dict of 1; .*Give kirsch\.TrainingHooks"),
+        ({"hooks": {"event": print}}, r"`hooks` .* is a dict with 1 element; .*Give kirsch\.TrainingHooks"),
     ],
 )
 def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sentence):

@@ -55,10 +55,10 @@ def distilled(term, student=None, teacher=None):
 @pytest.mark.parametrize(
     ("layer", "error", "sentence"),
     [
-        ("nrom", UnknownNameError, r"no layer in Net 'nrom'\. .* Did you mean 'norm'\?"),
-        ("penultimat", UnknownNameError, r"no layer in Net 'penultimat'.* Did you mean 'penultimate'\?"),
-        ("nor?m*", UnknownNameError, r"no layer in Net 'nor\?m\*'"),
-        ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
+        ("nrom", UnknownNameError, r"no layer in Net named 'nrom'\. .* Did you mean 'norm'\?"),
+        ("penultimat", UnknownNameError, r"no layer in Net named 'penultimat'.* Did you mean 'penultimate'\?"),
+        ("nor?m*", UnknownNameError, r"no layer in Net named 'nor\?m\*'"),
+        ("**.nrom*", UnknownNameError, r"no layer in Net named '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
         ("/mean#1", UsageError, r"the model calls mean 1 times in one forward pass; calls are numbered from 0, so #1"),
@@ -83,7 +83,7 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
     class Large(Net):
         pass
 
-    with pytest.raises(UnknownNameError, match=r"no layer in Large 'nrom'\. .* Did you mean 'norm'\?"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Large named 'nrom'\. .* Did you mean 'norm'\?"):
         distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
@@ -321,7 +321,7 @@ def test_sample_ids_that_are_not_unique_are_refused():
         (lambda: Term(student_layer=None), "`student_layer` of kirsch.Term is None"),
         (
             lambda: Term("fitnet", student_layer=["conv", 3]),
-            "`student_layer` of kirsch.Term is a list of 2; expected a layer name",
+            "`student_layer` of kirsch.Term is a list with 2 elements; expected a layer name",
         ),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (

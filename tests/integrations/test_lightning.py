@@ -272,7 +272,7 @@ def test_unsupported_modules_and_loaders_are_refused():
         (Manual(), {}, UsageError, "has manual optimization.*kirsch.Distiller"),
         (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
         (Several(), {}, UsageError, "not a single loader.*example_batch"),
-        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module 'model2'.*Did you mean 'model"),
+        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module named 'model2'.*Did you mean 'model"),
     ):  # fmt: skip
         callback = Distillation(**{"teacher": net(6, 2), "objective": OBJECTIVE, "student": "", **options})
         with pytest.raises(error, match=sentence):

@@ -136,7 +136,7 @@ def test_commented_recipe_explains_the_objective_key():
         ("  objective: {terms: 5}", [r"line 4: .*the terms of the objective are 5; expected a list"]),
         (
             "  objective:\n    preset: at\n    label_wieght: 1",
-            [r"line 4: .*there is no field of an objective 'label_wieght'.* Did you mean 'label_weight'"],
+            [r"line 4: .*there is no field of an objective named 'label_wieght'.* Did you mean 'label_weight'"],
         ),
         (
             "  objective: {preset: at, label_weight: -1}",
@@ -155,8 +155,8 @@ def test_commented_recipe_explains_the_objective_key():
             ),
             [
                 r"line 6: steps\[0\].recover.objective.terms.0: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
-                r"line 7: .*objective.terms.1: .*no field of a term 'temperatuur'.* Did you mean 'temperature'\?",
-                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
+                r"line 7: .*objective.terms.1: .*no field of a term named 'temperatuur'.* Did you mean 'temperature'\?",
+                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' named 'betta'. .* mean 'beta'\?",
                 r"line 9: .*objective.terms.3: 'layer\[' is not a layer name",
                 r"line 10: .*objective.terms.4: kirsch.Ramp has no argument 'endd'.* Did you mean 'end'\?",
                 r"line 11: .*objective.terms.5: .*`options` of 'dist' contain the temperature",

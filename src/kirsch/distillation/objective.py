@@ -133,7 +133,7 @@ class Objective(Printable):
         known = [entry.name for entry in dataclasses.fields(cls)]
         for field_name in changes:
             if field_name not in known:
-                raise UnknownNameError("field of an objective", field_name, known)
+                raise UnknownNameError("field of an objective named", field_name, known)
         objective: Objective = cls(**{**PRESETS[name](), **changes})
         return objective
 
@@ -160,7 +160,7 @@ def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:
     known = [entry.name for entry in dataclasses.fields(kind)]
     for name in values:
         if name not in known:
-            raise UnknownNameError(f"field of {what}", name, known)
+            raise UnknownNameError(f"field of {what} named", name, known)
     return kind(**{n: Ramp(**v) if n in NUMBERS and isinstance(v, dict) else v for n, v in values.items()})
 
 

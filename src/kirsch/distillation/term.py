@@ -173,7 +173,7 @@ class Term:
                     f"`options` of {self.record_name!r} contain the temperature; give temperature= of the term"
                 )
             elif name not in known:
-                raise UnknownNameError(f"option of the loss {self.loss!r}", name, known)
+                raise UnknownNameError(f"option of the loss {self.loss!r} named", name, known)
         if self._on_attention_weights and self.options.get("attention") == "scores":
             found.append(
                 f"{self.record_name!r} takes attention scores, but {self.student_layer!r} returns attention weights, "

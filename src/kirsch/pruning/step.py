@@ -156,13 +156,17 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
             }
         )
         for name, axis in group.footprint:
-            if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
-                layer = name.rpartition(".")[0]
+            layer, _, parameter = name.rpartition(".")
+            # The weights of a recurrent layer, such as weight_ih_l0, have a row for each gate of each unit.
+            recurrent = group.kind == "recurrent unit" and parameter.startswith("weight")
+            if axis == 0 and (recurrent or parameter.endswith("weight")) and len(graph.tensors[name].shape) > 1:
                 if layer in {entry["name"] for entry in layers}:  # its outputs belong to several groups
                     continue
-                mask = graph.kept(graph.axes[name, 0], kept)
-                size = graph.tensors[name].shape[0]
-                rest = size if mask is None else int(mask.sum())
+                if recurrent:
+                    size, rest = group.size, group.size - len(units)
+                else:
+                    size, mask = graph.tensors[name].shape[0], graph.kept(graph.axes[name, 0], kept)
+                    rest = size if mask is None else int(mask.sum())
                 gone = bool(in_removed_block(layer))
                 layers.append(
                     {

@@ -110,7 +110,7 @@ def _selected_layers(
     paths = [path for text in texts for path in features.expand(original, text, inputs)]
     for path in paths:
         if path not in known:
-            raise UnknownNameError(f"layer of {model_name} with known kept channels", path, known)
+            raise UnknownNameError(f"layer of {model_name} with known kept channels named", path, known)
     if not paths:
         raise UsageError("`at` of kirsch.recovery names no layers.", fix='Give a layer or pattern: at="layer*".')
     return list(dict.fromkeys(paths))

@@ -67,7 +67,9 @@ class FeatureCapture:
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
         for path in (path for path, _, _ in keys if path not in modules):  # checked before any hook is set
-            raise UnknownNameError(f"layer in {type(model).__name__}", path, [*filter(None, modules), *OUTPUT_NAMES])
+            raise UnknownNameError(
+                f"layer in {type(model).__name__} named", path, [*filter(None, modules), *OUTPUT_NAMES]
+            )
         for path in (path for path, _, _ in keys if is_torchscript(modules[path])):
             raise UsageError(
                 f"{_quoted(path) if path else 'The model'} is TorchScript, which does not support hooks.",
@@ -342,7 +344,7 @@ def _item(value: Any, layer: LayerName) -> Any:
     parts = named(value)
     name = layer.item or next(iter(parts), "")
     if name not in parts:
-        raise UnknownNameError(f"output of `{layer.path}`", name, parts)
+        raise UnknownNameError(f"output of `{layer.path}` named", name, parts)
     return parts[name]
 
 

@@ -58,7 +58,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path and matcher.fullmatch(path)]
     if not paths:
         known = [path for path, _ in model.named_modules() if path]
-        raise UnknownNameError(f"layer in {type(model).__name__}", layer.path, known)
+        raise UnknownNameError(f"layer in {type(model).__name__} named", layer.path, known)
     if layer.index and layer.index != "*":
         if not -len(paths) <= int(layer.index) < len(paths):
             raise UsageError(f"{layer.path!r} matches {len(paths)} modules; there is no [{layer.index}].")
