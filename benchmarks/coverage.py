@@ -137,7 +137,7 @@ def prune_half_of_every_group(model: nn.Module, graph: Graph, row: dict[str, Any
     for group in graph.groups:
         units = random.choice(group.size, group.size // 2, replace=False).tolist()
         trial = {**removed, group.name: tuple(sorted(units))}
-        if graph.emptied(graph.keep(trial)) is None:
+        if graph.too_small(graph.keep(trial)) is None:
             removed = trial
     keep = graph.keep(removed)
     row["full_kept"] = graph.prices.price(keep).parameters / graph.cost.parameters

@@ -48,7 +48,7 @@ def objectives(_task: str) -> dict[str, Objective]:
     minilm = dataclasses.replace(Objective.preset("minilm").terms[0], options={"heads": 8})
     return {
         "labels only": Objective.labels(),
-        "kd": Objective.kd(2.0, 0.9),
+        "kd": Objective.kd(temperature=2.0, weight=0.9),
         "distilbert": Objective.preset("distilbert"),
         "minilm, with kd": Objective((Term("kd", 0.9, temperature=2.0), minilm), label_weight=0.1),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -21,17 +23,25 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def transformers():
-    """Import `transformers`, also where the compiled operators of torchvision are missing.
-
-    The test is skipped if transformers is not installed.
-    """
+def _import_beside_torchvision(name):
+    """Import a package, also where the compiled operators of torchvision are missing. Skip the test without it."""
     from kirsch.frameworks.pytorch.io.vision import import_beside
 
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    return import_beside("transformers")
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        import_beside("torchvision")
+    return import_beside(name)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return _import_beside_torchvision("transformers")
+
+
+@pytest.fixture(scope="session")
+def timm():
+    return _import_beside_torchvision("timm")
 
 
 def to_tensor(values):

@@ -1,4 +1,4 @@
-"""Data sets with three samples in each part."""
+"""Small data sets."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def split(labels=(0, 1, 2), value=0.0):
 def data_set(classes=("a", "b", "c"), **parts):
     """Return the data set "d"; parts that are not given have one sample of each class."""
     return DataSet("d", **{"train": split(), "validation": split(), "test": split(), "classes": classes, **parts})
+
+
+def normal(count, generator):
+    """Return normal random inputs, shape (count, 6), for `kirsch.GeneratedData`."""
+    return generator.standard_normal((count, 6))

@@ -22,7 +22,6 @@ from pages import run_page  # noqa: E402 - imports torch
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-DESIGN = (ROOT / "docs" / "design.md").read_text()
 
 
 @pytest.fixture

@@ -81,6 +81,13 @@ def test_an_unknown_name_error_has_the_name():
     assert errors.UnknownNameError("loss", "kdd", ["kd"]).name == "kdd"
 
 
+def test_a_name_is_suggested_only_if_it_is_close():
+    known = ["evaluate", "teacher", "prune", "onnxruntime"]
+    assert errors.nearest("PRUNE", known) == "Did you mean 'prune'?"
+    assert errors.nearest("onnx", known) == "Did you mean 'onnxruntime'?"
+    assert errors.nearest("quantize", known) == errors.nearest("recover", known) == ""
+
+
 def test_a_long_list_of_names_is_shortened_and_counted():
     names = [f"n{number:02d}" for number in range(14)]
     assert errors.listing(names) == f"Known: {', '.join(names[:12])}, and 2 more."

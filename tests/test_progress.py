@@ -18,6 +18,7 @@ from kirsch.progress import (
     verdict_lines,
 )
 from kirsch.tables import plain
+from terminals import Tty
 
 TEACHER = {
     "event": "step_end",
@@ -52,13 +53,6 @@ END = {
     "report": "r/report.html",
     "seconds": 65,
 }
-
-
-class Tty(io.StringIO):
-    """A stream that claims to be a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_step_is_one_line_with_columns():
@@ -97,7 +91,7 @@ def test_an_epoch_without_validation_has_no_accuracy():
 def test_bar_and_remaining_time_follow_from_the_epochs():
     now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH, 3
-    line = status_line(now, 106.0)  # 3 epochs in 6 s, 9 to go
+    line = status_line(now, 106.0, 110)  # 3 epochs in 6 s, 9 to go
     assert line[1].text == "━" * 6
     assert line[2].text == "━" * 18
     assert plain(line).endswith(" epoch 3/12   loss 0.0412   97.5 %   18 s left")
@@ -106,11 +100,20 @@ def test_bar_and_remaining_time_follow_from_the_epochs():
 def test_the_remaining_time_of_a_resumed_run_follows_from_the_epochs_since_the_resume():
     now = RunningStep(1, "train", 100.0)
     now.epoch, now.epochs_here = EPOCH | {"epoch": 10}, 1
-    assert plain(status_line(now, 106.0)).endswith("12 s left")  # one epoch took 6 s, 2 to go
+    assert plain(status_line(now, 106.0, 110)).endswith("12 s left")  # one epoch took 6 s, 2 to go
+
+
+@pytest.mark.parametrize("width", [10, 80, 110])
+def test_the_bar_is_shorter_on_a_narrow_terminal(width):
+    now = RunningStep(5, "recover-2", 100.0)
+    now.epoch = {**EPOCH, "epoch": 10, "epochs": 100, "accuracy": 1.0}
+    text = plain(status_line(now, 106.0, width))
+    assert text.count("━") == {10: 0, 80: 11, 110: 24}[width]
+    assert text.endswith("100.0 %   9 min 00 s left")
 
 
 def test_the_status_line_before_the_first_epoch_has_the_elapsed_time():
-    assert plain(status_line(RunningStep(5, "export", 1.0), 3.5)) == " 5 export     running for 2.5 s"
+    assert plain(status_line(RunningStep(5, "export", 1.0), 3.5, 110)) == " 5 export     running for 2.5 s"
 
 
 def test_the_header_has_name_folder_and_one_line_for_each_goal():

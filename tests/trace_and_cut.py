@@ -31,7 +31,7 @@ def randomly_removed(graph, seed=0, share=0.5):
     for group in graph.groups:
         number = min(int(group.size * share), group.size - 1)
         trial = {**removed, group.name: tuple(sorted(random.choice(group.size, number, replace=False).tolist()))}
-        if graph.emptied(graph.keep(trial)) is None:
+        if graph.too_small(graph.keep(trial)) is None:
             removed = trial
     return removed
 

@@ -139,7 +139,7 @@ WORDS: dict[Any, str] = {
     Sequence: "a list",
     Iterable: "a list",
     list: "a list",
-    tuple: "a tuple",
+    tuple: "a list",
 }
 
 
@@ -216,7 +216,7 @@ def value_phrase(value: Any) -> str:
     elif isinstance(value, (float, complex)) or (isinstance(value, int) and abs(value) < 10**MAX_VALUE_LENGTH):
         noun = repr(value)
     elif isinstance(value, (list, tuple, dict, set, frozenset)):
-        noun += f" of {len(value)}" if value else " without elements"
+        noun += f" with {len(value)} element{'s' * (len(value) != 1)}" if value else " without elements"
     return noun
 
 

@@ -43,7 +43,7 @@ SEQUENCES = (Sequence, AbstractSet, ValuesView)
 """Types that are accepted for a sequence: they have a length and can be iterated again."""
 
 
-class _MismatchError(Exception):
+class MismatchError(Exception):
     """A value does not fit its annotation.
 
     Args:
@@ -57,7 +57,7 @@ class _MismatchError(Exception):
     def __init__(self, value: Any, expected: str, fix: str, *, close: bool) -> None:
         super().__init__(expected)
         self.value, self.expected, self.fix, self.close = value, expected, fix, close
-        self.path = ""  # path of the element in the argument, such as "[0]"
+        self.path: tuple[Any, ...] = ()  # keys of the element in the argument, such as (0,) for its first element
         self.is_key = False  # whether the value is a key of the dict at this path
 
 
@@ -135,9 +135,10 @@ def _call_error(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = next((name for name in keywords if name not in known and not takes_any), None)
     if unknown is None:
-        return UsageError(
-            f"{call} was called with the wrong arguments: {error}.", fix=f"Its arguments are {', '.join(known)}."
-        )
+        made_by = getattr(target, "made_by", "")
+        by_constructor = not made_by or made_by.startswith(f"{call}(")
+        fix = f"Its arguments are {', '.join(known)}." if by_constructor else f"Write {made_by}."
+        return UsageError(f"{call} was called with the wrong arguments: {error}.", fix=fix)
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
         f"{call} has no argument {unknown!r}.",
@@ -186,12 +187,13 @@ def _checked_argument(target: Any, parameter: inspect.Parameter, value: Any, hin
     """Return an argument, converted to the type of its annotation."""
     try:
         if parameter.kind is parameter.VAR_KEYWORD:
-            return {name: _element(item, hint, f"[{name!r}]") for name, item in value.items()}
+            return {name: _element(item, hint, name) for name, item in value.items()}
         if parameter.kind is parameter.VAR_POSITIONAL:
-            return tuple(_element(item, hint, f"[{index}]") for index, item in enumerate(value))
+            return tuple(_element(item, hint, index) for index, item in enumerate(value))
         return convert(value, hint)
-    except _MismatchError as error:
-        found = f"`{parameter.name}{error.path}` of {public_name(target)} is {value_phrase(error.value)}"
+    except MismatchError as error:
+        path = "".join(f"[{key!r}]" for key in error.path)
+        found = f"`{parameter.name}{path}` of {public_name(target)} is {value_phrase(error.value)}"
         found = f"A key of {found}" if error.is_key else found
         fix = error.fix or _example(target, parameter) or f"Give {type_phrase(hint)}."
         expected = "" if fix == f"Give {error.expected}." else f"; expected {error.expected}"
@@ -213,7 +215,7 @@ def convert(value: Any, hint: Any) -> Any:
     """Return a value, converted to the type of an annotation.
 
     Raises:
-        _MismatchError: the value does not fit.
+        MismatchError: the value does not fit.
     """
     origin = get_origin(hint)
     conversion = CONVERSIONS.get(origin or hint)
@@ -231,7 +233,7 @@ def _annotated(value: Any, hint: Any) -> Any:
                 _refuse(value, f"{type_phrase(hint)} {extra.text(value)}", close=True)
             if isinstance(extra, OneOrMore) and isinstance(value, str):
                 value = (value,)
-    except _MismatchError as error:
+    except MismatchError as error:
         error.fix = next((extra.text for extra in extras if isinstance(extra, Fix)), error.fix)
         raise
     return value
@@ -243,20 +245,20 @@ def _union(value: Any, hint: Any) -> Any:
     If no member accepts the value, raise the last error with `close=True`. If there is none, raise an error that names
     all members.
     """
-    closest: _MismatchError | None = None
+    closest: MismatchError | None = None
     fix, alternatives = "", sum(alternative is not type(None) for alternative in get_args(hint))
     for alternative in get_args(hint):
         if alternative is type(None) and value is not None:
             continue
         try:
             return convert(value, alternative)
-        except _MismatchError as error:
+        except MismatchError as error:
             by_text = isinstance(value, str) and hasattr(alternative, "of_text")
             if alternatives == 1 or inspect.isclass(value) or by_text:
                 fix = error.fix or fix
             if error.close:
                 closest = error
-    raise closest or _MismatchError(value, type_phrase(hint), fix, close=False)
+    raise closest or MismatchError(value, type_phrase(hint), fix, close=False)
 
 
 def _literal(value: Any, hint: Any) -> Any:
@@ -266,7 +268,7 @@ def _literal(value: Any, hint: Any) -> Any:
             isinstance(choice, int) and _is_integer(value) and operator.index(value) == choice
         ):
             return choice
-    close = nearest(value, [str(choice) for choice in choices]) if isinstance(value, str) else ""
+    close = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
     return _refuse(value, type_phrase(hint), close)
 
 
@@ -323,7 +325,7 @@ def _sequence(value: Any, hint: Any) -> Any:
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
         _refuse(value, f"{type_phrase(hint)}, {len(kinds)} in all")
-    items = [_element(item, kind, f"[{index}]") for index, (item, kind) in enumerate(zip(value, kinds, strict=True))]
+    items = [_element(item, kind, index) for index, (item, kind) in enumerate(zip(value, kinds, strict=True))]
     return items if origin is list or (origin is not tuple and isinstance(value, list)) else tuple(items)
 
 
@@ -339,22 +341,22 @@ def _mapping(value: Any, hint: Any) -> Any:
     if not isinstance(value, Mapping):
         _refuse(value, type_phrase(hint))
     key_kind, kind = get_args(hint) or (Any, Any)
-    return {_key(key, key_kind): _element(item, kind, f"[{key!r}]") for key, item in value.items()}
+    return {_key(key, key_kind): _element(item, kind, key) for key, item in value.items()}
 
 
 def _key(value: Any, hint: Any) -> Any:
     try:
         return convert(value, hint)
-    except _MismatchError as error:
+    except MismatchError as error:
         error.is_key, error.close = True, True
         raise
 
 
-def _element(value: Any, hint: Any, path: str) -> Any:
+def _element(value: Any, hint: Any, key: Any) -> Any:
     try:
         return convert(value, hint)
-    except _MismatchError as error:
-        error.path, error.close = path + error.path, True
+    except MismatchError as error:
+        error.path, error.close = (key, *error.path), True
         raise
 
 
@@ -398,7 +400,7 @@ def _instance(value: Any, kind: Any) -> Any:
 
 
 def _refuse(value: Any, expected: str, fix: str = "", *, close: bool = False) -> NoReturn:
-    raise _MismatchError(value, expected, fix, close=close)
+    raise MismatchError(value, expected, fix, close=close)
 
 
 CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {

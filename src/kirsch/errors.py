@@ -190,12 +190,14 @@ def error_text(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a sentence that suggests the known name closest to `name`; empty if none is close.
 
-    A name that contains a known name as a word is close, too: "attention head" suggests "head".
+    A name that contains a known name as a word is close, too, and so is the beginning of a known name: "attention head"
+    suggests "head", and "onnx" suggests "onnxruntime".
     """
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    close = close or [other for other in names if other in re.split(r"[\s_-]+", name)]
-    return f"Did you mean {close[0]!r}?" if close else ""
+    names = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    words = re.split(r"[\s_-]+", name.lower())
+    close = close or [other for other in names if other in words or (name and other.startswith(name.lower()))]
+    return f"Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def listing(names: list[str], most: int = 12) -> str:

@@ -78,7 +78,7 @@ def number(
     def check(value: Any, path: str) -> Any:
         fits = type(value) in (int, float) and math.isfinite(value) and least <= value <= most and above < value < below
         if not fits:
-            raise wrong(path, " ".join(["a finite number", *limits]), value)
+            raise wrong(path, f"a finite number {' and '.join(limits)}".strip(), value)
         return value
 
     return check

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from kirsch.annotations import public_name, value_phrase
-from kirsch.arguments import check_arguments
+from kirsch.annotations import public_name, type_phrase, value_phrase
+from kirsch.arguments import MismatchError, check_arguments, convert
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +78,21 @@ class Options(BaseModel):
             UsageError: fields do not fit together.
         """
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Apply the checks of the constructor to the values of a recipe; pydantic would convert "yes" to True."""
+        name = str(info.field_name)
+        hint = _hint(cls.model_fields[name])
+        if isinstance(value, dict) and _is_section(hint):
+            return value
+        try:
+            return convert(value, hint)
+        except MismatchError as error:
+            expected = error.expected if error.path or error.close else _yaml_phrase(hint)
+            what = f"Expected {expected}, found {value_phrase(error.value)}."
+            raise FieldsError([(error.path, UsageError(what, fix="" if _is_section(hint) else error.fix))]) from error
+
     @model_validator(mode="after")
     def _run_check(self) -> Self:
         try:
@@ -89,6 +113,19 @@ class Options(BaseModel):
 def _hint(field: FieldInfo) -> Any:
     """Return the annotation of a field as it was written; pydantic has resolved its names."""
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def _is_section(hint: Any) -> bool:
+    """Return whether pydantic reads a dict as a value of this annotation: as options, or by a function."""
+    is_options = inspect.isclass(hint) and issubclass(hint, Options)
+    return isinstance(hint, BeforeValidator) or is_options or any(map(_is_section, get_args(hint)))
+
+
+def _yaml_phrase(hint: Any) -> str:
+    """Return a noun phrase for the values of a field in a recipe."""
+    if _is_section(hint):
+        return "a list of steps" if get_origin(hint) is tuple else "a section with its keys"
+    return type_phrase(hint)
 
 
 def _usage_error(kind: type[Options], error: ValidationError) -> UsageError:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 BAR = 24
-"""Width of a bar in characters."""
+"""Largest width of a bar in characters."""
 
 TIMED_STEP = "measure"
 """The step that measures latency."""
@@ -81,7 +81,7 @@ class JobProgress:
         if event["key"] == TIMED_STEP:  # updates of the line would disturb the measurement
             self._output.start_status(lambda: timing_line(self._step), refresh=False)
         else:
-            self._output.start_status(lambda: status_line(self._step, self._clock()))
+            self._output.start_status(lambda: status_line(self._step, self._clock(), self._output.width))
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._step.epoch = event
@@ -225,11 +225,14 @@ def metric_texts(event: Mapping[str, Any]) -> list[str]:
 
 def timing_line(step: RunningStep) -> Line:
     """Return the status line of the step that measures latency, which is not updated."""
-    return [Piece(f"{step.number:>2} {step.key:<10} "), Piece("measuring latency; this line is not updated", "faint")]
+    return [Piece(f"{step.number:>2} {step.key:<10} "), Piece("measuring latency; updates would disturb it", "faint")]
 
 
-def status_line(step: RunningStep, now: float) -> Line:
-    """Return the status line of the current step: a bar, the last metrics, and the remaining time."""
+def status_line(step: RunningStep, now: float, width: int) -> Line:
+    """Return the status line of the current step: a bar, the last metrics, and the remaining time.
+
+    The bar is shorter if the line would be longer than `width` characters.
+    """
     line = [Piece(f"{step.number:>2} {step.key:<10} ")]
     passed = now - step.since
     if step.epoch is None:
@@ -237,13 +240,15 @@ def status_line(step: RunningStep, now: float) -> Line:
     done, total = step.epoch["epoch"], step.epoch["epochs"]
     left = (total - done) * passed / max(step.epochs_here, 1)
     parts = [f" epoch {done}/{total}", f"loss {figures.digits(step.epoch['loss'])}", *metric_texts(step.epoch)]
-    return [*line, *bar(done / max(total, 1)), Piece("   ".join(parts)), time_left(left)]
+    after = [Piece("   ".join(parts)), time_left(left)]
+    space = width - sum(len(piece.text) for piece in [*line, *after])
+    return [*line, *bar(done / max(total, 1), max(0, min(BAR, space))), *after]
 
 
-def bar(fraction: float) -> Line:
+def bar(fraction: float, width: int = BAR) -> Line:
     """Return a bar whose first part is filled."""
-    filled = round(BAR * fraction)
-    return [Piece("━" * filled), Piece("━" * (BAR - filled), "faint")]
+    filled = round(width * fraction)
+    return [Piece("━" * filled), Piece("━" * (width - filled), "faint")]
 
 
 def time_left(seconds: float) -> Piece:

@@ -72,9 +72,10 @@ def _from_file(path: Path) -> ModuleType:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        why = "" if isinstance(error, FileNotFoundError) else error_text(error)
-        what = "cannot be read" if why else "does not exist"
-        raise LoadError(f"The file {path} {what}.", why, "Check the path; it is relative to the recipe.") from error
+        if isinstance(error, FileNotFoundError):
+            what = f"The file {path.name} does not exist in the folder {path.resolve().parent}."
+            raise LoadError(what, fix="Check the path.") from error
+        raise LoadError(f"The file {path} cannot be read.", error_text(error), "Check the path.") from error
     if not is_valid_text(str(path.resolve())):
         raise LoadError(
             f"The path of the file {str(path.resolve())!r} is not valid text.",

@@ -52,7 +52,7 @@ def test_blocks_are_ranked_on_the_example_inputs_with_a_note(run_json, deep):
     found = run_json("plan", deep, *GOAL)
     assert len(found["plan"]["blocks"]) == 1
     assert found["plan"]["method"]["kinds"] == ["block"]
-    assert any("ranked on the example inputs; --data SOURCE" in note for note in found["notes"])
+    assert any("ranked on example inputs, which are random; --data SOURCE" in note for note in found["notes"])
 
 
 def test_blocks_are_ranked_on_a_data_source(run_json, deep):

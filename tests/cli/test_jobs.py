@@ -173,9 +173,7 @@ def test_verify_names_all_damaged_files(run, kirsch):
 def test_a_folder_that_is_not_a_run_is_refused(kirsch, folder, subcommand):
     code, out, err = kirsch(subcommand, ".")
     assert (code, out) == (4, "")
-    assert err.startswith(
-        "error   . has no metrics.json" if subcommand == "report" else "error   . is not a run folder"
-    )
+    assert err.startswith("error   . is not a run folder")
     assert sorted(path.name for path in folder.iterdir()) == ["nets.py", "recipe.yaml"]
 
 
@@ -273,11 +271,11 @@ def test_an_invalid_run_json_is_found_and_restored(run, kirsch, text):
 
 def test_a_dry_run_names_the_weights_by_which_the_plan_ranks_units(folder, kirsch):
     dry = ("compress", "recipe.yaml", "--dry-run")
-    assert "by the weights of nets.py:student before training" in kirsch(*dry)[1]
+    assert "with the weights of nets.py:student before training" in kirsch(*dry)[1]
     trained = ("--set", "student=null", "--set", "distill=null", "--set", "recover=null")
-    assert "by the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
+    assert "with the weights of nets.py:teacher before training" in kirsch(*dry, *trained)[1]
     out = kirsch(*dry, *trained, "--set", "train=null")[1]
-    assert "by the weights that nets.py:teacher comes with" in out
+    assert "with the weights that nets.py:teacher comes with" in out
     assert "untrained" not in out
 
 

@@ -40,7 +40,7 @@ def test_trace_prints_groups_and_blockers(kirsch):
     code, out, err = kirsch("trace", CHAIN)
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0] == "Sequential   411 parameters   2.35 k MACs   input 1×1×6×6"
+    assert lines[0] == "Sequential   411 parameters   2.35 k MACs for the input 1×1×6×6"
     assert lines[2] == "0       8 channels      360 parameters   2.30 k MACs   with 2"
     assert lines[4] == "blockers  reasons why parameters cannot be removed, with their share of all parameters"
     assert lines[5].split(maxsplit=2)[:2] == ["11.7", "%"]  # 48 of 411: the weights of the linear layer
@@ -196,7 +196,7 @@ def test_a_plan_is_shown_as_bars_and_written_to_a_file(kirsch, folder):
     code, out, _ = kirsch("plan", CHAIN, "--macs", "0.55", "-o", "plan.json")
     lines = out.splitlines()
     assert code == 0
-    assert lines[0] == "Sequential   magnitude (L2), global, round widths"
+    assert lines[0] == "Sequential   magnitude (L2), global, round widths   MACs for the input 1×1×6×6"
     assert lines[2] == "0  ████████████░░░░░░░░░░░░      8 → 4       −50.0 %"
     assert lines[5] == "MACs         2.35 k → 1.20 k   51.0 % of the original   goal met: ≤ 55 %"
     assert json.loads((folder / "plan.json").read_text())["groups"][0]["size"] == 8
@@ -293,7 +293,7 @@ def test_an_invalid_plan_is_refused_before_any_work(kirsch, run_json, folder):
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
     assert code == 2
     assert err.startswith("error   The plan plan.json is not valid.")
-    assert "goal.macs: a finite number above 0 below 1 is expected, and 'half' was found" in err
+    assert "goal.macs: a finite number above 0 and below 1 is expected, and 'half' was found" in err
     assert not (folder / "small").exists()
 
 
@@ -356,6 +356,20 @@ def test_prune_does_not_replace_a_folder_with_other_files(kirsch, folder):
     assert kirsch("prune", TEACHER, "--macs", "0.5", "-o", "nets.py")[2].startswith("error   nets.py is a file.")
 
 
+@pytest.mark.parametrize(
+    ("command", "noun"), [(["plan", TEACHER, "--macs", "0.5"], "a plan"), (["export", TEACHER], "an ONNX file")]
+)
+def test_plan_and_export_replace_only_a_file_of_their_own_kind(kirsch, folder, command, noun):
+    before = (folder / "nets.py").read_text()
+    code, _, err = kirsch(*command, "-o", "nets.py")
+    assert code == 5
+    assert err.startswith(f"error   The file nets.py exists and is not {noun}.")
+    assert (folder / "nets.py").read_text() == before
+    (folder / "empty.onnx").touch()
+    for name in ("new.onnx", "new.onnx", "empty.onnx"):
+        assert kirsch(*command, "-o", name)[0] == 0
+
+
 def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     kirsch("plan", TEACHER, "--macs", "0.5", "-o", "plan.json")
     code, _, err = kirsch("prune", CHAIN, "--plan", "plan.json", "-o", "small")
@@ -369,6 +383,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
     [
         (["prune", CHAIN, "-o", "small"], 2, "The goal is missing."),
         (["prune", CHAIN, "--plan", "p", "--macs", "0.5", "-o", "small"], 2, "Both a plan and --macs are given."),
+        (["prune", CHAIN, "--plan", "p", "--norm", "2", "-o", "small"], 2, "Both a plan and --norm are given."),
         (["prune", CHAIN, "--plan", "absent.json", "-o", "small"], 4, "The plan absent.json cannot be read."),
         (["prune", CHAIN, "--plan", "nets.py", "-o", "small"], 2, "The plan nets.py cannot be read as JSON."),
         (["export", CHAIN, "-o", "."], 5, ". is a folder."),

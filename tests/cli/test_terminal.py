@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import OutputError
 from kirsch.tables import Piece, plain, verbatim
+from terminals import Tty
 
 HOSTILE = [
     "[red]",
@@ -25,13 +26,6 @@ HOSTILE = [
     "\udc80",
     "\t\0\r",
 ]
-
-
-class Tty(io.StringIO):
-    """A stream that claims to be a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 class Broken(io.StringIO):

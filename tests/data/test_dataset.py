@@ -44,13 +44,15 @@ def test_split_takes_tensors_and_lists_and_refuses_a_loader():
 
 
 def test_split_has_one_label_for_each_input():
-    with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each input"):
+    with pytest.raises(DataError, match=r"A Split has 2 inputs and 3 labels\. Give one label for each sample"):
         Split(np.zeros((2, 2), np.float32), np.zeros(3, np.int64))
     assert len(Split(np.zeros((2, 2)), [0, 1])) == 2
 
 
 def test_parts_with_different_numbers_of_axes_are_refused():
-    with pytest.raises(DataError, match=r"The test part of d has inputs of shape \(3, 2, 1\), the train part \(3, 2\)"):
+    with pytest.raises(
+        DataError, match=r"inputs of the test part of d are of shape \(3, 2, 1\); in the train part .* \(3, 2\)"
+    ):
         data_set(test=Split(np.zeros((3, 2, 1), np.float32), np.arange(3)))
 
 
@@ -133,7 +135,7 @@ def test_any_iterable_of_batches_can_be_a_part(batches):
     data = data_set(train=batches, validation=batches, test=batches)
     assert data.test.inputs.shape == (3, 2)
     assert data.test.labels.tolist() == [0, 1, 2]
-    assert data.first_inputs(2).shape == (2, 2)
+    assert [inputs.shape for inputs in data.first_inputs(2)] == [(2, 2)]
     assert data.sizes["train"] is None
     assert data.count_batches(64) == len(batches)
 
@@ -161,7 +163,6 @@ def test_generator_is_refused_as_a_part(part):
     ("batches", "sentence"),
     [
         ([torch.zeros(2, 2)], r"Batch 1 of the test part of d has no labels\."),
-        ([({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, [0, 1])], r"Batch 1 of the test part of d has several in"),
         (
             [(torch.zeros(2, 2), [0, 1]), (torch.zeros(2, 3), [0, 1])],
             r"the test part of d differ in shape: \(2,\), \(3",

@@ -8,14 +8,11 @@ import torch
 from torch import nn
 
 import kirsch
+from data_sets import normal
 from kirsch.data.generated import GeneratedData
 from kirsch.errors import DataError, UsageError
 
 D = 6
-
-
-def normal(count, generator):
-    return generator.standard_normal((count, D))
 
 
 def bits(batches):

@@ -102,7 +102,10 @@ FAULTS = {
     "NaN for zeros": "q = Div(input, input) d = Add(input, input) y = Mul(d, q)",
     "NaN for all inputs": "z = Sub(input, input) q = Div(z, z) y = Add(input, q)",
     "infinite": "z = Sub(input, input) e = Exp(z) q = Div(e, z) y = Add(input, q)",
-    "each row twice": "s = ReduceSum<keepdims = 1>(input) d = Add(input, input) y = Concat<axis = 0>(d, d)",
+    "each row twice": "d = Add(input, input) y = Concat<axis = 0>(d, d)",
+    "a third column": """
+        i = Constant<value = int64[1] {1}>() d = Add(input, input) s = ReduceSum<keepdims = 1>(d, i)
+        y = Concat<axis = 1>(d, s)""",
 }
 
 

@@ -264,14 +264,24 @@ def test_the_error_for_outputs_without_logits_lists_their_names(two, tmp_path):
 WRONG_LABELS = {
     "a column": lambda labels: labels[:, None],
     "one-hot rows": lambda labels: np.eye(2, dtype=int)[labels],
+    "pixels": lambda labels: np.stack([labels] * 3, 1),
     "halves": lambda labels: labels + 0.5,
     "floats": lambda labels: labels.astype(np.float32),
 }
 
 
+FIXES = {
+    "a column": r"Remove the axis of length 1: give labels\[:, 0\]",
+    "one-hot rows": r"They are one-hot: give labels\.argmax\(-1\)",
+    "pixels": "The accuracy is that of one class per sample",
+    "halves": r"Give integers: labels\.astype\(int\)",
+    "floats": r"Give integers: labels\.astype\(int\)",
+}
+
+
 @pytest.mark.parametrize("kind", WRONG_LABELS)
 def test_labels_that_are_not_class_numbers_are_refused(doubling, numbers, fixed_timing, kind):
-    with pytest.raises(DataError, match=r"labels have shape .* expected class numbers, shape \(N,\)\. Give "):
+    with pytest.raises(DataError, match=rf"labels have shape .* expected class numbers, shape \(N,\)\. {FIXES[kind]}"):
         kirsch.measure(doubling, example_inputs=numbers, data=(numbers, WRONG_LABELS[kind](numbers.argmax(-1))))
 
 

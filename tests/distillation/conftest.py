@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from distillation.stores import tiny_store
-from kirsch.frameworks.pytorch.io.vision import import_beside
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +22,3 @@ def store_copy(store_folder, tmp_path):
     """Folder of a copy of the finished store, for tests that change it."""
     shutil.copytree(store_folder, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-@pytest.fixture(scope="session")
-def transformers():
-    """Return the package; models are built from small configurations."""
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    return import_beside("transformers")

@@ -231,6 +231,18 @@ def test_unsupported_batches_are_refused_before_training(case, net):
             distill_mutually([net, Net(5)], data, training=ONCE)
 
 
+def test_a_missing_entry_of_a_batch_is_to_be_added():
+    class Two(Net):
+        def forward(self, image, mask, scale=1.0):
+            return super().forward(image * mask * scale)
+
+    sentence = (
+        "The forward of Two takes image, mask, scale; the batches have image by name.* Add the missing entries: mask"
+    )
+    with pytest.raises(UsageError, match=f"{sentence}\\."):
+        fit(Two(4), [{"image": X, "label": Y}], training=ONCE)
+
+
 def test_the_error_names_the_model_that_does_not_run(net):
     class Large(nn.Module):
         def __init__(self):
@@ -252,8 +264,8 @@ def test_array_data_can_be_tensors_or_lists(net):
     for inputs, sentence in (
         (DataLoader(TensorDataset(X, Y)), "inputs of ArrayData are a DataLoader.* in place of ArrayData"),
         ([[1.0], [1.0, 2.0]], "inputs of ArrayData are a list of 2 list.* pad or resize"),
-        (["a", "b"], "The input 'inputs' is <U1 of shape .* numbers"),
-        (np.array([None, Images()]), "The input 'inputs' is object of shape"),
+        (["a", "b"], "The inputs of ArrayData are <U1 of shape .* numbers"),
+        (np.array([None, Images()]), "The inputs of ArrayData are object of shape"),
     ):
         with pytest.raises(DataError, match=sentence):
             ArrayData(inputs, None)

@@ -144,7 +144,7 @@ def test_hooks_are_removed_after_an_exception():
 
 
 def test_an_unknown_layer_raises_an_error_that_suggests_the_nearest_name():
-    with pytest.raises(UnknownNameError, match=r"no layer in Net 'dwn'.*Did you mean 'down'"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Net named 'dwn'.*Did you mean 'down'"):
         trained(Net(4), Net(6), data(), Objective((Term("fitnet", 1.0, student_layer="dwn"),)))
 
 
@@ -169,7 +169,7 @@ def test_a_temperature_of_zero_is_refused():
 
 
 def test_an_option_that_a_loss_lacks_is_refused():
-    with pytest.raises(UnknownNameError, match="no option of the loss 'dkd' 'betta'"):
+    with pytest.raises(UnknownNameError, match="no option of the loss 'dkd' named 'betta'"):
         Objective((Term("dkd", 1.0, options={"betta": 2}),))
 
 
@@ -278,10 +278,10 @@ def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
 def test_a_store_of_other_data_or_temperature_is_refused(tmp_path):
     store = build_store(tmp_path / "store", Net(6), data(), keep=TopK(2))
     with pytest.raises(StoreError, match="temperature"):
-        distill(Net(4), store, data(), objective=Objective.kd(4.0))
+        distill(Net(4), store, data(), objective=Objective.kd(temperature=4.0))
     other = ArrayData(data().inputs + 1, data().targets)
     with pytest.raises(StoreError, match="data"):
-        distill(Net(4), store, other, objective=Objective.kd(1.0))
+        distill(Net(4), store, other, objective=Objective.kd(temperature=1.0))
 
 
 def test_an_optimizer_step_whose_targets_are_all_masked_is_refused():

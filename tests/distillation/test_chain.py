@@ -83,7 +83,9 @@ def test_with_learn_from_all_each_model_learns_from_all_previous_models_the_late
 
 def test_each_link_can_have_its_own_objective_and_training():
     trainings = [Training(epochs=epochs, learning_rate=0.1) for epochs in (1, 2, 3)]
-    found = chain(training=trainings, objective=[Objective.kd(), Objective.preset("wsld"), Objective.labels(0.1)])
+    found = chain(
+        training=trainings, objective=[Objective.kd(), Objective.preset("wsld"), Objective.labels(label_smoothing=0.1)]
+    )
     assert [len(trained.history) for trained in found] == [1, 2, 3]
     assert [set(trained.history[-1]["terms"]) for trained in found] == [{"label", "kd"}, {"label", "wsld"}, {"label"}]
 
@@ -205,7 +207,14 @@ def test_each_generation_has_new_weights_and_learns_from_the_previous_generation
 
 def test_with_the_option_teacher_the_first_generation_learns_from_this_teacher():
     teacher = fit(net(5, 3), data(), training=Training(epochs=8)).model
-    found = born_again(build, data(), generations=2, teacher=teacher, training=SHORT, objective=Objective.kd(1.0, 1.0))
+    found = born_again(
+        build,
+        data(),
+        generations=2,
+        teacher=teacher,
+        training=SHORT,
+        objective=Objective.kd(temperature=1.0, weight=1.0),
+    )
     assert [set(trained.history[0]["terms"]) for trained in found] == [{"kd"}, {"kd"}]
 
 

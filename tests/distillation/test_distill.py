@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,14 +68,18 @@ def gradients(student, teacher, temperature):
 
 def test_one_step_of_distillation_equals_its_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
-    found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP)
+    found = distill(
+        student, teacher, one_batch(), objective=Objective.kd(temperature=3.0, weight=0.7), training=ONE_STEP
+    )
     expected = weight(student) - 0.1 * NESTEROV * (0.3 * label + 0.7 * soft)
     np.testing.assert_allclose(weight(found.model), expected, rtol=1e-12)
 
 
 def test_the_loss_and_gradient_shares_of_the_first_batch_equal_their_closed_form(student, teacher):
     label, soft = gradients(student, teacher, 3.0)
-    found = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).first_batch
+    found = distill(
+        student, teacher, one_batch(), objective=Objective.kd(temperature=3.0, weight=0.7), training=ONE_STEP
+    ).first_batch
     inputs, targets = samples(N)
     logits, teacher_logits = inputs @ weight(student).T, inputs @ weight(teacher).T
     losses = 0.3 * hard_label(logits, targets), 0.7 * soft_target(logits, teacher_logits, temperature=3.0)
@@ -86,7 +91,9 @@ def test_the_loss_and_gradient_shares_of_the_first_batch_equal_their_closed_form
 
 
 def test_the_history_has_the_weighted_terms_and_their_sum(student, teacher):
-    (record,) = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP).history
+    (record,) = distill(
+        student, teacher, one_batch(), objective=Objective.kd(temperature=3.0, weight=0.7), training=ONE_STEP
+    ).history
     inputs, targets = samples(N)
     logits, teacher_logits = inputs @ weight(student).T, inputs @ weight(teacher).T
     parts = {
@@ -108,14 +115,22 @@ def test_the_loss_in_the_history_is_a_mean_over_samples(student):
 def test_a_student_of_equal_capacity_converges_to_its_teacher(student, teacher):
     """The soft-target loss of a linear student has one minimum: the teacher, up to a shift of all classes."""
     training = Training(epochs=60, learning_rate=1.0, schedule="constant", weight_decay=0.0)
-    found = distill(student, teacher, one_batch(), objective=Objective.kd(2.0, 1.0), training=training).model
+    found = distill(
+        student, teacher, one_batch(), objective=Objective.kd(temperature=2.0, weight=1.0), training=training
+    ).model
     inputs, _ = samples(N)
     probabilities, expected = (softmax(inputs @ weight(model).T / 2) for model in (found, teacher))
     np.testing.assert_allclose(probabilities, expected, atol=1e-2)  # 60 steps of gradient descent
 
 
 def test_a_student_that_equals_its_teacher_has_a_loss_of_0_and_does_not_change(teacher):
-    found = distill(copy.deepcopy(teacher), teacher, one_batch(), objective=Objective.kd(4.0, 1.0), training=ONE_STEP)
+    found = distill(
+        copy.deepcopy(teacher),
+        teacher,
+        one_batch(),
+        objective=Objective.kd(temperature=4.0, weight=1.0),
+        training=ONE_STEP,
+    )
     assert found.history[0]["terms"] == {"kd": 0.0}
     assert found.first_batch["loss_shares"] == {"kd": 0.0}
     np.testing.assert_allclose(weight(found.model), weight(teacher), atol=1e-16)  # rounding of p - p
@@ -177,12 +192,16 @@ class Watched(nn.Module):
 def test_a_teacher_in_training_mode_is_run_in_inference_mode(student, teacher, monkeypatch):
     monkeypatch.setattr(Watched, "modes", [])
     watched = Watched(teacher).train()
-    found = distill(student, watched, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP)
+    found = distill(
+        student, watched, one_batch(), objective=Objective.kd(temperature=3.0, weight=0.7), training=ONE_STEP
+    )
     assert Watched.modes
     assert set(Watched.modes) == {(False, False, False)}
     assert watched.training
     assert watched.drop.training
-    plain = distill(student, teacher, one_batch(), objective=Objective.kd(3.0, 0.7), training=ONE_STEP)
+    plain = distill(
+        student, teacher, one_batch(), objective=Objective.kd(temperature=3.0, weight=0.7), training=ONE_STEP
+    )
     np.testing.assert_array_equal(weight(found.model), weight(plain.model))
 
 
@@ -276,12 +295,12 @@ def test_a_validation_can_be_arrays_batches_or_a_callable(student, teacher):
     assert accuracy([(inputs[:12], targets[:12]), (inputs[12:], targets[12:])]) == pytest.approx(20 / 30)
 
 
-def test_batches_are_read_until_there_are_32_samples_of_which_8_are_not_of_the_largest_class(student, teacher):
+def test_all_batches_up_to_1024_samples_are_read_for_a_teacher_that_is_no_better_than_chance(student, teacher):
     inputs, targets = samples(60, seed=5)
     batches = [(inputs[i : i + 10], (targets[i : i + 10] + 1) % K) for i in range(0, 60, 10)]
-    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 60 samples"):
         distill(student, teacher, one_batch(), validation=batches)
-    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 40 samples"):
+    with pytest.raises(NumericError, match=r"no better than chance: 0\.0% of 60 samples"):
         distill(student, teacher, batches)
 
 
@@ -308,10 +327,10 @@ def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(
     [
         ({"validation": 3}, r"`validation` is 3\. Give ArrayData, \(inputs, labels\), a DataLoader"),
         ({"validation": iter([])}, r"`validation` is a list_iterator\. Give ArrayData"),
-        ({"validation": (1, 2, 3)}, r"`validation` is a tuple of 3\. Give ArrayData"),
-        ({"training": {"epochs": 2}}, r"`training` .* is a dict of 1; .* Give kirsch\.Training\(epochs=10\)"),
+        ({"validation": (1, 2, 3)}, r"`validation` is a tuple with 3 elements\. Give ArrayData"),
+        ({"training": {"epochs": 2}}, r"`training` .* is a dict with 1 element; .* Give kirsch\.Training\(epochs=10\)"),
         ({"training": 2}, r"`training` .* is 2; .* Give kirsch\.Training\(epochs=10\)"),
-        ({"hooks": {"event": print}}, r"`hooks` .* is a dict of 1; .*Give kirsch\.TrainingHooks"),
+        ({"hooks": {"event": print}}, r"`hooks` .* is a dict with 1 element; .*Give kirsch\.TrainingHooks"),
     ],
 )
 def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sentence):
@@ -324,11 +343,18 @@ def test_an_argument_of_the_wrong_type_is_refused(student, teacher, options, sen
             call()
 
 
-def test_the_hook_validate_has_precedence_over_the_option_validation(student, teacher):
-    hooks = TrainingHooks(validate=lambda model: {"metric": 7.0})
-    (record,) = distill(student, teacher, one_batch(), training=ONE_STEP, validation=samples(N), hooks=hooks).history
-    assert record["metric"] == 7.0
-    assert "accuracy" not in record
+def test_the_hook_validate_is_refused_beside_the_option_validation(student, teacher):
+    hooks = TrainingHooks(validate=lambda _model: {"metric": 7.0})
+    for call in (partial(distill, student, teacher), partial(fit, student)):
+        with pytest.raises(UsageError, match=r"Both `validation` and `hooks\.validate` are given"):
+            call(one_batch(), training=ONE_STEP, hooks=hooks, validation=samples(N))
+
+
+def test_fit_refuses_terms_and_label_smoothing_beside_an_objective(student):
+    with pytest.raises(UsageError, match=r"has the terms kd, and kirsch\.fit has no teacher"):
+        fit(student, one_batch(), objective=Objective.kd())
+    with pytest.raises(UsageError, match=r"`label_smoothing` of kirsch\.fit has no effect together with `objective`"):
+        fit(student, one_batch(), objective=Objective.labels(), label_smoothing=0.1)
 
 
 def test_a_run_with_validation_can_be_stopped_and_resumed(student, teacher):
@@ -488,7 +514,9 @@ def test_a_bad_teacher_is_accepted_with_check_teacher_false_or_with_few_samples(
 
 def test_a_teacher_with_nan_is_refused(student, teacher):
     teacher[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(NumericError, match=r"The teacher's outputs are not finite\. .* Check the teacher's weights"):
+    with pytest.raises(
+        NumericError, match=r"The teacher returns outputs that are not finite.*Check the teacher's weights"
+    ):
         distill(student, teacher, one_batch())
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import kirsch
 from distillation.examples import image_data
+from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build_store
 from kirsch.distillation.term import Ramp, Term
@@ -57,6 +58,18 @@ def distiller(objective=OBJECTIVE, **options):
     return kirsch.Distiller(net(4, 1), net(6, 2), objective, next(data().epoch(0, 0)), **options)
 
 
+def test_a_printed_distiller_shows_the_objective_and_the_compared_layers():
+    found = distiller(Objective((Term("kd", 0.9), Term("fitnet", 0.5, student_layer="1")), label_weight=0.1))
+    found.close()
+    assert str(found).splitlines() == [
+        "student  Sequential",
+        "loss     0.9 kd (T 1) + 0.5 fitnet (1) + 0.1 labels",
+        "term         student        teacher        adapter",
+        "kd           logits (3)     logits (3)",
+        "fitnet       1 (4 × 8 × 8)  1 (6 × 8 × 8)  Convolution",
+    ]
+
+
 def sgd(found):
     return torch.optim.SGD(found.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 
@@ -76,10 +89,6 @@ def steps(found, optimizer, start, stop):
 def assert_close_states(one, two):
     for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def assert_no_hooks(*models):
-    assert not any(m._forward_hooks or m._forward_pre_hooks for model in models for m in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
@@ -231,7 +240,7 @@ def test_a_store_gives_the_loss_of_its_teacher(tmp_path, keep):
     assert stored == pytest.approx(live, rel=2e-3)
     if isinstance(keep, TopK):
         with pytest.raises(StoreError, match="temperature"):
-            kirsch.Distiller(net(4, 1), store, Objective.kd(4.0), batch)
+            kirsch.Distiller(net(4, 1), store, Objective.kd(temperature=4.0), batch)
     with pytest.raises(UsageError, match="the batches have none"):
         kirsch.Distiller(net(4, 1), store, objective, (batch.inputs, batch.targets))
 

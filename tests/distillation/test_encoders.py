@@ -23,16 +23,12 @@ from kirsch.distillation.losses.tokens import (
     token_nst,
 )
 from kirsch.distillation.objective import Objective
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 
 @pytest.fixture(scope="module")
-def encoders():
+def encoders(transformers):
     """Return a student of 2 layers and a teacher of 4, both of width 16."""
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    transformers = import_beside("transformers")
 
     def build(layers, seed):
         torch.manual_seed(seed)
@@ -105,11 +101,7 @@ def test_without_a_mask_padding_changes_every_loss(encoders):
 
 
 @pytest.mark.parametrize("name", ["kd", "distilbert", "tinybert", "minilm"])
-def test_presets_for_transformers_train_a_narrower_encoder(name):
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    transformers = import_beside("transformers")
-
+def test_presets_for_transformers_train_a_narrower_encoder(transformers, name):
     def build(layers, width):
         config = transformers.BertConfig(
             vocab_size=50, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=32,

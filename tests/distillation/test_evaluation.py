@@ -75,6 +75,28 @@ def test_a_teacher_that_always_predicts_the_most_frequent_class_is_refused_even_
     events_of(CONSTANT, ArrayData(X, labels), check_teacher=False)
 
 
+def test_the_error_names_the_teacher_of_several_that_is_no_better_than_chance():
+    data = ArrayData(X, RARE.astype(int))
+    student = FromFunction(lambda x: x[:, :2])
+    with pytest.raises(NumericError, match=r"Teacher 1 \(of 2, counted from 0\) is no better than chance"):
+        distill(student, [CORRECT, CONSTANT], data, training=ONCE)
+
+
+@pytest.mark.parametrize("of_validation", [False, True])
+def test_batches_are_read_until_the_teacher_is_better_than_chance(of_validation):
+    labels = np.arange(1024) % 2
+    inputs = np.where(np.arange(1024) < 64, labels, 1 - labels)[:, None].astype(float)  # wrong on the first 64 samples
+    loader = [(inputs[start : start + 32], labels[start : start + 32]) for start in range(0, 1024, 32)]
+    teacher = FromFunction(lambda x: torch.cat([3 * x, 3 - 3 * x], 1))
+    data, options = (ArrayData(inputs, None), {"validation": loader}) if of_validation else (loader, {})
+    student = FromFunction(lambda x: torch.cat([x, 0 * x], 1))
+    events = []
+    distill(student, teacher, data, training=ONCE, hooks=TrainingHooks(event=events.append), **options)
+    assert events[0]["event"] == "teacher"
+    assert 0.5 < events[0]["accuracy"] < 0.8  # of fewer than 1,024 samples, on which it is 0.94
+    assert not [text for text in warnings_of(events) if "better than chance" in text]
+
+
 @pytest.mark.parametrize("keep", [Dense(), TopK(1)])
 def test_a_store_of_constant_predictions_is_refused(tmp_path, keep):
     data = ArrayData(X, RARE.astype(int))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from data_sets import normal
 from kirsch.data.batches import ArrayData
 from kirsch.data.generated import GeneratedData
 from kirsch.distillation.distill import distill
@@ -16,11 +17,7 @@ from kirsch.frameworks.model_generator import ModelGenerator
 from kirsch.frameworks.training import Training, TrainingHooks
 
 D, K = 6, 3
-SOFT = Objective.kd(2.0, 1.0)
-
-
-def normal(count, generator):
-    return generator.standard_normal((count, D))
+SOFT = Objective.kd(temperature=2.0, weight=1.0)
 
 
 def linear(seed):

@@ -13,7 +13,6 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, dry_run
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K = 3
@@ -152,11 +151,8 @@ def distilled(student, teacher, data, terms, **training):
 
 
 @pytest.fixture(scope="module")
-def vit():
+def vit(timm):
     """Return a function that builds a vision transformer of timm."""
-    import_beside("torchvision")
-    pytest.importorskip("timm", exc_type=ImportError)
-    timm = import_beside("timm")
 
     def build(width, *, fused=True):
         torch.manual_seed(width)
@@ -195,7 +191,7 @@ def test_the_function_of_fused_attention_has_the_queries_as_input_and_calls_no_s
     queries, scores = attention(net.blocks[0], found["blocks.0:in"])
     torch.testing.assert_close(found[f"{function}:in"], queries)
     assert found[function].shape == queries.shape
-    with pytest.raises(UnknownNameError, match=r"no function that `blocks.0.attn` calls 'softmax'\. Known: .*sc"):
+    with pytest.raises(UsageError, match=r"does not call softmax: it calls scaled_dot_product_attention"):
         dry_run(net, ["blocks.0.attn/softmax"], x)
     assert scores.shape[-1] == 5
 
@@ -213,11 +209,8 @@ def test_terms_can_compare_inputs_and_results_of_functions_of_a_vision_transform
 
 
 @pytest.fixture(scope="module")
-def bert():
+def bert(transformers):
     """Return a function that builds an encoder of transformers with two classes."""
-    pytest.importorskip("transformers", exc_type=ImportError)
-    import_beside("torchvision")
-    transformers = import_beside("transformers")
 
     def build(width, attention="eager", layers=2):
         torch.manual_seed(width)
@@ -253,6 +246,9 @@ def test_layer_names_select_inputs_and_results_of_functions_of_an_encoder(bert, 
     torch.testing.assert_close(found[function].transpose(1, 2).flatten(2), found[module])
     with pytest.raises(UsageError, match=r'returns no attentions.*attn_implementation="eager"'):
         dry_run(net, ["attention[0]"], inputs)
+    sentence = r'does not call softmax: it calls scaled_dot_product_attention.*attn_implementation="eager"'
+    with pytest.raises(UsageError, match=sentence):
+        dry_run(net, [f"{module}/softmax:in"], inputs)
 
 
 def test_a_student_with_fused_attention_learns_from_a_teacher_without_fused_attention(bert):

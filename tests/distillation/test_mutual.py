@@ -65,6 +65,16 @@ def test_a_step_equals_distillation_with_the_peers_as_teachers(name, count):
             assert found[index].first_batch[shares] == pytest.approx(expected, rel=1e-5)  # norms are summed in float32
 
 
+def test_a_loss_that_trains_the_embedding_of_its_teacher_does_not_train_the_peer():
+    objective = Objective((Term("crd-batch", 0.5),))
+    students = [linear(seed) for seed in range(2)]
+    found = distill_mutually(students, one_batch(), objective=objective, training=ONE_STEP)
+    options = {"objective": objective, "training": ONE_STEP, "check_teacher": False}
+    for index, student in enumerate(students):
+        alone = distill(student, students[1 - index], one_batch(), **options)
+        torch.testing.assert_close(found[index].model[0].weight, alone.model[0].weight, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("way", ["logits", "confidence", "sum"])
 def test_peers_are_combined_like_teachers(way):
     objective = Objective((Term("kd", 0.5, temperature=2.0),), teachers=way)

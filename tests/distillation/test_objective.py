@@ -16,11 +16,11 @@ def test_the_weights_of_kd_sum_to_1():
     found = Objective.kd()
     assert found.terms == (Term("kd", 0.9, temperature=4.0),)
     assert found.label_weight == pytest.approx(0.1)
-    assert Objective.kd(2.0, 1.0) == Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
+    assert Objective.kd(temperature=2.0, weight=1.0) == Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
 
 
 def test_an_objective_of_labels_has_no_terms():
-    assert Objective.labels(0.1) == Objective(terms=(), label_weight=1.0, label_smoothing=0.1)
+    assert Objective.labels(label_smoothing=0.1) == Objective(terms=(), label_weight=1.0, label_smoothing=0.1)
 
 
 def test_an_objective_can_be_stored_as_json():
@@ -35,8 +35,6 @@ def test_an_objective_can_be_stored_as_json():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"terms": (Term("kd", 0.9, temperature=0.0),)}, "the temperature of 'kd' is 0.0; a number above 0"),
-        ({"terms": (Term("kd", -0.1),)}, "the weight of 'kd' is -0.1; a number of at least 0"),
         ({"label_weight": -1.0}, "label_weight is -1.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and below 1"),
         ({"label_weight": 0.0}, "all weights are 0, so there is nothing to learn"),
@@ -54,10 +52,23 @@ def test_numbers_of_a_term_must_be_finite(options):
         Term("kd", **options)
 
 
+def test_a_printed_objective_is_the_sum_that_the_command_methods_shows():
+    assert str(Objective.preset("at")) == "0.9 kd (T 4) + 1000 at (auto) + 0.1 labels"
+    assert repr(Objective.labels()).startswith("Objective(terms=(), label_weight=1.0")
+
+
+@pytest.mark.parametrize("function", [Objective.kd, Objective.labels])
+def test_numbers_of_an_objective_are_passed_by_name(function):
+    with pytest.raises(UsageError):
+        function(0.1)
+
+
 def test_all_invalid_values_are_in_one_error():
-    sentence = r"the temperature of 'kd' is -1; .*; the weight of 'kd' is -2; .*; label_weight is -3"
+    with pytest.raises(UsageError, match=r"label_weight is -3; .*; label_smoothing is 2"):
+        Objective(label_weight=-3, label_smoothing=2)
+    sentence = r"The term is invalid: the weight of 'kd' is -2; .*; the temperature of 'kd' is -1; a number above 0"
     with pytest.raises(UsageError, match=sentence):
-        Objective((Term("kd", -2, temperature=-1),), label_weight=-3)
+        Term("kd", -2, temperature=-1)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1])

@@ -22,7 +22,6 @@ from kirsch.errors import DataError, ShapeError, StoreError, UnknownNameError, U
 from kirsch.frameworks.adapters import choose_adapter
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.pytorch.features.layers import expand
-from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.training import Training, TrainingHooks
 
 K, TOKENS = 3, 7
@@ -56,10 +55,10 @@ def distilled(term, student=None, teacher=None):
 @pytest.mark.parametrize(
     ("layer", "error", "sentence"),
     [
-        ("nrom", UnknownNameError, r"no layer in Net 'nrom'\. .* Did you mean 'norm'\?"),
-        ("penultimat", UnknownNameError, r"no layer in Net 'penultimat'.* Did you mean 'penultimate'\?"),
-        ("nor?m*", UnknownNameError, r"no layer in Net 'nor\?m\*'"),
-        ("**.nrom*", UnknownNameError, r"no layer in Net '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
+        ("nrom", UnknownNameError, r"no layer in Net named 'nrom'\. .* Did you mean 'norm'\?"),
+        ("penultimat", UnknownNameError, r"no layer in Net named 'penultimat'.* Did you mean 'penultimate'\?"),
+        ("nor?m*", UnknownNameError, r"no layer in Net named 'nor\?m\*'"),
+        ("**.nrom*", UnknownNameError, r"no layer in Net named '\*\*\.nrom\*'\. Known: conv, head, norm, relu"),
         ("output.logit", UnknownNameError, r"no output 'logit'\. Known: 0"),
         ("/maen", UnknownNameError, r"no function that the model calls 'maen'.* Did you mean 'mean'\?"),
         ("/mean#1", UsageError, r"the model calls mean 1 times in one forward pass; calls are numbered from 0, so #1"),
@@ -68,7 +67,11 @@ def distilled(term, student=None, teacher=None):
             UsageError,
             r"Net does not take the keyword output_hidden_states, so .hidden.0.. has no value.* Choose the module",
         ),
-        ("auto[7]", UsageError, r"There are 1 stages shared by student and teacher, and the index is 7"),
+        (
+            "auto[7]",
+            UsageError,
+            r"stage 7 \(auto\[7\]\), and the number of stages shared by student and teacher is 1",
+        ),
     ],
 )
 def test_an_unknown_layer_raises_an_error_that_names_the_known_layers(layer, error, sentence):
@@ -80,7 +83,7 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
     class Large(Net):
         pass
 
-    with pytest.raises(UnknownNameError, match=r"no layer in Large 'nrom'\. .* Did you mean 'norm'\?"):
+    with pytest.raises(UnknownNameError, match=r"no layer in Large named 'nrom'\. .* Did you mean 'norm'\?"):
         distilled(Term("fitnet", 1.0, student_layer="norm", teacher_layer="nrom"), teacher=Large(6))
 
 
@@ -204,21 +207,18 @@ def test_a_teacher_with_another_vocabulary_is_refused():
         distill(student, teacher, ArrayData(tokens, tokens), objective=Objective.preset("causal"))
 
 
-def timm_model(seed=0):
-    """Return a vision transformer of timm with dropout and stochastic depth."""
-    pytest.importorskip("timm", exc_type=ImportError)
-    timm = import_beside("timm")
-    torch.manual_seed(seed)
-    return timm.models.VisionTransformer(
-        img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2,
-        drop_path_rate=0.9, proj_drop_rate=0.5, pos_drop_rate=0.5, attn_drop_rate=0.5,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def timm_transformer():
-    import_beside("torchvision")
-    return timm_model
+def timm_transformer(timm):
+    """Return a function that builds a vision transformer of timm with dropout and stochastic depth."""
+
+    def build(seed=0):
+        torch.manual_seed(seed)
+        return timm.models.VisionTransformer(
+            img_size=6, patch_size=3, in_chans=1, num_classes=K, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2,
+            drop_path_rate=0.9, proj_drop_rate=0.5, pos_drop_rate=0.5, attn_drop_rate=0.5,
+        )  # fmt: skip
+
+    return build
 
 
 def test_the_copy_of_a_teacher_is_frozen_and_in_inference_mode(timm_transformer):
@@ -321,7 +321,7 @@ def test_sample_ids_that_are_not_unique_are_refused():
         (lambda: Term(student_layer=None), "`student_layer` of kirsch.Term is None"),
         (
             lambda: Term("fitnet", student_layer=["conv", 3]),
-            "`student_layer` of kirsch.Term is a list of 2; expected a layer name",
+            "`student_layer` of kirsch.Term is a list with 2 elements; expected a layer name",
         ),
         (lambda: Term(weight="0.9"), "`weight` of kirsch.Term is '0.9'; expected a number"),
         (

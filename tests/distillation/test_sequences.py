@@ -1,4 +1,4 @@
-"""Masks from lengths, the loss of CTC frames, and the filter for sequences that a teacher generated."""
+"""The loss of CTC frames, and the filter for sequences that a teacher generated."""
 
 from __future__ import annotations
 
@@ -17,23 +17,12 @@ from kirsch.distillation.losses.sequences import (
     count_most_frequent,
     ctc_frames,
     filter_targets,
-    mask_from_lengths,
 )
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = RANDOM.standard_normal((2, 2, 6, 5))  # logits (N, L, K)
-
-
-def test_mask_from_lengths_is_true_up_to_each_length(framework):
-    np.testing.assert_array_equal(mask_from_lengths(framework([0, 2, 3]), 3), [[0, 0, 0], [1, 1, 0], [1, 1, 1]])
-
-
-@pytest.mark.parametrize("length", [-1, 4])
-def test_lengths_outside_the_padded_length_are_refused(length):
-    with pytest.raises(DataError, match=rf"A sequence has length {length}; the padded length is 3"):
-        mask_from_lengths(np.array([2, length]), 3)
 
 
 # ------------------------------------------------------------------------------------------------ frames
@@ -57,7 +46,7 @@ def test_ctc_frames_conforms_with_other_options(options, check):
 
 
 def test_ctc_frames_with_all_blanks_kept_equals_soft_targets():
-    mask = mask_from_lengths(np.array([6, 2]), 6)
+    mask = np.arange(6) < np.array([[6], [2]])
     for temperature in (1.0, 3.0):
         value = ctc_frames(STUDENT, TEACHER, temperature=temperature, mask=mask)
         assert value == pytest.approx(soft_target(STUDENT, TEACHER, temperature=temperature, mask=mask), rel=1e-14)
@@ -101,10 +90,10 @@ def test_loss_and_gradient_are_0_if_every_frame_is_dropped(framework):
 
 @pytest.mark.parametrize("blank", ["keep", "drop", "weight"])
 def test_masked_frames_do_not_count(blank):
-    lengths = np.array([4, 2])
+    mask = np.arange(6) < np.array([[4], [2]])
     student, teacher = (np.concatenate([side[0, :4], side[1, :2]])[None] for side in (STUDENT, TEACHER))
     options = {"blank": blank, "threshold": 0.4}
-    value = ctc_frames(STUDENT, TEACHER, mask=mask_from_lengths(lengths, 6), **options)
+    value = ctc_frames(STUDENT, TEACHER, mask=mask, **options)
     assert value == pytest.approx(ctc_frames(student, teacher, **options), rel=1e-13)
     with pytest.raises(DataError, match="All targets are masked"):
         ctc_frames(STUDENT, TEACHER, mask=np.zeros((2, 6), bool), **options)

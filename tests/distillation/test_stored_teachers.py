@@ -35,7 +35,7 @@ def data(augment=None, targets=LABELS, **options):
 
 
 def learned(student, teacher, given, temperature=1.0, **options):
-    options = {"objective": Objective.kd(temperature), "check_teacher": False, "training": SHORT} | options
+    options = {"objective": Objective.kd(temperature=temperature), "check_teacher": False, "training": SHORT} | options
     return kirsch.distill(student, teacher, given, **options)
 
 
@@ -123,7 +123,7 @@ def test_a_store_whose_views_differ_from_the_views_of_the_data_is_refused(tmp_pa
 
 
 def bound(store, batch, objective=None):
-    return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(1.0), batch).eval()
+    return kirsch.Distiller(net(seed=1), store, objective or Objective.kd(temperature=1.0), batch).eval()
 
 
 def test_batches_of_a_custom_loop_must_have_the_views_of_the_store(tmp_path):
@@ -181,7 +181,7 @@ def test_a_store_of_another_version_of_a_transform_is_refused(tmp_path):
 
 def test_a_transform_without_a_version_is_refused_by_a_store(tmp_path):
     given = data(scaled(1.0, None))
-    with pytest.raises(UsageError, match=r"changed has no version\. .*Set `version` after the definition"):
+    with pytest.raises(UsageError, match=r"changed has no version\. .*Set f\.version = \"1\" after the definition"):
         build_store(tmp_path / "store", net(), given, keep=Dense())
     assert not (tmp_path / "store").exists()
 

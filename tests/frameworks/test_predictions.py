@@ -25,6 +25,7 @@ from kirsch.frameworks.predictions import logits_output
         (["aux", "out"], "out"),
         (["loss", "reconstruction", "hidden_states.0", "attentions.0"], "reconstruction"),
         (["prediction"], "prediction"),
+        (["loss", "prediction", "cache.layers.0.keys"], "prediction"),
     ],
 )
 def test_the_logits_are_found_by_the_names_of_the_outputs(names, expected):
@@ -63,7 +64,6 @@ def test_a_dict_without_logits_is_not_distilled_by_its_first_output():
     data = ArrayData(np.random.default_rng(0).random((8, 4)).astype(np.float32), np.arange(8) % 3)
     with pytest.raises(UsageError, match="returns embedding, scores, and none of them is named logits"):
         kirsch.distill(Embedding("scores"), Embedding("scores"), data)
-    training = kirsch.Training(epochs=1)
-    assert kirsch.distill(
-        Embedding("logits"), Embedding("logits"), data, training=training, check_teacher=False
-    ).history
+    options = {"training": kirsch.Training(epochs=1), "check_teacher": False}
+    with pytest.warns(UserWarning, match="does not use these outputs of the student: embedding"):
+        assert kirsch.distill(Embedding("logits"), Embedding("logits"), data, **options).history

@@ -16,15 +16,9 @@ import kirsch
 from kirsch.data.batches import ArrayData
 from kirsch.errors import NumericError
 from kirsch.frameworks.training import TrainingHooks
+from terminals import Tty
 
 EPOCHS = 2
-
-
-class Tty(io.StringIO):
-    """A stream that claims to be a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def net(width=4, seed=1):
@@ -130,7 +124,8 @@ def test_the_bar_is_removed_when_training_fails(open_terminal):
         kirsch.distill(Broken(5, 3), net(6, 2), data, check_teacher=False)
     written = terminal.getvalue()
     assert "━" in written
-    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is shown"
+    assert written.endswith("\x1b[2K"), "the line of the bar is erased"
 
 
 def test_data_without_a_length_shows_the_number_of_the_batch(open_terminal):

@@ -30,13 +30,14 @@ def graph():
 
 
 def test_each_axis_of_a_layer_is_explained_with_the_operations_that_tie_it(graph):
+    add = f"add (test_explain.py:{Residual.forward.__code__.co_firstlineno + 2})"
     assert graph.explain("hidden").splitlines() == [
         "hidden.weight[i], hidden.bias[i]: the 8 units (embedding dim) of 'stem'.",
         "Each unit is removed together with:",
-        "  stem: weight[i], bias[i]  by add (test_explain.py:23)",
-        "  inner: weight[:, i]  by add (test_explain.py:23) → linear (inner)",
-        "  last: weight[:, i]  by add (test_explain.py:23) → linear (last)",
-        "  norm: weight[i], bias[i]  by add (test_explain.py:23) → layer_norm (norm)",
+        f"  stem: weight[i], bias[i]  by {add}",
+        f"  inner: weight[:, i]  by {add} → linear (inner)",
+        f"  last: weight[:, i]  by {add} → linear (last)",
+        f"  norm: weight[i], bias[i]  by {add} → layer_norm (norm)",
         "hidden.weight[:, i]: the 8 units (ffn unit) of 'inner'.",
         "Each unit is removed together with:",
         "  inner: weight[i], bias[i]  by linear (hidden)",

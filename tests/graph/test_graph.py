@@ -123,9 +123,9 @@ def test_units_of_several_groups_can_be_removed_at_once(heads):
 def test_a_parameter_axis_that_would_lose_all_indices_is_named(shuffle):
     graph = shuffle().graph()
     name = graph.groups[0].name
-    assert graph.emptied(graph.keep({name: (0,)})) is None
-    assert graph.emptied(graph.keep({name: (0, 1)})) == ("before.weight", 0)
-    assert graph.emptied(np.zeros_like(graph.coupling.frozen)) == ("before.weight", 0)
+    assert graph.too_small(graph.keep({name: (0,)})) is None
+    assert graph.too_small(graph.keep({name: (0, 1)})) == (("before.weight", 0), 1)
+    assert graph.too_small(np.zeros_like(graph.coupling.frozen)) == (("before.weight", 0), 1)
 
 
 def test_tied_tensors_are_counted_once(network):

@@ -174,7 +174,7 @@ def test_a_shuffled_channel_is_removed_with_the_channels_that_share_its_row_befo
     assert [unit["after.weight", 1] for unit in units(graph, group)] == [[0, 1, 2], [1, 2, 3]]
     for chosen in ((), (0,), (1,), (0, 1)):
         assert_products(graph.coupling, graph.keep({group.name: chosen}))
-    assert graph.emptied(graph.keep({group.name: (0, 1)})) == ("before.weight", 0)
+    assert graph.too_small(graph.keep({group.name: (0, 1)})) == (("before.weight", 0), 1)
 
 
 def test_a_head_is_removed_from_all_layers_with_tied_heads(network):

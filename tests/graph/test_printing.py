@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kirsch.graph.cost import Cost, GroupCost
 from kirsch.graph.graph import Blocker
+from kirsch.graph.inputs import InputSpec
 from kirsch.graph.layout import graph_parts
 from kirsch.graph.plan import Goal, Plan, Removal, Skip
 from kirsch.tables import lines, plain
@@ -171,8 +172,23 @@ def test_six_residual_blocks_are_named_and_the_others_counted():
 def test_a_plan_of_blocks_names_the_removed_blocks():
     method = {"importance": "influence", "norm": 2, "kinds": ["block"], "exclude": ["head"], "seed": 0}
     found = str(plan(groups=(), method=method, blocks=(Skip("layer1", "least influence"),))).splitlines()
-    assert found[0] == "Net   influence of residual blocks, without head"
+    assert found[0] == "Net   influence of residual blocks, without head   MACs for the example inputs"
     assert "layer1  removed" in found
+
+
+def test_a_plan_of_blocks_does_not_show_groups_that_keep_all_units():
+    """The group of a layer in a removed block is not kept."""
+    graph = Groups((Group("layer1.conv"), Group("a"), Group("head")))
+    found = str(plan(graph=graph, blocks=(Skip("layer1", "least influence"),)))
+    assert "layer1.conv" not in found
+    assert "kept" not in found
+    assert "a       " in found  # loses two units
+
+
+def test_a_graph_and_a_plan_name_the_inputs_of_which_macs_are_counted():
+    assert shown()[0] == "Net   1.21 M parameters   402 k MACs for the input 1×3×8×8"
+    inputs = tuple(InputSpec(name, (2, 24), "float32") for name in "ab")
+    assert str(plan(inputs=inputs)).splitlines()[0] == "Net   MACs for the inputs 2×24, 2×24"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +207,8 @@ def test_a_plan_of_blocks_names_the_removed_blocks():
     ],
 )
 def test_the_first_line_of_a_plan_has_its_main_options(method, text):
-    assert str(plan(method=method)).splitlines()[0] == f"Net   {text}".rstrip()
+    title = f"Net   {text}".rstrip() + "   MACs for the example inputs"
+    assert str(plan(method=method)).splitlines()[0] == title
 
 
 def test_a_goal_prints_its_limits():
@@ -207,7 +224,7 @@ def test_the_repr_of_a_plan_is_one_short_line():
 
 def test_a_graph_prints_its_groups_and_costs(chain):
     found = str(chain(5).graph()).splitlines()
-    assert found[0] == "Net   32 parameters   25 MACs   input as given"
+    assert found[0] == "Net   32 parameters   25 MACs for the example inputs"
     assert found[2] == "first       5 channels       30 parameters       25 MACs   with second"
 
 

@@ -307,7 +307,7 @@ def stacked(rows):
 @pytest.mark.parametrize("collator", [None, stacked], ids=["default", "own"])
 def test_targets_of_other_names_are_used(tmp_path, target_name, collator):
     rows = [{target_name if name == "labels" else name: value for name, value in row.items()} for row in sentences()]
-    options = {"student": encoder(8, 2, 0), "teacher": encoder(16, 4, 1), "objective": Objective.kd(2.0)}
+    options = {"student": encoder(8, 2, 0), "teacher": encoder(16, 4, 1), "objective": Objective.kd(temperature=2.0)}
     found = trainer(tmp_path, **options, data=rows, data_collator=collator)
     found.train()
     assert {"loss/label", "loss/kd"} <= set(found.state.log_history[0])
@@ -319,8 +319,8 @@ def test_student_with_softmax_is_refused_unless_its_outputs_are_declared(tmp_pat
     student.classifier = torch.nn.Sequential(student.classifier, torch.nn.Softmax(-1))
     options = {"teacher": encoder(16, 4, 1), "data": sentences()}
     with pytest.raises(UsageError, match="The student, a BertForSequenceClassification, returns probabilities"):
-        trainer(tmp_path, student, objective=Objective.kd(2.0), **options).train()
-    objective = dataclasses.replace(Objective.kd(2.0), student_outputs="probabilities")
+        trainer(tmp_path, student, objective=Objective.kd(temperature=2.0), **options).train()
+    objective = dataclasses.replace(Objective.kd(temperature=2.0), student_outputs="probabilities")
     assert trainer(tmp_path, student, objective=objective, **options).train().global_step == 1
 
 

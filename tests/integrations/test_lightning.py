@@ -104,14 +104,18 @@ def fit(module, callback, *, seed=3, ckpt_path=None, **options):
 def test_batches_and_outputs_are_checked_before_training():
     rows = [{"x": x, "label": y} for x, y in samples()]
     module = Module(data=rows)
-    found = Distillation(net(6, 2), Objective.kd(2.0), student="model")
+    found = Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model")
     fit(module, found, limit_val_batches=0)
     assert set(found.distiller.shares) == {"label", "kd"}
     soft = Module(nn.Sequential(net(4, 1), nn.Softmax(-1)))
     with pytest.raises(UsageError, match="The student, a Sequential, returns probabilities"):
-        fit(soft, Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
+        fit(soft, Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model"), limit_val_batches=0)
     with pytest.raises(DataError, match=r"A batch has one sample, and Sequential normalizes .* drop_last=True"):
-        fit(Module(batch_size=15), Distillation(net(6, 2), Objective.kd(2.0), student="model"), limit_val_batches=0)
+        fit(
+            Module(batch_size=15),
+            Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model"),
+            limit_val_batches=0,
+        )
 
 
 def assert_plain(module, before):
@@ -268,7 +272,7 @@ def test_unsupported_modules_and_loaders_are_refused():
         (Manual(), {}, UsageError, "has manual optimization.*kirsch.Distiller"),
         (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
         (Several(), {}, UsageError, "not a single loader.*example_batch"),
-        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module 'model2'.*Did you mean 'model"),
+        (Module(), {"student": "model2"}, UnknownNameError, "no part of Module named 'model2'.*Did you mean 'model"),
     ):  # fmt: skip
         callback = Distillation(**{"teacher": net(6, 2), "objective": OBJECTIVE, "student": "", **options})
         with pytest.raises(error, match=sentence):

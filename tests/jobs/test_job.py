@@ -75,7 +75,7 @@ def test_parameters_and_macs_are_counted_on_one_sample(job):
 
 @pytest.mark.parametrize(("model", "shape"), [(nn.Linear(2, 4), r"\(4,\)"), (nn.Unflatten(1, (1, 2)), r"\(1, 2\)")])
 def test_model_with_another_number_of_classes_is_refused(job, model, shape):
-    sentence = rf"The model returns logits of shape {shape}; the data small has 3 classes\. Give the model a head"
+    sentence = rf"The model returns logits of shape {shape}; the data small has 3 classes\. Give the model one out"
     with pytest.raises(ShapeError, match=sentence):
         job.count(nn.Sequential(model, nn.Identity()))
 

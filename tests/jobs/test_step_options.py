@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 import kirsch
 from kirsch.errors import RecipeError, UsageError
@@ -24,8 +24,8 @@ NEEDED = {"measure": "- export\n"}
 
 def recipe_with(name: str, *changes: str):
     """Return a recipe with one step of this name without options."""
-    models = "teacher: {model: 'm:t'}\nstudent: {model: 'm:s'}\ngoal: {macs: 0.5}\n"
-    text = f"{models}steps:\n{NEEDED.get(name, '')}- {name}\n"
+    student = "student: {model: 'm:s'}\n" if STEPS[name].needs_student else ""
+    text = f"teacher: {{model: 'm:t'}}\n{student}goal: {{macs: 0.5}}\nsteps:\n{NEEDED.get(name, '')}- {name}\n"
     return read_recipe(text, changes)
 
 
@@ -50,6 +50,19 @@ def test_an_unknown_option_is_refused_in_python_and_by_set(name):
         STEPS[name](epohcs=1)
     with pytest.raises(RecipeError, match=rf"--set {name}\.epohcs=1: steps\[\d\]\.{name}\.epohcs: unknown key"):
         recipe_with(name, f"{name}.epohcs=1")
+
+
+@pytest.mark.parametrize(("name", "field"), options())
+def test_python_and_a_recipe_accept_the_same_values(name, field):
+    """YAML has the same types as Python, and no value of another type is converted."""
+    for value in (True, 0, 1, 1.0, 1.5, -1, "yes", "1", "", None, [], [0.5], ["a"], {}, {"head": True}, {"head": 2}):
+        found = []
+        for make in (lambda: STEPS[name](**{field: value}), lambda: STEPS[name].model_validate({field: value})):  # noqa: B023 - called at once
+            try:
+                found.append(getattr(make(), field))
+            except (UsageError, ValidationError):
+                found.append("refused")
+        assert found[0] == found[1], value
 
 
 @pytest.mark.parametrize("step", [Train, Distill, Recover])

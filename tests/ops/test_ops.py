@@ -112,7 +112,6 @@ def test_the_implementations_have_the_same_functions_with_the_same_arguments():
 
 
 OF_TYPES = {
-    "arange",
     "cast",
     "channel_axis",
     "convert_to_numpy",

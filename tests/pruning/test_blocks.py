@@ -95,13 +95,31 @@ def test_excluded_blocks_are_kept(inputs):
     graph = kirsch.trace(nn.Sequential(chain(ROTATION, ROTATION), chain(ROTATION, ROTATION)).eval(), inputs)
     assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["1"]).without == ("0.0", "0.1")
     assert plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["*.0"]).without == ("0.1", "1.1")
-    with pytest.raises(UnknownNameError, match="`exclude` names the residual block '7', which does not exist"):
+    with pytest.raises(UnknownNameError, match="`exclude` names the layer '7', which does not exist"):
         plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["7"])
+    with pytest.raises(UsageError, match=r"The pattern 'b\*' in `exclude` matches no layer"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["b*"])
+
+
+def test_a_block_with_an_excluded_layer_is_kept(inputs):
+    graph = kirsch.trace(nn.Sequential(chain(ROTATION, ROTATION), nn.Linear(2, 2)).eval(), inputs)
+    assert plan_blocks(graph, Goal(macs=0.7), inputs, exclude=["0.0.branch"]).without == ("0.1",)
+    plan = plan_blocks(graph, Goal(macs=0.7), inputs, exclude=["1"])
+    assert plan.notes == ("exclude=['1'] has no effect: no residual block contains a layer of this name.",)
+
+
+def test_an_importance_for_the_other_kinds_is_refused_with_the_kinds_to_give(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"'magnitude' ranks units of layers, .* Known: change, influence, random"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, importance="magnitude")
+    with pytest.raises(UsageError, match=r"'influence' ranks residual blocks, .* Give kinds='block', or"):
+        kirsch.plan(graph, Goal(macs=0.5), importance="influence")
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost(inputs):
     graph = kirsch.trace(nn.Sequential(chain(ROTATION), nn.Linear(2, 2)).eval(), inputs)
-    with pytest.raises(GoalError, match=r"macs 20\.0% is requested, 50\.0% is the least reachable.*1 residual block"):
+    least = r"macs 20% is requested, 50% is the least reachable with these options.*has 1 residual block\."
+    with pytest.raises(GoalError, match=least):
         plan_blocks(graph, Goal(macs=0.2), inputs)
 
 

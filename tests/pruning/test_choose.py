@@ -207,7 +207,7 @@ def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, sc
 
 
 def test_an_unreachable_goal_names_the_least_reachable_cost():
-    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, \d+\.\d% is the least reachable"):
+    with pytest.raises(GoalError, match=r"macs 0\.1% is requested, [\d.]+% is the least reachable"):
         kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.001))
 
 
@@ -235,27 +235,6 @@ def test_options_out_of_range_are_named_together():
         kirsch.plan(
             kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), ranking="each", round_to=0, norm=3, min_keep=0
         )
-
-
-@pytest.mark.parametrize("ranking", ["global", "local"])
-def test_no_axis_becomes_empty_if_several_groups_share_it(ranking):
-    """The outputs of two layers are on one axis of a third layer. Each layer may lose all units except one."""
-
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 64, bias=False), nn.Linear(4, 64, bias=False)
-            self.last = nn.Linear(128, 4, bias=False)
-
-        def forward(self, x):
-            both = torch.relu(torch.cat([self.first(x), self.second(x)], -1))
-            return self.last(torch.cat([both[..., :0], both], -1))
-
-    graph = kirsch.trace(Shared(), torch.randn(2, 4))
-    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.05), ranking=ranking, round_to=1, min_keep=0.01)
-    assert graph.emptied(plan.keep(graph)) is None
-    kept = kirsch.prune(Shared(), plan).last.in_features
-    assert 1 <= kept < 128
 
 
 def test_a_plan_is_restored_from_json():

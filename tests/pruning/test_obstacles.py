@@ -117,6 +117,12 @@ def test_excluded_layers_are_named_with_the_pattern(graph):
     assert "which exclude=['embed'] keeps unchanged" in error.why
 
 
+def test_all_patterns_that_exclude_a_layer_are_named(graph):
+    error = refused(graph, kirsch.Goal(parameters=0.5), exclude=["embed", "*mb*", "up.bias"])
+    assert "which exclude=['embed', '*mb*'] keeps unchanged" in error.why
+    assert "The goal is reached with exclude=[]." in error.fix
+
+
 def test_the_cost_of_a_product_of_activations_is_explained_by_the_layers_of_its_module():
     class Attention(nn.Module):
         def __init__(self):

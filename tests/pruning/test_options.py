@@ -155,12 +155,22 @@ def test_a_plan_file_accepts_each_option(graph, name):
     [
         ("importance", 3),
         ("norm", 3),
+        ("norm", True),
+        ("norm", 1.0),
+        ("norm", "1"),
         ("ranking", "each"),
         ("round_to", 0),
         ("round_to", True),
+        ("round_to", 8.0),
+        ("round_to", "8"),
+        ("round_to", {"head": "8"}),
         ("round_to", {"heads": 8}),
         ("kinds", ["heads"]),
         ("kinds", {"head": -1}),
+        ("kinds", {"head": True}),
+        ("uniform", "yes"),
+        ("uniform", "true"),
+        ("uniform", 1),
         ("kinds", ["block", "head"]),
         ("min_keep", 0),
         ("min_keep", 1.5),
@@ -178,6 +188,19 @@ def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, v
         recipe_of({"teacher": {"model": "a:b"}, "steps": [{"prune": {name: value}}]}, "The call")
 
 
+def test_a_norm_is_refused_with_an_importance_that_does_not_use_it():
+    with pytest.raises(UsageError, match=r"`norm` has no effect with importance='random'"):
+        PlanOptions(importance="random", norm=1)
+    assert PlanOptions(importance="magnitude", norm=1).norm == 1
+
+
+@pytest.mark.parametrize(
+    "flag", [("--norm", "true"), ("--norm", "3"), ("--uniform", "yes"), ("--round-to", "8.0"), ("--min-keep", "true")]
+)
+def test_a_value_that_is_refused_in_python_is_refused_by_a_flag(flag):
+    assert main(["plan", "digits:student", "--input", "1,1,8,8", "--macs", "0.5", *flag]) == 2
+
+
 def as_yaml(value: Any) -> str:
     """Return a value in the form of --set."""
     if isinstance(value, Mapping):
@@ -189,7 +212,7 @@ def as_yaml(value: Any) -> str:
     ("flags", "options"),
     [
         ({"round_to": ["8"]}, {"round_to": 8}),
-        ({"round_to": ["auto"], "kinds": None, "exclude": []}, {}),
+        ({"round_to": ["auto"], "norm": 2, "kinds": None, "exclude": []}, {"round_to": "auto", "norm": 2}),
         ({"kinds": ["head=2", "head dim=0.5"]}, {"kinds": {"head": 2, "head dim": 0.5}}),
         ({"kinds": ["block"]}, {"kinds": ["block"]}),
         ({"exclude": ["a=b"]}, {"exclude": ["a=b"]}),

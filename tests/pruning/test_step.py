@@ -62,3 +62,19 @@ def test_a_layer_with_outputs_in_two_groups_is_listed_once():
     assert sum("first" in group["layers"] for group in record["groups"]) > 1
     names = [layer["name"] for layer in record["layers"]]
     assert sorted(names) == ["first", "grouped", "second"]
+
+
+def test_a_recurrent_layer_is_listed_with_its_units_not_with_the_rows_of_its_gates():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.head = nn.GRU(3, 16, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.head(self.gru(x)[0][:, -1])
+
+    graph = kirsch.trace(Net().eval(), torch.randn(2, 5, 3))
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.5))
+    (layer,) = removed(graph, plan)["layers"]
+    assert (layer["name"], layer["before"], layer["after"]) == ("gru", 16, 16 - len(plan.groups[0].removed))
+    assert layer["parameters_after"] < layer["parameters_before"] / 2 + 100

@@ -226,7 +226,7 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
             student=student,
             distill=kirsch.Training(epochs=3, learning_rate=0.05),
             recover=kirsch.Training(epochs=1, learning_rate=0.01),
-            objective=kirsch.Objective.kd(2.0),
+            objective=kirsch.Objective.kd(temperature=2.0),
             batch_size=16,
             folder=tmp_path / "run",
             listen=listen,
@@ -277,6 +277,12 @@ def test_option_distill_without_student_is_refused(trained, tmp_path):
             {"steps": [Prune()], "exclude": ["head"]},
             r"`exclude` of kirsch\.compress has no effect together with `steps`",
         ),
+        (
+            {"steps": [Prune()], "recover": kirsch.Training()},
+            r"`recover` of kirsch\.compress has no effect together with `steps`",
+        ),
+        ({"steps": [Prune()], "recover": None}, r"`recover` .* has no effect together with `steps`"),
+        ({"steps": [Prune()], "norm": 2}, r"`norm` .* has no effect together with `steps`"),
         ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
     ],
 )
@@ -369,6 +375,17 @@ def test_steps_given_as_an_argument_are_run_in_order(trained, tmp_path):
     assert [model["name"] for model in found.metrics["models"]] == ["teacher", "pruned", "recovered", "pruned-2"]
 
 
+def test_folder_of_a_run_with_other_steps_is_refused_with_the_call_that_continues_it(trained, compressed, tmp_path):
+    folder = shutil.copytree(compressed[0].folder, tmp_path / "run")
+    sentence = (
+        r"The folder .*run holds a run with other steps or options\. In the run and now: export only in the run; .*"
+        r"To continue the run: kirsch\.compress with the same arguments and folder='.*run'\.$"
+    )
+    with pytest.raises(UsageError, match=sentence) as caught:
+        kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], folder=folder, name="my model", batch_size=16)
+    assert len(str(caught.value)) < 600
+
+
 def test_default_folder_is_a_new_folder_in_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], name="a/b")
@@ -402,7 +419,8 @@ def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, mon
             [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
             (
                 r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Share of the parameters that each step leaves: prune "
-                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower prune-2\.goal\.parameters, or raise goal\.parameters to 0\."
+                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower the goal parameters of the step 'prune-2', or raise that of "
+                r"the job to 0\."
             ),
         ),
     ],

@@ -66,4 +66,4 @@ def test_blocks_are_ranked_on_the_same_samples_of_a_loader_in_each_run(tmp_path,
     assert plans("second") == [first]
     assert len(first["blocks"]) == 1
     assert len(ranked_on) == 4  # each run makes its plan in the checks before the first step, and in the step
-    assert all(torch.equal(samples, ranked_on[0]) for samples in ranked_on)
+    assert all(torch.equal(torch.cat(batches), torch.cat(ranked_on[0])) for batches in ranked_on)

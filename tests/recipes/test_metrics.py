@@ -255,7 +255,7 @@ def test_run_without_goals_pruning_and_measurement_lists_what_was_not_measured(j
     assert found.exit_code == 0
     metrics = found.metrics
     assert (metrics["goal"]["text"], metrics["goal"]["items"]) == ("no goal was set", [])
-    assert metrics["not_measured"][0] == "Latency: the recipe does not export and measure a file."
+    assert metrics["not_measured"][0] == "Latency: the job does not export and measure a file."
     assert (metrics["removals"], metrics["export"]) == ([], None)
     assert [(model["key"], model["chosen"]) for model in metrics["models"]] == [("teacher", True)]
     assert metrics["quality"]["paired"]["p"] == 1.0

@@ -145,7 +145,7 @@ def test_invalid_reference_is_refused_with_the_valid_forms(reference):
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("none.py:net", r"The file .*none\.py does not exist\. Check the path; it is relative to the recipe\."),
+        ("none.py:net", r"The file none\.py does not exist in the folder /.*\. Check the path\."),
         ("wrong.py:net", r"The file .*wrong\.py fails\. SyntaxError: .*line 1\)\. Fix the file\."),
         (
             "fails.py:net",
@@ -184,8 +184,8 @@ def test_failing_reference_is_named_with_the_cause(tmp_path, write, monkeypatch,
             r"nets\.py:net failed\. ValueError: no such thing \(nets\.py:2, in net\)\. Fix the callable\.",
         ),
         ("raise SystemExit(0)", r"nets\.py:net failed\. SystemExit: 0 \(nets\.py:2, in net\)\."),
-        ("return None", r"A builtins\.NoneType is not a model of a supported framework\. Give a torch\.nn\.Module\."),
-        ("return net", r"A builtins\.function is not a model of a supported framework\."),
+        ("return None", r"nets\.py:net returns None; expected a model\. Add the missing `return`\. The callable must"),
+        ("return net", r"nets\.py:net returns the function net; expected a model\. The callable must return a"),
     ],
 )
 def test_callable_that_does_not_return_a_model_is_refused(tmp_path, write, body, sentence):

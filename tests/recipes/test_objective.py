@@ -25,7 +25,7 @@ from kirsch.recipes.recipe import commented, read_recipe
 from kirsch.steps import Distill, Prune, Recover
 
 MINIMAL = "teacher: {model: 'm:t'}\nsteps:\n- recover:\n"
-JOB = SimpleNamespace(outputs={}, model_name="teacher")
+JOB = SimpleNamespace(outputs={}, model_name="student")
 
 
 def recover_recipe(text: str, *changes: str):
@@ -44,10 +44,10 @@ def objective_of(text: str, *changes: str) -> Objective:
     ("text", "expected"),
     [
         ("  {}", Objective.kd()),
-        ("  {temperature: 2, weight: 0.5}", Objective.kd(2.0, 0.5)),
-        ("  {temperature: 2}", Objective.kd(2.0, 0.9)),
-        ("  {weight: 1}", Objective.kd(4.0, 1.0)),
-        ("  {objective: kd, weight: 0.5}", Objective.kd(4.0, 0.5)),
+        ("  {temperature: 2, weight: 0.5}", Objective.kd(temperature=2.0, weight=0.5)),
+        ("  {temperature: 2}", Objective.kd(temperature=2.0, weight=0.9)),
+        ("  {weight: 1}", Objective.kd(temperature=4.0, weight=1.0)),
+        ("  {objective: kd, weight: 0.5}", Objective.kd(temperature=4.0, weight=0.5)),
         ("  {objective: dkd}", Objective.preset("dkd")),
         ("  {objective: {preset: at, label_weight: 0.5}}", Objective.preset("at", label_weight=0.5)),
         (
@@ -112,7 +112,9 @@ def test_preset_is_read_from_its_name_and_from_its_full_form(name):
 
 def test_overrides_change_the_objective():
     assert objective_of("  epochs: 3", "recover.objective=dkd") == Objective.preset("dkd")
-    assert objective_of("  objective: dkd", "recover.objective=kd", "recover.weight=0.5") == Objective.kd(4.0, 0.5)
+    assert objective_of("  objective: dkd", "recover.objective=kd", "recover.weight=0.5") == Objective.kd(
+        temperature=4.0, weight=0.5
+    )
     found = objective_of("  objective: {preset: at}", "recover.objective.label_weight=2")
     assert found == Objective.preset("at", label_weight=2.0)
 
@@ -134,7 +136,7 @@ def test_commented_recipe_explains_the_objective_key():
         ("  objective: {terms: 5}", [r"line 4: .*the terms of the objective are 5; expected a list"]),
         (
             "  objective:\n    preset: at\n    label_wieght: 1",
-            [r"line 4: .*there is no field of an objective 'label_wieght'.* Did you mean 'label_weight'"],
+            [r"line 4: .*there is no field of an objective named 'label_wieght'.* Did you mean 'label_weight'"],
         ),
         (
             "  objective: {preset: at, label_weight: -1}",
@@ -153,8 +155,8 @@ def test_commented_recipe_explains_the_objective_key():
             ),
             [
                 r"line 6: steps\[0\].recover.objective.terms.0: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
-                r"line 7: .*objective.terms.1: .*no field of a term 'temperatuur'.* Did you mean 'temperature'\?",
-                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' 'betta'. .* mean 'beta'\?",
+                r"line 7: .*objective.terms.1: .*no field of a term named 'temperatuur'.* Did you mean 'temperature'\?",
+                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' named 'betta'. .* mean 'beta'\?",
                 r"line 9: .*objective.terms.3: 'layer\[' is not a layer name",
                 r"line 10: .*objective.terms.4: kirsch.Ramp has no argument 'endd'.* Did you mean 'end'\?",
                 r"line 11: .*objective.terms.5: .*`options` of 'dist' contain the temperature",
@@ -167,7 +169,7 @@ def test_commented_recipe_explains_the_objective_key():
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
-            [r"line 3: steps\[0\].recover: temperature and weight can only be combined with the objective kd"],
+            [r"line 3: steps\[0\].recover: temperature and weight .* \[{loss: dkd, temperature: 2, weight: 0.5}\]"],
         ),
     ],
 )
@@ -178,6 +180,21 @@ def test_invalid_objective_is_named_with_line_and_nearest_name(text, sentences):
     assert len(found) == len(sentences)
     for line, sentence in zip(found, sentences, strict=True):
         assert re.match(sentence, line), line
+
+
+@pytest.mark.parametrize("options", [{"temperature": 3.0}, {"weight": 0.5}, {"temperature": 3.0, "weight": 0.5}])
+@pytest.mark.parametrize("objective", [*sorted(set(PRESETS) - {"kd"}), Objective.kd(), Objective.labels()])
+def test_the_fix_for_temperature_and_weight_beside_another_objective_is_valid(objective, options):
+    with pytest.raises(UsageError, match=r"can only be combined with the name 'kd' as objective") as caught:
+        Recover(objective=objective, **options)
+    found = repr(objective) if isinstance(objective, str) else "an objective with its own terms"
+    assert caught.value.what.endswith(f"; found {found}.")
+    assert caught.value.fix.startswith(f"Leave out {' and '.join(options)}")
+    fix = re.search(r"such as (objective: .*)\.$", caught.value.fix)
+    if fix is None:
+        return
+    (term,) = objective_of(f"  {fix[1]}").terms
+    assert {name: getattr(term, name) for name in options} == options
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -239,8 +256,6 @@ def test_steps_take_an_objective_by_name_or_object(job):
     assert step.objective_for(SimpleNamespace(outputs={}, model_name="student")) == objective
     read = Distill.model_validate(step.model_dump(mode="json"))
     assert read.objective == Objective((Term("hcl", 1.0, student_layer="second", options={"sizes": [2, 1]}),))
-    with pytest.raises(UsageError, match="temperature can only be combined with the objective kd"):
-        Recover(temperature=2.0, objective="dkd")
     data = load_data("nets.py:stripes", {}, seed=0, base=job.base)
     teacher = build("nets.py:teacher", base=job.base)
     with pytest.raises(UsageError, match=r"no preset 'dkdd'\. .* Did you mean 'dkd'"):

@@ -72,7 +72,11 @@ PRUNES = st.fixed_dictionaries(
 STEPS = st.tuples(
     st.lists(TRAINS.map(lambda value: {"train": value}), max_size=1),
     st.lists(DISTILS.map(lambda value: {"distill": value}), max_size=2),
-    st.lists(PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}), max_size=4),
+    st.lists(
+        PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}),
+        min_size=1,
+        max_size=4,
+    ),
     st.just([]) | st.just(["export"]) | st.just([{"export": {"format": "onnx"}}, {"measure": {"threads": 3}}]),
 ).map(lambda parts: [step for part in parts for step in part])
 RECIPES = st.fixed_dictionaries(
@@ -121,29 +125,41 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             "goal: {max_dorp: 0.1}",
             f"line 8: goal.max_dorp: unknown key. {LIMITS} Did you mean 'max_drop'?",
         ),
-        ("seed: one", "line 8: seed: input should be a valid integer, found 'one'"),
-        ("seed: -1", "line 8: seed: input should be greater than or equal to 0, found -1"),
-        (f"seed: {2**63}", f"line 8: seed: input should be less than or equal to {2**63 - 1}, found {2**63}"),
-        ("seed: 1.0", "line 8: seed: input should be a valid integer, found 1.0"),
-        ("seed: '1'", "line 8: seed: input should be a valid integer, found '1'"),
-        ("- measure: {rounds: true}", "line 8: steps[2].measure.rounds: input should be a valid integer, found True"),
+        ("seed: one", "line 8: seed: expected a whole number of at least 0, found 'one'."),
+        ("seed: -1", "line 8: seed: expected a whole number of at least 0, found -1."),
+        (f"seed: {2**63}", f"line 8: seed: expected a whole number between 0 and 9.22337e+18, found {2**63}."),
+        ("seed: 1.0", "line 8: seed: expected a whole number of at least 0, found 1.0."),
+        ("seed: '1'", "line 8: seed: expected a whole number of at least 0, found '1'."),
+        (
+            "- measure: {rounds: true}",
+            "line 8: steps[2].measure.rounds: expected a whole number of at least 6, found True.",
+        ),
         (
             "- measure: {rounds: 5}",
-            "line 8: steps[2].measure.rounds: input should be greater than or equal to 6, found 5",
+            "line 8: steps[2].measure.rounds: expected a whole number of at least 6, found 5.",
         ),
         (
             "- measure: {threads: 0}",
-            "line 8: steps[2].measure.threads: input should be greater than or equal to 1, found 0",
+            "line 8: steps[2].measure.threads: expected a whole number of at least 1, found 0.",
         ),
-        ("goal: {speedup: true}", "line 8: goal.speedup: input should be a valid number, found True"),
-        ("goal: {speedup: '2'}", "line 8: goal.speedup: input should be a valid number, found '2'"),
-        ("goal: {max_drop: 1}", "line 8: goal.max_drop: input should be less than 1, found 1"),
-        ("name: 5", "line 8: name: input should be a valid string, found 5"),
+        ("goal: {speedup: true}", "line 8: goal.speedup: expected a number above 0 or None, found True."),
+        ("goal: {speedup: '2'}", "line 8: goal.speedup: expected a number above 0 or None, found '2'."),
+        (
+            "goal: {max_drop: 1}",
+            (
+                "line 8: goal.max_drop: expected a number of at least 0 and below 1, found 1. "
+                "For a loss of at most one percentage point of accuracy write max_drop=0.01."
+            ),
+        ),
+        ("name: 5", "line 8: name: expected text, found 5."),
         ("name: ''", "line 8: name: string should have at least 1 character, found ''"),
-        ("version: 1", "line 8: version: input should be 2, found 1"),
-        ("- export: {format: onyx}", "line 8: steps[2].export.format: input should be 'onnx', found 'onyx'"),
+        ("version: 1", "line 8: version: expected 2, found 1."),
+        (
+            "- export: {format: onyx}",
+            "line 8: steps[2].export.format: expected 'onnx', found 'onyx'. Did you mean 'onnx'?",
+        ),
         ("student: {}", "line 8: student.model: this key is required"),
-        ("goal:", "line 8: goal: input should be a valid dictionary or instance of JobGoal, found None"),
+        ("goal:", "line 8: goal: expected a section with its keys, found None."),
         (
             "- prun: {}",
             (
@@ -161,16 +177,22 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         (
             "- distill",
             (
-                "line 8: steps[2]: the step 'distill' needs a student. Add the section student, or use the step "
+                "line 8: steps[2]: the step 'distill' needs a student. Give a student, or use the step "
                 "recover, which trains the model itself on the teacher."
             ),
         ),
         ("- measure", "line 8: steps[2]: the step 'measure' needs a step 'export' before it. Add this step."),
-        ("- train", "line 8: steps[2]: the teacher is trained after another step. Train it first."),
+        (
+            "- train",
+            (
+                "line 8: steps[2]: the step 'train' of the teacher comes after the step 'prune' of another model. The "
+                "other models are trained on the teacher, and compared with it. Move 'train' to the beginning."
+            ),
+        ),
         (
             "- train: {model: student}",
             (
-                "line 8: steps[2]: the step 'train' needs a student. Add the section student, or "
+                "line 8: steps[2]: the step 'train' needs a student. Give a student, or "
                 "use the step recover, which trains the model itself on the teacher."
             ),
         ),
@@ -184,16 +206,15 @@ def test_invalid_key_or_value_is_named_with_its_line(line, sentence):
 
 def test_invalid_list_item_is_named_with_its_own_line():
     text = f"{MINIMAL}- recover:\n    milestones:\n    - 0.5\n    - 1.5\n"
-    assert_refused(text, "line 6: steps[0].recover.milestones.1: input should be less than 1, found 1.5")
+    assert_refused(text, "line 6: steps[0].recover.milestones.1: expected a number above 0 and below 1, found 1.5.")
 
 
 def test_key_of_a_union_type_is_named_without_the_member_type():
     text = f"{MINIMAL}- prune:\n    goal: {{macs: 0.5}}\n    round_to: some\n"
     assert_refused(
         text,
-        "line 5: steps[0].prune.round_to: input should be a valid integer, found 'some'",
-        "line 5: steps[0].prune.round_to: input should be 'auto', found 'some'",
-        "line 5: steps[0].prune.round_to: input should be a valid dictionary, found 'some'",
+        "line 5: steps[0].prune.round_to: expected a whole number of at least 1, 'auto' or a dict from text to whole "
+        "numbers of at least 1, found 'some'.",
     )
 
 
@@ -201,12 +222,12 @@ def test_all_problems_are_listed_in_one_error():
     text = "name: 5\nteachr: {}\nteacher:\n  modl: 'm:t'\nseed: -1\nsteps:\n- train: {epochs: ten}\n"
     assert_refused(
         text,
-        "line 1: name: input should be a valid string, found 5",
-        "line 5: seed: input should be greater than or equal to 0, found -1",
+        "line 1: name: expected text, found 5.",
+        "line 5: seed: expected a whole number of at least 0, found -1.",
         "line 3: teacher.model: this key is required",
         "line 4: teacher.modl: unknown key. Known: model, outputs. Did you mean 'model'?",
         f"line 2: teachr: unknown key. {SECTIONS} Did you mean 'teacher'?",
-        "line 7: steps[0].train.epochs: input should be a valid integer, found 'ten'",
+        "line 7: steps[0].train.epochs: expected a whole number of at least 1, found 'ten'.",
     )
 
 
@@ -255,7 +276,6 @@ def test_environment_overrides_the_file_and_the_command_line_overrides_both():
         ("recover.learning_rate=1e-4", "recover.learning_rate", 1e-4),
         ("prune.exclude=[a.b, 'c*']", "prune.exclude", ("a.b", "c*")),
         ("prune.goal.macs=0.3", "prune.goal.macs", 0.3),
-        ("steps.0.prune.goal.macs=0.3", "prune.goal.macs", 0.3),
         ("name=no", "name", "no"),
         ("name=a=b", "name", "a=b"),
         ("data.options.deep.er={x: 1}", "data.options", {"deep": {"er": {"x": 1}}}),
@@ -286,7 +306,7 @@ def test_steps_without_options_and_repeated_steps_have_keys():
 
 
 def test_prune_without_goal_needs_a_goal_of_the_job():
-    why = "Neither the step nor the job limits macs or parameters. Give a limit: prune.goal.macs=0.5."
+    why = "Neither the step nor the job limits macs or parameters. Give the step or the job a goal, such as macs=0.5."
     assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
     assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 
@@ -294,7 +314,7 @@ def test_prune_without_goal_needs_a_goal_of_the_job():
 def test_errors_number_the_steps_as_in_the_file_even_if_an_override_removes_one():
     assert_refused(
         VALID.replace("epochs: 5", "epochs: x"),
-        "line 7: steps[1].recover.epochs: input should be a valid integer, found 'x'",
+        "line 7: steps[1].recover.epochs: expected a whole number of at least 1, found 'x'.",
         changes=("prune=null",),
     )
 
@@ -309,10 +329,10 @@ def test_invalid_override_is_refused_with_the_form(change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("seed=x", "--set seed=x: seed: input should be a valid integer, found 'x'"),
+        ("seed=x", "--set seed=x: seed: expected a whole number of at least 0, found 'x'."),
         (
             "prune.min_keep=2",
-            "--set prune.min_keep=2: steps[0].prune.min_keep: input should be less than or equal to 1, found 2",
+            "--set prune.min_keep=2: steps[0].prune.min_keep: expected a number above 0 and up to 1, found 2.",
         ),
         (
             "prune={goal: {macs: 2}}",
@@ -339,7 +359,7 @@ def test_invalid_override_is_named_in_place_of_a_line(change, sentence):
 def test_invalid_environment_variable_is_named():
     assert_refused(
         VALID,
-        "KIRSCH_RECIPE__SEED: seed: input should be a valid integer, found 'x'",
+        "KIRSCH_RECIPE__SEED: seed: expected a whole number of at least 0, found 'x'.",
         environment={"KIRSCH_RECIPE__SEED": "x"},
     )
 
@@ -350,12 +370,6 @@ def test_invalid_environment_variable_is_named():
         ("seed=[", r"^--set seed=\[ is not valid YAML\. Line 1: "),
         ("seed=.nan", r"^--set seed=\.nan: '\.nan' cannot be used\."),
         ("name=!!python/name:os.system", r"^--set name=!!python/name:os\.system uses the tag"),
-        ("seed.x=1", r"^--set seed\.x=1: 'seed' is a value, not a section\."),
-        (
-            "distill.weight=1",
-            r"^--set distill\.weight=1: the recipe has no section and no step 'distill'\. Its steps are ",
-        ),
-        ("recover-2.epochs=1", r"no step 'recover-2'.*Did you mean 'recover'\?"),
     ],
 )
 def test_unreadable_override_is_named(change, sentence):

@@ -1,4 +1,4 @@
-"""The report as a page: content, structure, escaping and contrast."""
+"""The report as a page: content and structure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import re
 import pytest
 
 from kirsch.report import render
-from kirsch.report.html import FOLDER, frequent_errors, shade, without_folders
-
-STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")
+from kirsch.report.html import frequent_errors, shade
+from report.structure import STYLE, assert_self_contained, assert_well_formed
 
 SECTIONS = [
     "Trade-off",
@@ -46,38 +45,6 @@ def table(tree, *head):
 
 
 # ------------------------------------------------------------------------------------------- structure
-
-
-def assert_self_contained(tree):
-    """Assert that no tag, attribute or style loads a resource or runs a script."""
-    active = {"script", "iframe", "object", "embed", "link", "base", "form", "img", "image", "use", "a", "audio"}
-    assert not active & {element.tag for element in tree.all()}
-    for element in tree.all():
-        for name in element.attributes:
-            assert not name.startswith("on"), (element.tag, name)
-            assert name not in {"src", "href", "xlink:href", "action", "data", "srcset", "poster", "style"}, name
-    (style,) = tree.all("style")
-    assert style.text.strip() == STYLE.strip()
-    (policy,) = tree.all("meta", http_equiv="Content-Security-Policy")
-    assert policy.attributes["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-
-
-def assert_well_formed(tree):
-    for element in tree.all("table"):
-        widths = {len(row) for row in element.rows()}
-        assert len(widths) == 1, (element.rows()[0], widths)
-        assert [part.tag for part in element.all("thead", "tbody")] == ["thead", "tbody"]
-    for drawing in tree.all("svg"):
-        first, second = drawing.children[:2]
-        assert (first.tag, second.tag) == ("title", "desc")
-        assert first.text
-        assert second.text
-        assert drawing.attributes["role"] == "img"
-        assert drawing.attributes["aria-label"] == first.text
-        assert not re.search(
-            r"\b(nan|inf|none)\b", json.dumps([element.attributes for element in drawing.all()]).lower()
-        )
-    assert [len(tree.all(tag)) for tag in ("html", "head", "body", "h1")] == [1, 1, 1, 1]
 
 
 def test_the_style_sheet_loads_no_resources():
@@ -413,148 +380,3 @@ def test_a_plan_without_groups_and_layers_is_rendered(page, metrics):
     part = section(page(metrics), "Removed units")
     assert part.all("svg") == []
     assert "No blockers: only inputs and outputs of the model are frozen." in part.words
-
-
-# ------------------------------------------------------------------------------------------- paths
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("model: /home/alice/work/nets.py:teacher", "model: nets.py:teacher"),
-        ("model: nets.py:teacher", "model: nets.py:teacher"),
-        ("source: ../data/nets.py:stripes", "source: ../data/nets.py:stripes"),
-        ("options: {path: '/Users/alice'}", "options: {path: '~'}"),
-        ('weights: "~/secret/w.safetensors"', 'weights: "w.safetensors"'),
-        (r"weights: C:\Users\alice\w.safetensors", "weights: w.safetensors"),
-        ("folder: /srv/alice/data", "folder: data"),
-        ("model: /home/alice/nets.py:teacher", "model: nets.py:teacher"),
-        ("model: timm:resnet18", "model: timm:resnet18"),
-    ],
-)
-def test_the_recipe_is_shown_without_the_folders_of_absolute_paths(page, metrics, text, shown):
-    assert without_folders(text) == shown
-    metrics["provenance"]["recipe"] = f"name: digits\n{text}\n"
-    assert f"name: digits\n{shown}\n" in [element.text for element in page(metrics).all("pre")]
-
-
-# ------------------------------------------------------------------------------------------- hostile names
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    "</style><script>alert(1)</script>",
-    "</title></pre></svg></table><h1>mine</h1>",
-    "<!-- <![CDATA[ ",
-    "[red]", "[/0]", "{{ 7*7 }}{% raw %}", "${7*7} &lt; &amp;", "javascript:alert(1)", "two\nlines\tand a tab",
-    "\x1b[31mred\x1b[0m", "\N{RIGHT-TO-LEFT OVERRIDE}right to left", "…", "x" * 3000,
-]  # fmt: skip
-
-
-NAMES = {
-    "digits", "2026-03-14-digits-7f3a",
-    "MACs ≤ 50 %, accuracy drop ≤ 1.0 point", "MACs 49.6 % of it", "7 samples lost, 1 gained",
-    "teacher", "student", "pruned", "exported",
-    "stem", "stem_bn", "block.conv1", "block.bn1", "channel", "smallest weights of the group (L2)",
-    "reshape", "head", "net.py:41", "view",
-    "cat", "dog", "eel",
-    "artifacts/model.onnx", "ONNX opset 20", "Cherry 9000", "onnxruntime 1.32.0",
-    "Energy.", "Other seeds.", "rounding", "equal to the masked original",
-    "teacher trained", "−50.4 % MACs", "98.5 % ± 1.2", "2 groups",
-}  # fmt: skip
-"""Texts of the metrics that come from a model, a recipe or a machine."""
-
-
-def prefixed(value, name):
-    """Return the metrics with a prefix before each text in `NAMES`."""
-    if isinstance(value, dict):
-        return {key: prefixed(part, name) for key, part in value.items()}
-    if isinstance(value, list):
-        return [prefixed(part, name) for part in value]
-    return name + value if isinstance(value, str) and value in NAMES else value
-
-
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_name_is_escaped_in_every_place(page, metrics, name):
-    plain = page(metrics)
-    hostile = prefixed(metrics, name)
-    hostile["export"]["usage"] = hostile["provenance"]["recipe"] = f"a\n{name}\n"
-    hostile["provenance"]["environment"] = {name: [name]}
-    hostile["curves"][0]["terms"] = {name: [1.0, 2.0, 3.0], "kd": [4.0, 5.0, 6.0]}
-    tree = page(hostile)
-    assert_self_contained(tree)
-    assert_well_formed(tree)
-    assert [element.tag for element in tree.all()] == [element.tag for element in plain.all()]
-    assert [text for text in NAMES if name + text not in tree.text] == []
-    usage, recipe, _, environment = (element.text for element in tree.all("pre"))
-    assert usage == recipe == f"a\n{name}\n"
-    assert json.loads(environment) == {name: [name]}
-
-
-# ------------------------------------------------------------------------------------------- contrast
-
-
-def rgb(code):
-    """Return (red, green, blue), each 0 to 1, of a hexadecimal code of 3 or 6 digits."""
-    code = code if len(code) == 6 else "".join(2 * digit for digit in code)
-    return tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
-
-
-def palettes():
-    """Return the colors of the style sheet by theme and variable."""
-    return {
-        theme: {name: rgb(code) for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{3}|[0-9a-f]{6});", block)}
-        for theme, block in zip(("light", "dark"), re.findall(r":root \{([^}]*)\}", STYLE), strict=True)
-    }
-
-
-def contrast(first, second):
-    """Return the contrast ratio of two colors as defined by WCAG 2.2."""
-
-    def luminance(color):
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_the_contrast_ratio_has_the_known_values_of_wcag():
-    black, white, gray = (0, 0, 0), (1, 1, 1), (0x77 / 255,) * 3
-    assert contrast(black, white) == pytest.approx(21)
-    assert contrast(gray, white) == pytest.approx(4.48, abs=0.005)  # the lightest common gray below 4.5
-
-
-TEXT = [
-    *(("paper", color) for color in ("ink", "soft", "accent", "met", "missed")),
-    *(("wash", color) for color in ("ink", "soft")),
-    ("met-wash", "met"),
-    ("missed-wash", "missed"),
-]
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize(("background", "color"), TEXT)
-def test_the_contrast_of_text_is_at_least_4_5(theme, background, color):
-    palette = palettes()[theme]
-    assert contrast(palette[color], palette[background]) >= 4.5
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_contrast_of_counts_in_a_confusion_matrix_is_at_least_4_5(theme):
-    palette = palettes()[theme]
-    shades = re.findall(r"background: color-mix\(in srgb, var\(--(\w+)\) (\d+)%, transparent\)", STYLE)
-    assert len(shades) == 5
-    for name, percent in shades:
-        opacity = int(percent) / 100
-        background = [opacity * c + (1 - opacity) * p for c, p in zip(palette[name], palette["paper"], strict=True)]
-        assert contrast(palette["ink"], background) >= 4.5
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_contrast_of_kept_units_with_removed_units_and_the_page_is_at_least_3(theme):
-    """WCAG 2.2, criterion 1.4.11: graphics need a contrast of 3 : 1 with adjacent colors."""
-    palette = palettes()[theme]
-    assert contrast(palette["accent"], palette["paper"]) >= 3
-    assert contrast(palette["accent"], palette["gone"]) >= 3

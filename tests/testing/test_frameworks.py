@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from kirsch.data.arrays import map_arrays
 from kirsch.frameworks.find import pytorch
 from kirsch.testing import FRAMEWORK_CHECKS, FrameworkExample, frameworks
 
@@ -114,7 +115,10 @@ FAULTS = [
     ),
     (
         "check_arrays_survive_the_conversion",
-        planted("inference", from_numpy=lambda array, like=None: torch.from_numpy(array).half()),
+        planted(
+            "inference",
+            from_numpy=lambda arrays, like=None: map_arrays(torch.Tensor.half, INFERENCE.from_numpy(arrays)),
+        ),
         "from_numpy changes values",
     ),
     (

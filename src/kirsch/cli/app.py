@@ -23,7 +23,7 @@ from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
 
 MODES = {
     "json": "One JSON object on the standard output; progress goes to the standard error.",
-    "quiet": "Results only, no progress.",
+    "quiet": "Show no progress. The result is the same.",
     "debug": "Show the traceback of an error.",
 }
 """Options of every subcommand."""
@@ -145,7 +145,7 @@ BlockData = Annotated[
     str,
     typer.Option(
         "--data",
-        help="With --kinds block: data source, as in a recipe, to rank blocks on. Default: the example inputs.",
+        help="With --kinds block: data source, as in a recipe, to rank blocks on. Default: random example inputs.",
         metavar="SOURCE",
     ),
 ]
@@ -360,7 +360,7 @@ def methods(
 
 @command
 def doctor(session: Session) -> int:
-    """List installed and missing packages, with pip commands."""
+    """List missing and broken packages, with pip commands."""
     from kirsch.cli.doctor import doctor as run_doctor
 
     return run_doctor(session.terminal)

@@ -114,7 +114,7 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         cost = ""
         if step["macs"] is not None:
             cost = f"{figures.count(step['macs']):>6} MACs   {figures.count(step['parameters']):>6} params"
-        duration = f"about {figures.seconds(step['seconds'])}"
+        duration = "not timed" if step["seconds"] is None else f"about {figures.seconds(step['seconds'])}"
         text = f"{number:>2} {step['key']:<10} {cost:<28}   {duration:<14}   {step['model'] or ''}"
         lines.append([Piece(text.rstrip())])
     for number, (key, plan) in enumerate(content["plans"].items()):
@@ -126,15 +126,17 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         )
         lines += [[]] if number == 0 else []
         kind = "block" if plan["blocks"] else "unit"
-        weights = f"; {kind}s ranked by {content['plan_weights']}" if number == 0 else ""
+        ranking = f"; {kind}s ranked by the importance {plan['method']['importance']}"
+        weights = f", with {content['plan_weights']}" if number == 0 else ""
         of_groups = f"by pruning {figures.counted(len(plan['groups']), 'group')}"
         of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"
-        text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{weights}"
+        text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{ranking}{weights}"
         lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
     lines += labeled("reached", "good", [[Piece(text)] for text in content["expected"]])
-    lines.append(
-        [Piece(f"{'time':<13}about {figures.seconds(content['seconds'])} on this machine under its current load")]
-    )
+    untimed = [step["key"] for step in content["steps"] if step["seconds"] is None]
+    without = f", without {' and '.join(untimed)}" if untimed else ""
+    duration = f"about {figures.seconds(content['seconds'])}{without}, on this machine under its current load"
+    lines.append([Piece(f"{'time':<13}{duration}")])
     lines.append([Piece(f"{'disk':<13}about {figures.bytes_(content['disk_bytes'])}")])
     if content["missing"]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])
@@ -161,7 +163,7 @@ def init(path: str, terminal: Terminal) -> int:
 
 def report(folder: Path, terminal: Terminal) -> int:
     """Write the report of a finished run again, from its metrics."""
-    from kirsch.recipes import manifest
+    from kirsch.recipes import manifest, run_folder
     from kirsch.report import render
 
     metrics = _metrics(folder)
@@ -171,7 +173,7 @@ def report(folder: Path, terminal: Terminal) -> int:
         raise CheckpointError(
             f"The report of {folder} cannot be written, because the metrics of the run are damaged.",
             f"{damaged[0]}.",
-            f"Restore the metrics: kirsch resume {folder}",
+            f"Restore the metrics: {run_folder.how_to_continue(folder)}",
         )
     target = folder / REPORT
     manifest.update_file(folder, REPORT, render(metrics))
@@ -186,14 +188,14 @@ def verify(folder: Path, terminal: Terminal) -> int:
         LoadError: the folder is not a run folder.
         CheckpointError: files are damaged, missing, or not part of the run; the message names all of them.
     """
-    from kirsch.recipes import integrity
+    from kirsch.recipes import integrity, run_folder
 
     checked = integrity.check(folder)
     if checked.problems:
         raise CheckpointError(
             f"The run {folder} is damaged:\n" + "\n".join(checked.problems),
             "",
-            f"kirsch resume {folder} restores the damaged files, or names the files to delete.",
+            f"{run_folder.how_to_continue(folder)} restores the damaged files, or names the files to delete.",
         )
     content = {"run": str(folder), "sound": checked.finished, "finished": checked.finished, "steps": checked.steps}
     content |= {
@@ -213,7 +215,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
     lines: list[Line] = [
         [
             Piece(f"{'not finished':<13}", "warning"),
-            Piece(f"{folder}: {progress}; continue with kirsch resume {folder}"),
+            Piece(f"{folder}: {progress}; continue with {run_folder.how_to_continue(folder)}"),
         ],
         [Piece(f"{'verified':<13}", "good"), Piece(verified)],
         [Piece(f"{'not verified':<13}", "warning"), Piece(unverified)],
@@ -223,16 +225,19 @@ def verify(folder: Path, terminal: Terminal) -> int:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
+    from kirsch.recipes import run_folder
     from kirsch.report import read_metrics
 
     try:
         path = folder / METRICS
         if path.exists() and not path.is_file():  # reading a pipe would block
-            raise LoadError(f"{path} is not a file.", fix=f"Delete or move it; then kirsch resume {folder}")
+            fix = f"Delete or move it; then {run_folder.how_to_continue(folder)}"
+            raise LoadError(f"{path} is not a file.", fix=fix)
         return read_metrics(path)
     except OSError as error:
+        run_folder.require(folder)
         raise LoadError(
             f"{folder} has no {METRICS}.",
-            f"{error.strerror}: the run is not finished, or this is not a run folder.",
-            f"Finish the run: kirsch resume {folder}",
+            f"{error.strerror}: the run is not finished.",
+            f"Finish the run: {run_folder.how_to_continue(folder)}",
         ) from error

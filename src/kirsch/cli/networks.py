@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from kirsch.graph.inputs import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
+PLAN_FILE = re.compile(rb'\s*\{\s*"kirsch_plan"')
+ONNX_FILE = re.compile(rb"\x08")  # key of the first field of the message, the version of the format
 GOAL_MISSED = 3
 """Exit code if the work is done and a goal is missed."""
 
@@ -108,7 +111,8 @@ class PlanRequest:
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            data = loaded.framework.inference.from_numpy(source.train.inputs[:CALIBRATION])
+            from_numpy = loaded.framework.inference.from_numpy
+            data = [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
@@ -117,7 +121,7 @@ class PlanRequest:
         """Return a note if blocks were ranked on the example inputs."""
         if not self.on_example_inputs or self.options.get("importance") == "random":
             return []
-        return ["The blocks were ranked on the example inputs; --data SOURCE ranks them on data."]
+        return ["The blocks were ranked on example inputs, which are random; --data SOURCE ranks them on data."]
 
 
 def load_model(reference: str, inputs: Sequence[str], weights: str, *, pruned: str = "", seed: int = 0) -> LoadedModel:
@@ -193,7 +197,7 @@ def show_trace(loaded: LoadedModel, layer: str, terminal: Terminal) -> int:
 
 def show_plan(loaded: LoadedModel, request: PlanRequest, output: str, terminal: Terminal) -> int:
     """Show a plan with its costs, and write it to a file if one is named."""
-    target = _output_file(output) if output else None
+    target = _output_file(output, PLAN_FILE, "a plan") if output else None
     plan = request.plan(loaded)
     texts = [*request.notes(), *_random_weights_note(loaded, plan)]
     parts = [*plan.parts(), *loaded.weights_parts(), notes(texts)]
@@ -249,7 +253,7 @@ def show_prune(
 
 def show_export(loaded: LoadedModel, output: str, terminal: Terminal) -> int:
     """Export a model to an ONNX file, and compare the outputs of model and file."""
-    artifact = export(loaded.model, _output_file(output), example_inputs=loaded.inputs)
+    artifact = export(loaded.model, _output_file(output, ONNX_FILE, "an ONNX file"), example_inputs=loaded.inputs)
     content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": loaded.weights}
     terminal.result([*artifact.parts(), *loaded.weights_parts()], content)
     return 0
@@ -316,12 +320,20 @@ def _other_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:
     return [f"{text}: for the plan, {plan_weights}; for the model, {loaded.weights}. Make a new plan."]
 
 
-def _output_file(output: str) -> Path:
-    """Return the path of an output file, after a check that it can be written."""
+def _output_file(output: str, start: re.Pattern[bytes], noun: str) -> Path:
+    """Return the path of an output file, after a check that it can be written.
+
+    Args:
+        output: the path.
+        start: pattern of the first bytes of a file of this kind; other files are not replaced.
+        noun: name of this kind of files, for messages.
+    """
     path = Path(output)
     if path.is_dir():
         raise OutputError(f"{path} is a folder.", "A file is needed for the output.", "Give a file name in the folder.")
     check_writable(path.parent)
+    if path.is_file() and (content := path.read_bytes()) and not start.match(content):
+        raise OutputError(f"The file {path} exists and is not {noun}.", "It is not replaced.", "Choose another name.")
     return path
 
 

@@ -22,32 +22,30 @@ def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `kirsch.plan` whose flags differ from the defaults.
+    """Return the options of `kirsch.plan` whose flags are given.
 
     Raises:
         UsageError: a flag that takes one value is repeated, or a weight is not a number.
     """
-    options = {name: _value(name, value) for name, value in flags.items() if value is not None and value != []}
-    return {name: value for name, value in options.items() if value != PlanOptions.model_fields[name].default}
+    return {name: _value(name, value) for name, value in flags.items() if value is not None and value != []}
 
 
 def _flag(name: str) -> inspect.Parameter:
     field = PlanOptions.model_fields[name]
     kinds = _types(field.annotation)
     text = str(field.description)
-    text, default = f"{text[0].upper()}{text[1:]}", field.default
-    annotation: Any
+    text = f"{text[0].upper()}{text[1:]}"
+    text += f"; default: {field.default}" if field.default not in (None, False, ()) else ""
+    kind: Any
     if kinds & {Sequence, Mapping}:
-        annotation = list[str] | None
+        kind = list[str]
         text += "; may be repeated" + ", also as KIND=NUMBER" * (Mapping in kinds)
-        default = None
     else:
-        (annotation,) = kinds
-        annotation = annotation | None if default is None else annotation
-    shown = field.default if default is None and isinstance(field.default, str) else True
-    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=shown)
+        (kind,) = kinds
+    # The default is None, so that a flag with the default of the option is known to be given.
+    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=False)
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, flag]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
     )
 
 

@@ -67,7 +67,7 @@ class TeacherArguments:
                 "The data source must return a data set whose training part is kirsch.Split(inputs, labels).",
             )
         teacher, batches = model_of(self.model, self.weights, seed=self.seed), data.batches(self.batch_size)
-        require_deterministic(teacher, (data.train.inputs[:1],))
+        require_deterministic(teacher, data.first_inputs(1)[0])
         return teacher, batches
 
     def weights_line(self) -> Line:

@@ -1,4 +1,4 @@
-"""Arrays of any framework: as numpy arrays, and without gradient."""
+"""Arrays of any framework, alone or in containers: as numpy arrays, and without gradient."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 
@@ -16,10 +18,15 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
+def map_arrays(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an array, or to each array in a tuple, list or dict; lists become tuples."""
+    if isinstance(value, Mapping):
+        return {name: map_arrays(function, part) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(map_arrays(function, part) for part in value)
+    return function(value)
+
+
 def without_gradient(value: Any) -> Any:
     """Return an array, or a dict or tuple of arrays, detached from the computation of gradients."""
-    if isinstance(value, Mapping):
-        return {name: without_gradient(part) for name, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(without_gradient(part) for part in value)
-    return value.detach() if hasattr(value, "detach") else value
+    return map_arrays(lambda part: part.detach() if hasattr(part, "detach") else part, value)

@@ -14,6 +14,7 @@ from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
 from kirsch.data.arrays import host
 from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
+from kirsch.data.inputs import converted, named_arrays, rows, subject
 from kirsch.data.structure import check_inputs, split_batch, summary
 from kirsch.errors import DataError, ModelError, ShapeError, UsageError, error_text
 
@@ -146,8 +147,8 @@ class ArrayData(SeededData):
     sample can be found.
 
     Args:
-        inputs: array of finite numbers, shape (N, ...), or a dict of such arrays, the keyword arguments of the model.
-            Tensors and lists of numbers become numpy arrays, also in `targets` and `ids`.
+        inputs: array of finite numbers, shape (N, ...); or a tuple or dict of such arrays, the positional or keyword
+            arguments of the model. Tensors and lists of numbers become numpy arrays, also in `targets` and `ids`.
         targets: targets of the label loss, such as class numbers (N,) or (N, L); None if there are none.
         batch_size: samples per batch, >= 1. A last batch of one sample is merged with the batch before, because batch
             normalization needs two samples.
@@ -190,25 +191,26 @@ class ArrayData(SeededData):
             _check_part(name, part, self.samples)
         if self.ids is not None:
             _check_ids(self.ids, self.samples)
-        if self.augment is not None and isinstance(self.inputs, dict):
+        if self.augment is not None and isinstance(self.inputs, (dict, tuple)):
             raise UsageError(
-                "`augment` takes one array, and the inputs are a dict.", fix="Augment the inputs beforehand."
+                f"`augment` takes one array, and the inputs are a {type(self.inputs).__name__}.",
+                fix="Augment the inputs beforehand.",
             )
         if self.augment is not None:
             check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
 
     def _make_arrays(self) -> None:
         """Convert tensors and lists to arrays."""
-        arrays = {name: _array(name, part) for name, part in self.parts.items()}
-        object.__setattr__(self, "inputs", arrays if isinstance(self.inputs, dict) else arrays["inputs"])
+        inputs = converted(lambda name, value: _array(subject(name, "ArrayData"), value), self.inputs)
+        object.__setattr__(self, "inputs", inputs)
         for name in ("targets", "ids"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _array(name, getattr(self, name)))
+                object.__setattr__(self, name, _array(f"The {name} of ArrayData are", getattr(self, name)))
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Return the arrays of the inputs by name."""
-        return self.inputs if isinstance(self.inputs, dict) else {"inputs": self.inputs}
+        """Return the arrays of the inputs by name; see `named_arrays`."""
+        return named_arrays(self.inputs)
 
     @property
     def samples(self) -> int:
@@ -217,9 +219,7 @@ class ArrayData(SeededData):
 
     def rows(self, indices: Any) -> Any:
         """Return the inputs of some samples without augmentation."""
-        if isinstance(self.inputs, dict):
-            return {name: part[indices] for name, part in self.inputs.items()}
-        return self.inputs[indices]
+        return rows(self.inputs, indices)
 
     def __len__(self) -> int:
         """Return the number of batches per epoch."""
@@ -254,24 +254,24 @@ class ArrayData(SeededData):
             yield self.batch(order[borders[number] : borders[number + 1]], seed, view)
 
 
-def _array(name: str, value: Any) -> NDArray[Any]:
+def _array(beginning: str, value: Any) -> NDArray[Any]:
     """Convert an array, a tensor or a list of numbers to a numpy array.
 
     Raises:
-        DataError: the value is something else, or its samples differ in shape.
+        DataError: the value is something else, or its samples differ in shape. `beginning` is that of the message.
     """
     try:
         array = host(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(
-            f"The {name} of ArrayData are {summary(value)}, and cannot be converted to an array.",
+            f"{beginning} {summary(value)}, and cannot be converted to an array.",
             error_text(error),
             "Give one array with all samples on the first axis; pad or resize samples that differ in shape.",
         ) from error
     if array.ndim:
         return array
     raise DataError(
-        f"The {name} of ArrayData are {summary(value)}; expected one array with all samples on the first axis.",
+        f"{beginning} {summary(value)}; expected one array with all samples on the first axis.",
         fix="Give a DataLoader in place of ArrayData, not in it.",
     )
 
@@ -281,7 +281,8 @@ def _check_part(name: str, part: NDArray[Any], samples: int) -> None:
         raise ShapeError(f"There are {samples} samples of the first input and {len(part)} of {name!r}.", fix=ONE_EACH)
     if part.dtype.kind not in "biufc":
         raise DataError(
-            f"The input {name!r} is {summary(part)}; expected numbers.", fix="Give arrays of numbers, not of objects."
+            f"{subject(name, 'ArrayData')} {summary(part)}; expected numbers.",
+            fix="Give arrays of numbers, not of objects.",
         )
     bad = ~np.isfinite(part.reshape(len(part), -1)).all(axis=1)
     if bad.any():

@@ -15,13 +15,25 @@ from kirsch.data.annotations import Labeled
 from kirsch.data.arrays import host
 from kirsch.data.augment import Augment, Seeded
 from kirsch.data.batches import ArrayData, SeededData
+from kirsch.data.inputs import (
+    capitalized,
+    converted,
+    inputs_of_batch,
+    named_arrays,
+    require_same_inputs,
+    rows,
+    subject,
+    without_container,
+)
 from kirsch.data.stream import Stream, read
-from kirsch.data.structure import refuse_dataset, summary
+from kirsch.data.structure import TARGETS, refuse_dataset, summary
 from kirsch.errors import DataError, UsageError
 from kirsch.references import is_valid_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from kirsch.data.batches import Batch
 
 
 @checked
@@ -30,12 +42,14 @@ class Split:
     """Samples with their labels.
 
     Args:
-        inputs: model inputs after preprocessing, shape (N, ...), float32. Tensors and lists become arrays.
+        inputs: model inputs after preprocessing, shape (N, ...), float32. For a model with several inputs: a tuple of
+            its positional arguments, or a dict (also a BatchEncoding of transformers) of its keyword arguments; each
+            has N samples. Tensors and lists become arrays.
         labels: labels in the form that the task needs, such as class numbers, int64 of shape (N,). Tensors and lists
             become arrays.
 
     Raises:
-        DataError: an argument is not an array of numbers, or inputs and labels differ in number.
+        DataError: an argument is not an array of numbers, or inputs and labels differ in number of samples.
     """
 
     made_by: ClassVar[str] = "kirsch.Split(inputs, labels)"
@@ -44,13 +58,23 @@ class Split:
     labels: Any
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "labels"):
-            object.__setattr__(self, name, _array(name, getattr(self, name)))
-        if len(self.inputs) != len(self.labels):
-            raise DataError(
-                f"A Split has {len(self.inputs)} inputs and {len(self.labels)} labels.",
-                fix="Give one label for each input; samples lie on the first axis.",
-            )
+        inputs = converted(lambda name, value: _array(subject(name, "a Split"), value), self.inputs)
+        object.__setattr__(self, "inputs", without_container(inputs))
+        object.__setattr__(self, "labels", _array("The labels of a Split are", self.labels))
+        for name, array in named_arrays(self.inputs).items():
+            if name == TARGETS[0]:
+                raise DataError(
+                    f"The inputs of a Split contain {name!r}.",
+                    "They are arguments of the model, so the exported file would take the labels as an input.",
+                    "Leave the labels out of the inputs: kirsch.Split(inputs, labels).",
+                )
+            if len(array) != len(self.labels):
+                what = f"{len(array)} inputs" if not name else f"{len(array)} samples of the input {name!r}"
+                raise DataError(
+                    f"A Split has {what} and {len(self.labels)} labels.",
+                    fix="Give one label for each sample; samples lie on the first axis. Give several inputs as a tuple "
+                    "or dict, not as a list.",
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,14 +94,16 @@ class DataSet:
         train, validation, test: the three parts; `test` is used for reported results only. Each is a `Split`, a tuple
             (inputs, labels), or a loader: a DataLoader, or anything that gives batches with labels each time it is
             iterated over. A loader of the training part is read in each epoch, with its own batch size, order and
-            augmentation. Loaders of the other parts are read once, into memory, and should not shuffle.
+            augmentation. Loaders of the other parts are read once, into memory, and should not shuffle. All parts have
+            the same inputs: one array, or a tuple or dict of arrays, see `Split`.
         classes: names of the classes, in the order of the models' outputs. If left out: the class numbers, up to the
             largest label in memory.
         augment: augmentation of training samples in memory, see `ArrayData`; None for no augmentation.
 
     Raises:
-        DataError: a part is empty, can be read only once or does not fit into memory, an input is not finite, or a name
-            is not valid. The labels are checked by the task that uses them, see `kirsch.tasks`.
+        DataError: a part is empty, can be read only once or does not fit into memory, its inputs differ from those of
+            another part or are not finite, or a name is not valid. The labels are checked by the task that uses them,
+            see `kirsch.tasks`.
         UsageError: `augment` is given for a loader.
     """
 
@@ -116,13 +142,9 @@ class DataSet:
         if not len(split):
             raise DataError(f"The {part} part of {self.name} is empty.", fix="Give it at least one sample.")
         first, reference = next(iter(self.in_memory.items()))
-        if split.inputs.ndim != reference.inputs.ndim:
-            raise DataError(
-                f"The {part} part of {self.name} has inputs of shape {split.inputs.shape}, the {first} part "
-                f"{reference.inputs.shape}.",
-                fix="Give inputs with the same number of axes in all parts.",
-            )
-        if not np.isfinite(split.inputs).all():
+        names = (f"the {each} part of {self.name}" for each in (part, first))
+        require_same_inputs(split.inputs, next(names), reference.inputs, next(names))
+        if not all(np.isfinite(array).all() for array in named_arrays(split.inputs).values()):
             raise DataError(f"The {part} part of {self.name} contains NaN or infinity.", fix="Remove these samples.")
 
     @property
@@ -158,29 +180,53 @@ class DataSet:
         if self.is_stream:
             return self.train.first_batches(count)
         end = count * batch_size
-        return ArrayData(self.train.inputs[:end], self.train.labels[:end], batch_size, self.augment)
+        return ArrayData(rows(self.train.inputs, slice(end)), self.train.labels[:end], batch_size, self.augment)
 
-    def first_inputs(self, count: int) -> NDArray[Any]:
-        """Return the inputs of the first training samples; a loader determines their order and augmentation."""
-        inputs: NDArray[Any] = self.train.first_inputs(count) if self.is_stream else self.train.inputs[:count]
-        return inputs
+    def first_inputs(self, count: int) -> list[Any]:
+        """Return the inputs of the first training samples, in one or more batches.
+
+        A loader determines their order, augmentation and batches.
+
+        Raises:
+            DataError: a loader has other inputs than the test part.
+        """
+        if not self.is_stream:
+            return [rows(self.train.inputs, slice(count))]
+        batches: list[Any] = self.train.first_inputs(count)
+        self._check_inputs_of_loader(batches[0])
+        return batches
+
+    def check_first(self, batch: Batch) -> None:
+        """Check the inputs of the first training batch, which of a loader are not known before.
+
+        Raises:
+            DataError: they have other names or numbers of axes than those of the test part.
+        """
+        self._check_inputs_of_loader(
+            inputs_of_batch(batch.inputs, len(batch), f"batch 1 of the train part of {self.name}")
+        )
+
+    def _check_inputs_of_loader(self, inputs: Any) -> None:
+        require_same_inputs(inputs, f"the train part of {self.name}", self.test.inputs, f"the test part of {self.name}")
 
     @cached_property
     def sha256(self) -> str:
         """Return a hash over all samples and labels in memory, and over the name if the training part is a loader.
 
-        The batches of a loader are not hashed. If they change, the name must change, too; otherwise a run on the old
-        data would be continued.
+        The names of several inputs are hashed, too. The batches of a loader are not hashed. If they change, the name
+        must change, too; otherwise a run on the old data would be continued.
         """
         digest = hashlib.sha256(f"loader {self.name}".encode() if self.is_stream else b"")
         for split in self.in_memory.values():
-            digest.update(np.ascontiguousarray(split.inputs).tobytes())
+            for name, array in named_arrays(split.inputs).items():
+                digest.update(name.encode())  # the name of a single array is empty
+                digest.update(np.ascontiguousarray(array).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
 
 
-def _array(name: str, value: Any) -> NDArray[Any]:
-    """Convert inputs or labels to an array of numbers."""
+def _array(beginning: str, value: Any) -> NDArray[Any]:
+    """Convert a value to an array of numbers; `beginning` is that of the message if it has none."""
     try:
         array = host(value) if hasattr(value, "shape") else np.asarray(value) if isinstance(value, list) else None
     except (ValueError, TypeError, RuntimeError):  # samples of several shapes
@@ -191,7 +237,7 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     what = summary(value) if array is None or isinstance(value, list) else f"{array.dtype} of shape {array.shape}"
     loads = hasattr(value, "dataset") or (hasattr(value, "__getitem__") and not hasattr(value, "__array__"))
     raise DataError(
-        f"The {name} of a Split are {what}; expected one array with all samples on the first axis.",
+        f"{beginning} {what}; expected one array with all samples on the first axis.",
         "A Split is held in memory.",
         "Give the loader to kirsch.DataSet in place of the Split: train=loader."
         if loads and not isinstance(value, (list, tuple, str))
@@ -205,19 +251,19 @@ def _part(name: str, value: Any, part: str) -> Split | Stream:
         return value
     if isinstance(value, SeededData):
         raise DataError(
-            f"{name[0].upper()}{name[1:]} is {summary(value)}.", fix="Give kirsch.Split(data.inputs, data.targets)."
+            f"{capitalized(name)} is {summary(value)}.", fix="Give kirsch.Split(data.inputs, data.targets)."
         )
     if isinstance(value, tuple):
         return Split(*value)
     if hasattr(value, "__next__"):
         raise DataError(
-            f"{name[0].upper()}{name[1:]} is {summary(value)}, which can be read only once.",
+            f"{capitalized(name)} is {summary(value)}, which can be read only once.",
             "Each epoch, and a run that is continued, reads it again.",
             "Give a DataLoader or a list of batches.",
         )
     if isinstance(value, list) and not value:
-        raise DataError(f"{name[0].upper()}{name[1:]} is empty.", fix="Give it at least one sample.")
-    refuse_dataset(value, f"{name[0].upper()}{name[1:]}")
+        raise DataError(f"{capitalized(name)} is empty.", fix="Give it at least one sample.")
+    refuse_dataset(value, f"{capitalized(name)}")
     return Stream(value, name) if part == "train" else Split(*read(value, name))
 
 

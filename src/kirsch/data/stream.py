@@ -9,13 +9,12 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 
 from kirsch import figures
 from kirsch.data.arrays import host
 from kirsch.data.batches import batches_of
-from kirsch.data.structure import summary
+from kirsch.data.inputs import capitalized, inputs_of_batch, joined, joined_arrays, named_arrays, rows
 from kirsch.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ class Stream:
     """Training part of a data set whose batches come from a loader, in its order and with its augmentation.
 
     Args:
-        loader: a DataLoader, or another iterable that can be iterated over once per epoch. Each batch has one input
-            array and labels, in a form that `Batch.of` accepts.
+        loader: a DataLoader, or another iterable that can be iterated over once per epoch. Each batch has inputs and
+            labels, in a form that `Batch.of` accepts.
         name: name of the part, for messages.
     """
 
@@ -60,17 +59,19 @@ class Stream:
         """Return the first batches of an epoch."""
         return list(itertools.islice(batches_of(self.loader, self.name), count))
 
-    def first_inputs(self, count: int) -> NDArray[Any]:
-        """Return the inputs of the first `count` samples of an epoch, or of all samples if the epoch has fewer."""
-        parts: list[NDArray[Any]] = []
+    def first_inputs(self, count: int) -> list[Any]:
+        """Return the inputs of the first batches of an epoch, with `count` samples, or all if the epoch has fewer."""
+        found: list[Any] = []
         for number, batch in enumerate(batches_of(self.loader, self.name), start=1):
-            parts.append(_single_input(batch, f"Batch {number} of {self.name}"))
-            if sum(map(len, parts)) >= count:
+            inputs = inputs_of_batch(batch.inputs, len(batch), f"batch {number} of {self.name}")
+            found.append(rows(inputs, slice(count)))
+            count -= len(batch)
+            if count <= 0:
                 break
-        return np.concatenate(parts)[:count]
+        return found
 
 
-def read(loader: Any, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def read(loader: Any, name: str) -> tuple[Any, NDArray[Any]]:
     """Return the inputs and the labels of all batches of a loader.
 
     Args:
@@ -78,16 +79,16 @@ def read(loader: Any, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         name: name of the part, for messages.
 
     Raises:
-        DataError: the samples do not fit into memory or differ in shape, or batches have no labels or several inputs.
+        DataError: the samples do not fit into memory or differ in shape, or batches have no labels or other inputs.
     """
     inputs, labels, size = [], [], 0
     available, length = psutil.virtual_memory().available, _length(loader) or 1
     for number, batch in enumerate(batches_of(loader, name), start=1):
-        inputs.append(_single_input(batch, f"Batch {number} of {name}"))
         if batch.targets is None:
             raise DataError(f"Batch {number} of {name} has no labels.", fix="Give batches of (inputs, labels).")
         labels.append(host(batch.targets))
-        size += inputs[-1].nbytes + labels[-1].nbytes
+        inputs.append(inputs_of_batch(batch.inputs, len(labels[-1]), f"batch {number} of {name}"))
+        size += labels[-1].nbytes + sum(array.nbytes for array in named_arrays(inputs[-1]).values())
         expected = max(size, size // number * length)
         if AT_ONCE * expected > available:
             raise DataError(
@@ -97,31 +98,8 @@ def read(loader: Any, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
                 "Give a loader of fewer samples: torch.utils.data.Subset(dataset, range(10_000)).",
             )
     if not inputs:
-        raise DataError(f"{name[0].upper()}{name[1:]} has no batches.", fix="Give a loader with at least one batch.")
-    try:
-        return np.concatenate(inputs), np.concatenate(labels)
-    except ValueError as error:
-        shapes = sorted({part.shape[1:] for part in inputs})
-        raise DataError(
-            f"The samples of {name} differ in shape: {', '.join(map(str, shapes[:3]))}.",
-            "They are read into one array.",
-            "Pad or resize all samples to one shape in the dataset.",
-        ) from error
-
-
-def _single_input(batch: Batch, name: str) -> NDArray[Any]:
-    """Return the inputs of a batch as one array."""
-    inputs = batch.inputs
-    if isinstance(inputs, (dict, tuple, list)) and len(inputs) == 1:
-        (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
-    if not hasattr(inputs, "shape"):
-        raise DataError(
-            f"{name} has several inputs: {summary(inputs)}.",
-            "kirsch.compress takes data sets with a single input array.",
-            "Give batches of (inputs, labels); for models with several inputs, call kirsch.distill, kirsch.prune and "
-            "kirsch.export.",
-        )
-    return host(inputs)
+        raise DataError(f"{capitalized(name)} has no batches.", fix="Give a loader with at least one batch.")
+    return joined(inputs, name), joined_arrays(labels, name, "labels")
 
 
 def _length(value: Any) -> int | None:

@@ -101,7 +101,7 @@ def _split_by_position(batch: Any) -> tuple[Any, Any, Any]:
                 "is used.",
             )
         targets = entries[name]
-    return inputs, targets, ids
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs, targets, ids
 
 
 def _is_sample(part: Any) -> bool:

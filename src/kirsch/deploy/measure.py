@@ -88,7 +88,7 @@ def compare_latencies(
 
     Args:
         paths: paths of the files by name.
-        inputs: one batch, as an array or a tuple of arrays.
+        inputs: one batch, as an array, a tuple of arrays in the order of the files' inputs, or a dict by their names.
         reference: name of the file with which the others are compared.
         threads: number of threads of ONNX Runtime, 1 to the number of usable cores.
         rounds: number of interleaved rounds.
@@ -106,11 +106,11 @@ def compare_latencies(
             "Give threads=1.",
         )
     before = load()
-    arrays = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     sessions = {name: OnnxSession(path, threads) for name, path in paths.items()}
     for session in sessions.values():
         require_inputs(session)
-    calls = {name: session.call(*arrays) for name, session in sessions.items()}
+    arrays = {name: session.arrays(inputs) for name, session in sessions.items()}
+    calls = {name: session.call(*arrays[name]) for name, session in sessions.items()}
     timing = interleaved(calls, reference=reference, rounds=rounds)
     version = next(iter(sessions.values())).version
     return LatencyComparison(
@@ -120,7 +120,7 @@ def compare_latencies(
         reference=reference,
         runtime=f"onnxruntime {version}",
         threads=threads,
-        batch=len(arrays[0]),
+        batch=len(arrays[reference][0]),
         machine=cpu()[0],
         load_before=before,
         load_after=load(),

@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 MODEL = f"{ARTIFACTS}/model.onnx"
 """Exported file in the run folder."""
 
-EXPORT_SECONDS = 3.0
-"""Estimated time of an export, which depends little on the model and is not measured."""
-
-ROUND_SECONDS = 0.04
-"""Estimated time of one round of a measurement."""
-
 
 @STEPS.register("export")
 class Export(Step):
@@ -44,10 +38,10 @@ class Export(Step):
 
     format: Literal["onnx"] = Field("onnx", description="format of the file")
 
-    def seconds(self, job: Job) -> float:
-        """Return the time of a typical export."""
+    def seconds(self, job: Job) -> float | None:
+        """Return None: the time of an export is between a second and minutes, and known only after an export."""
         del job
-        return EXPORT_SECONDS
+        return None
 
     def run(self, job: Job, folder: Path) -> Record:
         """Export the model, run the file on the test part, and compare the outputs."""
@@ -59,12 +53,12 @@ class Export(Step):
         np.save(folder / LOGITS, logits, allow_pickle=False)
         agreed = agreement(inference.predict(job.model, inputs, batch_size=job.evaluation_batch_size), logits)
         quality = job.quality(logits)
-        last = next(record for record in reversed(job.records.values()) if "macs" in record)
+        parameters, macs = job.count(job.model)
         return {
             "model": "exported",
             "did": target.name,
-            "parameters": last["parameters"],
-            "macs": last["macs"],
+            "parameters": parameters,
+            "macs": macs,
             "bytes": artifact.bytes,
             **quality,
             "artifact": artifact.to_dict() | {"usage": usage(artifact)},
@@ -98,14 +92,14 @@ class Measure(Step):
         cores = usable_cores()
         if self.threads > cores and not job.is_done():  # the result of an earlier run on another machine is kept
             raise UsageError(
-                f"{job.key}.threads is {self.threads}; this machine has {cores} usable cores.",
-                fix=f"Lower {job.key}.threads.",
+                f"The step {job.key!r} has threads={self.threads}; this machine has {cores} usable cores.",
+                fix="Lower threads.",
             )
 
-    def seconds(self, job: Job) -> float:
-        """Estimate the time of all rounds, and of the exports of the models before compression."""
-        exports = 1 if job.make_student is None else 2  # the teacher, and the student if there is one
-        return EXPORT_SECONDS * exports + ROUND_SECONDS * self.rounds
+    def seconds(self, job: Job) -> float | None:
+        """Return None, as for an export: the models before compression are exported, too."""
+        del job
+        return None
 
     def run(self, job: Job, folder: Path) -> Record:
         """Measure the exported file, the teacher and the student in interleaved rounds."""

@@ -188,12 +188,12 @@ def _layer_pairs(
     auto = re.fullmatch(r"auto(?:\[(-?\d+)\])?", term.student_layer) if isinstance(term.student_layer, str) else None
     if auto is not None and term.teacher_layer is None and recorded is None:
         pairs = stages(framework.features, student, teacher, inputs)
-        pairs = pairs if auto[1] is None else _picked(pairs, int(auto[1]), "stages shared by student and teacher")
+        pairs = pairs if auto[1] is None else _picked(pairs, int(auto[1]), term, "shared by student and teacher")
         return [([a for a, _ in pairs], [b for _, b in pairs])] if gathered else list(pairs)
     if auto is not None:
         student_layers: Any = [path for path, _ in stages_of(framework.features, student, inputs)]
         if auto[1] is not None:
-            student_layers = _picked(student_layers, int(auto[1]), "stages of the student")
+            student_layers = _picked(student_layers, int(auto[1]), term, "of the student")
     else:
         student_layers = _expanded(framework.features, student, term.student_layer, inputs)
     if recorded is not None:
@@ -218,11 +218,14 @@ def _layer_pairs(
     return list(zip(student_layers, teacher_layers, strict=True))
 
 
-def _picked(items: Any, index: int, description: str) -> Any:
+def _picked(items: Any, index: int, term: Term, of: str) -> Any:
+    """Return the stage that the layer "auto[index]" of a term names."""
     if not -len(items) <= index < len(items):
         raise UsageError(
-            f"There are {len(items)} {description}, and the index is {index}.",
-            fix=f"Give an index from {-len(items)} to {len(items) - 1}.",
+            f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages {of} is "
+            f"{len(items)}.",
+            fix="Write the term with layers of the models, such as "
+            f'kirsch.Term("{term.loss}", student_layer=..., teacher_layer=...), or with the last stage, "auto[-1]".',
         )
     return [items[index]]
 

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.losses import LOSSES
 from kirsch.distillation.losses.loss import get_loss, loss_options
-from kirsch.distillation.objective import Objective
+from kirsch.distillation.objective import Objective, formula, option_text
 from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.term import Ramp
-from kirsch.frameworks.layers import texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from kirsch.distillation.term import Number, Term
 
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
@@ -87,48 +83,13 @@ def page() -> str:
     return "\n".join([*lines, *_table(("loss", "takes", "description", "options", "source"), rows)]) + "\n"
 
 
-def formula(objective: Objective) -> str:
-    """Return an objective as a sum: "0.9 kd (T 4) + 0.1 labels"."""
-    parts = []
-    for term in objective.terms:
-        weight = f"{_number(term.weight)}{' ·' if isinstance(term.weight, Ramp) else ''}"
-        parts.append(f"{weight} {term.loss}{_details(term)}")
-    if objective.label_weight:
-        parts.append(f"{_number(objective.label_weight)} labels")
-    return " + ".join(parts) + (", for the next token" if objective.causal else "")
-
-
-def _details(term: Term) -> str:
-    """Return the temperature and the settings that differ from the defaults, in parentheses."""
-    details = []
-    _, temperature = term.resolved()
-    if temperature is not None:
-        details.append(f"T {_number(temperature)}")
-    student, teacher = (", ".join(texts(layers)) for layers in term.layers)
-    if (student, teacher) != ("logits", "logits"):
-        details.append(student if student == teacher else f"{student} ↔ {teacher}")
-    if term.adapter != "auto":
-        details.append(f"adapter {term.adapter}")
-    details += [f"{name} {_value(value)}" for name, value in term.options.items()]
-    return f" ({'; '.join(details)})" if details else ""
-
-
-def _number(number: Number) -> str:
-    if isinstance(number, Ramp):
-        return f"{number.start:g} → {number.end:g} over {number.epochs:g} epochs"
-    return f"{number:g}"
-
-
 def _options(loss: dict[str, Any]) -> str:
     """Return the options of a loss with their defaults as code: `margin=1`, `convention="mean"`."""
     values = {
-        name: json.dumps(value) if isinstance(value, str) else _value(value) for name, value in loss["options"].items()
+        name: json.dumps(value) if isinstance(value, str) else option_text(value)
+        for name, value in loss["options"].items()
     }
     return ", ".join(f"`{name}={value}`" for name, value in values.items())
-
-
-def _value(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _summary(function: Any) -> dict[str, str]:

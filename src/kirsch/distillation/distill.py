@@ -21,6 +21,7 @@ from kirsch.distillation.checks import (
 )
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
+from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
@@ -62,7 +63,8 @@ def distill(
             targets of `ArrayData` are checked before training, the targets of other data batch by batch.
         objective: the losses and their weights; by default `Objective.kd()`.
         training: by default `Training()`.
-        validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics by name.
+        validation: `ArrayData`, (inputs, labels) as arrays, a DataLoader, or a callable model → metrics, a dict of
+            numbers by name.
         hooks: callbacks for events, stopping and checkpoints.
         regularizers: further loss terms that depend on the student only, such as `kirsch.Slimming(1e-4)`.
         check_teacher: raise an error if the teacher is no better than predictions that ignore the inputs.
@@ -70,7 +72,8 @@ def distill(
             lines, too. None: only on a terminal and in a notebook.
 
     Returns:
-        The trained student with its history. Its field `first_batch` contains the share of each term in the loss and in
+        The student with the weights after the last epoch, which need not be those of the best validation, and its
+        history. The field `first_batch` contains the share of each term in the loss and in
         the gradient of the first batch.
 
     Raises:
@@ -101,11 +104,13 @@ def distill(
     hooks = with_validation(hooks, framework, validation, objective, [student])
     emit = hooks.event or (lambda _event: None)
     if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
-        for index, model in enumerate(one_or_more(teacher)):
-            metrics = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, index)
+        teachers = one_or_more(teacher)
+        for index, model in enumerate(teachers):
+            name = "The teacher" if len(teachers) == 1 else f"Teacher {index} (of {len(teachers)}, counted from 0)"
+            metrics = evaluate_teacher(framework, model, data, validation, objective, hooks.warn, index, name)
             emit({"event": "teacher", **metrics})
             if not metrics and not stored:
-                hooks.warn(NOT_EVALUATED)
+                hooks.warn(NOT_EVALUATED.format(teacher=name))
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         emit({"event": "attached", "pairs": bound.rows})
     texts = split_relations(objective, training) + late_ramps(objective, training)
@@ -130,17 +135,20 @@ def fit(
     validation: Any = None,
     hooks: TrainingHooks | None = None,
     regularizers: Sequence[Regularizer] = (),
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
     objective: Objective | None = None,
     progress: bool | None = None,
 ) -> Trained:
     """Train a model on labels only; see `distill` for the arguments.
 
     Args:
-        label_smoothing: see `Objective`; not used if an objective is given.
-        objective: by default `Objective.labels(label_smoothing)`.
+        label_smoothing: see `Objective`; only without `objective`.
+        objective: an objective without terms; by default `Objective.labels()`.
+
+    Raises:
+        UsageError: the objective has terms, which need a teacher, or `label_smoothing` is given beside it.
     """
-    objective, validation = objective or Objective.labels(label_smoothing), to_validation(validation)
+    objective, validation = _label_objective(objective, label_smoothing), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(model)
     first = first_batch(framework.training, data)
@@ -152,6 +160,8 @@ def fit(
         framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
     )
     check_last_batch(framework.inference, model, data, first)
+    for text in warning_of_unused_outputs(framework.features, model, None, objective, (), inputs):
+        hooks.warn(text)
     step = DistillationStep(framework.features, objective, regularizers=regularizers, logits_shape=shape)
     hooks = with_validation(hooks, framework, validation, objective, [model])
     trained = framework.training.train(
@@ -159,6 +169,25 @@ def fit(
     )
     warn_of_result(hooks)
     return trained
+
+
+def _label_objective(objective: Objective | None, label_smoothing: float | None) -> Objective:
+    """Return the objective of `fit`."""
+    if objective is None:
+        return Objective.labels(label_smoothing=label_smoothing or 0.0)
+    if objective.terms:
+        names = ", ".join(term.record_name for term in objective.terms)
+        raise UsageError(
+            f"The objective has the terms {names}, and kirsch.fit has no teacher to compare with.",
+            "A model would be trained on the label loss alone.",
+            "Use kirsch.distill with a teacher, or an objective without terms, such as kirsch.Objective.labels().",
+        )
+    if label_smoothing is not None:
+        raise UsageError(
+            "`label_smoothing` of kirsch.fit has no effect together with `objective`.",
+            fix=f"Set it in the objective: kirsch.Objective.labels(label_smoothing={label_smoothing}).",
+        )
+    return objective
 
 
 def to_validation(validation: Any) -> Any:
@@ -196,17 +225,24 @@ def with_validation(
     """Return the hooks with a validation.
 
     Args:
-        hooks: hooks of the run. If they have a `validate`, it is kept.
+        hooks: hooks of the run.
         framework: the framework of the students.
         validation: a validation that `to_validation` returned.
         objective: supplies the label loss.
         students: models to check the validation with.
 
     Raises:
+        UsageError: the hooks have a `validate`, too.
         DataError: the label loss does not take the targets of the validation.
     """
-    if validation is None or hooks.validate is not None:
+    if validation is None:
         return hooks
+    if hooks.validate is not None:
+        raise UsageError(
+            "Both `validation` and `hooks.validate` are given.",
+            "A run has one validation.",
+            "Leave one of them out. To compute further metrics, give a callable: model → metrics by name.",
+        )
     if callable(validation):
         return dataclasses.replace(hooks, validate=validation)
     validate = Validation(framework, validation, objective)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from kirsch import user_warnings
 from kirsch.annotations import Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import BatchLike, Model, Regularizer
 from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import averaged_logits, few, missing_targets
+from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
 from kirsch.distillation.step import DistillationStep
@@ -30,6 +31,7 @@ from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.layers import texts
 from kirsch.frameworks.training import GradientShares, LossOutput
+from kirsch.tables import Line, Part, Piece, Printable, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from kirsch.distillation.term import BoundTerm
 
 
-class Distiller:
+class Distiller(Printable):
     """Computes the distillation loss in a training loop of your own.
 
         with kirsch.Distiller(student, teacher, objective, next(iter(loader))) as distiller:
@@ -58,7 +60,7 @@ class Distiller:
         example_batch: a batch with the form of the training batches; a few of its samples are run to find shapes.
         seed: seed of the initial weights of adapters.
         regularizers: further loss terms that depend on the student only, see `kirsch.distill`.
-        warn: called with each warning.
+        warn: called with each warning; by default, warnings are Python warnings.
 
     Attributes:
         student: the model to train.
@@ -86,7 +88,7 @@ class Distiller:
         *,
         seed: Seed = 0,
         regularizers: Sequence[Regularizer] = (),
-        warn: Callable[[str], None] = warnings.warn,
+        warn: Callable[[str], None] = user_warnings.warn,
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
@@ -120,6 +122,9 @@ class Distiller:
             for sentence in averaged_logits(objective, len(teachers)):
                 warn(sentence)
         for sentence in missing_targets(framework.inference, student, first, objective):
+            warn(sentence)
+        model = None if teacher is None or isinstance(teacher, TeacherStore) else one_or_more(teacher)[0]
+        for sentence in warning_of_unused_outputs(framework.features, student, model, objective, terms, first.inputs):
             warn(sentence)
         self.student = student
         logits_of_student = logit_layers(objective, terms, None)
@@ -191,6 +196,22 @@ class Distiller:
                 for sentence in self._gradient_shares.update(self.step.balance(norms)):
                     self._warn(sentence)
         return output
+
+    def parts(self) -> list[Part]:
+        """Return the models, the objective, and a row for each pair of layers that is compared."""
+        rows = [
+            [
+                row["term"],
+                f"{', '.join(texts(row['student']))} ({row['student_shape']})",
+                f"{', '.join(texts(row['teacher']))} ({row['teacher_shape']})",
+                row["adapter"] or "",
+            ]
+            for row in self.rows
+        ]
+        student: Line = [Piece("student  ", "faint"), Piece(type(self.student).__name__, "strong")]
+        objective: Line = [Piece("loss     ", "faint"), Piece(str(self._objective))]
+        table = Table([["term", "student", "teacher", "adapter"], *rows])
+        return [student, objective, *([table] if rows else [])]
 
     @property
     def shares(self) -> dict[str, float]:

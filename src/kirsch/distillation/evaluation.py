@@ -21,7 +21,7 @@ from kirsch.tasks.classification import PredictionSummary
 from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,23 +37,18 @@ FEW_OTHERS = 3
 A useful teacher is expected to predict at least one of them correctly.
 """
 
-WANTED_OTHERS = 8
-"""Number of samples outside the most frequent class that suffice for the comparison with chance.
-
-A loader is read until there are this many, and `ENOUGH` samples in total, or until there are `MOST_SAMPLES`.
-"""
-
 MOST_SAMPLES = 1024
 """Largest number of samples that are evaluated, of data in memory or of one batch of a loader.
 
-After this number of samples, no further batch of a loader is read.
+The batches of a loader are read until the teacher is better than chance on at least `ENOUGH` samples, or until there
+are this many samples.
 """
 
 NOT_EVALUATED = (
-    "The teacher was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
+    "{teacher} was not evaluated, since no sample has a label to compare with. Give validation=(inputs, labels), or "
     "check_teacher=False."
 )
-"""Warning for a teacher without labeled samples."""
+"""Warning for a teacher without labeled samples, to be formatted with the name of the teacher."""
 
 CHECKED = ("cross-entropy", "binary", "squared-error")
 """Label losses with a metric."""
@@ -70,6 +65,7 @@ def evaluate_teacher(
     objective: Objective,
     warn: Callable[[str], None],
     place: int = 0,
+    name: str = "The teacher",
 ) -> dict[str, Any]:
     """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
 
@@ -83,6 +79,7 @@ def evaluate_teacher(
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
         warn: called with each warning.
         place: index of the teacher among several.
+        name: the teacher as the subject of a sentence, for errors and warnings.
 
     Raises:
         NumericError: the teacher is no better than a model that ignores its inputs, or its outputs are not finite.
@@ -91,18 +88,12 @@ def evaluate_teacher(
         if isinstance(teacher, TeacherStore):
             found = _stored(teacher, data, objective)
         else:
-            found = _live(framework, teacher, data, validation, objective, place)
+            found = _live(framework, teacher, data, validation, objective, place, name)
     except DataError:
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
         return {}  # the objective does not use the targets, so they may have any form
-    if not found:
-        return {}
-    if objective.label_loss == "squared-error":
-        return _check_numbers(found)
-    if objective.label_loss == "binary":
-        return _check_binary(found, warn)
-    return _check_classes(found, warn)
+    return _checked_metrics(found, objective, warn, name)
 
 
 @dataclass(frozen=True)
@@ -120,10 +111,32 @@ class EvaluatedBatch:
     classes: int
 
 
+def _checked_metrics(
+    found: Sequence[EvaluatedBatch], objective: Objective, warn: Callable[[str], None], name: str
+) -> dict[str, Any]:
+    """Return the metrics of predictions, after the comparison with chance; empty without labels."""
+    if not found:
+        return {}
+    if objective.label_loss == "squared-error":
+        return _check_numbers(found, name)
+    if objective.label_loss == "binary":
+        return _check_binary(found, warn, name)
+    return _check_classes(found, warn, name)
+
+
+def _is_better_than_chance(found: Sequence[EvaluatedBatch], objective: Objective) -> bool:
+    """Return whether the comparison with chance gives neither an error nor a warning."""
+    warnings: list[str] = []
+    try:
+        return bool(_checked_metrics(found, objective, warnings.append, "")) and not warnings
+    except NumericError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
+def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None], name: str) -> dict[str, Any]:
     summary = PredictionSummary.of(
         np.concatenate([batch.outputs for batch in found]), np.concatenate([batch.targets for batch in found])
     )
@@ -140,7 +153,7 @@ def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None])
     guessing = summary.accuracy <= 1 / classes or (others >= FEW_OTHERS and summary.accuracy <= summary.chance)
     if summary.n >= ENOUGH and guessing and not (others == 0 and summary.accuracy == 1):
         raise NumericError(
-            f"The teacher is no better than chance: {text}.",
+            f"{name} is no better than chance: {text}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its classes, and that the inputs are prepared as it expects; "
             "check_teacher=False skips this check.",
@@ -148,14 +161,14 @@ def _check_classes(found: Sequence[EvaluatedBatch], warn: Callable[[str], None])
     margin = 2 * math.sqrt(summary.chance * (1 - summary.chance) / summary.n)
     if summary.accuracy <= summary.chance + margin or constant:
         warn(
-            f"The teacher is not measurably better than chance: {text}. Give more labeled samples, of all classes, as "
+            f"{name} is not measurably better than chance: {text}. Give more labeled samples, of all classes, as "
             "validation=(inputs, labels)."
         )
     known = {"accuracy": summary.accuracy, "classes": classes}
     return known | ({"balanced_accuracy": summary.balanced, "majority": summary.majority} if summary.uneven else {})
 
 
-def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) -> dict[str, Any]:
+def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None], name: str) -> dict[str, Any]:
     """Evaluate predictions of binary labels, and compare their accuracy with chance."""
     outputs, _ = _rows_of(found)
     labels = _summaries_by_label(found)
@@ -174,14 +187,14 @@ def _check_binary(found: Sequence[EvaluatedBatch], warn: Callable[[str], None]) 
     hopeless = right <= chance + LEAST_SPREAD and (flat or len(labels) == 1 or not constant)
     if len(outputs) >= ENOUGH and others >= FEW_OTHERS and hopeless:
         raise NumericError(
-            f"The teacher is no better than chance: {text}.",
+            f"{name} is no better than chance: {text}.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the order of its labels, and that the inputs are prepared as it expects; "
             "check_teacher=False skips this check.",
         )
     if right <= chance + 2 * math.sqrt(chance * (1 - chance) / count) or constant:
         warn(
-            f"The teacher is not measurably better than chance: {text}. Give more labeled samples as "
+            f"{name} is not measurably better than chance: {text}. Give more labeled samples as "
             "validation=(inputs, labels)."
         )
     return {"accuracy": right, "chance": chance, "labels": len(labels)}
@@ -218,13 +231,13 @@ def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
     return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
 
 
-def _check_numbers(found: Sequence[EvaluatedBatch]) -> dict[str, Any]:
+def _check_numbers(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:
     fit, count = _r_squared(found), sum(len(batch.outputs) for batch in found)
     if fit is None:
         return {}
     if count >= ENOUGH and fit <= LEAST_SPREAD:
         raise NumericError(
-            f"The teacher is no better than the mean of the targets: its R² is {fit:.3g} on {count} samples.",
+            f"{name} is no better than the mean of the targets: its R² is {fit:.3g} on {count} samples.",
             "A student would learn noise from it.",
             "Check the teacher's weights, the scale of the targets, and that the inputs are prepared as it expects; "
             "check_teacher=False skips this check.",
@@ -256,32 +269,47 @@ def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[
 
 
 def _live(
-    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int
+    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for some labeled samples."""
     source = validation if validation is not None and not callable(validation) else data
     if isinstance(source, ArrayData):
-        batches: Iterable[Batch] = [Batch(source.inputs, source.targets)]
-    else:
-        batches = framework.training.seeded(lambda: _until_enough(source, objective), 0)
-    found = []
-    for number, batch in enumerate(batches, 1):
-        places = _spread(len(batch))
-        with naming(f"Batch {number} of the {'data' if source is data else 'validation'}"):
-            inputs = _rows(batch.inputs, places)
-            outputs = framework.inference.predict(teacher, inputs)
-            if not np.isfinite(outputs).all():
-                if _contain_nan(inputs):
-                    raise NumericError("The inputs contain NaN.", fix="Repair the data.")
-                raise NumericError(
-                    "The teacher's outputs are not finite.",
-                    "A student cannot learn from NaN or infinity.",
-                    "Check the teacher's weights, and that the inputs are prepared as it expects.",
-                )
-            if batch.targets is not None:
-                stated = declared_outputs(objective, place)
-                found.append(evaluated_batch(outputs, host(batch.targets)[places], objective, stated))
-    return found
+        source = [Batch(source.inputs, source.targets)]
+
+    def evaluate() -> list[EvaluatedBatch]:
+        found: list[EvaluatedBatch] = []
+        samples = 0
+        for number, batch in enumerate(batches_of(source), 1):
+            with naming(f"Batch {number} of the {'validation' if source is validation else 'data'}"):
+                found += _evaluated(framework, teacher, batch, objective, place, name)
+            samples += len(batch)
+            if samples >= MOST_SAMPLES:
+                break
+            if samples >= ENOUGH and (not found or _is_better_than_chance(found, objective)):
+                break
+        return found
+
+    return framework.training.seeded(evaluate, 0)  # type: ignore[no-any-return]
+
+
+def _evaluated(
+    framework: Framework, teacher: Any, batch: Batch, objective: Objective, place: int, name: str
+) -> list[EvaluatedBatch]:
+    """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
+    places = _spread(len(batch))
+    inputs = _rows(batch.inputs, places)
+    outputs = framework.inference.predict(teacher, inputs)
+    if not np.isfinite(outputs).all():
+        if _contain_nan(inputs):
+            raise NumericError("The inputs contain NaN.", fix="Repair the data.")
+        raise NumericError(
+            f"{name} returns outputs that are not finite.",
+            "A student cannot learn from NaN or infinity.",
+            "Check the teacher's weights, and that the inputs are prepared as it expects.",
+        )
+    if batch.targets is None:
+        return []
+    return [evaluated_batch(outputs, host(batch.targets)[places], objective, declared_outputs(objective, place))]
 
 
 def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
@@ -294,26 +322,6 @@ def _contain_nan(inputs: Any) -> bool:
     found: list[bool] = []
     ops.map_arrays(lambda part: found.append(bool(np.isnan(host(part)).any())), inputs)
     return any(found)
-
-
-def _until_enough(data: Any, objective: Objective) -> list[Batch]:
-    """Return the first batches of a loader, until there are enough samples of more than one class."""
-    batches: list[Batch] = []
-    counts: dict[Any, int] = {}
-    for batch in batches_of(data):
-        batches.append(batch)
-        samples = sum(map(len, batches))
-        if batch.targets is None or objective.label_loss != "cross-entropy":
-            others = WANTED_OTHERS
-        else:
-            targets = host(batch.targets)
-            values, numbers = np.unique(targets[targets != objective.ignore_index], return_counts=True)
-            for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
-                counts[value] = counts.get(value, 0) + number
-            others = sum(counts.values()) - max(counts.values(), default=0)
-        if samples >= MOST_SAMPLES or (samples >= ENOUGH and others >= WANTED_OTHERS):
-            break
-    return batches
 
 
 def evaluated_batch(

@@ -23,6 +23,7 @@ from kirsch.distillation.checks import (
     split_relations,
 )
 from kirsch.distillation.distill import to_validation, with_validation
+from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import Logits, logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
@@ -30,7 +31,7 @@ from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import with_progress
-from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, shares_of
+from kirsch.frameworks.training import LossOutput, Trained, Training, TrainingHooks, metrics_of, shares_of
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
@@ -95,6 +96,9 @@ def distill_mutually(
     first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
+    warnings = split_relations(objective, training) + late_ramps(objective, training)
+    warnings += missing_targets(framework.inference, students[0], first, objective)
+    warnings += averaged_logits(objective, len(students) - 1)
     steps, logits = [], []
     for index, student in enumerate(students):
         check_last_batch(framework.inference, student, data, first)
@@ -103,6 +107,7 @@ def distill_mutually(
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
         terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
+        warnings += warning_of_unused_outputs(framework.features, student, None, objective, terms, inputs)
         logits.append(
             logits_converter(
                 framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
@@ -112,9 +117,7 @@ def distill_mutually(
             DistillationStep(framework.features, objective, terms, regularizers=regularizers, logits_shape=shape)
         )
     hooks = _validating_each(framework.features, with_validation(hooks, framework, validation, objective, students))
-    warnings = split_relations(objective, training) + late_ramps(objective, training)
-    warnings += missing_targets(framework.inference, students[0], first, objective)
-    for text in warnings + averaged_logits(objective, len(students) - 1):
+    for text in dict.fromkeys(warnings):
         hooks.warn(text)
     outputs = [_logits_layer(index) for index in range(len(students))]
     module = framework.features.with_adapters(framework.features.cohort(students), outputs, {}, {})
@@ -216,6 +219,7 @@ class MutualStep:
         total: Any = 0.0
         terms: dict[str, Any] = {}
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
+            # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
             features, own = step.loss.features(peers, epoch), _Logits({"logits": logits[index]})
             output = step.loss_of(
@@ -275,7 +279,7 @@ def _validating_each(features: Features, hooks: TrainingHooks) -> TrainingHooks:
         return hooks
 
     def validate_each(cohort: Any) -> dict[str, float]:
-        metrics = [validate(student) for student in features.members(cohort)]
+        metrics = [metrics_of(validate, student) for student in features.members(cohort)]
         return {
             _prefixed(index, name): value for index, by_name in enumerate(metrics) for name, value in by_name.items()
         }

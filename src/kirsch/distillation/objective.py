@@ -14,6 +14,7 @@ from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.term import Number, Ramp, Term, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
+from kirsch.tables import Part, Piece, Printable
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 NUMBERS = ("weight", "temperature", "label_weight")
@@ -25,7 +26,7 @@ Outputs = Literal["logits", "probabilities"]
 
 @checked
 @dataclass(frozen=True)
-class Objective:
+class Objective(Printable):
     """Weighted sum of a label loss and of distillation losses: label_weight · label loss + Σ weight · loss.
 
     Args:
@@ -86,6 +87,10 @@ class Objective:
         if problems:
             raise UsageError("The objective is invalid: " + "; ".join(problems) + ".", fix="Change these values.")
 
+    def parts(self) -> list[Part]:
+        """Return the sum as `kirsch methods` shows it."""
+        return [[Piece(formula(self))]]
+
     @property
     def needs_logits(self) -> bool:
         """Whether the label loss or a term uses the logits of the student or the teacher."""
@@ -94,7 +99,7 @@ class Objective:
 
     @classmethod
     @checked
-    def kd(cls, temperature: float = 4.0, weight: float = 0.9) -> Objective:
+    def kd(cls, *, temperature: float = 4.0, weight: float = 0.9) -> Objective:
         """Return weight · soft-target loss + (1 - weight) · label loss, after Hinton et al. 2015.
 
         Args:
@@ -109,7 +114,7 @@ class Objective:
 
     @classmethod
     @checked
-    def labels(cls, label_smoothing: float = 0.0) -> Objective:
+    def labels(cls, *, label_smoothing: float = 0.0) -> Objective:
         """Return an objective of the label loss only, which needs no teacher."""
         return cls((), label_smoothing=label_smoothing)
 
@@ -128,7 +133,7 @@ class Objective:
         known = [entry.name for entry in dataclasses.fields(cls)]
         for field_name in changes:
             if field_name not in known:
-                raise UnknownNameError("field of an objective", field_name, known)
+                raise UnknownNameError("field of an objective named", field_name, known)
         objective: Objective = cls(**{**PRESETS[name](), **changes})
         return objective
 
@@ -155,5 +160,42 @@ def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:
     known = [entry.name for entry in dataclasses.fields(kind)]
     for name in values:
         if name not in known:
-            raise UnknownNameError(f"field of {what}", name, known)
+            raise UnknownNameError(f"field of {what} named", name, known)
     return kind(**{n: Ramp(**v) if n in NUMBERS and isinstance(v, dict) else v for n, v in values.items()})
+
+
+def formula(objective: Objective) -> str:
+    """Return an objective as a sum: "0.9 kd (T 4) + 0.1 labels"."""
+    parts = []
+    for term in objective.terms:
+        weight = f"{_number(term.weight)}{' ·' if isinstance(term.weight, Ramp) else ''}"
+        parts.append(f"{weight} {term.loss}{_details(term)}")
+    if objective.label_weight:
+        parts.append(f"{_number(objective.label_weight)} labels")
+    return " + ".join(parts) + (", for the next token" if objective.causal else "")
+
+
+def _details(term: Term) -> str:
+    """Return the temperature and the settings that differ from the defaults, in parentheses."""
+    details = []
+    _, temperature = term.resolved()
+    if temperature is not None:
+        details.append(f"T {_number(temperature)}")
+    student, teacher = (", ".join(texts(layers)) for layers in term.layers)
+    if (student, teacher) != ("logits", "logits"):
+        details.append(student if student == teacher else f"{student} ↔ {teacher}")
+    if term.adapter != "auto":
+        details.append(f"adapter {term.adapter}")
+    details += [f"{name} {option_text(value)}" for name, value in term.options.items()]
+    return f" ({'; '.join(details)})" if details else ""
+
+
+def _number(number: Number) -> str:
+    if isinstance(number, Ramp):
+        return f"{number.start:g} → {number.end:g} over {number.epochs:g} epochs"
+    return f"{number:g}"
+
+
+def option_text(value: Any) -> str:
+    """Return the value of an option as text."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

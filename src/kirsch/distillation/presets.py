@@ -169,10 +169,10 @@ def distilbert() -> dict[str, Any]:
 
 @PRESETS.register("tinybert")
 def tinybert() -> dict[str, Any]:
-    """Squared differences of hidden states, embeddings and attention scores of layers at the same relative depth.
+    """Squared differences of hidden states and attention scores at the same relative depth (eager attention only).
 
-    For models of the library transformers with `attn_implementation="eager"`. The second stage of the paper, on the
-    logits, is the soft-target loss with temperature 1.
+    For models of the library transformers with `attn_implementation="eager"`. The hidden states include the
+    embeddings. The second stage of the paper, on the logits, is the soft-target loss with temperature 1.
 
     Source: Jiao et al. 2020, arXiv:1909.10351, equations 7 to 10.
     """

@@ -13,6 +13,7 @@ from kirsch.annotations import Positive, Seed, Share
 from kirsch.distillation.checks import first_batch
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
+from kirsch.distillation.further_outputs import with_further_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.targets import uses_labels
@@ -152,7 +153,7 @@ class Evaluate(Step):
         framework_of(job.teacher).inference.inference_mode(job.teacher)
         record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
-        job.check_usable(record, "Give a teacher with trained weights, or add a step `train` to the recipe.")
+        job.check_usable(record, "Give a teacher with trained weights, or add a step `train`.")
         job.trained["teacher"] = job.teacher
         return record
 
@@ -194,9 +195,9 @@ class Train(TrainingStep):
             objective=_labels(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.model, f"{self.model} trained")
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
@@ -233,31 +234,44 @@ class Distill(TrainingStep):
             "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
         ),
     )
-    temperature: Positive | None = Field(None, description="temperature of the objective kd; null: 4")
+    temperature: Positive | None = Field(None, description='temperature of the objective "kd"; null: 4')
     weight: Share | None = Field(
         None,
         description=(
-            "weight of the soft-target loss of the objective kd; the label loss has the weight 1 - weight; null: 0.9"
+            'weight of the soft-target loss of the objective "kd"; the label loss has the weight 1 - weight; null: 0.9'
         ),
     )
 
     def check(self) -> None:
         """Check that temperature and weight belong to the objective kd."""
         super().check()
-        numbers = [name for name in ("temperature", "weight") if getattr(self, name) is not None]
-        if self.objective != "kd" and numbers:
-            raise UsageError(
-                f"{' and '.join(numbers)} can only be combined with the objective kd.",
-                fix="Set them in the objective instead.",
+        given = {name: getattr(self, name) for name in ("temperature", "weight") if getattr(self, name) is not None}
+        if self.objective == "kd" or not given:
+            return
+        if isinstance(self.objective, str):
+            found, terms = repr(self.objective), Objective.preset(self.objective).terms
+        else:
+            found, terms = "an objective with its own terms", self.objective.terms
+        fix = f"Leave out {' and '.join(given)}"
+        term = next((term for term in terms if term.temperature is not None or "temperature" not in given), None)
+        if term is not None:
+            options = ", ".join(f"{name}: {value:g}" for name, value in given.items())
+            fix += (
+                f", or give terms with these options, such as objective: {{terms: [{{loss: {term.loss}, {options}}}]}}"
             )
+        raise UsageError(
+            f"{' and '.join(given)} of the step can only be combined with the name 'kd' as objective; found {found}.",
+            "Each term of an objective has its own temperature and weight.",
+            f"{fix}.",
+        )
 
     def objective_for(self, job: Job) -> Objective:
         """Return the objective, with the outputs (logits or probabilities) of the models of the job."""
         objective = self.objective
         if objective == "kd":
             objective = Objective.kd(
-                TEMPERATURE if self.temperature is None else self.temperature,
-                WEIGHT if self.weight is None else self.weight,
+                temperature=TEMPERATURE if self.temperature is None else self.temperature,
+                weight=WEIGHT if self.weight is None else self.weight,
             )
         elif isinstance(objective, str):
             objective = Objective.preset(objective)
@@ -271,7 +285,7 @@ class Distill(TrainingStep):
         """Check that the models have the layers of the objective, that shapes fit, and that labels are valid."""
         student = _apart(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
-            require_deterministic(model, (job.example,))
+            require_deterministic(model, job.example)
         first, objective = _first_batch(job, student), self.objective_for(job)
         if uses_labels(objective):
             _require_labels(job, first)
@@ -307,11 +321,11 @@ class Distill(TrainingStep):
             hooks=job.hooks(),
             progress=False,
         )
+        self._put(job, trained.model)
         record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch
         record["cells"].append(_gradient_share(trained))
         job.check_usable(record)
-        self._put(job, trained.model)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
@@ -327,11 +341,23 @@ class Distill(TrainingStep):
 
 @STEPS.register("recover")
 class Recover(Distill):
-    """Train a pruned model on the outputs of the teacher, to recover the quality lost by pruning."""
+    """Train a pruned model on the outputs of the teacher, to recover the quality lost by pruning.
+
+    If the model is pruned from the teacher, the default objective kd also compares its further outputs with those of
+    the teacher.
+    """
 
     needs_student: ClassVar[bool] = False
     makes: ClassVar[str] = "recovered"
     did: ClassVar[str] = ""
+
+    def objective_for(self, job: Job) -> Objective:
+        """Return the objective; without a student, the default objective compares all outputs of the model."""
+        objective = super().objective_for(job)
+        if self.objective != "kd" or job.model_name != "teacher":
+            return objective
+        features, first = framework_of(job.model).features, _first_batch(job, job.model)
+        return with_further_outputs(objective, features, job.model, job.teacher, first.inputs)
 
     def _put(self, job: Job, model: Any) -> None:
         job.model = model
@@ -343,7 +369,9 @@ def _apart(job: Job) -> Any:
 
 
 def _first_batch(job: Job, model: Any) -> Batch:
-    return first_batch(framework_of(model).training, job.data.batches(job.batch_size))
+    first = first_batch(framework_of(model).training, job.data.batches(job.batch_size))
+    job.data.check_first(first)
+    return first
 
 
 def _require_labels(job: Job, first: Batch) -> None:

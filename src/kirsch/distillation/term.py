@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from kirsch.annotations import Fix
 from kirsch.arguments import checked
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, Loss, get_loss, loss_options, step_arguments
-from kirsch.errors import UnknownNameError
+from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
@@ -107,7 +107,7 @@ class Term:
             teacher for other losses.
 
     Raises:
-        UsageError: an argument has the wrong type.
+        UsageError: an argument has the wrong type, or a number is out of range.
     """
 
     made_by: ClassVar[str] = 'kirsch.Term("kd", weight=0.9)'
@@ -123,6 +123,14 @@ class Term:
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     teacher: int | None = None
+
+    def __post_init__(self) -> None:
+        found = [problem(f"the weight of {self.record_name!r}", self.weight, least=0)]
+        if self.temperature is not None:
+            found.append(problem(f"the temperature of {self.record_name!r}", self.temperature, above=0))
+        problems = [sentence for sentence in found if sentence]
+        if problems:
+            raise UsageError(f"The term is invalid: {'; '.join(problems)}.", fix="Change these values.")
 
     @property
     def record_name(self) -> str:
@@ -148,7 +156,7 @@ class Term:
         return any(name.layered and name.layered[2] == "attention" for name in names)
 
     def problems(self) -> list[str]:
-        """Return one sentence for each invalid number and option.
+        """Return one sentence for each invalid option.
 
         Raises:
             UnknownNameError: the loss or an option is unknown.
@@ -156,9 +164,7 @@ class Term:
         known = loss_options(get_loss(self.loss))
         for text in texts([*self.layers]):
             LayerName.read(text)
-        found = [problem(f"the weight of {self.record_name!r}", self.weight, least=0)]
-        if self.temperature is not None:
-            found.insert(0, problem(f"the temperature of {self.record_name!r}", self.temperature, above=0))
+        found = []
         if self.temperature is not None and "temperature" not in known:
             found.append(f"{self.loss!r} has no temperature")
         for name in self.options:
@@ -167,13 +173,13 @@ class Term:
                     f"`options` of {self.record_name!r} contain the temperature; give temperature= of the term"
                 )
             elif name not in known:
-                raise UnknownNameError(f"option of the loss {self.loss!r}", name, known)
+                raise UnknownNameError(f"option of the loss {self.loss!r} named", name, known)
         if self._on_attention_weights and self.options.get("attention") == "scores":
             found.append(
                 f"{self.record_name!r} takes attention scores, but {self.student_layer!r} returns attention weights, "
                 "after the softmax"
             )
-        return [sentence for sentence in found if sentence]
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from kirsch.errors import NumericError
 from kirsch.frameworks.find import framework_of
 
 
-def require_deterministic(model: Any, inputs: tuple[Any, ...]) -> None:
+def require_deterministic(model: Any, inputs: Any) -> None:
     """Check that two forward passes in inference mode return the same outputs.
 
     Args:
         model: model in any mode; the mode is not changed.
-        inputs: inputs of one batch, numpy arrays.
+        inputs: inputs of one batch, as numpy arrays.
 
     Raises:
         NumericError: the outputs differ. The message names the line that draws random numbers, or the state that

@@ -1,6 +1,6 @@
 """Layer names: the features that a loss compares, written as text in the same way for every framework.
 
-- `logits`: the logits among the model's outputs; `output.boxes`: another output, by name
+- `logits`: the logits among the model's outputs; `output.boxes`: another output, by name; `output.*`: all outputs
 - `layer3`: output of a module; `layer3:in`: its input; `layer3@1`: the second of several outputs
 - `layer1.0.relu#1`: the second call of a module that is called several times
 - `encoder.0/softmax:in`: input of the function `softmax` in the code of `encoder.0`; `encoder.0/add#1`: output of the
@@ -46,6 +46,9 @@ GRAMMAR = re.compile(
     r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
     r"(?:\[(?P<index>-?\d+|\*)\])?"
 )
+OUTPUT = "output."
+"""Beginning of the layer names of outputs; the name of the output follows."""
+
 LAYERED = re.compile(r"(?:(encoder|decoder|cross)\.)?(hidden|attention)")
 
 
@@ -79,6 +82,8 @@ class LayerName:
         Raises:
             UsageError: the text is not a layer name.
         """
+        if text.startswith(OUTPUT):  # the name of an output may contain any character
+            return cls(text, text)
         match = GRAMMAR.fullmatch(text)
         if match is None or not (match["path"] or match["function"]):
             raise UsageError(
@@ -105,7 +110,7 @@ class LayerName:
     @property
     def of_outputs(self) -> bool:
         """Return whether the layer is an output of the model."""
-        return self.path == "logits" or self.path.startswith("output.")
+        return self.path == "logits" or self.path.startswith(OUTPUT)
 
     @property
     def layered(self) -> re.Match[str] | None:

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
 UNNAMED = re.compile(r"(output_)?\d+([._]\d+)*|output")
 """Names that state only the position of an output, in the tuple that a model returns or in an ONNX file."""
 
-ASIDE = ("hidden_state", "attention", "past_key_values", "router_logits")
+ASIDE = ("hidden_state", "attention", "past_key_values", "cache", "router_logits")
 """Words in the names of outputs that are not predictions."""
 
 MAIN = "out"
 """The main output of the segmentation models of torchvision, which return "aux" as well."""
+
+
+def is_prediction(name: str) -> bool:
+    """Return whether an output is a prediction by its name: not a hidden state, attention weight, cache or loss."""
+    return name != "loss" and not any(word in name for word in ASIDE)
 
 
 def logits_output(names: Sequence[str]) -> str:
@@ -48,7 +53,7 @@ def logits_output(names: Sequence[str]) -> str:
             f"The model returns {names[0]} and no logits: it has no head.",
             fix=f'Give a model with a head, or compare only "output.{names[0]}", with label_weight=0.',
         )
-    main = [name for name in names if name != "loss" and not any(word in name for word in ASIDE)] or list(names)
+    main = [name for name in names if is_prediction(name)] or list(names)
     if len(main) > 1 and MAIN not in main:
         raise UsageError(
             f"The model returns {', '.join(main)}, and none of them is named logits.",

@@ -300,8 +300,11 @@ class Inference(Protocol):
     def class_names(self, model: Any) -> list[str]:
         """Return the class names of a model, in order; empty if the model has none."""
 
-    def from_numpy(self, array: Any, *, like: Any = None) -> Any:
-        """Convert a numpy array to an array of the framework, on the device of the array `like` if one is given."""
+    def from_numpy(self, arrays: Any, *, like: Any = None) -> Any:
+        """Convert a numpy array, or each in a tuple or dict, to arrays of the framework.
+
+        `like`: array of the framework on whose device the results are.
+        """
 
     def to_device(self, batch: Batch, model: Any) -> Batch:
         """Return a batch as arrays of the framework, on the device of a model."""

@@ -27,7 +27,8 @@ def trace(
 
     Args:
         model: model of a supported framework; it may be on the meta device. It is not changed.
-        example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments.
+        example_inputs: one array, a tuple of positional arguments, or a dict of keyword arguments. MACs are counted for
+            one forward pass on these inputs, with all samples of the batch.
         outputs: names of the outputs whose shapes must not change: a key ("logits"), an index ("0") or a path
             ("aux.0"). By default all outputs. Hidden states, attention weights and caches are excluded if the model
             also returns logits or predictions.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
 from kirsch import figures
-from kirsch.annotations import AtLeastZero, Count, Fraction, Positive, Seed
+from kirsch.annotations import AtLeastZero, Count, Fraction, Positive, Seed, value_phrase
 from kirsch.arguments import checked
 from kirsch.errors import DataError, UsageError
 from kirsch.options import Options
@@ -19,7 +20,7 @@ from kirsch.tables import Part, Piece, Printable
 from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from kirsch.data.batches import Batch
 
@@ -159,7 +160,8 @@ class TrainingHooks:
     """Callbacks of a training run, all optional.
 
     Args:
-        validate: function model → metrics by name, called after each epoch; "accuracy" is displayed if present.
+        validate: function model → metrics, a dict of numbers by name, called after each epoch; "accuracy" is displayed
+            if present.
         event: called with a JSON-able dict for each event: {"event": "first_batch" | "warning" | "epoch", ...}.
             Without this callback a warning is a Python warning.
         stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each optimizer step and
@@ -290,6 +292,27 @@ def require_labels(counts: Mapping[str, int], step: str) -> None:
         raise DataError(f"All targets of {step} are masked.", fix="Check the mask and the labels of the data.")
 
 
+def metrics_of(validate: Callable[[Any], Any], model: Any) -> dict[str, float]:
+    """Return the metrics of a model.
+
+    Raises:
+        UsageError: `validate` returns something else than a dict of numbers.
+    """
+    metrics = validate(model)
+    if not isinstance(metrics, Mapping):
+        wrong = value_phrase(metrics)
+    elif not all(isinstance(value, numbers.Real) for value in metrics.values()):
+        name, value = next((n, v) for n, v in metrics.items() if not isinstance(v, numbers.Real))
+        wrong = f"a dict whose entry {name!r} is {value_phrase(value)}"
+    else:
+        return dict(metrics)
+    raise UsageError(
+        f"The validation returned {wrong}; expected a dict of numbers by name.",
+        "The metrics of each epoch are stored in the history.",
+        'Return, for example, {"f1": float(f1)}.',
+    )
+
+
 MOST_EPOCHS = 10
 """Number of epochs that a printed result of a training shows."""
 
@@ -299,7 +322,7 @@ class Trained(Printable):
     """Result of a training run.
 
     Args:
-        model: trained model, in inference mode.
+        model: trained model, in inference mode, with the weights after the last epoch.
         history: one dict per epoch: epoch, loss, terms (the weighted loss of each term; they add up to the loss),
             gradient_shares, learning_rate, seconds, and the validation metrics.
         first_batch: shares of the terms in the loss and in the gradient of the first batch.

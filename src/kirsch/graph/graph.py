@@ -282,15 +282,19 @@ class Graph(Printable):
         found = constants.broken(self.facts.demands, self.facts.choices, kept)
         return list(dict.fromkeys(choice.operation.source for choice in found))
 
-    def emptied(self, keep: NDArray[np.bool_]) -> ParameterAxis | None:
-        """Return a parameter axis that would lose all indices, or more than an operation allows; None if none would."""
+    def too_small(self, keep: NDArray[np.bool_]) -> tuple[ParameterAxis, int] | None:
+        """Return a parameter axis that would lose too many indices, and how many it needs; None if there is none.
+
+        An axis needs one index, or more if an operation needs them, such as a selection of the k largest values.
+        """
         component = self.coupling.component
         for floor_labels, least in self.facts.floors:
             components = component[floor_labels]
             if keep[components].sum() < least:
                 removed = components[~keep[components]]
-                return next(key for key, labels in self.axes.items() if np.isin(removed, component[labels]).any())
-        return next((key for key, labels in self.axes.items() if not keep[component[labels]].any()), None)
+                axis = next(key for key, labels in self.axes.items() if np.isin(removed, component[labels]).any())
+                return axis, least
+        return next(((key, 1) for key, labels in self.axes.items() if not keep[component[labels]].any()), None)
 
     @cached_property
     def blockers(self) -> tuple[Blocker, ...]:

@@ -86,8 +86,8 @@ def graph_parts(
         blocks: paths of the residual blocks.
         blockers: reasons why parameters cannot be removed, the largest share first.
     """
-    inputs = ", ".join("×".join(map(str, shape)) for shape in shapes) or "as given"
-    size = f"   {figures.count(cost.parameters)} parameters   {figures.count(cost.macs)} MACs   input {inputs}"
+    macs = f"{figures.count(cost.macs)} MACs for {inputs_text(shapes)}"
+    size = f"   {figures.count(cost.parameters)} parameters   {macs}"
     parts: list[Part] = [[Piece(model, "strong"), Piece(size)], []]
     if groups:
         parts += [_tree(groups), []]
@@ -99,6 +99,12 @@ def graph_parts(
         more = f" and {len(blocks) - BLOCKS} more" if len(blocks) > BLOCKS else ""
         parts += [[Piece(f"residual blocks that can be removed: {', '.join(blocks[:BLOCKS])}{more}")], []]
     return [*parts, *_blockers(blockers)]
+
+
+def inputs_text(shapes: Iterable[Sequence[int]]) -> str:
+    """Return the shapes of the example inputs, of which MACs and activations are counted, as text."""
+    texts = ["×".join(map(str, shape)) for shape in shapes]
+    return f"the input{'s' * (len(texts) > 1)} {', '.join(texts)}" if texts else "the example inputs"
 
 
 def _tree(costs: Sequence[GroupCost]) -> Table:
@@ -185,13 +191,16 @@ def plan_parts(
 
     Args:
         title: the first line.
-        sizes: name of each group → (number of units, number of removed units).
+        sizes: name of each group → (number of units, number of removed units). If blocks are removed, groups that
+            keep all units are not shown: they may lie in a removed block.
         blocks: paths of the removed blocks.
         cost: the cost, as `cost_table` returns it.
         texts: the notes.
     """
     rows: list[list[Cell]] = []
     for name, (size, removed) in sizes.items():
+        if blocks and not removed:
+            continue
         kept = size - removed
         filled = max(1, round(BAR * kept / size))
         change = f"−{figures.percent(removed / size)}" if removed else "kept"

@@ -41,6 +41,8 @@ IN_PLACE_OF_LATENCY = (
 class Goal(Printable):
     """Largest cost of the pruned model, as a fraction of the original.
 
+    MACs are counted for one forward pass on the example inputs of `kirsch.trace`, with all samples of the batch.
+
     Args:
         macs: largest number of multiply-accumulates of the pruned model, as a fraction of that of the original; above 0
             and below 1.
@@ -95,7 +97,7 @@ class Goal(Printable):
     def shortfall(self, least: Cost, original: Cost) -> str:
         """Return a text that compares the limits with the least reachable cost, for the limits that are missed."""
         return "; ".join(
-            f"{name} {limit:.1%} is requested, {value:.1%} is the least reachable"
+            f"{name} {100 * limit:.3g}% is requested, {100 * value:.3g}% is the least reachable with these options"
             for name, (value, limit) in self.fractions(least, original).items()
             if value > limit
         )
@@ -185,7 +187,7 @@ class Plan(Printable):
         return f"<kirsch.Plan of {self.model}: removes {figures.counted(units, 'unit')}{blocks}, {macs}, {parameters}>"
 
     def parts(self) -> list[Part]:
-        """Return a bar for each group, the cost before and after, and the notes.
+        """Return a bar for each group, the removed blocks, the cost before and after, and the notes.
 
         A plan without its graph, such as a plan from JSON, shows only the groups that lose units.
         """
@@ -193,7 +195,8 @@ class Plan(Printable):
         groups = self.graph.groups if self.graph is not None else self.groups
         sizes = {group.name: (group.size, removed.get(group.name, 0)) for group in groups}
         method = layout.method_text(self.method, of_blocks=bool(self.blocks))
-        title: Line = [Piece(self.model, "strong"), Piece(f"   {method}")]
+        macs = f"MACs for {layout.inputs_text(shape for _, shape, _ in _shapes(self.inputs))}"
+        title: Line = [Piece(self.model, "strong"), *(Piece(f"   {text}") for text in (method, macs) if text)]
         return layout.plan_parts(title, sizes, self.without, self.cost_table(), self.notes)
 
     def cost_table(self) -> Table:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kirsch import figures
 from kirsch.tables import Part, Piece, Printable, Table
 
 if TYPE_CHECKING:
@@ -61,8 +62,12 @@ class Verification(Printable):
         """Return the result in one sentence, for the terminal and the report."""
         verdict = "equal to" if self.passed else "not equal to"
         statistics, modules = len(self.statistics), len(self.reweighted)
-        notes = f"; statistics of {statistics} operations computed over the kept units" if statistics else ""
-        notes += f"; the computed weights of {modules} modules change" if modules else ""
+        notes = (
+            f"; statistics of {figures.counted(statistics, 'operation')} computed over the kept units"
+            if statistics
+            else ""
+        )
+        notes += f"; the computed weights of {figures.counted(modules, 'module')} change" if modules else ""
         return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{notes}"
 
     def to_dict(self) -> dict[str, Any]:

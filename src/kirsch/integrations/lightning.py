@@ -250,7 +250,7 @@ def _part(module: Any, path: str) -> Any:
     """Return the student within a LightningModule."""
     parts = dict(module.named_modules())
     if path not in parts:
-        raise UnknownNameError(f"part of {type(module).__name__}", path, [name for name in parts if name])
+        raise UnknownNameError(f"part of {type(module).__name__} named", path, [name for name in parts if name])
     if not any(True for _ in parts[path].parameters()):
         raise UsageError(
             f"{type(module).__name__} has no parameters yet.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch.data.inputs import rows
 from kirsch.errors import NumericError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 """Result of a step as JSON. "did": what the step did, in a few words. "cells": texts for the table of steps. A step
-that makes a model adds "model", a name such as "pruned", and the keys of `Job.evaluate`."""
+that makes a model adds "model", a name such as "pruned", and the keys of `Job.save_and_evaluate`."""
 
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
@@ -113,10 +114,9 @@ class Job:
         return "teacher" if self.make_student is None else "student"
 
     @property
-    def example(self) -> NDArray[np.float32]:
-        """Return one sample, as a batch of one."""
-        sample: NDArray[np.float32] = self.data.test.inputs[:1]
-        return sample
+    def example(self) -> Any:
+        """Return the inputs of one sample, as a batch of one."""
+        return rows(self.data.test.inputs, slice(1))
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -156,17 +156,22 @@ class Job:
         resume = checkpoints.newest(folder, self.inputs, self.note)
         return TrainingHooks(event=emit, stop=self.stop, save=save, resume=resume)
 
-    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def validation(self) -> tuple[Any, NDArray[np.int64]]:
         """Return inputs and labels of the validation part."""
         return self.data.validation.inputs, self.data.validation.labels
 
     def evaluate(self, model: Any, folder: Path) -> Record:
-        """Return size, cost and test quality of a model, and write its logits to the folder."""
+        """Return size, cost and test quality of a model, and write its logits to the folder.
+
+        The key "roles" lists the roles of the model in the job: "teacher", "model", both or neither. Goals and report
+        use the last record of each role.
+        """
         inference = framework_of(model).inference
         logits = inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
         parameters, macs = self.count(model)
-        return {"parameters": parameters, "macs": macs, **self.quality(logits)}
+        roles = [name for name, known in (("teacher", self.teacher), ("model", self.model)) if model is known]
+        return {"roles": roles, "parameters": parameters, "macs": macs, **self.quality(logits)}
 
     def save_and_evaluate(self, model: Any, folder: Path) -> Record:
         """Write the weights of a model to the folder of its step, and return its size, cost and test quality."""

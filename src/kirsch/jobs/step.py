@@ -48,13 +48,20 @@ class Step(Options):
             KirschError: the step would fail.
         """
 
-    def seconds(self, job: Job) -> float:
-        """Return the estimated time on `job.model`, from a few timed training steps; called after `preview`."""
+    def seconds(self, job: Job) -> float | None:
+        """Return the estimated time on `job.model`, from a few timed training steps; called after `preview`.
+
+        None: the time cannot be estimated.
+        """
         del job
         return 1.0
 
     def run(self, job: Job, folder: Path) -> Record:
-        """Run the step on the models of the job, write its files to a folder, and return its record."""
+        """Run the step on the models of the job, write its files to a folder, and return its record.
+
+        A step that changes the model sets `job.model` first, and then adds `job.save_and_evaluate(job.model, folder)`
+        to its record.
+        """
         raise NotImplementedError
 
     def load(self, job: Job, folder: Path, record: Record) -> None:

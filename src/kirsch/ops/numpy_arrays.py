@@ -74,10 +74,6 @@ def multi_hot(indices: Any, num_classes: int, dtype: str) -> Any:
     return hot
 
 
-def arange(stop: int, like: Any) -> Any:  # noqa: ARG001 - numpy has one device
-    return np.arange(stop)
-
-
 def convert_to_tensor(values: Any, like: Any) -> Any:
     return np.asarray(values, dtype=like.dtype)
 

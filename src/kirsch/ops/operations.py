@@ -203,11 +203,6 @@ def svd(x: Any) -> tuple[Any, Any, Any]:
 # ------------------------------------------------------------------------------------------------ creation
 
 
-def arange(stop: int, *, like: Any) -> Any:
-    """Return the integers from 0 to `stop` - 1, on the device of `like`."""
-    return implementation_of(like).arange(stop, like)
-
-
 def convert_to_tensor(values: Any, *, like: Any) -> Any:
     """Convert a number, a list or a numpy array to an array of the library, type and device of `like`."""
     return implementation_of(like).convert_to_tensor(values, like)

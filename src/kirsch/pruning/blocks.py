@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kirsch.errors import GoalError, UnknownNameError, UsageError
+from kirsch import figures
+from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Plan, Skip
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.obstacles import reachable
-from kirsch.pruning.selection import matches
+from kirsch.pruning.selection import matches, named_parameters, unknown_layer
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -95,16 +96,18 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
 
     Raises:
         GoalError: removing all blocks does not reach the goal; the message has the least reachable cost.
-        UnknownNameError: an importance or a block to exclude is unknown.
-        UsageError: the importance needs data, or is not finite, for example because the model returns NaN for the data.
+        UnknownNameError: an importance or a layer to exclude is unknown.
+        UsageError: a pattern of `exclude` matches no layer, the importance needs data, or is not finite, for example
+            because the model returns NaN for the data.
     """
-    removable = _removable(graph, options.exclude)
+    removable, without_effect = _removable(graph, options.exclude)
     keep = graph.keep({})
     least = graph.prices.price(keep, removable)
     if not goal.met_by(least, graph.cost):
         raise GoalError(
             f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
-            f"The model has {len(graph.blocks)} residual blocks, of which {len(removable)} can be removed.",
+            f"The model has {figures.counted(len(graph.blocks), 'residual block')}"
+            f"{f'; {len(removable)} can be removed' if options.exclude else ''}.",
             f"{_fix(graph, goal, options.exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
     name = options.importance_name
@@ -129,6 +132,10 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         inputs=graph.inputs,
         tracing=graph.tracing,
         blocks=tuple(Skip(path, f"least {name}: {scores[path]:.3g}") for path in graph.blocks if path in removed),
+        notes=tuple(
+            f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
+            for pattern in without_effect
+        ),
         graph=graph,
     )
 
@@ -165,12 +172,20 @@ def _check_data(batches: Sequence[Any], importance: str) -> None:
         )
 
 
-def _removable(graph: Graph, exclude: Sequence[str]) -> list[str]:
-    """Return the paths of the blocks that are not excluded."""
-    removable = list(graph.blocks)
+def _removable(graph: Graph, exclude: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the paths of the blocks that are not excluded, and the patterns that exclude no block.
+
+    A pattern excludes the blocks that it names. A pattern that names other layers excludes the blocks that contain
+    them, because the parameters of these layers must not change.
+    """
+    removable, without_effect = list(graph.blocks), []
     for pattern in exclude:
+        parameters = named_parameters(graph, pattern)
         named = [path for path in graph.blocks if matches(path, pattern)]
+        named = named or [path for path in graph.blocks if any(name.startswith(f"{path}.") for name in parameters)]
+        if not named and not parameters:
+            raise unknown_layer(pattern, graph.blocks, "exclude")
         if not named:
-            raise UnknownNameError("residual block", pattern, graph.blocks, argument="exclude")
+            without_effect.append(pattern)
         removable = [path for path in removable if path not in named]
-    return removable
+    return removable, without_effect

@@ -10,13 +10,13 @@ import numpy as np
 from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs
-from kirsch.errors import GoalError, NumericError, PlanError, UsageError
+from kirsch.errors import GoalError, NumericError, PlanError, UsageError, listing
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
-from kirsch.pruning.blocks import plan_blocks
+from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.pruning.notes import CLOSE, landing_note, width_notes
+from kirsch.pruning.notes import CLOSE, landing_note, too_few_units, width_notes
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
@@ -78,7 +78,8 @@ def plan(
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
-            The units that these layers read are kept, too. For kinds="block": paths of the blocks that are kept.
+            The units that these layers read are kept, too. For kinds="block", the blocks that are named, or that
+            contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
         seed: seed of the importance "random".
@@ -106,6 +107,7 @@ def plan(
         keep_outputs=keep_outputs,
         seed=seed,
     )
+    _check_importance(options)
     if not graph.cost.macs and goal.parameters is None:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
@@ -122,6 +124,23 @@ def plan(
             fix="Give kinds='block', or remove `data`.",
         )
     return _plan_units(graph, goal, options)
+
+
+def _check_importance(options: PlanOptions) -> None:
+    """Raise a UsageError for the importance of a block in a plan of units, and the reverse."""
+    name = options.importance_name
+    if options.of_blocks and name in IMPORTANCES and name not in BLOCK_IMPORTANCES:
+        raise UsageError(
+            f"The importance {name!r} ranks units of layers, and kinds='block' removes residual blocks.",
+            listing(sorted(BLOCK_IMPORTANCES)),
+            "Give an importance of blocks, or other `kinds`.",
+        )
+    if not options.of_blocks and name in BLOCK_IMPORTANCES and name not in IMPORTANCES:
+        raise UsageError(
+            f"The importance {name!r} ranks residual blocks, and this plan removes units of layers.",
+            listing(sorted(IMPORTANCES)),
+            "Give kinds='block', or an importance of units.",
+        )
 
 
 def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
@@ -247,6 +266,6 @@ def _distance_to_goal(goal: Goal, after: Cost, before: Cost) -> float:
 
 def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
     graph.constants(keep)
-    empty = graph.emptied(keep)
-    if empty is not None:
-        raise PlanError(f"The plan would leave no unit on an axis of {empty[0]!r}.", fix="Raise min_keep.")
+    found = graph.too_small(keep)
+    if found is not None:
+        raise PlanError(too_few_units("The plan", *found), fix="Raise min_keep.")

@@ -113,3 +113,11 @@ def width_notes(plan: Plan) -> list[str]:
     more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
     names = f"{', '.join(unaligned[:3])}{more}"
     return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
+
+
+def too_few_units(title: str, axis: tuple[str, int], least: int) -> str:
+    """Return a sentence on a parameter axis that would lose too many units; see `Graph.too_small`."""
+    name, dim = axis
+    if least == 1:
+        return f"{title} would leave no unit on axis {dim} of {name!r}."
+    return f"{title} would leave fewer than {least} units on axis {dim} of {name!r}, and an operation needs {least}."

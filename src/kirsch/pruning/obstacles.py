@@ -144,7 +144,8 @@ class _CauseFinder:
         found = sorted({self._exclusions[name] for name, _ in groups if name in self._exclusions})
         if found:
             option = found[0].option
-            setting = f"{option}={[why.pattern for why in found if why.option == option]!r}"
+            patterns = dict.fromkeys(pattern for why in found if why.option == option for pattern in why.patterns)
+            setting = f"{option}={list(patterns)!r}"
             return f"which {setting} keeps unchanged" if option == "exclude" else f"whose units {setting} keeps"
         if groups:
             uniform = ", uniform=True" if options.uniform else ""
@@ -232,9 +233,9 @@ def _fewer_excluded(options: PlanOptions) -> Iterator[Change]:
             rest = tuple(other for other in patterns if other != pattern)
             yield Change(f"{option} without {pattern!r}", options.changed(**{option: rest}))
         if len(patterns) > 1:
-            yield Change(f"nothing in {option}", options.changed(**{option: ()}))
+            yield Change(f"{option}=[]", options.changed(**{option: ()}))
     if options.exclude and options.keep_outputs:
-        yield Change("nothing in exclude and keep_outputs", options.changed(exclude=(), keep_outputs=()))
+        yield Change("exclude=[] and keep_outputs=[]", options.changed(exclude=(), keep_outputs=()))
 
 
 def _joined(options: PlanOptions, changes: Sequence[Change]) -> Change:

@@ -46,21 +46,21 @@ class PlanOptions(Options):
     round_to: RoundTo = Field(
         "auto",
         description=(
-            "the number of kept units of a group is a multiple of this number; a dict has a number for each kind of "
+            "the number of kept units of a group is a multiple of this number, which may be given for each kind of "
             'unit; "auto": 16, 8, 4 or 1, by the size of the group'
         ),
     )
     kinds: Kinds = Field(
         None,
         description=(
-            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
-            "removed, more of the kinds with a weight above 1, none of those with weight 0; block: residual blocks; "
-            "default: units of all kinds, but no residual blocks"
+            "the kinds of units to remove; with a weight for each kind, units of all kinds are removed, more of the "
+            "kinds with a weight above 1, none of those with weight 0; block: residual blocks; default: units of all "
+            "kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
-    exclude: Names = Field((), description="layers whose parameters are not changed; glob patterns")
+    exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
     seed: Seed = Field(0, description='seed of the importance "random"')
 
@@ -69,7 +69,7 @@ class PlanOptions(Options):
 
         Raises:
             UnknownNameError: kinds or round_to names an unknown kind.
-            UsageError: kinds names blocks together with other kinds, or an option has no effect on blocks.
+            UsageError: kinds names blocks together with other kinds, or an option has no effect.
         """
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
@@ -77,6 +77,12 @@ class PlanOptions(Options):
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
+        if self.importance == "random" and self.norm != type(self).model_fields["norm"].default:
+            raise UsageError(
+                "`norm` has no effect with importance='random'.",
+                "It is the norm of the weights that the importance 'magnitude' compares.",
+                "Remove `norm`, or use importance='magnitude'.",
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):

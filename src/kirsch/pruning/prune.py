@@ -14,7 +14,7 @@ from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.pruning.notes import changes, renewed
+from kirsch.pruning.notes import changes, renewed, too_few_units
 from kirsch.tables import Line, Part, Piece, Printable, notes
 from kirsch.user_warnings import warn
 
@@ -154,9 +154,9 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     framework = framework_of(model)
     plan = renewed(stated, graph)
     keep = plan.keep(graph)
-    empty = graph.emptied(keep)
-    if empty is not None:
-        raise PlanError(f"{plan.title} would leave no unit on an axis of {empty[0]!r}.", fix="Keep more of its units.")
+    found = graph.too_small(keep)
+    if found is not None:
+        raise PlanError(too_few_units(plan.title, *found), fix="Keep more of its units.")
     try:
         pruned, verification = framework.surgery.prune(model, plan, graph, verify=verify)
     except VerificationError as error:

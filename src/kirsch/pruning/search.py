@@ -109,13 +109,14 @@ class Chooser:
         return self.repaired([candidate.steps[-1] for candidate in self.candidates])
 
     def repaired(self, counts: Sequence[int]) -> list[int]:
-        """Return a choice without empty axes: on an empty axis, the most important units of its groups are restored."""
+        """Return a choice that leaves enough units on each axis: where it does not, the most important are restored."""
         counts = list(counts)
-        while (empty := self._graph.emptied(self.keep(counts))) is not None:
+        while (found := self._graph.too_small(self.keep(counts))) is not None:
+            axis, _ = found
             sharing = [
                 index
                 for index, candidate in enumerate(self.candidates)
-                if counts[index] and any(empty in group.footprint for group in candidate.groups)
+                if counts[index] and any(axis in group.footprint for group in candidate.groups)
             ]
             best = max(sharing, key=lambda index: float(self.candidates[index].scores[counts[index] - 1]))
             counts[best] = self.candidates[best].allowed(counts[best] - 1)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kirsch.errors import UnknownNameError
+from kirsch.errors import UnknownNameError, UsageError, listing
 from kirsch.graph.kinds import UNROUNDED_KINDS
 from kirsch.pruning.notes import ALIGNED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class Exclusion(NamedTuple):
-    """The option and the pattern that keep all units of a group.
+    """The option and the patterns that keep all units of a group.
 
     Args:
         option: "exclude" or "keep_outputs".
-        pattern: the first pattern of the option that applies.
+        patterns: the patterns of the option that apply.
     """
 
     option: str
-    pattern: str
+    patterns: tuple[str, ...]
 
 
 def removable_groups(graph: Graph, options: PlanOptions) -> list[Group]:
@@ -77,26 +77,41 @@ def exclusions(graph: Graph, options: PlanOptions) -> dict[str, Exclusion]:
     """Return the exclusion that keeps all units of a group, by group name; `exclude` precedes `keep_outputs`.
 
     Raises:
-        UnknownNameError: a pattern matches no layer, parameter or group.
+        UsageError: a pattern matches no layer, parameter or group.
     """
+    excluded = {pattern: _with_parameters(graph, pattern) for pattern in options.exclude}
+    kept = {pattern: _with_outputs(graph, pattern) for pattern in options.keep_outputs}
     found: dict[str, Exclusion] = {}
-    for pattern in options.exclude:
-        for name in _with_parameters(graph, pattern):
-            found.setdefault(name, Exclusion("exclude", pattern))
-    for pattern in options.keep_outputs:
-        for name in _with_outputs(graph, pattern):
-            found.setdefault(name, Exclusion("keep_outputs", pattern))
+    for option, groups in (("exclude", excluded), ("keep_outputs", kept)):
+        for name in {name for names in groups.values() for name in names} - set(found):
+            found[name] = Exclusion(option, tuple(pattern for pattern, names in groups.items() if name in names))
     return found
+
+
+def named_parameters(graph: Graph, pattern: str) -> set[str]:
+    """Return the parameters and buffers that a pattern of `exclude` names; may be empty."""
+    return {name for name in graph.tensors if matches(name, pattern)}
+
+
+def unknown_layer(pattern: str, known: Iterable[str], option: str) -> UnknownNameError | UsageError:
+    """Return the error for a pattern of `exclude` or `keep_outputs` that matches nothing."""
+    if set(pattern) & set("*?["):
+        return UsageError(
+            f"The pattern {pattern!r} in `{option}` matches no layer of the model.",
+            listing(sorted(known)),
+            "Correct the pattern, or leave it out.",
+        )
+    return UnknownNameError("layer", pattern, known, argument=option)
 
 
 def _with_parameters(graph: Graph, pattern: str) -> list[str]:
     """Return the groups with a parameter that the pattern names, or that is tied to such a parameter."""
-    names = {name for name in graph.tensors if matches(name, pattern)}
+    names = named_parameters(graph, pattern)
     names = names or {name for group in graph.groups if group.name == pattern for name, _ in group.footprint}
     if not names:
         layers = {name.rpartition(".")[0] for name in graph.tensors} - {""}
         known = layers | {group.name for group in graph.groups}
-        raise UnknownNameError("layer", pattern, known, argument="exclude")
+        raise unknown_layer(pattern, known, "exclude")
     tied = {id(graph.tensors[name]) for name in names}
     return [g.name for g in graph.groups if any(id(graph.tensors[name]) in tied for name, _ in g.footprint)]
 
@@ -106,7 +121,7 @@ def _with_outputs(graph: Graph, pattern: str) -> list[str]:
     outputs = graph.module_outputs()
     named = [output for path, output in outputs.items() if fnmatch.fnmatchcase(path, pattern)]
     if not named:
-        raise UnknownNameError("layer", pattern, outputs, argument="keep_outputs")
+        raise unknown_layer(pattern, outputs, "keep_outputs")
     kept = np.zeros(len(graph.coupling.frozen), bool)
     for labels in (axis for output in named for tensor in output for axis in tensor.axes if axis is not None):
         kept[graph.coupling.component[labels]] = True

@@ -73,7 +73,7 @@ class Prune(PlanOptions, Step):
             raise UsageError(
                 f"The step {key!r} has no goal.",
                 "Neither the step nor the job limits macs or parameters.",
-                f"Give a limit: {key}.goal.macs=0.5.",
+                "Give the step or the job a goal, such as macs=0.5.",
             )
         return own
 
@@ -84,11 +84,11 @@ class Prune(PlanOptions, Step):
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
-        data = inference.from_numpy(self._calibration(job)) if self.of_blocks else None
+        data = [inference.from_numpy(batch) for batch in self._calibration(job)] if self.of_blocks else None
         return graph, choose(graph, goal, data=data, **options)
 
     def _calibration(self, job: Job) -> Any:
-        """Return the samples on which blocks are ranked; a shuffling loader gives the same samples each time."""
+        """Return the batches on which blocks are ranked; a shuffling loader gives the same samples each time."""
         training = framework_of(job.model).training
         return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
 
@@ -96,6 +96,7 @@ class Prune(PlanOptions, Step):
         """Prune the model, verify it, and write it with its plan."""
         graph, plan = self._plan(job)
         pruned = prune_with_verification(job.model, plan)
+        job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
         notes = [*plan.notes, *pruned.warnings]
@@ -113,7 +114,6 @@ class Prune(PlanOptions, Step):
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
         record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
-        job.model = pruned.model
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
@@ -156,13 +156,17 @@ def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
             }
         )
         for name, axis in group.footprint:
-            if axis == 0 and name.endswith("weight") and len(graph.tensors[name].shape) > 1:
-                layer = name.rpartition(".")[0]
+            layer, _, parameter = name.rpartition(".")
+            # The weights of a recurrent layer, such as weight_ih_l0, have a row for each gate of each unit.
+            recurrent = group.kind == "recurrent unit" and parameter.startswith("weight")
+            if axis == 0 and (recurrent or parameter.endswith("weight")) and len(graph.tensors[name].shape) > 1:
                 if layer in {entry["name"] for entry in layers}:  # its outputs belong to several groups
                     continue
-                mask = graph.kept(graph.axes[name, 0], kept)
-                size = graph.tensors[name].shape[0]
-                rest = size if mask is None else int(mask.sum())
+                if recurrent:
+                    size, rest = group.size, group.size - len(units)
+                else:
+                    size, mask = graph.tensors[name].shape[0], graph.kept(graph.axes[name, 0], kept)
+                    rest = size if mask is None else int(mask.sum())
                 gone = bool(in_removed_block(layer))
                 layers.append(
                     {

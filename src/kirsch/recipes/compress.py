@@ -108,7 +108,8 @@ def compress(
 
     Args:
         model: trained model. It is the teacher of all training, and is not changed.
-        data: data set with training, validation and test part, in memory or from loaders.
+        data: data set with training, validation and test part, in memory or from loaders; for a model with several
+            inputs, its inputs are a tuple or dict.
         goal: limits of the pruned model, as fractions of the cost of the model before the first step `Prune`. With
             `steps`, it applies to each step `Prune` without a goal.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
@@ -228,7 +229,7 @@ def _usual_steps(
 
     def settings(training: Training) -> dict[str, Any]:
         values = {name: getattr(training, name) for name in Training.model_fields}
-        return values | ({"seed": None} if training.seed == 0 else {})  # 0 is the default: the seed of the job
+        return values if "seed" in training.model_fields_set else values | {"seed": None}  # None: the seed of the job
 
     steps: list[Step] = []
     if with_student:
@@ -259,8 +260,13 @@ def _refuse_unknown(plan_options: dict[str, Any]) -> None:
 def _refuse_beside_steps(
     distill: Training | None, recover: Training | None, objective: Any, plan_options: dict[str, Any]
 ) -> None:
-    given = {"distill": distill, "recover": recover, "objective": objective, **plan_options}
-    unused = [name for name, value in given.items() if value not in (None, DEFAULT_TRAINING)]
+    given = {
+        "distill": distill is not None,
+        "recover": recover is not DEFAULT_TRAINING,  # an equal object was given by the caller
+        "objective": objective is not None,
+        **dict.fromkeys(plan_options, True),
+    }
+    unused = [name for name, is_given in given.items() if is_given]
     if unused:
         raise UsageError(
             f"`{unused[0]}` of kirsch.compress has no effect together with `steps`.",

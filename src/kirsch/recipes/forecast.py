@@ -11,8 +11,9 @@ from kirsch.pruning.step import plan_file
 from kirsch.recipes.goals import expected_items, goal_texts
 from kirsch.recipes.manifest import RECIPE
 from kirsch.recipes.models import random_weights
+from kirsch.recipes.recipe import is_of_teacher
 from kirsch.recipes.runner import job_of, materials_of, preflight
-from kirsch.steps import Distill, Evaluate, Train
+from kirsch.steps import Distill, Train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +35,8 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         JSON-able: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
-        "steps" (key, model, parameters, macs, seconds), "plans" (key of a step → groups, cost before and after),
-        "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+        "steps" (key, model, parameters, macs, seconds, which are None if they cannot be estimated), "plans" (key of a
+        step → groups, cost before and after), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
 
         "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
         prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,
@@ -51,7 +52,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     for key, step in recipe.all_steps.items():
         job.key = key
         step.preview(job)
-        parameters, macs = job.count(job.teacher if _is_of_teacher(step) else job.model)
+        parameters, macs = job.count(job.teacher if is_of_teacher(step) else job.model)
         steps.append(
             {
                 "key": job.key,
@@ -80,20 +81,15 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         "plans": {key: json.loads(plan.to_json()) for key, plan in job.plans.items()},
         "plan_weights": _weights(recipe) if job.plans else None,
         "disk_bytes": sum(4 * step["parameters"] * COPIES for step in steps) + 1_000_000,
-        "seconds": sum(step["seconds"] for step in steps),
+        "seconds": sum(step["seconds"] or 0.0 for step in steps),
         "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
         "notes": [sentence] if sentence else [],
     }
 
 
-def _is_of_teacher(step: Step) -> bool:
-    """Return whether a step works on the teacher."""
-    return isinstance(step, Evaluate) or (isinstance(step, Train) and step.model == "teacher")
-
-
 def _reference(recipe: Recipe, step: Step) -> str | None:
     """Return the reference of the model that a step trains or evaluates for the first time; None for later steps."""
-    if _is_of_teacher(step):
+    if is_of_teacher(step):
         return recipe.teacher.model
     is_first = (type(step) is Distill or isinstance(step, Train)) and recipe.student is not None
     return recipe.student.model if is_first and recipe.student is not None else None

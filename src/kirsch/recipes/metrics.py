@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from kirsch.errors import UsageError
 from kirsch.jobs.step import keys_of
 from kirsch.recipes.goals import goal_items, goal_texts
 from kirsch.version import __version__
@@ -67,10 +68,25 @@ def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
-    """Return the keys of the last step that trained or evaluated the teacher, and of the final model's step."""
-    keys = [key for key, record in records.items() if "accuracy" in record]
-    teachers = [key for key in keys if records[key]["model"] == "teacher"]
-    return teachers[-1], keys[-1]
+    """Return the keys of the steps whose records describe the teacher and the final model.
+
+    Records of other models are left out.
+
+    Raises:
+        UsageError: no record describes the final model.
+    """
+    teachers, models = (
+        [key for key, record in records.items() if role in record.get("roles", ())] for role in ("teacher", "model")
+    )
+    if "export" in records:
+        return teachers[-1], "export"
+    if not models:
+        raise UsageError(
+            "No step has evaluated the final model of the job.",
+            "Goals and report need its numbers.",
+            "Add a step that trains, prunes or exports the student, or leave out the student.",
+        )
+    return teachers[-1], models[-1]
 
 
 def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, Any]:
@@ -170,7 +186,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
 def _not_measured(job: Job) -> list[str]:
     out = []
     if "measure" not in job.records:
-        out.append("Latency: the recipe does not export and measure a file.")
+        out.append("Latency: the job does not export and measure a file.")
     else:
         out.append("Other runtimes and machines: the times hold only for the runtime and machine of this report.")
     out.append(f"Other seeds: there is one training run, with seed {job.seed}; results differ between seeds.")

@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kirsch.annotations import value_phrase
 from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.failures import error_with_location
 from kirsch.frameworks.find import framework_of, pytorch
@@ -60,7 +61,12 @@ def build(reference: str, *, base: Path | None = None, seed: int = 0, weights: s
         raise
     except FAILURES as error:
         raise ModelError(f"{reference} failed.", error_with_location(error), "Fix the callable.") from error
-    framework_of(model)  # raises an error if this is not a model
+    if not _is_model(model):
+        missing = "Add the missing `return`. " if model is None else ""
+        raise ModelError(
+            f"{reference} returns {value_phrase(model)}; expected a model.",
+            fix=f"{missing}The callable must return a torch.nn.Module.",
+        )
     return model
 
 

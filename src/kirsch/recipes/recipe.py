@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
 from kirsch.annotations import Count, Seed
+from kirsch.arguments import ABBREVIATIONS
 from kirsch.errors import RecipeError, UsageError, listing, nearest
 from kirsch.graph import plan
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import FieldsError, Options
-from kirsch.recipes.yaml import dump, read, scalar
+from kirsch.recipes.changes import changes_of
+from kirsch.recipes.yaml import dump, read
 from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
 from kirsch.tasks import TASKS
 
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
-ENVIRONMENT = "KIRSCH_RECIPE__"
-"""Prefix of environment variables that change a recipe, such as KIRSCH_RECIPE__PRUNE__GOAL__MACS=0.4."""
-
 REFERENCE = "package.module:callable, file.py:callable, timm:NAME or a built-in model such as digits:teacher"
 
 
@@ -67,7 +66,7 @@ class Recipe(Options):
     teacher: ModelSection = Field(description="the large model")
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
     steps: tuple[SerializeAsAny[Step], ...] = Field(
-        description="steps in order: train, distill, prune, recover, export, measure"
+        description="steps in order: evaluate, train, distill, prune, recover, export, measure"
     )
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
@@ -77,7 +76,12 @@ class Recipe(Options):
         names = [name_of(step) for step in self.steps]
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
         for number, step in enumerate(self.steps):
-            problems += [(("steps", number), error) for error in self._problems_of(step, names[number], names[:number])]
+            problems += [(("steps", number), error) for error in self._problems_of(step, names[: number + 1])]
+        if not self.steps:
+            problems.append((("steps",), UsageError("There are no steps.", fix="Add at least one, such as prune.")))
+        elif self.student is not None and all(map(is_of_teacher, self.steps)):
+            fix = "Add a step such as distill, or leave out the student."
+            problems.append((("student",), UsageError("No step uses the student.", fix=fix)))
         problems += self._problems_after_export(names)
         for key, step in zip(keys_of(names), self.steps, strict=True):
             if isinstance(step, Prune):
@@ -87,17 +91,25 @@ class Recipe(Options):
         if problems:
             raise FieldsError(problems)
 
-    def _problems_of(self, step: Step, name: str, before: Sequence[str]) -> Iterator[UsageError]:
-        """Yield the reasons why a step cannot follow the steps before it."""
+    def _problems_of(self, step: Step, names: Sequence[str]) -> Iterator[UsageError]:
+        """Yield the reasons why a step cannot follow the steps before it; `names` ends with its name."""
+        *before, name = names
         if step.needs and step.needs not in before:
             yield UsageError(f"The step {name!r} needs a step {step.needs!r} before it.", fix="Add this step.")
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
-            fix = "Add the section student, or use the step recover, which trains the model itself on the teacher."
+            fix = "Give a student, or use the step recover, which trains the model itself on the teacher."
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-        if isinstance(step, Train) and step.model == "teacher" and set(before) - {"train"}:
-            yield UsageError("The teacher is trained after another step.", fix="Train it first.")
+        other = next(
+            (name for name, earlier in zip(before, self.steps, strict=False) if not is_of_teacher(earlier)), ""
+        )
+        if other and is_of_teacher(step):
+            yield UsageError(
+                f"The step {name!r} of the teacher comes after the step {other!r} of another model.",
+                "The other models are trained on the teacher, and compared with it.",
+                f"Move {name!r} to the beginning.",
+            )
 
     def _problems_after_export(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
         """Yield a problem if steps change the model after it was exported: the file would be another model."""
@@ -116,14 +128,18 @@ class Recipe(Options):
 
     @property
     def all_steps(self) -> dict[str, Step]:
-        """Steps by key, in order. A teacher that is not trained is evaluated first."""
-        trains = any(isinstance(step, Train) and step.model == "teacher" for step in self.steps)
-        steps = (*(() if trains else (Evaluate(),)), *self.steps)
+        """Steps by key, in order. Without a step of the teacher, the teacher is evaluated first."""
+        steps = self.steps if any(map(is_of_teacher, self.steps)) else (Evaluate(), *self.steps)
         return dict(zip(keys_of([name_of(step) for step in steps]), steps, strict=True))
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
         return dump(self.model_dump(mode="json"))
+
+
+def is_of_teacher(step: Step) -> bool:
+    """Return whether a step trains or evaluates the teacher."""
+    return isinstance(step, Evaluate) or (isinstance(step, Train) and step.model == "teacher")
 
 
 def name_of(step: Step) -> str:
@@ -148,37 +164,25 @@ def read_recipe(
     """
     document = read(source)
     data, lines = document.data, dict(document.lines)
-    changes = [
-        (name.removeprefix(ENVIRONMENT).lower().replace("__", "."), value, name)
-        for name, value in sorted((environment or {}).items())
-        if name.startswith(ENVIRONMENT)
-    ]
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w-]*(\.\w+)*", key):
-            raise RecipeError(
-                f"--set {text!r} is not a change of a key.",
-                "Expected the form a.b=value.",
-                "For example, write --set prune.goal.macs=0.4.",
-            )
-        changes.append((key, value, f"--set {text}"))
-    steps = _items(data.get("steps"))
-    if steps is not None:
-        data["steps"] = steps
+    steps = data.get("steps")
+    if isinstance(steps, list):
+        steps = data["steps"] = _items(steps)
+    sections = [name for name in Recipe.model_fields if name != "steps"]
     origins: dict[str, str] = {}
     removed: set[int] = set()
-    for text, value, origin in changes:
-        names, parsed = _names(steps, text.split("."), origin), scalar(value, origin)
-        key = ".".join(names)
-        if parsed is None and names[0] == "steps" and len(names) == len(("steps", "0", "name")):
-            removed.add(int(names[1]))
+    for change in changes_of(overrides, environment or {}):
+        path = change.path(steps, sections)
+        key = ".".join(path)
+        if change.value is None and path[0] == "steps" and len(path) == len(("steps", "0", "name")):
+            removed.add(int(path[1]))
             continue
-        _put(data, names, parsed, origin)
+        change.put(data, path)
         lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
-        origins |= {inner: origin for end in range(1, len(names)) if (inner := ".".join(names[:end])) not in lines}
-        origins[key] = origin
+        inner = (".".join(path[:end]) for end in range(1, len(path)))
+        origins |= {name: change.origin for name in inner if name not in lines}
+        origins[key] = change.origin
     for number in removed:
-        steps[number] = REMOVED
+        data["steps"][number] = REMOVED
     return recipe_of(data, "The recipe" if isinstance(source, str) else str(source), lines, origins)
 
 
@@ -191,22 +195,6 @@ def _items(steps: Any) -> Any:
     if not isinstance(steps, list):
         return steps
     return [{item: {}} if isinstance(item, str) else item for item in steps]
-
-
-def _names(steps: Any, names: list[str], origin: str) -> list[str]:
-    """Return the path of a change in the data of a recipe: the key of a step becomes ["steps", number, name]."""
-    if names[0] in Recipe.model_fields:
-        return names
-    present = [next(iter(item)) if isinstance(item, dict) and item else "" for item in steps or ()]
-    keys = keys_of(present)
-    if names[0] not in keys:
-        raise RecipeError(
-            f"{origin}: the recipe has no section and no step {names[0]!r}.",
-            f"Its steps are {', '.join(filter(None, keys))}; its sections are {', '.join(Recipe.model_fields)}.",
-            nearest(names[0], [*filter(None, keys), *Recipe.model_fields]) or "Change one of these.",
-        )
-    number = keys.index(names[0])
-    return ["steps", str(number), present[number], *names[1:]]
 
 
 def recipe_of(
@@ -232,8 +220,8 @@ def recipe_of(
         recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
     except ValidationError as error:
         found = [(details["loc"], details) for details in error.errors()]
-        # Problems of the recipe as a whole are found only if its parts are valid.
-        problems = [*found, *problems] if problems else found
+        # Steps with problems are missing here, so that the recipe as a whole, whose place is (), cannot be judged.
+        problems = [*(item for item in found if item[0]), *problems] if problems else found
         recipe = None
     if recipe is None or problems:
         texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
@@ -269,7 +257,7 @@ def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -
         elif item is not REMOVED:
             try:
                 name, options = _name_and_options(item)
-                steps.append(STEPS[name].model_validate({} if options is None else options))
+                steps.append(STEPS[name].model_validate(options))
             except ValidationError as error:
                 problems += [(("steps", number, name, *details["loc"]), details) for details in error.errors()]
             except UsageError as error:
@@ -277,31 +265,15 @@ def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -
     return steps
 
 
-def _name_and_options(item: Any) -> tuple[str, Any]:
+def _name_and_options(item: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(item, dict) and len(item) == 1:
         ((name, options),) = item.items()
-        if isinstance(name, str):
-            return name, options
+        if isinstance(name, str) and (options is None or isinstance(options, dict)):
+            return name, options or {}
     raise UsageError(
         f"A step is {item!r}; expected its name with its options.",
         fix="For example, write `- prune: {goal: {macs: 0.5}}`.",
     )
-
-
-def _put(data: Any, path: list[str], value: Any, origin: str) -> None:
-    section = data
-    for name in path[:-1]:
-        key: Any = int(name) if isinstance(section, list) else name
-        inner = section[key] if isinstance(section, list) else section.setdefault(key, {})
-        if inner is None:
-            inner = section[key] = {}
-        if not isinstance(inner, (dict, list)):
-            raise RecipeError(f"{origin}: {name!r} is a value, not a section.")
-        section = inner
-    if isinstance(section, list):
-        section[int(path[-1])] = value
-    else:
-        section[path[-1]] = value
 
 
 def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
@@ -321,7 +293,7 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
     location = next(filter(None, candidates), "")
     if details["type"] == "extra_forbidden":
         known = _keys(path[:-1])
-        suggestion = _latency_hint(path[-1]) or nearest(path[-1], known)
+        suggestion = _latency_hint(path[-1]) or nearest(ABBREVIATIONS.get(path[-1], path[-1]), known)
         text = " ".join(filter(None, ["unknown key.", listing(known, len(known)) if known else "", suggestion]))
     elif details["type"] == "missing":
         text = "this key is required"
@@ -378,7 +350,7 @@ def _comment(section: Options, depth: int, lines: list[str]) -> None:
     for name in own_fields_first(type(section)):
         field, value, indent = type(section).model_fields[name], getattr(section, name), "  " * depth
         if name == "steps" and isinstance(section, Recipe):
-            lines += ["", f"steps:{'' if section.steps else ' []'}  # {field.description}"]
+            lines += ["", f"steps:  # {field.description}"]
             for step in section.steps:
                 lines.append(f"- {name_of(step)}:  # {_summary(step)}")
                 _comment(step, 2, lines)

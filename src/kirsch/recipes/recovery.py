@@ -12,6 +12,7 @@ from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.data.arrays import host
+from kirsch.distillation.further_outputs import with_further_outputs
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
@@ -43,6 +44,9 @@ def recovery(
     features on `inputs`, so that 0.1 means ten percent in every layer. The objective contains the kept channels and
     these divisors, and can be written as JSON.
 
+    If no objective is given, it also has a term for each output of the model besides the logits, which compares this
+    output with that of the original; see `kirsch.distillation.further_outputs.output_terms`.
+
     Args:
         small: pruned model from `kirsch.prune` or `kirsch.load`, pruned once or several times.
         original: model before pruning; the teacher.
@@ -50,7 +54,7 @@ def recovery(
         at: layers to compare: a module path, a pattern such as "layer*", or a list of these. By default the stages of
             the network: the last feature map of each resolution, or each layer of tokens.
         weight: total weight of all layers, > 0, divided equally among them.
-        objective: objective to extend; `Objective.kd()` by default.
+        objective: objective to extend; by default `Objective.kd()` with the terms for further outputs.
 
     Raises:
         UsageError: the model was not pruned by Kirsch, lost whole blocks or has no stages, or the weight is not > 0.
@@ -66,8 +70,8 @@ def recovery(
         raise UsageError(
             f"`weight` of kirsch.recovery is {weight}; expected a number above 0.", fix="For example, give weight=1.0."
         )
-    objective = objective or Objective.kd()
     extractor = framework_of(small).features
+    objective = objective or with_further_outputs(Objective.kd(), extractor, small, original, inputs)
     known = _comparable_layers(extractor, small, original, inputs)
     layers = _selected_layers(extractor, original, inputs, at, known)
     features = extractor.extract(original, layers, inputs)
@@ -106,7 +110,7 @@ def _selected_layers(
     paths = [path for text in texts for path in features.expand(original, text, inputs)]
     for path in paths:
         if path not in known:
-            raise UnknownNameError(f"layer of {model_name} with known kept channels", path, known)
+            raise UnknownNameError(f"layer of {model_name} with known kept channels named", path, known)
     if not paths:
         raise UsageError("`at` of kirsch.recovery names no layers.", fix='Give a layer or pattern: at="layer*".')
     return list(dict.fromkeys(paths))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
 from kirsch.deploy.steps import MODEL
-from kirsch.errors import CheckpointError, LoadError, OutputError, RecipeError
+from kirsch.errors import CheckpointError, KirschError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.pruning.step import plan_file
 from kirsch.pruning.store import is_saved
@@ -76,6 +76,16 @@ def no_run(folder: Path) -> LoadError:
     return LoadError(f"{folder} is not a run folder.", why, "Start a run: kirsch compress.")
 
 
+def how_to_continue(folder: Path) -> str:
+    """Return the command or the call that continues a run; a run of `kirsch.compress` needs its models and data."""
+    try:
+        recipe, _ = stored(folder)
+    except KirschError:  # another error reports the damage
+        return f"kirsch resume {folder}"
+    again = f"kirsch.compress with the same arguments and folder={str(folder)!r}"
+    return again if recipe.teacher.model is None else f"kirsch resume {folder}"
+
+
 def refuse_misplaced(folder: Path) -> None:
     """Refuse links, pipes and foreign files that would make a run fail, or that a run would remove.
 
@@ -90,7 +100,7 @@ def refuse_misplaced(folder: Path) -> None:
         raise CheckpointError(
             f"The run {folder} cannot continue:\n" + "\n".join(problems),
             "",
-            f"Delete or move these files, or make them readable. Then kirsch resume {folder} restores missing files.",
+            "Delete or move these files, or make them readable. When the run is continued, it restores missing files.",
         )
 
 
@@ -172,9 +182,9 @@ def open_folder(recipe: Recipe, folder: Path, base: Path) -> dict[str, str]:
     known = _recipe(folder, run)
     if known is not None and known != recipe:
         raise RecipeError(
-            f"The folder {folder} holds a run of another recipe.",
-            f"They differ in {', '.join(_differences(known.model_dump(), recipe.model_dump()))}.",
-            "Choose another folder, or continue that run: kirsch resume.",
+            f"The folder {folder} holds a run with other steps or options.",
+            f"In the run and now: {'; '.join(_differences(known, recipe))}.",
+            f"Choose another folder. To continue the run: {how_to_continue(folder)}.",
         )
     altered = manifest.altered_files(folder)
     if not os.path.lexists(folder / RUN) and not (folder / CHECKPOINTS).is_dir():
@@ -245,10 +255,20 @@ def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
             yield f"{sentence}. It is left as it is, and the new manifest lists it."
 
 
-def _differences(first: Any, second: Any, key: str = "") -> list[str]:
+def _differences(first: Recipe, second: Recipe) -> list[str]:
+    """Return a text for each difference of two recipes, with the keys that `--set` takes."""
+    before, after = (
+        recipe.model_dump(exclude={"steps"}) | {key: step.model_dump() for key, step in recipe.all_steps.items()}
+        for recipe in (first, second)
+    )
+    order = [f"the order of the steps is {', '.join(first.all_steps)} and {', '.join(second.all_steps)}"]
+    return list(_changed_values(before, after)) or order
+
+
+def _changed_values(first: Any, second: Any, key: str = "") -> Iterator[str]:
     if isinstance(first, dict) and isinstance(second, dict):
-        names = sorted(set(first) | set(second))
-        return [d for n in names for d in _differences(first.get(n), second.get(n), f"{key}.{n}".lstrip("."))]
-    if isinstance(first, list) and isinstance(second, list):
-        return _differences(dict(enumerate(first)), dict(enumerate(second)), key)
-    return [] if first == second else [f"{key} ({first} and {second})"]
+        for name in sorted(set(first) | set(second)):
+            yield from _changed_values(first.get(name), second.get(name), f"{key}.{name}".lstrip("."))
+    elif first != second:
+        whole = isinstance(first, dict) or isinstance(second, dict)
+        yield f"{key} only {'now' if first is None else 'in the run'}" if whole else f"{key} {first} and {second}"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from kirsch import files, strict_json
 from kirsch.data.sources import load_data
 from kirsch.deploy.steps import MODEL
-from kirsch.errors import KirschError, LoadError, OutputError
+from kirsch.errors import KirschError, LoadError, OutputError, UsageError
 from kirsch.failures import during
+from kirsch.frameworks.find import framework_of
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
@@ -331,7 +332,19 @@ def _run_step(job: Job, step: Step, done: Path) -> dict[str, Any]:
     with files.new_folder(done) as folder:
         # Errors of the step are translated inside `new_folder`, which reports every OSError as an error of the folder.
         with during(f"in the step {job.key!r}", _lower(job)):
+            before = _identity(job.model)
             record = step.run(job, folder)
+            if step.changes_model and "model" not in record.get("roles", ()) and _identity(job.model) != before:
+                raise UsageError(
+                    f"The step {job.key!r} changed the model of the job without evaluating it.",
+                    "Goals and report would show the numbers of an earlier model.",
+                    "Set job.model, then add **job.save_and_evaluate(job.model, folder) to the record of the step.",
+                )
         record |= {"inputs": job.inputs, "seconds": round(time.perf_counter() - started, 3)}
         files.write_json(folder / RECORD, record)
     return record
+
+
+def _identity(model: Any) -> tuple[int, str]:
+    """Return values that differ if the model is another object or has other weights."""
+    return id(model), framework_of(model).inference.fingerprint(model)

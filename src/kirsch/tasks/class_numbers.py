@@ -28,7 +28,9 @@ def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
         raise DataError(
             f"The labels {name} have shape {labels.shape} and type {labels.dtype}{values}.",
             f"Expected class numbers: one integer per sample, shape (N,), from 0 to {classes - 1}.",
-            _fix(labels),
+            fix_of_labels(
+                labels, "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
+            ),
         )
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
@@ -42,8 +44,13 @@ def check_class_numbers(labels: NDArray[Any], classes: int, name: str) -> None:
         )
 
 
-def _fix(labels: NDArray[Any]) -> str:
-    """Return the fix for labels that are not class numbers."""
+def fix_of_labels(labels: NDArray[Any], several: str) -> str:
+    """Return the fix for labels that are not class numbers.
+
+    Args:
+        labels: the labels.
+        several: the fix for labels that have several numbers per sample and are not one-hot.
+    """
     is_integer = labels.dtype.kind != "f" or bool((labels == np.round(labels)).all())  # NaN is not equal to itself
     if labels.ndim == 1:
         if labels.dtype.kind == "b" or is_integer:
@@ -53,4 +60,4 @@ def _fix(labels: NDArray[Any]) -> str:
         return "Remove the axis of length 1: give labels[:, 0] as integers."
     if labels.ndim == 2 and is_integer and set(np.unique(labels)) <= {0, 1} and (labels.sum(1) == 1).all():  # noqa: PLR2004 - (N, K)
         return "They are one-hot: give labels.argmax(-1)."
-    return "For labels of pixels or positions, or multi-label targets, use kirsch.distill with ArrayData."
+    return several

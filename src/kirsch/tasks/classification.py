@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.errors import DataError, ShapeError
 from kirsch.measurement.outputs import are_probabilities, check_outputs
 from kirsch.measurement.statistics import Paired, Rate, mcnemar, rate
-from kirsch.tasks.class_numbers import check_class_numbers
+from kirsch.tasks.class_numbers import check_class_numbers, fix_of_labels
 from kirsch.tasks.task import TASKS
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
             f"The labels have shape {labels.shape} and type {labels.dtype}; expected class numbers, shape (N,).",
             fix="Give integers: labels.astype(int)."
             if labels.ndim == 1
-            else "Give labels[:, 0] for a column, labels.argmax(-1) for one-hot rows, as integers.",
+            else fix_of_labels(labels, "The accuracy is that of one class per sample: leave out other labels."),
         )
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(

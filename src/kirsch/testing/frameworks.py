@@ -105,6 +105,7 @@ def check_arrays_survive_the_conversion(example: FrameworkExample) -> None:
     for name, found, expected in (
         ("from_numpy", array, example.inputs),
         ("from_numpy with `like`", inference.from_numpy(example.inputs, like=array), example.inputs),
+        ("from_numpy of a dict", inference.from_numpy({"x": example.inputs})["x"], example.inputs),
         ("the inputs of to_device", batch.inputs, example.inputs),
         ("the targets of to_device", batch.targets, example.labels),
     ):

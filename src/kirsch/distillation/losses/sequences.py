@@ -1,4 +1,4 @@
-"""Sequences: masks from lengths, the loss of speech frames, and a filter for sequences that a teacher generated.
+"""Sequences: the loss of speech frames, and a filter for sequences that a teacher generated.
 
 Word-level distillation of translation and of causal language models uses the loss "kd" with a mask (N, L).
 """
@@ -12,34 +12,12 @@ from typing import TYPE_CHECKING, Any
 from kirsch import ops
 from kirsch.distillation.losses.logits import check_temperature
 from kirsch.distillation.losses.loss import check_same_shape, loss
-from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
+from kirsch.errors import ShapeError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
 BLANK_MODES = ("keep", "drop", "weight")
-
-
-def mask_from_lengths(lengths: Any, length: int) -> Any:
-    """Return a mask, shape (N, length), that is true at the first `lengths[n]` positions of sequence n.
-
-    Args:
-        lengths: integers, shape (N,), 0 to `length`.
-        length: length of the padded sequences.
-
-    Raises:
-        DataError: a length is below 0 or above `length`.
-    """
-    wrong = (lengths < 0) | (lengths > length)
-
-    def out_of_range() -> DataError:
-        found = ops.convert_to_numpy(lengths)[ops.convert_to_numpy(wrong)][0]
-        return DataError(f"A sequence has length {found}; the padded length is {length}.")
-
-    ops.raise_if(wrong, out_of_range)
-    positions = ops.arange(length, like=lengths)
-    return positions[None, :] < lengths[:, None]
-
 
 # ------------------------------------------------------------------------------------------------ speech
 

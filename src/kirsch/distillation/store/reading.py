@@ -59,6 +59,7 @@ class StoreCheck:
         return all(difference <= TOLERANCE for difference in self.differences.values())
 
 
+@checked
 class TeacherStore:
     """Outputs of a teacher for each view of each sample, memory-mapped from disk.
 

@@ -130,10 +130,6 @@ def multi_hot(indices: Tensor, num_classes: int, dtype: str) -> Tensor:
     return zeros.scatter(-1, indices.long(), 1)
 
 
-def arange(stop: int, like: Tensor) -> Tensor:
-    return torch.arange(stop, device=like.device)
-
-
 def convert_to_tensor(values: Any, like: Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)
 

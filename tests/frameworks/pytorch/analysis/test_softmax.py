@@ -45,7 +45,7 @@ def test_with_softmax_kept_units_are_removed_and_the_verification_reports_the_so
     plan = kirsch.plan(kirsch.trace(model, inputs, softmax="kept"), Goal(parameters=0.6))
     result = prune_with_verification(model, plan)
     assert result.verification.power > 1e-3
-    assert "statistics of 1 operations computed over the kept units" in result.verification.text
+    assert "statistics of 1 operation computed over the kept units" in result.verification.text
     kept = torch.nn.functional.linear(inputs, result.model.before.weight, result.model.before.bias)
     torch.testing.assert_close(result.model(inputs), result.model.after(kept * GATES[gate](kept)))
 

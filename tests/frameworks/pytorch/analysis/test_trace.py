@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kirsch
-from kirsch.errors import GoalError, ModelError, UsageError
+from kirsch.errors import GoalError, ModelError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.frameworks.pytorch.analysis.program import is_user_code
 from kirsch.frameworks.pytorch.analysis.trace import trace
@@ -73,8 +73,15 @@ def test_inputs_and_outputs_are_not_blockers_and_the_plan_error_names_them():
     model = nn.Linear(6, 3)
     graph = trace(model, TOKENS)
     assert graph.blockers == ()
-    with pytest.raises(GoalError, match=r"100\.0% is the least reachable.*whose units are inputs or outputs"):
+    with pytest.raises(GoalError, match=r"100% is the least reachable.*whose units are inputs or outputs"):
         plan(graph, Goal(macs=0.5))
+
+
+def test_the_values_of_an_unknown_parameter_are_refused():
+    graph = trace(nn.Linear(6, 3), TOKENS)
+    assert graph.values("weight").shape == (3, 6)
+    with pytest.raises(UnknownNameError, match=r"There is no parameter 'weights'\. .* Did you mean 'weight'\?"):
+        graph.values("weights")
 
 
 def test_blockers_are_sorted_by_their_share_of_the_parameters():

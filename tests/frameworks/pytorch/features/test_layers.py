@@ -38,7 +38,7 @@ class InPlaceModel(nn.Module):
 @pytest.mark.parametrize("layers", [["0", "absent"], ["0/linear", "0", "absent"]])
 def test_an_unknown_layer_leaves_no_hooks(layers):
     model = nn.Sequential(nn.Linear(D, K))
-    with pytest.raises(UnknownNameError, match="There is no layer in Sequential 'absent'"):
+    with pytest.raises(UnknownNameError, match="There is no layer in Sequential named 'absent'"):
         FeatureCapture(model, layers)
     assert_no_hooks(model)
 

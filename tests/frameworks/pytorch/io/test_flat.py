@@ -138,7 +138,7 @@ def test_inputs_keep_their_names_and_their_order(inputs, names, tmp_path):
         ({"first": ROW, "parts": [ROW, object()]}, r"parts\.1 is of type object\. Give tensors"),
         ({"first": ROW, "parts": {"a": torch.tensor(1.0)}}, r"parts\.a is a tensor without axes\."),
         (torch.zeros(0, 3), r"Input 0 has shape \(0, 3\) and is empty\."),
-        ({"first": None}, "`example_inputs` .* is a dict of 1; expected an array"),
+        ({"first": None}, "`example_inputs` .* is a dict with 1 element; expected an array"),
         ((), "`example_inputs` .* is a tuple without elements; expected an array"),
     ],
 )

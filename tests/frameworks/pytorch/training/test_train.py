@@ -109,6 +109,20 @@ def test_a_validation_metric_with_the_name_of_a_record_entry_raises_an_error():
         trained(validate=lambda model: {"accuracy": 1.0, "loss": 0.0})
 
 
+@pytest.mark.parametrize(
+    ("metrics", "found"),
+    [
+        (1.0, "1.0"),
+        (None, "None"),
+        ({"f1": "high"}, "a dict whose entry 'f1' is 'high'"),
+        ({"f1": torch.ones(1)}, "a dict whose entry 'f1' is a torch.Tensor of shape"),
+    ],
+)
+def test_a_validation_that_returns_no_dict_of_numbers_is_refused(metrics, found):
+    with pytest.raises(UsageError, match=f"The validation returned {found}.*; expected a dict of numbers by name"):
+        trained(validate=lambda _model: metrics)
+
+
 def test_validation_runs_in_inference_mode_after_each_epoch_and_does_not_change_the_training():
     modes, training_modes = [], []
 

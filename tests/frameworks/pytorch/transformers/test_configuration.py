@@ -50,8 +50,6 @@ class Block(nn.Module):
 class Configurable(nn.Module):
     """A model with widths from a default (None), a ratio, a list and a sub-configuration."""
 
-    factor = None
-
     def __init__(self, config):
         super().__init__()
         self.config = config

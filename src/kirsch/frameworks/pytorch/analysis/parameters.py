@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kirsch.errors import ModelError
+from kirsch.errors import ModelError, UnknownNameError
 from kirsch.graph.facts import Operation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
     from torch import nn
 
@@ -45,17 +47,21 @@ def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dic
                 facts.freeze(axis, "the rest of the model also uses the parameter")
 
 
-def values_of(parameter: nn.Parameter, name: str, model: str) -> NDArray[Any]:
+def values_of(parameters: Mapping[str, nn.Parameter], name: str, model: str) -> NDArray[Any]:
     """Return the values of a parameter as floats.
 
     Args:
-        parameter: the parameter, on any device.
+        parameters: the parameters of the model by path, on any device.
         name: path of the parameter.
         model: name of the model, for the error message.
 
     Raises:
         ModelError: the parameter is on the meta device and has no values.
+        UnknownNameError: the model has no such parameter.
     """
+    if name not in parameters:
+        raise UnknownNameError("parameter", name, parameters)
+    parameter = parameters[name]
     if parameter.is_meta:
         raise ModelError(
             f"The parameter {name!r} of {model} has no values.",

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.layers import LayerName
+from kirsch.frameworks.layers import OUTPUT, LayerName
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
 from kirsch.frameworks.pytorch.modules.unsupported import check_values
@@ -29,6 +29,9 @@ OUTPUT_NAMES = ("logits", "penultimate", "hidden", "attention")
 """Names of layers that are not modules."""
 
 MAX_LISTED = 4
+
+FUSED_ATTENTION = "scaled_dot_product_attention"
+EAGER = 'Build the model without fused attention; in the transformers library, with attn_implementation="eager".'
 
 
 class FeatureCapture:
@@ -64,7 +67,9 @@ class FeatureCapture:
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
         for path in (path for path, _, _ in keys if path not in modules):  # checked before any hook is set
-            raise UnknownNameError(f"layer in {type(model).__name__}", path, [*filter(None, modules), *OUTPUT_NAMES])
+            raise UnknownNameError(
+                f"layer in {type(model).__name__} named", path, [*filter(None, modules), *OUTPUT_NAMES]
+            )
         for path in (path for path, _, _ in keys if is_torchscript(modules[path])):
             raise UsageError(
                 f"{_quoted(path) if path else 'The model'} is TorchScript, which does not support hooks.",
@@ -187,7 +192,7 @@ class FeatureCapture:
             return logits_of(outputs)
         if layer.of_outputs:
             available = named(outputs)
-            name = layer.path.removeprefix("output.")
+            name = layer.path.removeprefix(OUTPUT)
             if name not in available:
                 raise UnknownNameError("output", name, available)
             return available[name]
@@ -236,9 +241,14 @@ class FeatureCapture:
                 f"{_quoted(layer.path)} does not call {layer.function} itself; {listed} does.",
                 fix=f'Write "{inner[0]}/{layer.function}".',
             )
-        return UnknownNameError(
-            f"function that {_quoted(layer.path)} calls", layer.function, self._called.get(layer.path, ())
-        )
+        called_functions = self._called.get(layer.path, ())
+        if FUSED_ATTENTION in called_functions:
+            return UsageError(
+                f"{_quoted(layer.path)} does not call {layer.function}: it calls {FUSED_ATTENTION}.",
+                "Fused attention returns no attention scores or weights.",
+                EAGER,
+            )
+        return UnknownNameError(f"function that {_quoted(layer.path)} calls", layer.function, called_functions)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -321,7 +331,7 @@ def layers_of(model: nn.Module, outputs: Any, layer: LayerName) -> Sequence[Any]
         raise UsageError(
             f"{type(model).__name__} returns no {' or '.join(fields)}, so {layer.text!r} has no value.",
             "Fused attention does not compute weights." if kind == "attention" else "",
-            'Build it with attn_implementation="eager".' if kind == "attention" else "Choose a module instead.",
+            EAGER if kind == "attention" else "Choose a module instead.",
         )
     layers: Sequence[Any] = values
     return layers
@@ -334,7 +344,7 @@ def _item(value: Any, layer: LayerName) -> Any:
     parts = named(value)
     name = layer.item or next(iter(parts), "")
     if name not in parts:
-        raise UnknownNameError(f"output of `{layer.path}`", name, parts)
+        raise UnknownNameError(f"output of `{layer.path}` named", name, parts)
     return parts[name]
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.frameworks.layers import LayerName, pattern
+from kirsch.frameworks.layers import OUTPUT, LayerName, pattern
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, is_torchscript, layers_of
+from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     """Return the layer that a name denotes, or the layers that match a pattern, in the order of the model's modules.
 
     Args:
-        model: the model. It is run once in inference mode if layers must be counted, or the last layer must be found.
+        model: the model. It is run once in inference mode if layers or outputs must be counted, or the last layer must
+            be found.
         text: a layer name, possibly with a pattern.
         inputs: one batch for this run.
 
@@ -44,6 +46,10 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         finally:
             capture.close()
         return [text.replace("[*]", f"[{number}]") for number in range(count)]
+    if layer.path == f"{OUTPUT}*":
+        with inference(model), torch.no_grad():
+            args, options = arguments(copied(inputs))
+            return [f"{OUTPUT}{name}" for name in named(called(model, args, options))]
     if layer.path == "penultimate":
         return [f"{_last_layer(model, inputs)}:in"]
     if layer.layered or layer.of_outputs or not ("*" in layer.path or layer.index):
@@ -52,7 +58,7 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path and matcher.fullmatch(path)]
     if not paths:
         known = [path for path, _ in model.named_modules() if path]
-        raise UnknownNameError(f"layer in {type(model).__name__}", layer.path, known)
+        raise UnknownNameError(f"layer in {type(model).__name__} named", layer.path, known)
     if layer.index and layer.index != "*":
         if not -len(paths) <= int(layer.index) < len(paths):
             raise UsageError(f"{layer.path!r} matches {len(paths)} modules; there is no [{layer.index}].")

@@ -30,6 +30,10 @@ CASTS = {torch.float32: "float()", torch.float64: "double()", torch.float16: "ha
 """Methods of a tensor or a model that convert it to a dtype."""
 
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+"""Kinds of parameters that need no argument."""
+
+
 def is_embedding_error(error: BaseException) -> bool:
     """Return whether an embedding was called with indices that are not integers."""
     return "'indices'" in str(error)
@@ -90,6 +94,10 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
     passed = [f"{len(args)} positional"] * bool(args) + [f"{', '.join(options)} by name"] * bool(options)
     why = "The entries of a dict, except labels and ids, are passed to the model as keyword arguments."
     fix = "Rename or remove the entries that the model does not take, or give batches of (inputs, targets)."
+    needed = [p.name for p in _parameters(model) or [] if p.default is p.empty and p.kind not in VARIADIC]
+    missing = [name for name in needed[len(args) :] if name not in options]
+    if missing and set(options) <= set(known):
+        fix = f"Add the missing entries: {', '.join(missing)}."
     if len(args) < len(known) and not options:
         why = "Of a batch (a, b, c), the model takes a; b are the targets and c the ids of the samples."
         entries = ", ".join(f'"{name}": ...' for name in [*known, "labels"])

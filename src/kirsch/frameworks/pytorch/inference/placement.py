@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from kirsch.frameworks.pytorch.inference.predict import device_of, tensors
 from kirsch.frameworks.pytorch.modules.copying import copy_of
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
 
 
-def from_numpy(array: Any, *, like: Any = None) -> torch.Tensor:
-    """Convert a numpy array to a tensor, on the device of the tensor `like` if one is given."""
-    return torch.from_numpy(array) if like is None else torch.as_tensor(array, device=like.device)
+def from_numpy(arrays: Any, *, like: Any = None) -> Any:
+    """Convert a numpy array, or each in a tuple or dict, to tensors, on the device of the tensor `like` if given."""
+    if like is None:
+        return tree_map(torch.from_numpy, arrays)
+    return tree_map(lambda array: torch.as_tensor(array, device=like.device), arrays)
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

@@ -38,7 +38,7 @@ from kirsch.frameworks.pytorch.training.optimizer import (
 )
 from kirsch.frameworks.pytorch.training.seed import seeded
 from kirsch.frameworks.pytorch.training.state import digest, load_arrays, to_array, to_tensor
-from kirsch.frameworks.training import GradientShares, Trained, TrainingState, require_labels
+from kirsch.frameworks.training import GradientShares, Trained, TrainingState, metrics_of, require_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -346,7 +346,7 @@ class _Run:
         }
         if self.hooks.validate is not None:
             with inference(self.result()):
-                metrics = self.hooks.validate(self.result())
+                metrics = metrics_of(self.hooks.validate, self.result())
             taken = sorted(metrics.keys() & record.keys())
             if taken:
                 raise UsageError(

@@ -1,0 +1,137 @@
+"""Outputs of a student that the objective does not use, and terms that compare them with the outputs of a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch import ops
+from kirsch.data.arrays import host
+from kirsch.distillation.term import Term
+from kirsch.frameworks.layers import OUTPUT, texts
+from kirsch.frameworks.predictions import is_prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from kirsch.distillation.objective import Objective
+    from kirsch.distillation.term import BoundTerm
+    from kirsch.frameworks.protocols import Features
+
+TOKEN_AXES = len("NLD")
+
+
+def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs: Any) -> list[str]:
+    """Return the outputs of a model that hold predictions, and whose values are not those of one of the layers.
+
+    Hidden states, attention weights, caches and losses are left out, and so are integers and outputs without an entry
+    for each sample.
+
+    Args:
+        features: the `Features` object of the model's framework.
+        model: the model.
+        layers: the layers that the objective uses, such as "logits".
+        inputs: inputs of one batch.
+
+    Returns:
+        Layer names, such as "output.age".
+    """
+    names = features.expand(model, f"{OUTPUT}*", inputs)
+    if len(names) == 1 and layers:
+        return []
+    values = features.extract(model, [*layers, *names], inputs)
+    samples = len(ops.first_array(inputs))
+    return [
+        name
+        for name in names
+        if is_prediction(name.removeprefix(OUTPUT))
+        and "float" in ops.dtype(values[name])
+        and tuple(values[name].shape[:1]) == (samples,)
+        and not any(_same_values(values[name], values[layer]) for layer in layers)
+    ]
+
+
+def output_terms(features: Features, student: Any, teacher: Any, names: Sequence[str], inputs: Any) -> list[Term]:
+    """Return a term for each output that student and teacher return in the same shape.
+
+    The term is the mean squared difference, divided by the variance of the teacher's output over the samples, so that
+    0.1 means that the student's output explains 90 % of this variance, whatever its scale. An output of the teacher
+    that does not vary, or is not finite, gets no term.
+
+    Args:
+        features: the `Features` object of the framework of student and teacher.
+        student, teacher: the models.
+        names: outputs as layer names, such as "output.age".
+        inputs: inputs of one batch; the variance depends on them.
+    """
+    shared = [name for name in names if name in features.expand(teacher, f"{OUTPUT}*", inputs)]
+    of_student, of_teacher = (features.extract(model, shared, inputs) for model in (student, teacher))
+    terms = []
+    for name in shared:
+        target = _host(of_teacher[name]).astype(np.float64)
+        variance = float(((target - target.mean(0)) ** 2).mean())
+        if target.shape == tuple(of_student[name].shape) and np.isfinite(variance) and variance > 0:
+            loss = "hidden-mse" if target.ndim == TOKEN_AXES else "fitnet"
+            terms.append(Term(loss, float(f"{1 / variance:.3g}"), student_layer=name, name=name))
+    return terms
+
+
+def with_further_outputs(
+    objective: Objective, features: Features, student: Any, teacher: Any, inputs: Any
+) -> Objective:
+    """Return an objective of the logits, extended by a term for each further output; see `output_terms`."""
+    names = unused_outputs(features, student, ["logits"], inputs)
+    terms = output_terms(features, student, teacher, names, inputs)
+    return dataclasses.replace(objective, terms=(*objective.terms, *terms))
+
+
+def warning_of_unused_outputs(
+    features: Features, student: Any, teacher: Any, objective: Objective, terms: Sequence[BoundTerm], inputs: Any
+) -> list[str]:
+    """Return a warning if the student returns predictions that neither the label loss nor a term uses.
+
+    Args:
+        features: the `Features` object of the framework of student and teacher.
+        student: the model to train.
+        teacher: the model whose outputs the suggested terms use; None if there is none.
+        objective: shows whether the logits are used.
+        terms: the terms of the objective, bound to layers.
+        inputs: inputs of one batch.
+    """
+    layers = ["logits"] * objective.needs_logits + texts([term.student_layer for term in terms])
+    names = unused_outputs(features, student, layers, inputs)
+    if not names:
+        return []
+    suggested = [] if teacher is None else output_terms(features, student, teacher, names, inputs)
+    if suggested:
+        code = ", ".join(
+            f'kirsch.Term("{term.loss}", {term.weight:g}, student_layer="{term.student_layer}")' for term in suggested
+        )
+        fix = f"To train them, add to the terms of the objective: {code}."
+    else:
+        fix = (
+            "To train them, distill from a model that returns them, with a term such as "
+            f'kirsch.Term("fitnet", student_layer="{names[0]}").'
+        )
+    text = (
+        f"The objective does not use these outputs of the student: {', '.join(n.removeprefix(OUTPUT) for n in names)}. "
+        "They are not trained, and they change with the layers that they share with the other outputs."
+    )
+    return [f"{text} {fix}"]
+
+
+def _same_values(one: Any, other: Any) -> bool:
+    """Return whether two arrays have the same values; an output may be a reshaped output of a module."""
+    if one is other:  # avoids a copy of the logits of a language model
+        return True
+    sizes = [math.prod(array.shape) for array in (one, other)]
+    return sizes[0] == sizes[1] and np.array_equal(_host(one).ravel(), _host(other).ravel(), equal_nan=True)
+
+
+def _host(array: Any) -> NDArray[Any]:
+    return host(ops.upcast(array))

@@ -1,0 +1,181 @@
+"""Outputs that the objective does not use give a warning; the suggested term keeps them, as does the step `recover`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.data.batches import ArrayData
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
+from kirsch.frameworks.training import Training, TrainingHooks
+from kirsch.steps import Prune, Recover
+
+WARNING = r"The objective does not use these outputs of the student: {names}\. They are not trained"
+
+
+class Two(nn.Module):
+    """Model of classes and a number, with hidden states, a constant and class numbers among its outputs."""
+
+    def __init__(self, width=16, named=True):
+        super().__init__()
+        self.named = named
+        self.body = nn.Sequential(nn.Linear(6, width), nn.ReLU())
+        self.cls, self.age = nn.Linear(width, 3), nn.Linear(width, 1)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        logits, age = self.cls(hidden), self.age(hidden).squeeze(-1)
+        if not self.named:
+            return logits, age
+        others = {"hidden_states": (hidden,), "anchors": torch.ones(5), "classes": logits.argmax(-1)}
+        return {"age": age, "logits": logits, **others}
+
+
+def model(seed=0, **options):
+    torch.manual_seed(seed)
+    return Two(**options)
+
+
+def data(targets=True):
+    inputs = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    return ArrayData(inputs, inputs[:, :3].argmax(1) if targets else None, batch_size=32)
+
+
+def warned(objective, teacher=None, *, student=None, batch=None):
+    """Return the warnings of a distiller."""
+    found = []
+    first = next((data() if batch is None else batch).epoch(0, 0))
+    student = student or model()
+    kirsch.Distiller(student, model(1) if teacher is None else teacher, objective, first, warn=found.append).close()
+    return found
+
+
+def test_an_output_that_the_objective_does_not_use_gives_a_warning_with_a_term_that_uses_it():
+    (text,) = warned(Objective.kd())
+    assert re.match(WARNING.format(names="age"), text)
+    code = re.search(r"add to the terms of the objective: (.*)\.$", text)[1]
+    term = eval(code, {"kirsch": kirsch})
+    assert term.student_layer == "output.age"
+    assert warned(Objective((Term("kd"), term))) == []
+
+
+def test_an_output_of_a_tuple_is_named_by_its_number():
+    (text,) = warned(Objective.kd(), model(1, named=False), student=model(named=False))
+    assert re.match(WARNING.format(names="1"), text)
+    assert 'student_layer="output.1"' in text
+    assert warned(Objective.labels(), model(1, named=False), student=model(named=False)) == [text]
+
+
+def test_a_term_on_the_module_that_computes_an_output_uses_the_output():
+    assert warned(Objective((Term("kd"), Term("fitnet", student_layer="age")))) == []
+
+
+def test_logits_that_the_objective_does_not_use_are_named():
+    objective = Objective((Term("fitnet", student_layer="output.age"),), label_weight=0)
+    (text,) = warned(objective)
+    assert re.match(WARNING.format(names="logits"), text)
+
+
+def test_without_the_output_of_a_teacher_the_warning_names_the_kind_of_term():
+    plain = nn.Linear(6, 3)
+    (text,) = warned(Objective.kd(), plain)
+    assert text.endswith(
+        'distill from a model that returns them, with a term such as kirsch.Term("fitnet", student_layer="output.age").'
+    )
+    constant = model(1)
+    nn.init.zeros_(constant.age.weight)
+    assert warned(Objective.kd(), constant) == [text]
+
+
+def test_a_term_for_an_output_is_relative_to_its_variance():
+    teacher = model(1)
+    with torch.no_grad():
+        teacher.age.weight.mul_(1000)
+        teacher.age.bias.add_(1e6)
+    (text,) = warned(Objective.kd(), teacher)
+    weight = float(re.search(r'Term\("fitnet", ([^,]*),', text)[1])
+    first = next(data().epoch(0, 0))
+    assert weight == pytest.approx(
+        1 / teacher(torch.from_numpy(first.inputs))["age"].var(correction=0).item(), rel=0.01
+    )
+
+
+def test_training_on_labels_and_mutual_learning_warn_once():
+    options = {"training": Training(epochs=1), "progress": False}
+    with pytest.warns(UserWarning, match=WARNING.format(names="age")) as caught:
+        kirsch.fit(model(), data(), **options)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=WARNING.format(names="age")) as caught:
+        kirsch.distill_mutually([model(), model(1)], data(), **options)
+    assert len(caught) == 1
+
+
+# ------------------------------------------------------------------------------------------------ pruned models
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A teacher whose logits fit the labels, and its pruned copy."""
+    training = Training(epochs=30, learning_rate=0.01, optimizer="adamw")
+    hooks = TrainingHooks(event=lambda _event: None)
+    original = kirsch.fit(model(width=32), data(), training=training, hooks=hooks, progress=False).model
+    graph = kirsch.trace(original, torch.zeros(1, 6))
+    return original, kirsch.prune(original, kirsch.plan(graph, kirsch.Goal(macs=0.5)))
+
+
+def fit_to_age(trained, original):
+    """Return R² of the second output of a model, compared with that of the original."""
+    with torch.no_grad():
+        age, truth = (net(torch.from_numpy(data().inputs))["age"] for net in (trained, original))
+    return float(1 - ((age - truth) ** 2).mean() / truth.var(correction=0))
+
+
+TRAINING = Training(epochs=40, learning_rate=0.01, optimizer="adamw")
+
+
+def test_the_suggested_term_keeps_an_output_of_a_pruned_model(pair):
+    original, small = pair
+    (text,) = warned(Objective.kd(), original, student=small)
+    term = eval(re.search(r"objective: (.*)\.$", text)[1], {"kirsch": kirsch})
+    results = []
+    for terms in ((Term("kd"),), (Term("kd"), term)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = kirsch.distill(small, original, data(), objective=Objective(terms), training=TRAINING)
+        results.append(fit_to_age(found.model, original))
+    assert results[0] < 0.9
+    assert results[1] > 0.97
+
+
+def test_compress_keeps_all_outputs_by_default(pair, tmp_path):
+    original, _ = pair
+    inputs, labels = data().inputs, data().targets
+    parts = [kirsch.Split(inputs, labels) for _ in ("train", "validation", "test")]
+    events = []
+    result = kirsch.compress(
+        original,
+        kirsch.DataSet("toy", *parts, classes=("a", "b", "c")),
+        steps=[Prune(goal=kirsch.Goal(macs=0.5)), Recover(epochs=40, learning_rate=0.01, optimizer="adamw")],
+        folder=tmp_path / "run",
+        listen=events.append,
+    )
+    assert fit_to_age(result.model, original) > 0.9
+    epoch = next(event for event in reversed(events) if event["event"] == "epoch")
+    assert set(epoch["terms"]) == {"label", "kd", "output.age"}
+    assert not [event for event in events if event["event"] == "warning"]
+
+
+def test_recovery_compares_all_outputs_by_default(pair):
+    original, small = pair
+    inputs = torch.from_numpy(data().inputs)
+    default = kirsch.recovery(small, original, inputs, at="body.1")
+    assert [term.record_name for term in default.terms] == ["kd", "output.age", "kept.body.1"]
+    given = kirsch.recovery(small, original, inputs, at="body.1", objective=Objective.kd())
+    assert [term.record_name for term in given.terms] == ["kd", "kept.body.1"]
