@@ -16,11 +16,13 @@ from kirsch.frameworks.trace import trace
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.importance import importance_of
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
@@ -84,13 +86,15 @@ class Prune(PlanOptions, Step):
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
-        data = [inference.from_numpy(batch) for batch in self._calibration(job)] if self.of_blocks else None
-        return graph, choose(graph, goal, data=data, **options)
+        if self.of_blocks:
+            options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
+        elif importance_of(self.importance_name).needs != "weights":
+            options["data"] = self._calibration(job, job.data.first_samples)
+        return graph, choose(graph, goal, **options)
 
-    def _calibration(self, job: Job) -> Any:
-        """Return the batches on which blocks are ranked; a shuffling loader gives the same samples each time."""
-        training = framework_of(job.model).training
-        return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
+    def _calibration(self, job: Job, read: Callable[[int], Any]) -> Any:
+        """Return the first training samples; a shuffling loader gives the same samples each time."""
+        return framework_of(job.model).training.seeded(lambda: read(CALIBRATION), job.seed)
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""

@@ -8,7 +8,13 @@ from kirsch.pruning.importance.flap import flap
 from kirsch.pruning.importance.fpgm import fpgm
 from kirsch.pruning.importance.grasp import grasp
 from kirsch.pruning.importance.hessian import hessian
-from kirsch.pruning.importance.importance import IMPORTANCES, Importance, as_importance, importance
+from kirsch.pruning.importance.importance import (
+    IMPORTANCES,
+    Importance,
+    as_importance,
+    importance,
+    importance_of,
+)
 from kirsch.pruning.importance.lamp import lamp
 from kirsch.pruning.importance.leave_one_out import leave_one_out
 from kirsch.pruning.importance.magnitude import magnitude
@@ -32,6 +38,7 @@ __all__ = [
     "grasp",
     "hessian",
     "importance",
+    "importance_of",
     "lamp",
     "leave_one_out",
     "magnitude",

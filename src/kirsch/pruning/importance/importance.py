@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
@@ -94,6 +95,31 @@ def as_importance(formula: Callable[..., Any], name: str, needs: Needs = "weight
     found = cast("Importance", compute)
     found.name, found.needs, found.options = name, needs, options
     return found
+
+
+def importance_of(choice: Any) -> Importance:
+    """Return the importance of a name, a function (graph, group) → scores, or a dict of scores by group name.
+
+    Raises:
+        UnknownNameError: there is no importance of this name.
+        UsageError: the function has unknown arguments.
+    """
+    if isinstance(choice, str):
+        found = IMPORTANCES[choice]
+        return found if hasattr(found, "needs") else as_importance(found, choice)
+    if isinstance(choice, Mapping):
+        return as_importance(lambda _graph, group: _given(choice, group), "given scores")
+    return choice if hasattr(choice, "needs") else as_importance(choice, getattr(choice, "__name__", "given function"))
+
+
+def _given(scores: Mapping[str, Any], group: Group) -> Any:
+    if group.name not in scores:
+        raise UsageError(
+            f"`importance` has no scores for the group {group.name!r}.",
+            "Every group whose units may be removed needs one score for each unit.",
+            f"Add {group.name!r}, or exclude the layer, exclude={group.name!r}.",
+        )
+    return scores[group.name]
 
 
 # ------------------------------------------------------------------------------------------------ axes and units

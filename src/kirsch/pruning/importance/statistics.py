@@ -18,7 +18,7 @@ from kirsch.pruning.importance.activations import Read, contribution_products, r
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -65,7 +65,7 @@ class Statistics:
         seed: seed of the random vectors of the Hessian.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[Batch], loss: Loss | None = None, seed: int = 0) -> None:
+    def __init__(self, graph: Graph, batches: Iterable[Batch], loss: Loss | None = None, seed: int = 0) -> None:
         self._graph, self._batches, self._seed = graph, batches, seed
         self._loss = loss
         self._calibration = calibration_of(graph)
