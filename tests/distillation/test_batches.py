@@ -342,6 +342,6 @@ def test_entries_are_passed_as_keyword_arguments():
 @pytest.mark.parametrize("data", [(X, Y), [X, Y], (X, X)], ids=["a tuple", "a list", "a tuple of floats"])
 def test_a_pair_of_arrays_is_refused_as_data(data):
     with pytest.raises(
-        UsageError, match=r"`data` of kirsch\.distill is a (tuple|list) of 2; .*ArrayData\(inputs, targets\)"
+        UsageError, match=r"`data` of kirsch\.distill is a (tuple|list) with 2 elements; .*ArrayData\(inputs, targets\)"
     ):
         distill(Net(), Net(), data)

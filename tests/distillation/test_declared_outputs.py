@@ -138,7 +138,7 @@ def test_outputs_that_are_not_as_declared_are_refused():
         fit(PLAIN, dataset(), objective=Objective(student_outputs="probabilities"), training=SHORT)
     with pytest.raises(UsageError, match=r"The classes of `logits` have sums from .* instead of 1"):
         fit(net(nn.Sigmoid()), dataset(), objective=Objective(student_outputs="probabilities"), training=SHORT)
-    with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'; expected 'logits', 'prob"):
+    with pytest.raises(UsageError, match=r"`student_outputs` .* is 'probs'\. Give 'logits', 'prob"):
         Objective(student_outputs="probs")
 
 

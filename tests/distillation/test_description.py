@@ -117,7 +117,7 @@ def test_different_settings_or_versions_have_different_descriptions():
 )
 def test_callable_without_a_version_is_refused_with_the_fix(value):
     with pytest.raises(
-        UsageError, match=r'has no version\. .* not by its code\. .* f\.version = "1", and self\.version'
+        UsageError, match=r'has no version\. .* not by its code\. .* f\.version = "1" after .*self\.version'
     ):
         description(value)
 

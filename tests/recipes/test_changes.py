@@ -70,7 +70,10 @@ def test_steps_of_another_type_are_refused_after_a_change(steps):
         ("recover.milestones.2=0.9", "Set an item that exists, or the whole list: recover.milestones=[...]."),
         ("recover.milestones.x=1", "recover.milestones is a list of 2, and has no item 'x'."),
         ("recover.milestones.-1=1", "is not a change of a key"),
-        ("prune.exclude.0=head", "steps[0].prune.exclude: expected text or a list of text, found a dict of 1."),
+        (
+            "prune.exclude.0=head",
+            "steps[0].prune.exclude: expected text or a list of text, found a dict with 1 element.",
+        ),
         ("prune=3", "steps[0]: a step is {'prune': 3}; expected its name with its options."),
         ("recover.lr=1", "Did you mean 'learning_rate'?"),
     ],
