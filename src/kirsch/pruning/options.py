@@ -72,7 +72,7 @@ class PlanOptions(Options):
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description='seed of the importance "random"')
+    seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.

@@ -90,7 +90,8 @@ def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatc
         wanted = "(inputs, labels)" if importance.needs == "labels" else "inputs"
         raise UsageError(
             f"`data` of kirsch.plan is missing: the importance {importance.name!r} runs the model.",
-            fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice.",
+            fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice. "
+            "On the command line, give --data SOURCE.",
         )
     if isinstance(data, Iterator):
         raise UsageError(
