@@ -82,7 +82,7 @@ class Prune(PlanOptions, Step):
         return own
 
     def _plan(self, job: Job, samples: int = CALIBRATION) -> tuple[Graph, Plan]:
-        """Return the graph of the model of a job, and the plan of this step, with this number of calibration samples."""
+        """Return the graph of the model of a job, and the plan of this step from a number of training samples."""
         goal = self.goal_in(job.goal, job.key)
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
