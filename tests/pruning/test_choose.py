@@ -197,7 +197,8 @@ def test_an_unknown_importance_lists_known_names_and_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("scores", "found"), [([1.0, 2.0], r"float64 of shape \(2,\)\."), ([1.0, np.nan, 2.0], r"shape \(3,\) with NaN")]
+    ("scores", "found"),
+    [([1.0, 2.0], r"found \S+ of shape \(2,\)\."), ([1.0, np.nan, 2.0], r"found \S+ of shape \(3,\) with NaN")],
 )
 def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, scores, found):
     monkeypatch.setitem(IMPORTANCES._objects, "constant", lambda *_, **__: np.array(scores))

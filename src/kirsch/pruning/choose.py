@@ -158,7 +158,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCa
     # A goal that is out of reach is found before the importances are computed, which may run the model.
     least = _least(graph, goal, options, _equal_scores)
     if not goal.met_by(least.cost, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
     for fineness in range(finest(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
         counts = chooser.least()

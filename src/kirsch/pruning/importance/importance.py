@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group, ParameterAxis
     from kirsch.graph.labels import Labels
-    from kirsch.pruning.importance.statistics import Statistics
 
 Needs = Literal["weights", "inputs", "labels"]
 """What an importance is computed from: the weights alone, calibration inputs, or calibration inputs with labels."""
@@ -38,7 +37,7 @@ class Importance(Protocol):
     __doc__: str | None
 
     def __call__(
-        self, graph: Graph, group: Group, *, norm: int = 2, seed: int = 0, statistics: Statistics | None = None
+        self, graph: Graph, group: Group, *, norm: int = 2, seed: int = 0, statistics: Any = None
     ) -> NDArray[np.float64]:
         """Return finite scores of the units of a group, shape (units,), larger for units that should be kept.
 
@@ -47,7 +46,7 @@ class Importance(Protocol):
             group: the units.
             norm: 1 or 2, for importances that use a norm.
             seed: seed of importances that draw random numbers.
-            statistics: statistics of calibration data, for importances that need data.
+            statistics: a `kirsch.pruning.importance.statistics.Statistics`, for importances that need data.
         """
 
 
