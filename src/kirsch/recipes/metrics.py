@@ -67,7 +67,7 @@ def names_of_models(records: Mapping[str, Record]) -> dict[str, str]:
     return dict(zip(keys, keys_of([records[key]["model"] for key in keys]), strict=True))
 
 
-def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
+def _teacher_and_final(records: Mapping[str, Record]) -> tuple[str, str]:
     """Return the keys of the steps whose records describe the teacher and the final model.
 
     Records of other models are left out.
@@ -90,7 +90,7 @@ def _first_and_last(records: Mapping[str, Record]) -> tuple[str, str]:
 
 
 def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, Any]:
-    items = goal_items(job, steps, *_first_and_last(job.records), significance)
+    items = goal_items(job, steps, *_teacher_and_final(job.records), significance)
     return {
         "met": all(item["met"] for item in items),
         "text": " · ".join(goal_texts(job, steps)) or "no goal was set",
@@ -101,7 +101,7 @@ def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, A
 def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     race = records.get("measure", {}).get("race")
     sizes = records.get("measure", {}).get("onnx_bytes", {})
-    _, final = _first_and_last(records)
+    _, final = _teacher_and_final(records)
     out = []
     for key, name in names_of_models(records).items():
         record, latency = records[key], None
@@ -136,7 +136,7 @@ def _curve(step: str, history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quality(job: Job) -> dict[str, Any]:
-    first, final = _first_and_last(job.records)
+    first, final = _teacher_and_final(job.records)
     compared = job.task.compare(job.logits(first), job.logits(final), job.data)
     names = names_of_models(job.records)
     return compared | {
