@@ -325,6 +325,7 @@ def test_a_teacher_that_is_not_significantly_better_than_chance_gives_a_warning(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"validation": linear()}, r"`validation` is a model\. Give \(inputs, labels\), batches, or a function"),
         ({"validation": 3}, r"`validation` is 3\. Give ArrayData, \(inputs, labels\), a DataLoader"),
         ({"validation": iter([])}, r"`validation` is a list_iterator\. Give ArrayData"),
         ({"validation": (1, 2, 3)}, r"`validation` is a tuple with 3 elements\. Give ArrayData"),

@@ -83,6 +83,42 @@ def test_logits_that_the_objective_does_not_use_are_named():
     assert re.match(WARNING.format(names="logits"), text)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.Softmax(-1),
+        nn.LogSoftmax(-1),
+        nn.Sigmoid(),
+        nn.LogSigmoid(),
+        lambda logits: logits.unsqueeze(1),
+    ],
+)
+def test_an_output_that_is_computed_from_the_logits_gives_no_warning(function):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            logits = self.layer(x)
+            return {"logits": logits, "other": function(logits)}
+
+    assert warned(Objective.kd(), Both(), student=Both()) == []
+
+
+def test_probabilities_of_other_logits_give_a_warning():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x), "other": self.second(x).softmax(-1)}
+
+    (text,) = warned(Objective.kd(), Both(), student=Both())
+    assert re.match(WARNING.format(names="other"), text)
+
+
 def test_without_the_output_of_a_teacher_the_warning_names_the_kind_of_term():
     plain = nn.Linear(6, 3)
     (text,) = warned(Objective.kd(), plain)

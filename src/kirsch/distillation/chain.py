@@ -14,7 +14,7 @@ from kirsch.data.arrays import host
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
-from kirsch.distillation.probabilities import kind_of_outputs, to_logits
+from kirsch.distillation.probabilities import NOT_LOGITS, kind_of_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.teachers import Teacher, combined, one_or_more
 from kirsch.errors import CheckpointError, UsageError
@@ -206,10 +206,11 @@ class _Combination:
         elif self.outputs is None and self.activation != "identity" and type(values[0]).__name__ == "Tensor":
             # Skipped while the model is traced: the tensors of a trace have another type and no values.
             for index, value in enumerate(values):
-                if kind_of_outputs(host(ops.upcast(value)), {self.activation}) == "softmax":
+                kind = kind_of_outputs(host(ops.upcast(value)), {self.activation})
+                if kind in ("softmax", "sigmoid"):
                     raise UsageError(
-                        f"Model {index} of the ensemble returns probabilities: they are at least 0 and sum to 1.",
-                        "An ensemble combines logits and applies the softmax to them.",
+                        f"Model {index} of the ensemble returns {NOT_LOGITS[kind]}.",
+                        f"An ensemble combines logits and applies the {self.activation} to them.",
                         'Set outputs="probabilities" if all models return them, or remove the last activation.',
                     )
             self.outputs = "logits"
@@ -232,7 +233,7 @@ def ensemble(
         activation: the function that converts logits to probabilities: "softmax" over classes, or "sigmoid" for
             independent labels. "identity": the outputs are real-valued predictions, which are averaged.
         outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; an error is raised if the
-            first outputs of a model sum to 1, as those of a softmax do.
+            first outputs of a model are those of a softmax or, if there are many, those of a sigmoid.
 
     Returns:
         A model of the same framework, in inference mode. With "probabilities", the softmax of its logits is the mean of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import value_phrase
 from kirsch.arguments import checked, takes
-from kirsch.data.annotations import Data, Model, Regularizer
+from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
     check_last_batch,
@@ -196,10 +196,11 @@ def to_validation(validation: Any) -> Any:
     Raises:
         UsageError: the validation is of another type.
     """
-    if callable(validation) and not takes(validation, 1):
+    if callable(validation) and (is_model(validation) or not takes(validation, 1)):
+        problem = "a model" if is_model(validation) else f"{value_phrase(validation)}, which does not take one argument"
         raise UsageError(
-            f"`validation` is {value_phrase(validation)}, which does not take one argument.",
-            fix="Write it as validation(model) → metrics by name.",
+            f"`validation` is {problem}.",
+            fix="Give (inputs, labels), batches, or a function: validation(model) → metrics by name.",
         )
     if validation is None or callable(validation):
         return validation

@@ -27,10 +27,10 @@ TOKEN_AXES = len("NLD")
 
 
 def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs: Any) -> list[str]:
-    """Return the outputs of a model that hold predictions, and whose values are not those of one of the layers.
+    """Return the outputs of a model that hold predictions, and that are not computed from one of the layers alone.
 
-    Hidden states, attention weights, caches and losses are left out, and so are integers and outputs without an entry
-    for each sample.
+    Only the logistic function, the softmax and its logarithm are recognized as computed from a layer. Hidden states,
+    attention weights, caches and losses are left out, and so are integers and outputs without an entry for each sample.
 
     Args:
         features: the `Features` object of the model's framework.
@@ -52,7 +52,7 @@ def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs
         if is_prediction(name.removeprefix(OUTPUT))
         and "float" in ops.dtype(values[name])
         and tuple(values[name].shape[:1]) == (samples,)
-        and not any(_same_values(values[name], values[layer]) for layer in layers)
+        and not any(_computed_from(values[layer], values[name]) for layer in layers)
     ]
 
 
@@ -125,12 +125,24 @@ def warning_of_unused_outputs(
     return [f"{text} {fix}"]
 
 
-def _same_values(one: Any, other: Any) -> bool:
-    """Return whether two arrays have the same values; an output may be a reshaped output of a module."""
-    if one is other:  # avoids a copy of the logits of a language model
+def _computed_from(layer: Any, output: Any) -> bool:
+    """Return whether an output has the values of a layer, or of its probabilities or log-probabilities.
+
+    The axes may differ, since an output may be a reshaped output of a module.
+    """
+    if layer is output:  # avoids a copy of the logits of a language model
         return True
-    sizes = [math.prod(array.shape) for array in (one, other)]
-    return sizes[0] == sizes[1] and np.array_equal(_host(one).ravel(), _host(other).ravel(), equal_nan=True)
+    if math.prod(layer.shape) != math.prod(output.shape):
+        return False
+    logits, values = _host(layer), _host(output).ravel()
+    if np.array_equal(logits.ravel(), values, equal_nan=True):
+        return True
+    candidates = [ops.log_sigmoid(logits), *(ops.log_softmax(logits, axis) for axis in {1, logits.ndim - 1} - {0})]
+    return any(
+        np.allclose(values, candidate.ravel(), rtol=1e-3, atol=1e-5)
+        for logarithm in candidates
+        for candidate in (logarithm, np.exp(logarithm))
+    )
 
 
 def _host(array: Any) -> NDArray[Any]:

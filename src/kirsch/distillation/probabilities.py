@@ -33,6 +33,15 @@ some within 0.02 of 1."""
 
 ROUNDING = 1e-6
 
+NOT_LOGITS = {
+    "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
+    "scaled softmax": "scaled probabilities: they are at least 0 and have the same sum for each sample",
+    "sigmoid": "probabilities: all are from 0 to 1, like the outputs of a sigmoid",
+    "log-softmax": "logarithms of probabilities that sum to 1",
+    "log-sigmoid": "logarithms of a sigmoid, at most 0: read as logits, no probability would be above 0.5",
+}
+"""Descriptions of outputs that are not logits, by kind; see `kind_of_outputs`."""
+
 
 def to_logits(probabilities: Any, activation: Activation) -> Any:
     """Return logits whose softmax, or sigmoid, equals the given probabilities.
@@ -190,13 +199,6 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
         objective: supplies the losses that take the outputs.
         field: name of the field of the objective that declares the outputs of the model.
     """
-    description = {
-        "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
-        "scaled softmax": "scaled probabilities: they are at least 0 and have the same sum for each sample",
-        "sigmoid": "probabilities: all are from 0 to 1, like the outputs of a sigmoid",
-        "log-softmax": "logarithms of probabilities that sum to 1",
-        "log-sigmoid": "logarithms of a sigmoid, at most 0: read as logits, no probability would be above 0.5",
-    }[kind]
     takes = " and ".join(sorted(activations_of(objective)))
     fix = "Give the model without its last activation"
     if kind in ("log-sigmoid", "scaled softmax"):
@@ -209,7 +211,7 @@ def not_logits(subject: str, kind: str, objective: Objective, field: str) -> Usa
             f'their logarithms, or {field}="logits" to use them unchanged.'
         )
     return UsageError(
-        f"{subject} returns {description}.",
+        f"{subject} returns {NOT_LOGITS[kind]}.",
         f"The losses take logits and apply the {takes} themselves; with probabilities the student learns far less.",
         fix,
     )

@@ -104,11 +104,16 @@ class TeacherRunner:
             valid = np.isfinite(array) if name == LOGITS else np.abs(array) <= LARGEST
             if not valid.all():
                 sample = batch.ids[~valid.reshape(len(valid), -1).all(axis=1)][0]
-                problem = "NaN or infinity" if name == LOGITS else f"NaN, infinity or values beyond ±{LARGEST:.0f}"
+                where = f"for sample {sample} in view {view}"
+                if np.isfinite(array).all():
+                    raise NumericError(
+                        f"The teacher's output {name!r} contains values beyond ±{LARGEST:.0f} {where}.",
+                        "The store has 16 bits for each value of a feature.",
+                        "Scale the feature in the callable `outputs`.",
+                    )
                 raise NumericError(
-                    f"The teacher's output {name!r} contains {problem} for sample {sample} in view {view}.",
-                    "The store has 16 bits for each value.",
-                    "Check the teacher's weights and inputs; scale features in the callable.",
+                    f"The teacher's output {name!r} contains NaN or infinity {where}.",
+                    fix="Check the teacher's weights and inputs.",
                 )
         return outputs
 

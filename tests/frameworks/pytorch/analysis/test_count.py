@@ -26,6 +26,26 @@ LAYERS = {
 }
 
 
+GROUPED = {
+    "rows by group": ((8, 16), (2, 16, 24), [2, 8], 8 * 16 * 24),
+    "columns by group": ((2, 8, 16), (16, 24), [8, 24], 8 * 16 * 24),
+    "inner axis by group": ((8, 16), (16, 24), [8, 16], 8 * 16 * 24),
+    "one of each": ((2, 8, 16), (2, 16, 24), None, 2 * 8 * 16 * 24),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_the_macs_of_a_grouped_matrix_product_equal_its_formula(name):
+    rows, weight, ends, macs = GROUPED[name]
+    ends = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+
+    class Grouped(nn.Module):
+        def forward(self, x):
+            return torch._grouped_mm(x, torch.ones(weight, dtype=torch.bfloat16), offs=ends)
+
+    assert count(Grouped(), torch.ones(rows, dtype=torch.bfloat16)) == (0, macs)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_counts_of_a_layer_equal_its_formula(name):
     layer, shape, parameters, macs = LAYERS[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -66,11 +65,13 @@ GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm
 
 
 def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Return the floating-point operations of (S, I) times (G, I, O); each row is multiplied by one matrix.
+    """Return the floating-point operations of a grouped matrix product, from the shapes of its two operands.
 
-    Products of other ranks count as 0.
+    Operands are (G, S, I) or (S, I), and (G, I, O) or (I, O). If an operand has no axis of groups, the groups divide one
+    of its axes, so each group computes a part of one product; otherwise, each group computes a product of full size.
     """
-    return int(2 * math.prod(rows) * weight[-1]) if len(rows) < len(weight) else 0
+    groups = rows[0] if len(rows) == len(weight) == len("GSI") else 1
+    return int(2 * groups * rows[-2] * rows[-1] * weight[-1])
 
 
 class _NoModuleTracker:
