@@ -107,10 +107,9 @@ def test_an_ensemble_of_models_with_probabilities_returns_the_logits_of_the_mean
 
 
 def test_an_ensemble_refuses_outputs_of_a_sigmoid_that_are_not_declared():
-    inputs = 40 * torch.randn(
-        64, *samples(N)[0].shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    members = [net(nn.Sigmoid(), seed=seed).eval() for seed in (0, 1)]
+    torch.manual_seed(0)
+    inputs = 40 * torch.randn(64, 4)
+    members = [nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).eval() for _ in range(2)]
     with pytest.raises(UsageError, match=r"Model 0 .* all are from 0 to 1, .* applies the sigmoid to them"):
         ensemble(members, activation="sigmoid")(inputs)
     mean = (members[0](inputs) + members[1](inputs)) / 2
