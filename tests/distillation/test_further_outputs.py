@@ -190,22 +190,37 @@ def test_the_suggested_term_keeps_an_output_of_a_pruned_model(pair):
     assert results[1] > 0.97
 
 
-def test_compress_keeps_all_outputs_by_default(pair, tmp_path):
-    original, _ = pair
+def compressed(original, folder, **options):
+    """Prune a model to half of its MACs and retrain it; return the result and the events."""
     inputs, labels = data().inputs, data().targets
     parts = [kirsch.Split(inputs, labels) for _ in ("train", "validation", "test")]
     events = []
     result = kirsch.compress(
         original,
         kirsch.DataSet("toy", *parts, classes=("a", "b", "c")),
-        steps=[Prune(goal=kirsch.Goal(macs=0.5)), Recover(epochs=40, learning_rate=0.01, optimizer="adamw")],
-        folder=tmp_path / "run",
+        steps=[Prune(goal=kirsch.Goal(macs=0.5)), Recover(optimizer="adamw", **options)],
+        folder=folder,
         listen=events.append,
     )
+    return result, events
+
+
+def test_compress_keeps_all_outputs_by_default(pair, tmp_path):
+    original, _ = pair
+    result, events = compressed(original, tmp_path / "run", epochs=40, learning_rate=0.01)
     assert fit_to_age(result.model, original) > 0.9
     epoch = next(event for event in reversed(events) if event["event"] == "epoch")
     assert set(epoch["terms"]) == {"label", "kd", "output.age"}
     assert not [event for event in events if event["event"] == "warning"]
+    assert result.metrics["warnings"] == []
+
+
+def test_the_report_lists_the_warnings_of_training(pair, tmp_path):
+    result, _ = compressed(pair[0], tmp_path / "run", epochs=1, objective=Objective.kd())
+    (warning,) = result.metrics["warnings"]
+    assert warning["step"] == "recover"
+    assert re.match(WARNING.format(names="age"), warning["text"])
+    assert "recover: The objective does not use these outputs" in result.report.read_text(encoding="utf-8")
 
 
 def test_recovery_compares_all_outputs_by_default(pair):

@@ -267,6 +267,7 @@ def metrics():
             "seed": 11,
             "data": {"name": "digits", "sha256": "6e072b97" * 8, "train": 1078, "validation": 360, "test": 400},
         },
+        "warnings": [],
         "not_measured": ["Energy.", "Other seeds."],
         "provenance": {
             "recipe": "version: 2\nname: digits\n",

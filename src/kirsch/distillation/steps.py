@@ -289,7 +289,8 @@ class Distill(TrainingStep):
         first, objective = _first_batch(job, student), self.objective_for(job)
         if uses_labels(objective):
             _require_labels(job, first)
-        Distiller(student, job.teacher, objective, first).close()
+        # The training emits the same warnings as events.
+        Distiller(student, job.teacher, objective, first, warn=lambda _: None).close()
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""

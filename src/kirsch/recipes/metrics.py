@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch.errors import UsageError
 from kirsch.jobs.step import keys_of
 from kirsch.recipes.goals import goal_items, goal_texts
+from kirsch.recipes.run_folder import events_of
 from kirsch.version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def metrics_of(job: Job, recipe: Recipe, environment: dict[str, Any], seconds: f
         "goal": _goal(job, recipe.all_steps, quality["paired"]["text"]),
         **metrics_of_records(job.records),
         "quality": quality,
+        "warnings": _warnings(events_of(job.folder)[0], job.records),
         "measured": _measured(job, environment),
         "not_measured": _not_measured(job),
         "provenance": {
@@ -41,6 +43,16 @@ def metrics_of(job: Job, recipe: Recipe, environment: dict[str, Any], seconds: f
             "fingerprint": plans[0]["model"]["fingerprint"] if plans else "",
         },
     }
+
+
+def _warnings(events: list[dict[str, Any]], records: Mapping[str, Record]) -> list[dict[str, str]]:
+    """Return the warnings of the steps of a run, each one once, also if a resumed step repeats it."""
+    found = [
+        (event["step"], event["text"])
+        for event in events
+        if event.get("event") == "warning" and event.get("step") in records
+    ]
+    return [{"step": step, "text": text} for step, text in dict.fromkeys(found)]
 
 
 def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:

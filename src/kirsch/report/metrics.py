@@ -78,6 +78,7 @@ SCHEMA = _fields(
     models=array(MODEL, least=1),
     steps=array(_fields(number=COUNT, key=text(), did=text(), cells=array(text()), seconds=number(0))),
     curves=array(CURVE),
+    warnings=array(_fields(step=text(), text=text())),
     removals=array(
         _fields(
             step=text(),
