@@ -107,7 +107,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
 
 
 def measure_cut(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> dict[str, Any]:
-    """Return the row of one cut, which removes every other unit of every group of a model with values."""
+    """Return the row of one cut, which removes every second unit of each group of a model with values."""
     with torch.device("meta"):
         model, _ = build()
     model.to_empty(device="cpu").eval()
@@ -204,7 +204,8 @@ HEAD = """# Scale
 
 <!-- written by benchmarks/analysis.py; do not edit -->
 
-This page shows how time and memory grow with the size of a model. All times are processor times.
+This page shows how time and memory grow with the size of a model. All times are processor times. Rows that repeat a
+model are separate runs: their times differ by up to 15 %, and those below 0.1 s by more.
 
 The first two tables are about the analysis. The models are on the meta device: they have shapes without values.
 "Language" models are Llama models.
@@ -214,7 +215,7 @@ The first two tables are about the analysis. The models are on the meta device: 
 - *Plans*: times of four calls of `kirsch.plan` with different goals, which use the same analysis. They were not
   measured for models with more than 100 million parameters.
 
-In the last table, every other unit of every group of a float32 model is removed.
+In the last table, half of the units of each group (every second one) are removed from a float32 model.
 
 - *Cut*: time to copy the model with only the kept units.
 - *Copy of kept weights*: time to copy the tensors of the pruned model.

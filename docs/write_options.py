@@ -43,6 +43,10 @@ Each option is defined once, with its type, default and description, and is used
 `kirsch init` writes a recipe with every key and its description. Presets, losses and their options are in
 [methods.md](methods.md).
 """
+PLAN = """\
+Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`. In Python, `kirsch.plan` also
+takes `data`, the batches on which the importance of residual blocks is measured; a job uses its training part.
+"""
 SECTIONS = {DataSection: "data", ModelSection: "teacher and student", JobGoal: "goal", Step: "steps"}
 TYPES = {
     "objective": "a preset, or a dict of an objective",
@@ -60,7 +64,7 @@ def page() -> str:
     parts += ["## Steps\n", "Classes of `kirsch.steps`, also for `kirsch.compress(model, data, steps=[...])`.\n"]
     for name in STEPS:
         parts += [f"### {name}\n", *_step(STEPS[name])]
-    parts += ["## Plan\n", "Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`.\n"]
+    parts += ["## Plan\n", PLAN]
     parts += [table(PlanOptions, flags=True), _kinds(), "`kirsch.Goal`, the goal of a plan:\n", table(Goal, flags=True)]
     parts += ["## Training\n", "`kirsch.Training`, and keys of the steps that train.\n", table(Training)]
     for kind, where in (

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.losses import LOSSES
-from kirsch.distillation.losses.loss import get_loss, loss_options
+from kirsch.distillation.losses.loss import SHAPES, get_loss, loss_options
 from kirsch.distillation.objective import Objective, formula, option_text
 from kirsch.distillation.presets import PRESETS
 
@@ -44,9 +44,15 @@ connects a layer of the student with a different layer of the teacher.
 
 LOSSES_HEAD = """## Losses
 
-The column "takes" names the kind of tensors that a loss compares; `kirsch.distillation.losses.loss` lists their shapes.
+The column "takes" names the kind of values that a loss compares; [the last table](#kinds-of-values) has their shapes.
 Options are shown with their defaults. The option `convention` selects the scaling of a paper or of another library;
 `kirsch methods NAME` describes the choices.
+"""
+
+
+KINDS_HEAD = """## Kinds of values
+
+N samples, K classes, C channels, L positions, D features, Q queries.
 """
 
 
@@ -80,7 +86,8 @@ def page() -> str:
     rows = [[f"`{preset['name']}`", preset["formula"], preset["what"], preset["source"]] for preset in presets()]
     lines = [HEAD, PRESETS_HEAD, *_table(("preset", "formula", "description", "source"), rows), "", LOSSES_HEAD]
     rows = [[f"`{loss['name']}`", loss["takes"], loss["what"], _options(loss), loss["source"]] for loss in losses()]
-    return "\n".join([*lines, *_table(("loss", "takes", "description", "options", "source"), rows)]) + "\n"
+    lines += [*_table(("loss", "takes", "description", "options", "source"), rows), "", KINDS_HEAD]
+    return "\n".join([*lines, *_table(("kind", "values and shape"), list(SHAPES.items()))]) + "\n"
 
 
 def _options(loss: dict[str, Any]) -> str:

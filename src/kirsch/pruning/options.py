@@ -41,7 +41,7 @@ class PlanOptions(Options):
     )
     norm: Norm = Field(2, description='norm that the importance "magnitude" uses, 1 or 2')
     ranking: Ranking = Field(
-        "global", description="rank the units of all layers together (global), or of each layer by itself (local)"
+        "global", description="rank the units of all layers together (global), or of each group by itself (local)"
     )
     round_to: RoundTo = Field(
         "auto",
@@ -53,9 +53,9 @@ class PlanOptions(Options):
     kinds: Kinds = Field(
         None,
         description=(
-            "the kinds of units to remove; with a weight for each kind, units of all kinds are removed, more of the "
-            "kinds with a weight above 1, none of those with weight 0; block: residual blocks; default: units of all "
-            "kinds, but no residual blocks"
+            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
+            "removed, more of a kind with a higher weight, none with weight 0, and other kinds have the weight 1; "
+            "block: residual blocks; default: units of all kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")

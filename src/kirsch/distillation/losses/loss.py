@@ -13,22 +13,25 @@ from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 
 Takes = Literal["logits", "values", "pixels", "maps", "features", "tokens", "attention", "relations", "stages", "sets"]
-"""Kind of values that a loss compares, with the shape of one side:
+"""Kind of values that a loss compares; see `SHAPES`."""
 
-- logits: outputs of a classifier, (N, K), or (N, L, K) for a sequence: classes on the last axis
-- values: outputs of a regression, (N, D) or (N,); the labels are then numbers of the same shape
-- pixels: logits of each pixel, (N, K, H, W)
-- maps: feature maps of a convolution, (N, C, H, W)
-- features: one vector per sample, (N, ...)
-- tokens: hidden states of a sequence, (N, L, D)
-- attention: attention scores or weights, (N, heads, L, L)
-- relations: several arrays (N, L, D), which the loss relates to each other
-- stages: a list of feature maps, from the first stage to the last
-- sets: a dict of "logits" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set
+SHAPES: Mapping[Takes, str] = {
+    "logits": "outputs of a classifier, (N, K), or (N, L, K) for a sequence: classes on the last axis",
+    "values": "outputs of a regression, (N, D) or (N,); the labels are then numbers of the same shape",
+    "pixels": "logits of each pixel, (N, K, H, W)",
+    "maps": "feature maps of a convolution, (N, C, H, W)",
+    "features": "one vector per sample, (N, ...)",
+    "tokens": "hidden states of a sequence, (N, L, D)",
+    "attention": "attention scores or weights, (N, heads, L, L)",
+    "relations": "several arrays (N, L, D), which the loss relates to each other",
+    "stages": "a list of feature maps, from the first stage to the last",
+    "sets": 'a dict of "logits" (N, Q, K) and "boxes" (N, Q, 4), of a detector that predicts a set',
+}
+"""Values and shapes of each kind, for one side: the student or the teacher.
 
 The channels of pixels, maps and stages may be on another axis, see `Loss`.
 """
