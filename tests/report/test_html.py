@@ -121,6 +121,19 @@ def test_the_summary_has_size_latency_and_accuracy_before_and_after(page, metric
     ]
 
 
+def test_the_summary_compares_with_the_model_that_the_quality_section_compares_with(page, metrics):
+    metrics["models"][0]["key"] = metrics["models"][0]["name"] = "untrained"
+    metrics["models"][1]["key"] = metrics["models"][1]["name"] = "teacher"
+    tree = page(metrics)
+    assert tree.all("h1")[0].words.endswith("97.3 % → 97.0 % accuracy")
+    assert "File size, teacher → exported" in tree.words
+
+
+def test_the_summary_lists_the_warnings_of_steps(page, metrics):
+    metrics["warnings"] = [{"step": "recover", "text": "Unused <output>."}]
+    assert "warning recover: Unused <output>." in [item.words for item in page(metrics).all("li")]
+
+
 @pytest.mark.parametrize(
     ("goal", "text"),
     [

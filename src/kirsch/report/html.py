@@ -58,9 +58,11 @@ def without_folders(text: str) -> str:
 
 
 def summary(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return file size, accuracy and latency of the first and of the chosen model, as texts."""
-    models = metrics["models"]
-    first, last = models[0], next(model for model in models if model["chosen"])
+    """Return file size, accuracy and latency of the compared model (the teacher) and of the chosen one, as texts."""
+    models, sides = metrics["models"], metrics["quality"]
+    compared = sides["before"]["key"] if sides else models[0]["key"]
+    first = next((model for model in models if model["key"] == compared), models[0])
+    last = next(model for model in models if model["chosen"])
     quality = last["accuracy"]
     texts = {
         "before": first["name"],
