@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -164,18 +164,40 @@ def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
 
 
 def _overlapping(model: nn.Module) -> tuple[str, str] | None:
-    """Return the names of two parameters that are different objects in overlapping memory; None if there are none."""
-    spans: dict[int, list[tuple[Any, Any, str]]] = {}
+    """Return the names of two parameters that are different objects with common memory; None if there are none.
+
+    Views such as `w[:, ::2]` and `w[:, 1::2]` take turns in one range of memory, but have no common element.
+    """
+    spans: dict[int, list[tuple[int, int, str, torch.Tensor]]] = {}
     for name, value in model.named_parameters():
         if value.layout is torch.strided and not value.is_meta and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            begin = value.storage_offset()
-            spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, begin + last + 1, name))
+            begin = int(value.storage_offset()) * value.itemsize
+            end = begin + int(last + 1) * value.itemsize
+            spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, end, name, value))
     for in_storage in spans.values():
-        in_storage.sort()
-        for first, second in itertools.pairwise(in_storage):
-            if second[0] < first[1]:
-                return first[2], second[2]
+        in_storage.sort(key=lambda span: span[:3])
+        if any(second[0] < first[1] for first, second in itertools.pairwise(in_storage)):
+            common = _with_common_element([(name, value) for _, _, name, value in in_storage])
+            if common is not None:
+                return common
+    return None
+
+
+def _with_common_element(parameters: list[tuple[str, torch.Tensor]]) -> tuple[str, str] | None:
+    """Return the names of two parameters of one storage that share an element; None if no two of them do."""
+    cell = min(value.itemsize for _, value in parameters)  # bytes; the parameters may have different dtypes
+    cells = -(-parameters[0][1].untyped_storage().nbytes() // cell)
+    owner = torch.full((cells,), -1, dtype=torch.int32)  # index of the parameter that occupies each cell
+    for index, (name, value) in enumerate(parameters):
+        width = value.itemsize // cell
+        sizes = [size if stride else 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
+        strides = [stride * width for stride in value.stride()]
+        own = owner.as_strided((*sizes, width), (*strides, 1), value.storage_offset() * width)
+        other = int(own.max())
+        if other >= 0:
+            return parameters[other][0], name
+        own.fill_(index)
     return None
 
 
