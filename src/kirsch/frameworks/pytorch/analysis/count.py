@@ -67,8 +67,9 @@ GROUPED = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm
 def _grouped(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Return the floating-point operations of a grouped matrix product, from the shapes of its two operands.
 
-    Operands are (G, S, I) or (S, I), and (G, I, O) or (I, O). If an operand has no axis of groups, the groups divide one
-    of its axes, so each group computes a part of one product; otherwise, each group computes a product of full size.
+    Operands are (G, S, I) or (S, I), and (G, I, O) or (I, O). If an operand has no axis of groups, the groups divide
+    one of its axes, so each group computes a part of one product; otherwise, each group computes a product of full
+    size.
     """
     groups = rows[0] if len(rows) == len(weight) == len("GSI") else 1
     return int(2 * groups * rows[-2] * rows[-1] * weight[-1])
