@@ -53,7 +53,7 @@ def check_trainable(model: nn.Module) -> None:
     check_values(model)
     name = type(model).__name__
     for path, value in model.named_parameters():
-        for why, _ in [] if is_lazy(value) else _tensors(path, value):
+        for why, _ in [] if is_lazy(value) else _tensor_reasons(path, value):
             fix = "Train the model with plain floating-point tensors, and quantize or shard it afterwards."
             raise ModelError(f"The model {name} cannot be trained.", why, fix)
 
@@ -82,7 +82,7 @@ def check_exportable(model: nn.Module) -> None:
     """
     check_values(model)
     for path, module in model.named_modules():
-        for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+        for why, fix in _opaque_reasons(module, f"Its part `{path}` is" if path else "It is", path):
             fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - another fix for the same reason
             raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
@@ -90,16 +90,16 @@ def check_exportable(model: nn.Module) -> None:
 def reasons(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) for each module and tensor that cannot be traced and cut."""
     for path, module in model.named_modules():
-        yield from _modules(module, f"Its part `{path}` is" if path else "It is", path)
+        yield from _module_reasons(module, f"Its part `{path}` is" if path else "It is", path)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        yield from _tensors(name, value)
+        yield from _tensor_reasons(name, value)
 
 
 def _untraceable(model: nn.Module, why: str, fix: str) -> ModelError:
     return ModelError(f"The model {type(model).__name__} cannot be traced.", why, fix)
 
 
-def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+def _opaque_reasons(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if `torch.export` cannot follow the `forward` of a module."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
@@ -124,9 +124,9 @@ def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str
         yield f"{where} a quantized {type(module).__name__}, whose weights are packed integers.", PRUNE_FIRST
 
 
-def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+def _module_reasons(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if a module cannot be traced."""
-    yield from _opaque(module, where, path)
+    yield from _opaque_reasons(module, where, path)
     graph = graph_in(module)
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
@@ -139,7 +139,7 @@ def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, st
         )
 
 
-def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
+def _tensor_reasons(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if a parameter or buffer cannot be cut."""
     kind = type(value)
     if is_lazy(value):
@@ -213,7 +213,7 @@ def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] |
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
             "Give a model whose forward passes the padded batch to the recurrent layer.",
         )
-    signs = ("nested_tensor", "is not tracked with proxy")  # the second one is raised for a ragged size
+    signs = ("nested_tensor", "is not tracked with proxy")  # errors about a ragged size contain the second text
     if any("nested" in name for name in names) or any(sign in str(error) for sign in signs):
         return (
             "It computes with nested tensors, which torch.export does not trace.",
