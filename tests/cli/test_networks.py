@@ -214,8 +214,8 @@ def test_an_excluded_group_is_kept(kirsch):
     ("arguments", "sentence"),
     [
         ([], "The goal is missing.*Give a limit: --macs 0.5"),
-        (["--macs", "1.5"], "The goal macs=1.5 cannot be met"),
-        (["--macs", "0"], "The goal macs=0.0 cannot be met"),
+        (["--macs", "1.5"], "The goal macs=1.5 is out of range"),
+        (["--macs", "0"], "The goal macs=0.0 is out of range"),
         (["--macs", "nan"], "`macs` of kirsch.Goal is nan; expected a finite number"),
         (["--macs", "0.001"], "No plan for Sequential reaches the goal: .* is the least reachable"),
         (["--macs", "0.5", "--importance", "magnitud"], "no importance 'magnitud'.*Did you mean 'magnitude'"),

@@ -144,6 +144,11 @@ def test_a_demand_without_a_solution_raises_with_its_line_and_attribute():
     )
 
 
+def test_the_error_for_a_division_by_a_removed_size_names_the_division():
+    with pytest.raises(PlanError, match=r"net\.py:8 requires 1; the code would divide by 0\."):
+        solve([demand(1, lambda size: 6 // size, sizes=(np.array([0]),))], kept)
+
+
 def test_a_demand_on_two_undetermined_attributes_raises_and_names_both():
     assert_raises(
         [demand(8, lambda heads, each: heads * each, HEADS, EACH, operation=Operation("aten.view"))],
@@ -156,7 +161,7 @@ def test_a_demand_on_two_undetermined_attributes_raises_and_names_both():
 def test_a_demand_that_the_size_of_another_axis_does_not_meet_raises():
     assert_raises(
         [demand(5, lambda size: size, sizes=(np.array([6]),))],
-        "No value of a size read at run time fits the plan. net.py:8 requires 5; the code would give 6. "
+        "The plan does not fit a size that the code reads at run time. net.py:8 requires 5; the code would give 6. "
         "Exclude the layers of this size, compute the size from the shape of the tensor, or trace the model with "
         "kirsch.trace(..., as_graph=True), which prunes the traced program instead of the code.",
     )

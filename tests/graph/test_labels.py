@@ -169,7 +169,7 @@ def test_an_axis_without_labels_is_not_part_of_the_grid():
 def test_splitting_an_axis_with_a_single_label_freezes_it():
     facts = Facts()
     assert facts.split(np.full((2, 2), 1), "view") == (None, None)
-    assert frozen(facts) == [([1], "one unit fills the whole axis")]
+    assert frozen(facts) == [([1], "all indices of the axis belong to one unit")]
 
 
 def test_a_merge_repeats_labels_along_axes_without_labels():

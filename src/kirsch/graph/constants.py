@@ -46,10 +46,12 @@ def solve(
         if computed != required:
             if demand.operation.name == COMPARISON:
                 raise _changed_comparison(demand, kept)
+            result = "divide by 0" if computed is None else f"give {computed}"
             raise PlanError(
-                f"No value of {demand.names} fits the plan.",
-                f"{demand.operation.source or demand.operation.name} requires {required}; the code would give "
-                f"{computed}.",
+                f"No value of {demand.names} fits the plan."
+                if demand.expression.leaves
+                else "The plan does not fit a size that the code reads at run time.",
+                f"{demand.operation.source or demand.operation.name} requires {required}; the code would {result}.",
                 f"Exclude the layers of this size, compute the size from the shape of the tensor, or {AS_GRAPH}.",
             )
     for condition in broken(demands, conditions, kept):

@@ -28,7 +28,7 @@ class Cost:
     Args:
         parameters: number of parameters.
         macs: multiply-accumulates of convolutions, linear layers and matrix products.
-        activations: number of elements in the outputs of all operations.
+        activations: number of elements in the first outputs of all operations.
     """
 
     parameters: int
@@ -78,11 +78,13 @@ class GroupCost:
 
 
 class CostModel:
-    """All cost terms of a model, arranged to count the cost of any choice of components.
+    """The cost terms of a model, from which the cost of the model is counted for any set of kept components.
+
+    A component is a set of coupled labels; see `kirsch.graph.coupling`.
 
     Args:
         terms: the recorded costs.
-        component: component of each label.
+        component: component of each label, int64 of shape (labels,).
     """
 
     def __init__(self, terms: Sequence[CostTerm], component: NDArray[np.int64]) -> None:

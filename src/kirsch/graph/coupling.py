@@ -4,7 +4,7 @@ All equalities are solved at once. The grids (see `kirsch.graph.facts`) are then
 - If all marginals of a grid axis are frozen, the cells along that axis are tied and the axis is dropped.
 - A slab of a grid is the set of all cells with one index on one axis, such as a row or a column. If two grids split the
   same cells into the same slabs, the marginals of the two grids are tied.
-Both add ties, and are repeated until nothing changes.
+Both simplifications add ties, so they are repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Coupling:
-    """The solved facts.
+    """Components of all labels: the solution of the facts about a model.
 
     Args:
         component: component of each label, int64 of shape (labels,).
         frozen: mask of components that cannot be removed, bool of shape (components,).
         grids: the remaining grids, with components instead of labels.
         marks: role → mask of the components that operations use in this role, bool of shape (components,).
-        why: component → the first fact that froze it.
+        why: component → the first freeze of one of its labels.
     """
 
     component: NDArray[np.int64]
@@ -50,13 +50,13 @@ def solve(
     more: Sequence[Freeze] = (),
     equal: NDArray[np.int64] | None = None,
 ) -> Coupling:
-    """Solve the facts.
+    """Return the components that follow from the facts about a model.
 
     Args:
         facts: the facts of a model.
         ties: further pairs of label arrays that are removed together.
         more: further freezes.
-        equal: result of `equalities(facts)`; None to compute it.
+        equal: result of `equalities(facts)`, which is computed if this is None.
     """
     component = _tied(equalities(facts) if equal is None else equal, ties)
     freezes = [*facts.freezes, *more]
@@ -90,7 +90,8 @@ def _causes(freezes: Sequence[Freeze], fixed_grids: Sequence[Grid], component: N
         for frozen in np.unique(component[freeze.labels]).tolist():
             why.setdefault(frozen, freeze)
     for grid in fixed_grids:  # a marginal that is a cell of an earlier grid already has a cause
-        # The reason why the longest axis is frozen is the most useful one: the 3 of (3, heads, width) explains little.
+        # The reason for the longest axis is the most useful one. In a grid (3, heads, width), it is clear why the axis
+        # of size 3 is frozen, but not why the heads or the width are.
         longest_first = sorted(grid.marginals, key=len, reverse=True)
         marginals = component[np.concatenate(longest_first)].tolist()
         causes = [why[marginal] for marginal in marginals if marginal in why]

@@ -1,4 +1,4 @@
-"""Explanation of a group in words: the operations through which parameters are pruned together."""
+"""Description of the groups of a layer in words: the operations through which parameters are pruned together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 SHOWN = 4
-"""Largest number of operations shown of a chain. Of a longer chain, the first two and the last two are shown."""
+"""Largest number of operations of a chain that are shown. For a longer chain, the first and last two are shown."""
 
 
 class CoupledGraph(Protocol):
@@ -27,7 +27,7 @@ class CoupledGraph(Protocol):
 
     @property
     def facts(self) -> Facts:
-        """Facts gathered from the operations."""
+        """Facts about labels, recorded from the operations."""
 
     @property
     def tensors(self) -> Mapping[str, object]:
@@ -39,7 +39,7 @@ class CoupledGraph(Protocol):
 
     @property
     def coupling(self) -> Coupling:
-        """The solved facts."""
+        """The components of the labels, and which of them are frozen."""
 
     @property
     def axes(self) -> Mapping[ParameterAxis, NDArray[np.int64]]:
@@ -121,7 +121,7 @@ def _reason(graph: CoupledGraph, key: ParameterAxis) -> str:
     if not freezes and key[0] not in graph.parameters:
         return "it is an axis of a buffer, and neither parameters nor MACs depend on its size"
     if not freezes:
-        return "all its indices form a single unit"
+        return "its indices do not form a group of two or more units"
     operation = freezes[0].operation
     return f"{freezes[0].reason} ({operation.source or operation.module or operation.name})"
 
@@ -131,7 +131,7 @@ def _shortest_paths(
 ) -> dict[ParameterAxis, list[Operation]]:
     """Return the operations on the shortest path from `start` to each parameter axis, by breadth-first search.
 
-    The nodes are the labels of the unit, the edges the facts that tie them.
+    The nodes of the search are the labels of the unit. The edges are the equalities and grids that tie the labels.
     """
     component = graph.coupling.component
     in_unit = np.zeros(len(graph.coupling.frozen), bool)

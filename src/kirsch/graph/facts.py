@@ -1,4 +1,4 @@
-"""Facts about labels, gathered from the operations of a model.
+"""Facts about labels, recorded from the operations of a model.
 
 equality    two labels that are removed together;
 freeze      a label that cannot be removed, with the reason;
@@ -206,7 +206,7 @@ class Facts:
     def demand(self, axis: Axis, expression: Expression, constant: int = 0) -> None:
         """Record that an integer in the model's code must equal the number of labels kept on an axis plus `constant`.
 
-        For the last index of an axis, `constant` is -1.
+        If the integer is the last index of the axis, `constant` is -1.
         """
         if axis is not None:
             self.demands.append(Demand(axis, expression, self.operation, constant))
@@ -270,7 +270,7 @@ class Facts:
         ]
         axes: list[Axis] = [None] * cells.ndim
         if not varies:
-            self.freeze(cells.ravel(), "one unit fills the whole axis")
+            self.freeze(cells.ravel(), "all indices of the axis belong to one unit")
             return tuple(axes)
         varying = np.ascontiguousarray(cells[tuple(slice(None) if axis in varies else 0 for axis in range(cells.ndim))])
         if len(varies) == 1:

@@ -93,7 +93,7 @@ class Graph(Printable):
 
     Args:
         model_name: class name of the model.
-        facts: the facts gathered from the operations of the model.
+        facts: facts about labels, recorded from the operations of the model; see `kirsch.graph.facts`.
         tensors: path of each parameter and buffer → its labels; tied tensors are the same object.
         parameters: names in `tensors` that are parameters; tied parameters are listed once.
         inputs: the example inputs as a plan stores them; empty if a plan cannot store them.
@@ -149,7 +149,7 @@ class Graph(Printable):
 
     @cached_property
     def _solved(self) -> tuple[coupling.Coupling, tuple[Group, ...]]:
-        """Solve the facts and find the groups.
+        """Find the components and the groups.
 
         Axes are tied or frozen until the integers in the model's code can be set for every choice of units.
         """
@@ -180,7 +180,7 @@ class Graph(Printable):
 
     @property
     def coupling(self) -> coupling.Coupling:
-        """The solved facts."""
+        """Components (sets of coupled labels), and which of them are frozen."""
         return self._solved[0]
 
     @cached_property
@@ -210,15 +210,15 @@ class Graph(Printable):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that a plan depends on, in hexadecimal.
+        """SHA-256 of the structure that a plan must fit, in hexadecimal.
 
-        Covers the names and shapes of the tensors, the groups, the unit at each index of each axis, and the options of
-        the trace where they differ from the defaults.
+        The hash covers the names and shapes of the tensors, the groups, the unit at each index of each axis, and the
+        options of the trace if one of them differs from its default. It does not cover the values of the tensors.
         """
         digest = hashlib.sha256()
         if self.tracing != Tracing():
             digest.update(json.dumps(asdict(self.tracing)).encode())
-        unit = np.full(len(self.coupling.frozen), -1, "<i8")  # the byte order of every machine
+        unit = np.full(len(self.coupling.frozen), -1, "<i8")  # little-endian on each machine
         first = 0
         for group in self.groups:
             digest.update(f"{group.name}{group.kind}{group.size}".encode())
@@ -246,7 +246,7 @@ class Graph(Printable):
         return explain(self, layer)
 
     def keep(self, removed: Mapping[str, tuple[int, ...]]) -> NDArray[np.bool_]:
-        """Return the mask of components that stay, bool of shape (components,).
+        """Return the mask of the components (sets of coupled labels) that stay, bool of shape (components,).
 
         Args:
             removed: group name → indices of the units to remove.
@@ -296,7 +296,10 @@ class Graph(Printable):
 
     @cached_property
     def blockers(self) -> tuple[Blocker, ...]:
-        """Reasons why parameters cannot be removed, the largest share first. Inputs and outputs are not counted."""
+        """Reasons why parameters cannot be removed, the largest share first.
+
+        Parameters that are frozen only at inputs or outputs of the model are not counted.
+        """
         sizes: dict[tuple[str, str, str, str], float] = {}
         numbers = set[tuple[str, str, str, str]]()
         total = 0

@@ -1,4 +1,7 @@
-"""Units, the smallest sets of components that can be removed, and groups of units with the same footprint."""
+"""Units, the smallest sets of components that can be removed, and groups of units with the same footprint.
+
+A component is a set of coupled labels; see `kirsch.graph.coupling`.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def find_groups(coupling: Coupling, axes: Mapping[ParameterAxis, Labels]) -> tup
     """Return all groups of two or more units, in the order of the model's layers.
 
     Args:
-        coupling: the solved facts.
+        coupling: the components of the model.
         axes: labels of each axis of each parameter and buffer, in the order of the model.
     """
     parameter_axes = list(axes)
@@ -258,7 +261,8 @@ class _Closure:
         Returns:
             The union of the parts, sorted; None if a frozen component would have to be removed.
         """
-        # In the order of the grids: those of earlier seeds, whose closed sets are known, come first.
+        # The grids are visited in their order, so that the grids of earlier seeds, whose closed sets are known, come
+        # first.
         waiting = self._grids_with(parts[0])
         while waiting:
             more = self._missing(waiting.pop(0))

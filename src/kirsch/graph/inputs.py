@@ -83,7 +83,7 @@ def read(entry: Any) -> Input:
     """Return the example input of an entry, the inverse of `write`.
 
     Raises:
-        ValueError: the entry is not valid; names the field.
+        ValueError: the entry is not valid. The message names the field.
     """
     fields = set(entry) if isinstance(entry, dict) else set()
     if fields not in (TENSOR, VALUE, NESTED):

@@ -102,7 +102,7 @@ def graph_parts(
 
 
 def inputs_text(shapes: Iterable[Sequence[int]]) -> str:
-    """Return the shapes of the example inputs, of which MACs and activations are counted, as text."""
+    """Return the shapes of the example inputs, for which MACs and activations are counted, as text."""
     texts = ["×".join(map(str, shape)) for shape in shapes]
     return f"the input{'s' * (len(texts) > 1)} {', '.join(texts)}" if texts else "the example inputs"
 

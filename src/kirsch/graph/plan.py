@@ -71,7 +71,7 @@ class Goal(Printable):
         for name, value in (("macs", self.macs), ("parameters", self.parameters)):
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
-                    f"The goal {name}={value} cannot be met.",
+                    f"The goal {name}={value} is out of range.",
                     "A goal is a fraction of the original, between 0 and 1 (exclusive).",
                     f"For half the cost use {name}=0.5.",
                 )
@@ -233,7 +233,7 @@ class Plan(Printable):
 
         Raises:
             PlanError: the text is not a plan of version 1, or a field is missing, unknown, repeated or has an invalid
-                value; names the field.
+                value. The message names the field.
         """
         return cls._of(plan_file.read(text, cls.title_of("")))
 
@@ -293,7 +293,7 @@ class Plan(Printable):
         return tuple(block.name for block in self.blocks)
 
     def keep(self, graph: Graph) -> NDArray[np.bool_]:
-        """Return the mask of components of the graph that stay."""
+        """Return the mask of the components (sets of coupled labels) that stay, bool of shape (components,)."""
         return graph.keep({removal.name: removal.removed for removal in self.groups})
 
     def check(self, graph: Graph) -> None:
@@ -396,7 +396,7 @@ class Plan(Printable):
             if stated[name] != actual[name]:
                 raise PlanError(
                     f"{self.title} states a wrong cost of the original: cost.before.{name} is {stated[name]:,}.",
-                    f"The {graph.model_name} has {actual[name]:,}"
+                    f"The {graph.model_name} has {actual[name]:,} {WORDS.get(name, name)}"
                     + (" on the inputs of the plan." if name != "parameters" else "."),
                     f"Restore cost.before.{name} and inputs, or make a new plan.",
                 )

@@ -133,7 +133,7 @@ def read(content: str | bytes, title: str) -> dict[str, Any]:
         title: name of the plan in messages, such as "The plan small/plan.json".
 
     Raises:
-        PlanError: the content is not a valid plan; names the field, the expected and the found value.
+        PlanError: the content is not a valid plan. The message names the field, the expected and the found value.
     """
     try:
         parsed = strict_json.parse(content)

@@ -6,7 +6,8 @@ concat    concatenates along an axis
 gather    selects indices of an axis: slice, split, flip, repeat
 freeze    everything else
 
-The rules of all operators call these functions and never handle label arrays themselves.
+The rules of operators describe an operation by these functions. Where none of them fits, a rule records facts itself;
+see `kirsch.graph.facts`.
 """
 
 from __future__ import annotations

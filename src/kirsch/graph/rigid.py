@@ -2,9 +2,9 @@
 
 If the second axis of `x.reshape(n, c, -1)` is frozen, `c` must keep its value. Two axes whose sizes come from one
 attribute must lose the same number of units. A demand (see `kirsch.graph.facts`) states that an expression of integers
-in the code equals the number of kept indices of an axis. Random choices of units show which demands cannot be met:
-sizes are sums and products of numbers of kept labels, so a demand that is met for a few very different choices is met
-for all.
+in the code equals the number of kept indices of an axis. Random choices of units show which demands cannot be met.
+Sizes are sums and products of numbers of kept labels, so a demand that is met for several random choices is almost
+certainly met for all choices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 TRIALS = 8
-"""Number of random choices. A demand that no choice happens to violate is still checked for each plan."""
+"""Number of random choices. Each plan is checked again, in case none of them violates a demand that cannot be met."""
 
 
 def code_constraints(
@@ -37,8 +37,8 @@ def code_constraints(
 ) -> tuple[list[tuple[Labels, Labels]], list[Freeze]]:
     """Return the ties that failing demands need, or the freezes if no tie helps; both empty if no demand fails.
 
-    A tie may be enough for other demands, too, so nothing is frozen while something can be tied. A condition that holds
-    for some choices is checked for each plan. A condition that holds for no choice is treated as a demand.
+    A tie may be enough for other demands, too, so nothing is frozen while something can be tied. A condition that fails
+    whenever its sizes change is treated as a demand. Any other condition is only checked for each plan.
     """
     ties: list[tuple[Labels, Labels]] = []
     freezes: dict[int, Freeze] = {}
@@ -77,8 +77,8 @@ def _failing(
 ) -> list[Demand]:
     """Return the demands that fail for a random choice, and the conditions that fail whenever a size they read changes.
 
-    A condition is returned only if it fails for at least one choice; a choice may leave its sizes unchanged. A demand
-    that is a comparison of sizes and attributes with a number, such as `width % heads == 0`, is treated as a condition.
+    A condition whose sizes no choice changes does not fail and is not returned. A demand that is a comparison of sizes
+    and attributes with a number, such as `width % heads == 0`, is treated as a condition.
     """
     failing: dict[int, Demand] = {}
     both = [*demands, *conditions]
@@ -124,7 +124,10 @@ def _holds_now(demand: Demand, kept: Callable[[Labels], int]) -> bool:
 
 
 def _random_choices(coupling: Coupling, groups: Sequence[Group]) -> Iterator[NDArray[np.bool_]]:
-    """Yield masks of kept components; each group loses a random number of random units, possibly none."""
+    """Yield masks of kept components (sets of coupled labels).
+
+    Each group loses a random number of random units, possibly none.
+    """
     random = np.random.default_rng(0)
     for _ in range(TRIALS):
         keep = np.ones(len(coupling.frozen), bool)

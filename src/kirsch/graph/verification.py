@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 UNUSUAL_LAYERS = "the unusual layers"
-"""Placeholder in an error: `kirsch.prune` replaces it with the names of the layers that it finds."""
+"""Placeholder in an error: `kirsch.prune` replaces it with the groups and blocks whose removal fails by itself."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Verification(Printable):
             the two, 0 to 2. With power 0 the mask has no effect, and the comparison verifies nothing.
         statistics: operations with statistics over a pruned axis, such as layer normalization. In the masked original,
             too, they are computed over the kept units only.
-        unseen: pruned modules that do not affect any output on the example inputs, such as the queries and keys of a
-            single token. A wrong cut of these modules would not be detected.
+        unseen: modules in which the units of a pruned group do not affect any output for the example inputs, such as
+            the queries and keys of a single token. A wrong cut of these modules would not be detected.
         reweighted: modules whose weight is computed from parameters, as in spectral normalization, and changes for the
             kept units: module path → RMS of the new weight relative to the old weight.
     """

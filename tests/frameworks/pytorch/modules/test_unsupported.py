@@ -103,6 +103,23 @@ class Shared(Net):
         return self.b(torch.relu(self.a(x)) + self.c(x))
 
 
+class Interleaved(Shared):
+    """A model with two parameters whose rows alternate in one range of memory, without a common element."""
+
+    def __init__(self):
+        super().__init__()
+        both = torch.randn(16, 16)
+        self.a.weight, self.c.weight = nn.Parameter(both[:, ::2]), nn.Parameter(both[:, 1::2])
+
+
+class Column(Interleaved):
+    """A model in which a bias is a column of a weight, and another parameter begins between them in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.c.bias = nn.Parameter(self.a.weight.data[:, 7])
+
+
 class Sparse(Net):
     def __init__(self):
         super().__init__()
@@ -181,6 +198,17 @@ def test_the_error_for_a_model_that_cannot_be_traced_names_its_kind(kind):
     build, sentence = UNTRACEABLE[kind]
     with pytest.raises(ModelError, match=sentence):
         kirsch.trace(build(), X)
+
+
+def test_parameters_that_share_memory_but_no_element_are_cut():
+    model = Interleaved()
+    plan = kirsch.plan(kirsch.trace(model, X), Goal(macs=0.5))
+    assert prune_with_verification(model, plan).verification.passed
+
+
+def test_the_error_for_a_common_element_names_both_parameters():
+    with pytest.raises(ModelError, match=r"`a.weight` and `c.bias` are two objects in the same memory"):
+        kirsch.trace(Column(), X)
 
 
 def test_the_error_for_packed_sequences_proposes_a_padded_batch():

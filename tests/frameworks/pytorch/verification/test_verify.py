@@ -264,6 +264,20 @@ def test_no_module_is_listed_as_unseen_if_no_output_is_differentiable():
     assert verified(with_noise(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
 
 
+def test_a_warning_states_that_the_gradients_do_not_fit_into_memory(monkeypatch):
+    outputs = masked.MaskedRun.outputs
+
+    def outputs_without_gradients(run, inputs, *, gradients=False, **options):
+        if gradients:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return outputs(run, inputs, **options)
+
+    monkeypatch.setattr(masked.MaskedRun, "outputs", outputs_without_gradients)
+    inputs, _ = TOKENS["one token"]
+    with pytest.warns(RuntimeWarning, match="gradients of the outputs do not fit into memory"):
+        assert verified(with_noise(Attention()), inputs).unseen == ()
+
+
 def test_the_distance_from_a_reference_of_zeros_is_zero_only_for_zeros():
     zeros = [torch.zeros(3)]
     assert distance(zeros, zeros) == 0.0

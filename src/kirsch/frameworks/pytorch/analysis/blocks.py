@@ -1,9 +1,9 @@
 """Residual blocks: modules whose output can be replaced by their input, found from the traced operations.
 
 A residual block is a module that is called once. A path of additions, normalizations, activations and operations that
-only move values leads from the output of the module back to an input tensor of the same shape. The parameters of the
-block belong to the branches that the path adds. Other inputs of the block (masks, positions) do not depend on that
-input tensor.
+only move values leads from the output of the module back to an input tensor of the same shape, through at least one
+addition. Other inputs of the module (masks, positions) do not depend on that input tensor. The module has parameters,
+and shares none of them with the rest of the model.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _called_block(
         return None
     argument = candidates[0].argument
     plain = argument == 0 and call.single and call.result == "tensor"
-    return ResidualBlock(path, entry, way[0], argument, plain, _features(program.states[way[0]])), way
+    return ResidualBlock(path, entry, way[0], argument, plain, _feature_axis(program.states[way[0]])), way
 
 
 def _block_of_graph(
@@ -166,20 +166,20 @@ def _block_of_graph(
     part = part_in(model, region, entry, way[0])
     if part is None:
         return None
-    return ResidualBlock(path, entry, way[0], 0, True, _features(program.states[way[0]]), part), way
+    return ResidualBlock(path, entry, way[0], 0, True, _feature_axis(program.states[way[0]]), part), way
 
 
 def _path_through(region: list[Node], program: _Program) -> list[Node] | None:
-    """Return the path from the only output of a region, the operations of a module, back to its entry.
+    """Return the path from the only output of a region back to its entry. A region is the operations of a module.
 
-    None if there is no such path, or if another input of the region depends on the entry.
+    None if the region has several outputs, if there is no such path, or if another input depends on the entry.
     """
     inside = set(region)
     ends = exits(region)
     way = _path_back(ends[0], inside) if len(ends) == 1 else None
     if way is None:
         return None
-    axes = {_features(program.states[node]) for node in (way[0], way[-1])} - {None}
+    axes = {_feature_axis(program.states[node]) for node in (way[0], way[-1])} - {None}
     if len(axes) > 1:  # equal shapes with transposed axes
         return None
     inputs = {source for node in region for source in node.all_input_nodes} - inside
@@ -187,7 +187,8 @@ def _path_through(region: list[Node], program: _Program) -> list[Node] | None:
     return None if any(_depends(node, way[-1], program.index) for node in others) else way
 
 
-def _features(state: Any) -> int | None:
+def _feature_axis(state: Any) -> int | None:
+    """Return the only axis of a tensor that has labels; None if there are several or none."""
     labeled = [axis for axis, labels in enumerate(state.axes) if labels is not None]
     return labeled[0] if len(labeled) == 1 else None
 

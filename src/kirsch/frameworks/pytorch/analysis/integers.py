@@ -65,7 +65,8 @@ class Comparison:
 class TracedInt(int):
     """An integer that can be computed again for other values of its leaves: attributes and sizes of tensors.
 
-    The origin is lost in an operation whose result is not an integer, such as `width ** -0.5`: after a cut, the code
+    The origin is lost if the result of an operation is not an integer, as in `width ** -0.5`, in a conversion such as
+    `int(width)`, in a negation, and in computations that are nested more deeply than `MAX_DEPTH`. After a cut, the code
     would still use the old value. Each such operation is recorded in `events`.
     """
 

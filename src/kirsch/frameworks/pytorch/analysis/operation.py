@@ -95,7 +95,8 @@ class OperationContext:
 
         Args:
             axis: labels of the axis with this size; None if the size must not change.
-            size: the size as the code gives it: an integer with or without a known origin, -1, or `INFERRED`.
+            size: the size as the code gives it: an integer with or without a known origin, -1, or `INFERRED`; None if
+                it is unknown.
             less: the number of labels minus the size; 1 for the index of the last position.
 
         Returns:
@@ -173,6 +174,10 @@ class OperationContext:
                     self._condition(comparison, [expression], must=must)
 
     def _condition(self, comparison: Comparison, parts: list[Expression], *, must: bool = False) -> None:
+        """Record a comparison as a choice if it only chooses, as a demand if `must`, and as a condition otherwise.
+
+        `parts` are the operands that are known as expressions.
+        """
         if not parts:
             return
         leaves = dict(pair for part in parts for pair in part.leaves)

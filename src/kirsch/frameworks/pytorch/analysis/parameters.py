@@ -30,7 +30,7 @@ def add_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> Non
 
 
 def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Freeze parameters that the traced forward passes do not use, because other code may depend on their shapes."""
+    """Freeze parameters and buffers that no traced forward pass uses, because other code may depend on their shapes."""
     for name, tensor in tensors.items():
         if id(tensor) in unused:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))

@@ -170,7 +170,7 @@ class CallRecorder(TorchFunctionMode):
         self._names = names
         self._alive: list[Any] = []  # an id is only unique while its tensor lives
         self._siblings: dict[int, list[int]] = {}  # all results of a call count as read if one of them is read
-        self.unread: dict[int, torch.Tensor] = {}
+        self.unread: dict[int, torch.Tensor] = {}  # results that no later call has read, by `id`
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and record one call."""
@@ -257,7 +257,7 @@ def called_name(func: Any) -> str:
 def _attention(*args: Any, **kwargs: Any) -> Any:
     """Run PyTorch's multi-head attention with recorded calls.
 
-    The query is first viewed in the width that the module states, so that this width is recorded, too.
+    The query is first viewed with the width that the module states, so that this width is recorded, too.
     """
     arguments = inspect.signature(nn.functional.multi_head_attention_forward).bind(*args, **kwargs).arguments
     query = arguments["query"]
@@ -337,7 +337,8 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         for record in (recorded.log, recorded.events, recorded.module_calls, recorded.origin):
             record.clear()
-        # Looked up here, since the exporter replaces the tensors by fake ones before it calls the `forward`.
+        # The names are looked up in each call, because the exporter replaces the tensors with fake ones before it calls
+        # `forward`.
         names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         with CallRecorder(recorded, names) as recorder:
             out = original(*args, **kwargs)
@@ -351,9 +352,9 @@ def record_calls(model: nn.Module, recorded: RecordedCalls) -> None:
 
 
 def _axis_of(module: nn.Module, name: str) -> int | None:
-    """Return the axis of a standard layer's weight that has the size in an attribute; see `surgery.cut.update_widths`.
+    """Return the axis of a standard layer's weight whose size an attribute states; None if there is no such axis.
 
-    Such an attribute always equals the size of the weight, so it is traced as that size.
+    Such an attribute always equals the size of the axis, so it is traced as that size; see `surgery.cut.update_widths`.
     """
     if module._parameters.get("weight") is None:  # noqa: SLF001 - a parametrized weight is an attribute, too
         return None

@@ -1,4 +1,4 @@
-"""Detect models whose outputs differ from run to run, and the line of code that draws random numbers."""
+"""Detect models whose outputs differ from run to run, and find the line of code that draws random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 TOLERANCE = 1e-5
-"""Largest difference between runs that count as equal, relative to the largest output.
+"""Largest difference between runs that count as equal, relative to the largest value of the output.
 
 Runs may differ by rounding, because sums on several threads have no fixed order.
 """
@@ -49,8 +49,8 @@ class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTo
 def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) -> tuple[str, str]:
     """Return why two runs with the same inputs differ, and the fix; two empty texts if they agree.
 
-    Random numbers that rarely change the outputs are not found by two runs, but in the exported program; see
-    `line_that_draws`.
+    Two runs may agree although the model draws random numbers, if these rarely change the outputs. `line_that_draws`
+    finds such numbers in the exported program.
 
     Args:
         model: the model that runs; its buffers are compared before and after.

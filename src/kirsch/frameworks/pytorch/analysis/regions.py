@@ -25,7 +25,7 @@ def regions(nodes: Iterable[Node]) -> dict[str, list[Node]]:
 
 
 def exits(region: Sequence[Node]) -> list[Node]:
-    """Return those operations of a region that have users outside of the region."""
+    """Return those operations of a region that have users outside of the region. Assertions do not count as users."""
     inside = set(region)
     return [node for node in region if any(user not in inside and _reads(user) for user in node.users)]
 

@@ -1,4 +1,7 @@
-"""Residual sums: additions of a stream and a branch, which is computed from the stream by a layer with weights."""
+"""Residual sums: additions of a stream and a branch, which is computed from the stream through at least one layer.
+
+A layer is an operation in `LAYERS`, such as a linear layer or attention.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
-_MIXING = """
+_LAYERS = """
 linear matmul mm bmm mv addmm baddbmm addmv einsum bilinear _grouped_mm grouped_mm_fallback conv1d conv2d conv3d
 convolution conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention lstm gru
 """
-MIXING = frozenset(_MIXING.split())
-"""Operations that compute features from other features."""
+LAYERS = frozenset(_LAYERS.split())
+"""Products of tensors, convolutions, attention and recurrent layers, with or without parameters."""
 
-WEIGHTED = frozenset(["mul"])
-"""Operations whose smaller operand scales the larger one, such as a gate or the weight of an expert."""
+SCALING = frozenset(["mul"])
+"""Operations whose smaller operand scales the larger one. A gate or the weight of an expert is a smaller operand."""
 
 
 def last_layers_of_branch(node: Node, index: Mapping[Node, int]) -> list[Node] | None:
@@ -34,13 +37,13 @@ def last_layers_of_branch(node: Node, index: Mapping[Node, int]) -> list[Node] |
     for stream in node.all_input_nodes:
         for branch in node.all_input_nodes:
             if branch is not stream and _computed_from(branch, stream, index):
-                return _last_layers(branch, index[stream], index)
+                return _last_layers(branch, stream, index)
     return None
 
 
-def mixes(node: Node) -> bool:
-    """Return whether an operation computes features from other features."""
-    return name_of(node).rpartition(".")[2] in MIXING
+def _is_layer(node: Node) -> bool:
+    """Return whether an operation is in `LAYERS`."""
+    return name_of(node).rpartition(".")[2] in LAYERS
 
 
 def _computed_from(branch: Node, stream: Node, index: Mapping[Node, int]) -> bool:
@@ -56,25 +59,25 @@ def _computed_from(branch: Node, stream: Node, index: Mapping[Node, int]) -> boo
         if (node, crossed) in seen or index[node] < index[stream]:
             continue
         seen.add((node, crossed))
-        waiting += [(source, crossed or mixes(node)) for source in node.all_input_nodes]
+        waiting += [(source, crossed or _is_layer(node)) for source in node.all_input_nodes]
     return False
 
 
-def _last_layers(branch: Node, first: int, index: Mapping[Node, int]) -> list[Node]:
-    """Return the first layer on each path back from the end of a branch."""
+def _last_layers(branch: Node, stream: Node, index: Mapping[Node, int]) -> list[Node]:
+    """Return the last layer on each path that leads to the end of a branch, without operations before the stream."""
     layers: list[Node] = []
     seen: set[Node] = set()
     waiting = [branch]
     while waiting:
         node = waiting.pop()
-        if node in seen or index[node] < first:
+        if node in seen or index[node] < index[stream]:
             continue
         seen.add(node)
-        if mixes(node):
+        if _is_layer(node):
             layers.append(node)
             continue
         sources = node.all_input_nodes
-        if name_of(node).rpartition(".")[2] in WEIGHTED:
+        if name_of(node).rpartition(".")[2] in SCALING:
             sizes = [_size(source) for source in sources]
             sources = [source for source, size in zip(sources, sizes, strict=True) if size == max(sizes)]
         waiting += sources

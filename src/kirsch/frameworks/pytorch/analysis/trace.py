@@ -244,7 +244,7 @@ class _Walk:
         self._batch = batch
         self._weights: set[Node] = set()  # computed from parameters and constants only
         self._by_call: dict[int, list[Any]] = {}
-        self._tied: dict[int, set[int]] = {}
+        self._tied: dict[int, set[int]] = {}  # number of a call → its integers that a rule has tied to an axis
         self._origin: dict[int, Operation] = {}  # the first operation of each call
 
     def visit(self, node: Node) -> None:
@@ -416,7 +416,7 @@ def _module(node: Node) -> str:
 
 
 def _source(node: Node) -> str:
-    """Return the last line of the stack that is outside of PyTorch: "file.py:12"."""
+    """Return the innermost line of the stack that is outside of PyTorch and Kirsch: "file.py:12"; "" if unknown."""
     source = ""
     for line in (node.meta.get("stack_trace") or "").splitlines():
         text = line.strip()

@@ -71,7 +71,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None, name: str = ""
 
 @contextlib.contextmanager
 def restoring_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore attributes, dicts and lists of a model in which hooks store fake tensors while the block runs.
+    """Restore, after a `with` block, the attributes, dicts and lists of a model in which hooks stored fake tensors.
 
     The hooks of a copy may be bound methods of the original. A trace of the copy then writes into the original.
     """

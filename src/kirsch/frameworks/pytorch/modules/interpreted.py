@@ -167,7 +167,7 @@ def part_in(model: nn.Module, region: list[Node], entry: Node, exit_: Node) -> P
     inputs = {source for name in names for source in nodes[name].all_input_nodes if source.name not in names}
     start = _origin(entry)
     entry_name = start[1] if start is not None and start[0] == path else ""
-    if not entry_name:  # an input of the graph
+    if not entry_name:  # the entry is an input of the graph
         placeholders = [node.name for node in inputs if node.op == "placeholder"]
         entry_name = placeholders[0] if len(placeholders) == 1 else ""
     out = nodes[end[1]]
@@ -195,7 +195,7 @@ def _origin(node: Node) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def tapped(module: nn.Module, taps: Mapping[Part, Callable[[Any, Any], Any]]) -> Iterator[None]:
-    """Within the block, run the graph of a module node by node, and call a function for each part.
+    """Within the `with` block, run the graph of a module node by node, and call a function for each part.
 
     The arguments of the function are the values of the entry and the exit of the part. The result of the function
     replaces the value of the exit, unless it is None.
@@ -236,7 +236,7 @@ def remove_parts(module: nn.Module, parts: Sequence[Part]) -> None:
         position = {node.name: number for number, node in enumerate(graph.nodes)}
         nodes = {node.name: node for node in graph.nodes}
         in_graph = [part for part in parts if part.entry in nodes and part.exit in nodes]
-        # From the last to the first, because the entry of one part may be the exit of another.
+        # The last part is removed first, because its entry may be the exit of an earlier part.
         for part in sorted(in_graph, key=lambda part: -position[part.exit]):
             nodes[part.exit].replace_all_uses_with(nodes[part.entry])
             for node in reversed(graph.nodes):

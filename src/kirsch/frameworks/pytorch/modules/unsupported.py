@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def check_trainable(model: nn.Module) -> None:
     check_values(model)
     name = type(model).__name__
     for path, value in model.named_parameters():
-        for why, _ in [] if is_lazy(value) else _tensors(path, value):
+        for why, _ in [] if is_lazy(value) else _tensor_reasons(path, value):
             fix = "Train the model with plain floating-point tensors, and quantize or shard it afterwards."
             raise ModelError(f"The model {name} cannot be trained.", why, fix)
 
@@ -82,7 +82,7 @@ def check_exportable(model: nn.Module) -> None:
     """
     check_values(model)
     for path, module in model.named_modules():
-        for why, fix in _opaque(module, f"Its part `{path}` is" if path else "It is", path):
+        for why, fix in _opaque_reasons(module, f"Its part `{path}` is" if path else "It is", path):
             fix = EXPORT_FIRST if fix == PRUNE_FIRST else fix  # noqa: PLW2901 - another fix for the same reason
             raise ModelError(f"A {type(model).__name__} cannot be exported.", why, fix)
 
@@ -90,16 +90,16 @@ def check_exportable(model: nn.Module) -> None:
 def reasons(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) for each module and tensor that cannot be traced and cut."""
     for path, module in model.named_modules():
-        yield from _modules(module, f"Its part `{path}` is" if path else "It is", path)
+        yield from _module_reasons(module, f"Its part `{path}` is" if path else "It is", path)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        yield from _tensors(name, value)
+        yield from _tensor_reasons(name, value)
 
 
 def _untraceable(model: nn.Module, why: str, fix: str) -> ModelError:
     return ModelError(f"The model {type(model).__name__} cannot be traced.", why, fix)
 
 
-def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+def _opaque_reasons(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if `torch.export` cannot follow the `forward` of a module."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
     inner = f"model.{path}.module" if path else "model.module"
@@ -124,9 +124,9 @@ def _opaque(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str
         yield f"{where} a quantized {type(module).__name__}, whose weights are packed integers.", PRUNE_FIRST
 
 
-def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
+def _module_reasons(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if a module cannot be traced."""
-    yield from _opaque(module, where, path)
+    yield from _opaque_reasons(module, where, path)
     graph = graph_in(module)
     converted = [node for node in (graph.nodes if graph is not None else ()) if "dequantize" in str(node.target)]
     if converted:
@@ -139,7 +139,7 @@ def _modules(module: nn.Module, where: str, path: str) -> Iterator[tuple[str, st
         )
 
 
-def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
+def _tensor_reasons(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
     """Yield (why, fix) if a parameter or buffer cannot be cut."""
     kind = type(value)
     if is_lazy(value):
@@ -164,18 +164,40 @@ def _tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, str]]:
 
 
 def _overlapping(model: nn.Module) -> tuple[str, str] | None:
-    """Return the names of two parameters that are different objects in overlapping memory; None if there are none."""
-    spans: dict[int, list[tuple[Any, Any, str]]] = {}
+    """Return the names of two parameters that are different objects with common memory; None if there are none.
+
+    Views such as `w[:, ::2]` and `w[:, 1::2]` take turns in one range of memory, but have no common element.
+    """
+    spans: dict[int, list[tuple[int, int, str, torch.Tensor]]] = {}
     for name, value in model.named_parameters():
         if value.layout is torch.strided and not value.is_meta and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            begin = value.storage_offset()
-            spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, begin + last + 1, name))
+            begin = int(value.storage_offset()) * value.itemsize
+            end = begin + int(last + 1) * value.itemsize
+            spans.setdefault(value.untyped_storage().data_ptr(), []).append((begin, end, name, value))
     for in_storage in spans.values():
-        in_storage.sort()
-        for first, second in itertools.pairwise(in_storage):
-            if second[0] < first[1]:
-                return first[2], second[2]
+        in_storage.sort(key=lambda span: span[:3])
+        if any(second[0] < first[1] for first, second in itertools.pairwise(in_storage)):
+            common = _with_common_element([(name, value) for _, _, name, value in in_storage])
+            if common is not None:
+                return common
+    return None
+
+
+def _with_common_element(parameters: list[tuple[str, torch.Tensor]]) -> tuple[str, str] | None:
+    """Return the names of two parameters of one storage that share an element; None if no two of them do."""
+    cell = min(value.itemsize for _, value in parameters)  # bytes; the parameters may have different dtypes
+    cells = -(-parameters[0][1].untyped_storage().nbytes() // cell)
+    owner = torch.full((cells,), -1, dtype=torch.int32)  # index of the parameter that occupies each cell
+    for index, (name, value) in enumerate(parameters):
+        width = value.itemsize // cell
+        sizes = [size if stride else 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
+        strides = [stride * width for stride in value.stride()]
+        own = owner.as_strided((*sizes, width), (*strides, 1), value.storage_offset() * width)
+        other = int(own.max())
+        if other >= 0:
+            return parameters[other][0], name
+        own.fill_(index)
     return None
 
 
@@ -191,7 +213,7 @@ def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] |
             "It packs sequences (pack_padded_sequence), which torch.export does not trace.",
             "Give a model whose forward passes the padded batch to the recurrent layer.",
         )
-    signs = ("nested_tensor", "is not tracked with proxy")  # the second one is raised for a ragged size
+    signs = ("nested_tensor", "is not tracked with proxy")  # errors about a ragged size contain the second text
     if any("nested" in name for name in names) or any(sign in str(error) for sign in signs):
         return (
             "It computes with nested tensors, which torch.export does not trace.",

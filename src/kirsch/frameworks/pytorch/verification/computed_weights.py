@@ -98,7 +98,7 @@ def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.T
 
 
 def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> dict[Node, Node]:
-    """Return result computed from a cut parameter → first operation that reads the result and depends on an input."""
+    """Map each result that is computed from a cut parameter to the first user that depends on an input."""
     traced: Traced = graph.traced
     cut = {name for name, tensor in graph.tensors.items() if any(graph.kept(a, keep) is not None for a in tensor.axes)}
     from_cut: set[Node] = set()  # depends on a cut parameter
@@ -120,7 +120,10 @@ def _computed(graph: Graph, keep: NDArray[np.bool_], input_free: set[Node]) -> d
 
 
 def _used(graph: Graph, input_free: set[Node]) -> NDArray[np.bool_]:
-    """Return component → whether it labels an axis of a tensor that depends on an input."""
+    """Return the mask of the components that label an axis of a tensor that depends on an input.
+
+    The mask is a bool array of shape (components,).
+    """
     traced: Traced = graph.traced
     used = np.zeros(len(graph.coupling.frozen), bool)
     for node, state in traced.states.items():

@@ -1,7 +1,7 @@
-"""Find cut modules that no output depends on for the example inputs.
+"""Find cut modules in which the units of the cut group have no effect on any output for the example inputs.
 
 The output of attention over one token, or over equal tokens, does not depend on queries and keys, so that a wrong cut
-of queries and keys would pass the verification. The gradient of the outputs shows such modules.
+of queries and keys would pass the verification. The gradients of the outputs show such modules.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,12 +44,19 @@ def unseen(
         inputs: the flat user inputs.
 
     Returns:
-        Paths in the order of the groups. The result is also empty if an operator has no gradient, or no output is
-        differentiable.
+        Paths in the order of the groups. The result is also empty if an operator has no derivative, no output is
+        differentiable, or the gradients do not fit into memory. In the last case, a warning is issued.
     """
     try:
         effects = _effects(graph, tensors, inputs)
-    except RuntimeError:  # PyTorch raises it for an operator without a derivative
+    except RuntimeError as error:  # PyTorch raises it for an operator without a derivative
+        if lacks_memory(error):
+            warn(
+                "The gradients of the outputs do not fit into memory, so the modules that no output depends on are not "
+                "listed. The verification would not detect a wrong removal in these modules. Give fewer or smaller "
+                "example inputs, or use a machine with more memory.",
+                RuntimeWarning,
+            )
         return ()
     threshold = FAINT * max((float(effect.max()) for effect in effects.values()), default=0.0)
     cut = [group for group in graph.groups if not keep[group.components].all()]
@@ -59,10 +68,11 @@ def unseen(
 
 
 def _without_effect(group: Group, path: str, graph: Graph, effects: Effects, threshold: float) -> bool:
-    units = np.zeros(len(graph.coupling.frozen), bool)
-    units[group.components] = True
+    """Return whether no unit of a group affects an output through the tensors of the module at a path."""
+    in_group = np.zeros(len(graph.coupling.frozen), bool)
+    in_group[group.components] = True
     axes = [axis for axis in group.footprint if axis in effects and axis[0].rpartition(".")[0] == path]
-    of_units = [effects[axis][units[graph.coupling.component[graph.axes[axis]]]] for axis in axes]
+    of_units = [effects[axis][in_group[graph.coupling.component[graph.axes[axis]]]] for axis in axes]
     return bool(axes) and all(bool((effect <= threshold).all()) for effect in of_units)
 
 

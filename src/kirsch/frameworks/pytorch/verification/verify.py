@@ -215,7 +215,7 @@ def _compare(
 
 
 def _modules_read(traced: Traced) -> set[str]:
-    """Return the paths of the modules whose tensors are read by an operation."""
+    """Return the paths of the modules with a parameter or buffer that an operation of the trace reads."""
     used = {node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.users}
     return {path.rpartition(".")[0] for name, path in traced.slots.items() if name in used}
 
@@ -225,7 +225,8 @@ def _training_error(
 ) -> float | None:
     """Return the distance of the pruned module from the masked original in training mode, without dropout.
 
-    None if the original differs from its own trace, because it chooses branches at random.
+    None if the original does not run in this dtype, or if it differs from its own trace because it chooses branches at
+    random.
     """
     noise = noise_of(original)
     tensors = _noisy(original, noise, dtype)

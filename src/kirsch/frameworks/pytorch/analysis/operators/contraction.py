@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.analysis.operation import OperationContext
     from kirsch.graph.labels import Axis
 
-PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"])
-"""Operators that always need one multiply-accumulate for each combination of positions on all axes."""
+FULL_PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"])
+"""Operators that need one multiply-accumulate for each combination of indices on all axes, except for vectors."""
 
 
 def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], result: str, shape: Sequence[int]) -> Tensor:
     """Return the result of `relations.relate` for a product of tensors, and record the multiply-accumulates.
 
-    Each letter stands for an axis. The number of multiply-accumulates is the product of the sizes of these axes.
+    Each letter stands for an axis. For the operators in `FULL_PRODUCTS`, the number of multiply-accumulates is the
+    product of the sizes of these axes. For other operators and for vectors, it is PyTorch's count.
     """
     out = relations.relate(op.facts, operands, result, shape)
     if sum(not op.is_weight(tensor) for tensor, _ in operands) > 1:
@@ -35,8 +36,8 @@ def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], resul
             if size > 1 and sizes.get(letter, (1, None))[1] is None:
                 sizes[letter] = size, axis
     macs = float(np.prod([size for size, _ in sizes.values()], initial=1))
-    if op.name not in PRODUCTS or min(len(tensor.shape) for tensor, _ in operands) < 2:  # noqa: PLR2004 - a vector
-        macs = op.macs()  # PyTorch may sum before it multiplies, or not count the operator
+    if op.name not in FULL_PRODUCTS or min(len(tensor.shape) for tensor, _ in operands) < 2:  # noqa: PLR2004 - a vector
+        macs = op.macs()  # less than the product if PyTorch sums over an axis before it multiplies; 0 if it counts none
     labeled = [axis for _, axis in sizes.values() if axis is not None]
     op.facts.cost("macs", macs / np.prod([len(axis) for axis in labeled], initial=1), labeled)
     return out
@@ -85,7 +86,10 @@ def _linear(op: OperationContext) -> Tensor | list[Tensor]:
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv", "vdot", "linalg_vecdot")
 def _matmul(op: OperationContext) -> Tensor:
-    """A vector has no letter for the missing axis; leading axes broadcast."""
+    """Multiply matrices: the first operand has the axes X and K, the second one K and Y.
+
+    A vector has only the axis K, so the result lacks X or Y. Leading axes broadcast.
+    """
     added = op.args[0] if op.name.startswith(("add", "badd")) else None
     x, y = op.args[:2] if added is None else op.args[1:3]
     if op.name == "linalg_vecdot":
@@ -136,7 +140,9 @@ def _grouped(op: OperationContext) -> Tensor | list[Tensor]:
     """
     x, weight, offsets = op.args[0], op.args[1], op.arg(2, "offs")
     if (len(x.shape), len(weight.shape)) != (2, 3) or op.arg(3, "bias") is not None:
-        return op.freeze_all("a grouped matrix product with a bias or with other ranks is not analyzed")
+        return op.freeze_all(
+            "a grouped matrix product is analyzed only without a bias, for 2 axes of the input and 3 of the weight"
+        )
     if op.is_weight(offsets):  # without this, the rows of a removed group would be assigned to the next group
         relations.freeze(op.facts, [weight, offsets], "the number of rows of each group is a constant", [0])
     groups = op.facts.equate(weight.axes[0], offsets.axes[0])

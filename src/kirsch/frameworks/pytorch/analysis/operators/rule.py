@@ -93,7 +93,7 @@ def _with_points(op: OperationContext, results: list[Tensor]) -> list[Tensor]:
     """Return the results, with `points` if they hold indices into a labeled axis.
 
     The axis is frozen if the operation computes with the indices. It is also frozen if the operation selects entries by
-    the indices, unless the option `softmax="kept"` permits another selection.
+    the indices, unless `softmax="kept"` permits that the pruned model selects other entries.
     """
     pointing = [tensor for tensor in op.tensors() if tensor.points is not None]
     if not pointing:
