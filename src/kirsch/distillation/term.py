@@ -145,15 +145,15 @@ class Term:
     def resolved(self) -> tuple[dict[str, Any], Number | None]:
         """Return the keyword arguments of the loss without the temperature, and the temperature if it has one."""
         known, options = loss_options(get_loss(self.loss)), dict(self.options)
-        if "attention" in known and self._on_attention_weights:
+        if "attention" in known and self._attention_weights:
             options.setdefault("attention", "weights")
         return options, known.get("temperature") if self.temperature is None else self.temperature
 
     @property
-    def _on_attention_weights(self) -> bool:
-        """Whether a layer is the attention that a model returns: attention weights, after the softmax."""
+    def _attention_weights(self) -> list[str]:
+        """Layers of the term whose features are the attention that a model returns: weights, after the softmax."""
         names = [LayerName.read(text) for text in texts([*self.layers])]
-        return any(name.layered and name.layered[2] == "attention" for name in names)
+        return [name.text for name in names if name.layered and name.layered[2] == "attention"]
 
     def problems(self) -> list[str]:
         """Return one sentence for each invalid option.
@@ -174,10 +174,10 @@ class Term:
                 )
             elif name not in known:
                 raise UnknownNameError(f"option of the loss {self.loss!r} named", name, known)
-        if self._on_attention_weights and self.options.get("attention") == "scores":
+        if self._attention_weights and self.options.get("attention") == "scores":
             found.append(
-                f"{self.record_name!r} takes attention scores, but {self.student_layer!r} returns attention weights, "
-                "after the softmax"
+                f"{self.record_name!r} takes attention scores, but {self._attention_weights[0]!r} returns attention "
+                "weights, after the softmax"
             )
         return found
 
