@@ -87,15 +87,18 @@ def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) 
     Raises:
         DataError: a batch has a single sample, and the model normalizes over the samples of a batch.
     """
+    if len(first) == 1 or _has_single_last_sample(data):
+        inference.check_runs(model, few(first, 1).inputs, training=True)
+
+
+def _has_single_last_sample(data: Any) -> bool:
+    """Return whether a batch after the first one has a single sample; False if this is unknown before training."""
     if isinstance(data, SeededData):  # a single last sample is added to the batch before it
-        return
+        return False
     size, samples = getattr(data, "batch_size", None), _length(getattr(data, "sampler", None))
     if isinstance(size, int) and samples is not None:
-        alone = samples % size == 1 % size and not getattr(data, "drop_last", False)
-    else:
-        alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
-    if alone:
-        inference.check_runs(model, few(first, 1).inputs, training=True)
+        return samples % size == 1 and not getattr(data, "drop_last", False)
+    return isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
 
 
 def _length(value: Any) -> int | None:
