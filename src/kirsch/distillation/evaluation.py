@@ -355,7 +355,7 @@ def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tup
     """Return predicted and true class numbers of the samples or positions that have a label."""
     if predicted.shape != targets.shape:
         raise DataError(
-            f"The targets have shape {targets.shape}, and the store holds predictions of shape {predicted.shape}.",
+            f"The targets have shape {targets.shape}, and the predictions have shape {predicted.shape}.",
             fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
