@@ -41,7 +41,7 @@ MOST_SAMPLES = 1024
 """Largest number of samples that are evaluated, of data in memory or of one batch of a loader.
 
 The batches of a loader are read until the teacher is better than chance on at least `ENOUGH` samples, or until there
-are this many samples.
+are this many samples. If no batch has targets, reading ends after `ENOUGH` samples.
 """
 
 NOT_EVALUATED = (
@@ -64,7 +64,7 @@ def evaluate_teacher(
     validation: Any,
     objective: Objective,
     warn: Callable[[str], None],
-    place: int = 0,
+    index: int = 0,
     name: str = "The teacher",
 ) -> dict[str, Any]:
     """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
@@ -78,7 +78,7 @@ def evaluate_teacher(
         data, validation: see `distill`; the data is used only if there are no validation batches.
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
         warn: called with each warning.
-        place: index of the teacher among several.
+        index: index of the teacher among several.
         name: the teacher as the subject of a sentence, for errors and warnings.
 
     Raises:
@@ -88,7 +88,7 @@ def evaluate_teacher(
         if isinstance(teacher, TeacherStore):
             found = _stored(teacher, data, objective)
         else:
-            found = _live(framework, teacher, data, validation, objective, place, name)
+            found = _live(framework, teacher, data, validation, objective, index, name)
     except DataError:
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
@@ -257,19 +257,19 @@ def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[
     """Return the stored predictions of some samples, with their labels."""
     if data.targets is None or store.specification.keep is None:
         return []
-    places = _spread(data.samples)
-    found = store.read(data.sample_ids[places])
+    indices = _spread(data.samples)
+    found = store.read(data.sample_ids[indices])
     classes = store.specification.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
-        return [evaluated_batch(scores, data.targets[places], objective)]
+        return [evaluated_batch(scores, data.targets[indices], objective)]
     if objective.label_loss != "cross-entropy":
         return []
-    return [EvaluatedBatch(*_counted(found["indices"][..., 0], host(data.targets[places]), objective), classes)]
+    return [EvaluatedBatch(*_counted(found["indices"][..., 0], host(data.targets[indices]), objective), classes)]
 
 
 def _live(
-    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int, name: str
+    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for some labeled samples."""
     source = validation if validation is not None and not callable(validation) else data
@@ -281,7 +281,7 @@ def _live(
         samples = 0
         for number, batch in enumerate(batches_of(source), 1):
             with naming(f"Batch {number} of the {'validation' if source is validation else 'data'}"):
-                found += _evaluated(framework, teacher, batch, objective, place, name)
+                found += _evaluated(framework, teacher, batch, objective, index, name)
             samples += len(batch)
             if samples >= MOST_SAMPLES:
                 break
@@ -293,11 +293,11 @@ def _live(
 
 
 def _evaluated(
-    framework: Framework, teacher: Any, batch: Batch, objective: Objective, place: int, name: str
+    framework: Framework, teacher: Any, batch: Batch, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
-    places = _spread(len(batch))
-    inputs = _rows(batch.inputs, places)
+    indices = _spread(len(batch))
+    inputs = _rows(batch.inputs, indices)
     outputs = framework.inference.predict(teacher, inputs)
     if not np.isfinite(outputs).all():
         if _contain_nan(inputs):
@@ -309,12 +309,12 @@ def _evaluated(
         )
     if batch.targets is None:
         return []
-    return [evaluated_batch(outputs, host(batch.targets)[places], objective, declared_outputs(objective, place))]
+    return [evaluated_batch(outputs, host(batch.targets)[indices], objective, declared_outputs(objective, index))]
 
 
-def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
+def _rows(inputs: Any, indices: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays are returned unchanged."""
-    return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+    return ops.map_arrays(lambda part: part[indices] if hasattr(part, "shape") else part, inputs)
 
 
 def _contain_nan(inputs: Any) -> bool:
@@ -409,7 +409,7 @@ class Validation:
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
     def _labeled(self) -> Iterator[tuple[int, Batch]]:
-        """Return pairs of the position of a batch, from 1, and the batch, for all batches with targets."""
+        """Return pairs (number of the batch, batch) of the batches with targets; the first batch has the number 1."""
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 

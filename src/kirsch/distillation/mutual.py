@@ -14,13 +14,13 @@ from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
-    averaged_logits,
-    check_last_batch,
+    check_single_samples,
     few,
     first_batch,
-    late_ramps,
-    missing_targets,
-    split_relations,
+    warning_of_averaged_logits,
+    warning_of_unknown_entries,
+    warnings_of_divided_batches,
+    warnings_of_unfinished_ramps,
 )
 from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
@@ -96,12 +96,12 @@ def distill_mutually(
     first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
-    warnings = split_relations(objective, training) + late_ramps(objective, training)
-    warnings += missing_targets(framework.inference, students[0], first, objective)
-    warnings += averaged_logits(objective, len(students) - 1)
+    warnings = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
+    warnings += warning_of_unknown_entries(framework.inference, students[0], first, objective)
+    warnings += warning_of_averaged_logits(objective, len(students) - 1)
     steps, logits = [], []
     for index, student in enumerate(students):
-        check_last_batch(framework.inference, student, data, first)
+        check_single_samples(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
