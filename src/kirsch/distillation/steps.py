@@ -283,7 +283,7 @@ class Distill(TrainingStep):
 
     def preview(self, job: Job) -> None:
         """Check that the models have the layers of the objective, that shapes fit, and that labels are valid."""
-        student = _apart(job)
+        student = _model_to_train(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
             require_deterministic(model, job.example)
         first, objective = _first_batch(job, student), self.objective_for(job)
@@ -293,7 +293,7 @@ class Distill(TrainingStep):
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
-        student, objective = _apart(job), self.objective_for(job)
+        student, objective = _model_to_train(job), self.objective_for(job)
 
         def trial(part: Any) -> None:
             distill(
@@ -312,7 +312,7 @@ class Distill(TrainingStep):
     def run(self, job: Job, folder: Path) -> Record:
         """Train the model on the outputs of the teacher, and write its weights."""
         trained = distill(
-            _apart(job),
+            _model_to_train(job),
             job.teacher,
             job.data.batches(job.batch_size),
             objective=self.objective_for(job),
@@ -363,7 +363,7 @@ class Recover(Distill):
         job.model = model
 
 
-def _apart(job: Job) -> Any:
+def _model_to_train(job: Job) -> Any:
     """Return the model to train, as a copy if it is the teacher itself."""
     return copy.deepcopy(job.model) if job.model is job.teacher else job.model
 
@@ -399,7 +399,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 
 
 def _gradient_share(trained: Trained) -> str:
-    """Return the teacher term with the largest share in the gradient, and this share, as text.
+    """Return the distillation term with the largest share in the gradient, and this share, as text.
 
     The share is taken from the first batch; if all terms start with weight 0, from the last epoch.
     """

@@ -167,7 +167,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
 
 def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Check class numbers. Return them with 0 in place of masked labels, and the mask, which is None if all count.
+    """Check class numbers. Return them with 0 in place of masked labels, and the mask; None if all are known to count.
 
     Args:
         student: logits, shape (N, K) or (N, L, K).
