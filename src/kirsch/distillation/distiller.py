@@ -70,7 +70,7 @@ class Distiller(Printable):
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
-            run on the batch, or a model returns probabilities instead of logits.
+            run on the batch, or a model returns probabilities that the objective does not declare.
         ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert
             the student's feature to the shape of the teacher's feature.
         UnknownNameError: a term names a layer that the model does not have.

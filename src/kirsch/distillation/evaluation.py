@@ -86,9 +86,9 @@ def evaluate_teacher(
     """
     try:
         if isinstance(teacher, TeacherStore):
-            found = _stored(teacher, data, objective)
+            found = _stored_predictions(teacher, data, objective)
         else:
-            found = _live(framework, teacher, data, validation, objective, index, name)
+            found = _live_predictions(framework, teacher, data, validation, objective, index, name)
     except DataError:
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
@@ -118,7 +118,7 @@ def _checked_metrics(
     if not found:
         return {}
     if objective.label_loss == "squared-error":
-        return _check_numbers(found, name)
+        return _check_regression(found, name)
     if objective.label_loss == "binary":
         return _check_binary(found, warn, name)
     return _check_classes(found, warn, name)
@@ -231,7 +231,7 @@ def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
     return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
 
 
-def _check_numbers(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:
+def _check_regression(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:
     fit, count = _r_squared(found), sum(len(batch.outputs) for batch in found)
     if fit is None:
         return {}
@@ -248,27 +248,27 @@ def _check_numbers(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-def _spread(samples: int) -> NDArray[np.int64]:
+def _evenly_spaced(samples: int) -> NDArray[np.int64]:
     """Return the indices of the samples to evaluate: evenly spread, since data may be sorted by label."""
     return np.unique(np.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().astype(np.int64))
 
 
-def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
+def _stored_predictions(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
     """Return the stored predictions of some samples, with their labels."""
     if data.targets is None or store.specification.keep is None:
         return []
-    indices = _spread(data.samples)
-    found = store.read(data.sample_ids[indices])
+    samples = _evenly_spaced(data.samples)
+    found = store.read(data.sample_ids[samples])
     classes = store.specification.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
-        return [evaluated_batch(scores, data.targets[indices], objective)]
+        return [evaluated_batch(scores, data.targets[samples], objective)]
     if objective.label_loss != "cross-entropy":
         return []
-    return [EvaluatedBatch(*_counted(found["indices"][..., 0], host(data.targets[indices]), objective), classes)]
+    return [EvaluatedBatch(*_select_labeled(found["indices"][..., 0], host(data.targets[samples]), objective), classes)]
 
 
-def _live(
+def _live_predictions(
     framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for some labeled samples."""
@@ -296,7 +296,7 @@ def _evaluated(
     framework: Framework, teacher: Any, batch: Batch, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
-    indices = _spread(len(batch))
+    indices = _evenly_spaced(len(batch))
     inputs = _rows(batch.inputs, indices)
     outputs = framework.inference.predict(teacher, inputs)
     if not np.isfinite(outputs).all():
@@ -325,7 +325,7 @@ def _contain_nan(inputs: Any) -> bool:
 
 
 def evaluated_batch(
-    outputs: NDArray[Any], targets: Any, objective: Objective, stated: str | None = None
+    outputs: NDArray[Any], targets: Any, objective: Objective, declared: str | None = None
 ) -> EvaluatedBatch:
     """Return the predictions and targets of the labeled samples or positions of one batch.
 
@@ -333,7 +333,7 @@ def evaluated_batch(
         outputs: outputs of the model, a numpy array.
         targets: targets in the form that the label loss of the objective takes.
         objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
-        stated: "probabilities" if the objective says that the model returns probabilities.
+        declared: kind of the model's outputs that the objective declares: "logits", "probabilities" or None.
 
     Raises:
         DataError: the label loss does not take the targets.
@@ -342,8 +342,8 @@ def evaluated_batch(
     check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = ops.classes_last(outputs)
-        return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
-    if stated == "probabilities" and objective.label_loss == "binary":
+        return EvaluatedBatch(*_select_labeled(rows.argmax(-1), targets, objective), rows.shape[-1])
+    if declared == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
     rows = ops.classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
     if targets.ndim == outputs.ndim:
@@ -351,7 +351,7 @@ def evaluated_batch(
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
-def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
+def _select_labeled(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return predicted and true class numbers of the samples or positions that have a label."""
     if predicted.shape != targets.shape:
         raise DataError(

@@ -25,7 +25,7 @@ from kirsch.distillation.checks import (
 from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, logit_layers, logits_converter
+from kirsch.distillation.probabilities import LogitsConverter, logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -179,7 +179,7 @@ def _check_terms(objective: Objective, students: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Logits:
+class _LogitsOfStudent:
     """The outputs of one student of a cohort, as `DistillationLoss` takes them: logits, and no adapters."""
 
     features: dict[str, Any]
@@ -196,7 +196,9 @@ class MutualStep:
         logits: the function that converts the outputs of each student to logits; None if they are logits.
     """
 
-    def __init__(self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[Logits | None]) -> None:
+    def __init__(
+        self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[LogitsConverter | None]
+    ) -> None:
         self._features, self._steps, self._logits = features, steps, logits
 
     def __call__(
@@ -221,7 +223,7 @@ class MutualStep:
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
             # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
-            features, own = step.loss.features(peers, epoch), _Logits({"logits": logits[index]})
+            features, own = step.loss.features(peers, epoch), _LogitsOfStudent({"logits": logits[index]})
             output = step.loss_of(
                 own, features, student, batch, epoch, step_counts, batch_counts, training=module.training
             )

@@ -85,7 +85,7 @@ def declared_outputs(objective: Objective, teacher: int | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Logits:
+class LogitsConverter:
     """Converts probabilities at some layers of a model to logits; values at other layers are returned unchanged.
 
     Args:
@@ -126,7 +126,7 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 def logits_converter(
     features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
-) -> Logits | None:
+) -> LogitsConverter | None:
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
     Args:
@@ -166,7 +166,7 @@ def logits_converter(
                 kind = "log-sigmoid"
             if kind not in ("", "inside"):
                 raise not_logits(subject, kind, objective, "student_outputs" if teacher is None else "teacher_outputs")
-    return Logits(tuple(layers), next(iter(activations))) if declared == "probabilities" else None
+    return LogitsConverter(tuple(layers), next(iter(activations))) if declared == "probabilities" else None
 
 
 def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
@@ -283,7 +283,7 @@ def check_record(values: Any, objective: Objective) -> None:
 
 def logits_converters(
     features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
-) -> list[Logits | None]:
+) -> list[LogitsConverter | None]:
     """Return, for each teacher, the function that converts its outputs to logits, or None; see `logits_converter`.
 
     Raises:

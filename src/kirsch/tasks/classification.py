@@ -259,7 +259,10 @@ class Classification:
         return quality | ({"balanced_accuracy": summary.balanced} if summary.uneven else {})
 
     def weakness(self, quality: dict[str, Any]) -> tuple[str, str]:
-        """Return numbers and a reason if a model predicts one class for all samples or is not better than chance."""
+        """Return numbers and a reason if a model predicts one class for all samples or is not better than chance.
+
+        Otherwise, both texts are empty.
+        """
         chance, value, n = quality["chance"], quality["accuracy"]["value"], quality["accuracy"]["n"]
         if not quality["one_class"] and value > chance:
             return "", ""
