@@ -293,6 +293,19 @@ def test_a_last_batch_of_one_sample_is_refused_before_training_with_batch_normal
     assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without batch normalization
 
 
+@pytest.mark.parametrize(
+    "data",
+    [DataLoader(ROWS, 1), DataLoader(ROWS, 1, drop_last=True), ArrayData(X.numpy(), Y.numpy(), 1)],
+    ids=["a loader", "a loader with drop_last", "an array"],
+)
+def test_batches_of_one_sample_are_refused_before_training_with_batch_normalization(data):
+    events = []
+    with pytest.raises(DataError, match=r"normalizes over the samples .*Give batches of at least two samples"):
+        fit(Net(norm=True), data, training=ONCE, hooks=TrainingHooks(event=events.append))
+    assert not events
+    assert len(fit(Net(), data, training=ONCE).history) == ONCE.epochs  # without batch normalization
+
+
 def test_a_batch_of_one_sample_from_a_loader_without_a_length_is_refused_when_it_occurs():
     class Loader:
         def __iter__(self):

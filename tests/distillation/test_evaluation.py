@@ -265,6 +265,13 @@ def test_a_validation_with_invalid_targets_is_refused_before_training():
     assert not events
 
 
+def test_a_validation_with_another_number_of_positions_is_refused():
+    model = FromFunction(lambda x: torch.stack([-x, x], 2))  # (N, D, 2)
+    labels = np.zeros((N, D), np.int64)
+    with pytest.raises(DataError, match=r"targets have shape \(8, 5\), and the predictions have shape \(8, 4\)"):
+        fit(model, ArrayData(X, labels), validation=(X, np.zeros((N, D + 1), np.int64)), training=ONCE)
+
+
 # ------------------------------------------------------------------------------------------------ statistics
 
 

@@ -241,7 +241,7 @@ def test_terms_that_compare_samples_give_a_warning_if_an_optimizer_step_has_seve
     hooks = TrainingHooks(event=events.append)
     distill_mutually([linear(0), linear(1)], batches(), objective=objective, hooks=hooks,
                      training=Training(epochs=1, gradient_accumulation_steps=2))  # fmt: skip
-    assert any("compares the samples of a batch" in event.get("text", "") for event in events)
+    assert any("depends on all samples of a batch together" in event.get("text", "") for event in events)
 
 
 def with_a_shared_parameter():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -21,6 +22,20 @@ def test_the_weights_of_kd_sum_to_1():
 
 def test_an_objective_of_labels_has_no_terms():
     assert Objective.labels(label_smoothing=0.1) == Objective(terms=(), label_weight=1.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [(("attention[0]", "bert.scores"), "attention[0]"), (("bert.scores", "attention[1]"), "attention[1]")],
+    ids=["student", "teacher"],
+)
+def test_the_error_on_attention_scores_names_the_layer_that_returns_weights(layers, named):
+    student, teacher = layers
+    term = Term("attention-kl", student_layer=student, teacher_layer=teacher, options={"attention": "scores"})
+    with pytest.raises(
+        UsageError, match=rf"takes attention scores, but {re.escape(repr(named))} returns attention weights"
+    ):
+        Objective((term,))
 
 
 def test_an_objective_can_be_stored_as_json():

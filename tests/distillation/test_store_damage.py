@@ -109,7 +109,7 @@ def test_verify_detects_a_range_of_another_store(store_copy, tmp_path, options):
     tiny_store(tmp_path / "other", **options)
     name = "view-0000-range-000001.bin"
     (store_copy / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises(StoreError, match=r"do not have their sha256: view-0000-range-000001.bin"):
+    with pytest.raises(StoreError, match=r"do not match their sha256: view-0000-range-000001.bin"):
         TeacherStore.open(store_copy).verify()
 
 
@@ -136,10 +136,10 @@ LAST = "view-0001-range-000002.bin"
     [
         (lambda f: (f / LAST).unlink(), "1 of 6 ranges are missing, the first is view 1, samples 16 to 20"),
         (lambda f: (f / LAST).write_bytes(b"1234"), f"{LAST} has 4 bytes, expected 122"),
-        (lambda f: (f / "ids.bin").unlink(), "ids.bin is missing, or does not have its size"),
+        (lambda f: (f / "ids.bin").unlink(), "ids.bin is missing, or does not match its size"),
         (
             lambda f: (f / "ids.bin").write_bytes(bytes(8 * N)),
-            "ids.bin is missing, or does not have its size",
+            "ids.bin is missing, or does not match its size",
         ),
         (lambda f: (f / "store.json").write_text("{"), "store.json is damaged"),
         (lambda f: (f / "store.json").write_bytes(b"\xff\xfe"), "store.json is damaged"),
@@ -190,7 +190,7 @@ def test_a_damaged_or_hostile_store_is_refused(store_copy, damage, message):
 @pytest.mark.parametrize("change_of_origin", [{"seed": 6}, {"temperature": 2.0}, {"teacher_sha256": "0" * 64}], ids=str)
 def test_verify_detects_a_changed_specification(store_copy, change_of_origin):
     change(store_copy, **change_of_origin)
-    with pytest.raises(StoreError, match=r"do not have their sha256: view-0000-range-000000.bin"):
+    with pytest.raises(StoreError, match=r"do not match their sha256: view-0000-range-000000.bin"):
         TeacherStore.open(store_copy).verify()
 
 

@@ -154,7 +154,7 @@ def test_class_156_in_8_bits_is_not_the_ignored_label():
 
 def test_a_type_that_cannot_hold_all_classes_is_refused():
     with pytest.raises(
-        DataError, match=r"The targets are int8, with a largest value of 127; the model returns 200 classes"
+        DataError, match=r"The targets have the type int8, which holds numbers up to 127; the model returns 200 classes"
     ):
         fit(net(200), ArrayData(X, np.full(N, 3, np.int8)), training=ONCE)
 

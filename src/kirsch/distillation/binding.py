@@ -53,10 +53,11 @@ def bind(
         recorded: the outputs that a store holds for these samples; they are used instead of teachers.
 
     Raises:
-        UnknownNameError: a term names a layer that a model does not have, or an output that the store does not hold.
+        UnknownNameError: a term names a layer that a model does not have.
         ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert the
             student's feature to the shape of the teacher's feature.
-        UsageError: a term names different numbers of layers of student and teacher, or a teacher that does not exist.
+        UsageError: a term names different numbers of layers of student and teacher, a teacher that does not exist, or
+            an output that the store does not hold; or no term uses one of the teachers.
     """
     if recorded is None and not teachers:
         raise UsageError("The objective has terms, and there is no teacher.", fix="Give a teacher, or no terms.")
@@ -111,7 +112,7 @@ def bind(
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, with "#2" appended to the second occurrence of a name."""
+    """Return the names, with "#2" appended to the second occurrence of a name, "#3" to the third, and so on."""
     return [
         name if not (before := names[:index].count(name)) else f"{name}#{before + 1}"
         for index, name in enumerate(names)
@@ -219,7 +220,7 @@ def _layer_pairs(
 
 
 def _picked(items: Any, index: int, term: Term, of: str) -> Any:
-    """Return the stage that the layer "auto[index]" of a term names."""
+    """Return a list with the one stage that the layer "auto[index]" of a term names; `of` completes the error."""
     if not -len(items) <= index < len(items):
         raise UsageError(
             f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages {of} is "
@@ -271,12 +272,12 @@ def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]
         ids = framework.inference.from_numpy(np.arange(len(ops.first_array(student))))
         student, teacher = framework.training.seeded(lambda: copy.deepcopy(term.adapter)(student, teacher, ids=ids), 0)
     if loss.takes == "logits" and student.ndim >= len("NKHW"):
-        classes = "Take 'pixel-kd' or 'cwd-pixels' for classes of pixels; for " if student.shape[1] > 1 else "For "
+        classes = "For classes of pixels, use 'pixel-kd' or 'cwd-pixels'. " if student.shape[1] > 1 else ""
         layer = texts(term.student_layer)[0]
         raise ShapeError(
             f"The term {term.name!r} cannot compare {where}: they are logits of pixels, {tuple(student.shape)}.",
             f"The loss {loss.name!r} expects the classes on the last axis.",
-            f'{classes}regression or binary labels of pixels, Term("fitnet", student_layer="{layer}").',
+            f'{classes}For regression or binary labels of pixels, use Term("fitnet", student_layer="{layer}").',
         )
     if loss.takes == "logits" and loss.widths == "same" and tuple(student.shape[1:]) != tuple(teacher.shape[1:]):
         refuse_classes(tuple(student.shape), tuple(teacher.shape))
@@ -314,7 +315,7 @@ def refuse_classes(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...
 
 
 def _check_class_names(student_names: Sequence[str], teacher_names: Sequence[str]) -> None:
-    """Refuse class names in a different order. If no name is shared, they may be translations, and are accepted."""
+    """Refuse class names that differ, unless student and teacher share no name: the names may be translations."""
     student, teacher = ([name.lower() for name in names] for names in (student_names, teacher_names))
     differ = [index for index, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b]
     if differ and set(student) & set(teacher):

@@ -131,11 +131,11 @@ def born_again(
 
     Args:
         build: returns the architecture with random weights. The weights of generation g and the random numbers of its
-            training are seeded with `training.seed` + g.
+            training are seeded with `training.seed` + g. The first generation with a teacher has g = 1.
         data: see `distill`.
         generations: number of generations that have a teacher, >= 1.
-        teacher: the teacher of the first generation. None: an additional generation is trained on labels only. It is
-            the first teacher, and the first item of the result.
+        teacher: the teacher of the first generation. None: an additional generation, g = 0, is trained on labels only.
+            It is the first teacher, and the first item of the result.
         objective: by default `Objective.kd()`. A generation without a teacher uses only its label loss.
         training, validation, hooks, regularizers, progress: see `distill_chain`.
 
@@ -232,15 +232,16 @@ def ensemble(
         combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
         activation: the function that converts logits to probabilities: "softmax" over classes, or "sigmoid" for
             independent labels. "identity": the outputs are real-valued predictions, which are averaged.
-        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; an error is raised if the
-            first outputs of a model are those of a softmax or, if there are many, those of a sigmoid.
+        outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; the first call raises an error
+            if the outputs of a model look like those of a softmax, or like those of a sigmoid, which are recognized
+            only among at least 128 numbers.
 
     Returns:
         A model of the same framework, in inference mode. With "probabilities", the softmax of its logits is the mean of
         the models' probabilities, up to rounding.
 
     Raises:
-        UsageError: there are no models.
+        UsageError: there are no models; in the first call, a model returns probabilities that are not declared.
     """
     if not models:
         raise UsageError("`models` of kirsch.ensemble is empty.", fix="Give at least one model.")
@@ -255,7 +256,7 @@ def _for_each_link(value: Any, links: int, name: str) -> list[Any]:
         raise UsageError(
             f"`{name}` has {figures.counted(len(value), 'item')}, and the chain has {figures.counted(links, 'link')} "
             "from one model to the next.",
-            fix="Give one item for all links, or one for each.",
+            fix=f"Give `{name}` without a list for all links, or a list with one item for each link.",
         )
     return list(value)
 

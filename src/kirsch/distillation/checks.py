@@ -37,7 +37,7 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
 
     def fetch() -> Any:
         batches = iter(data)
-        keeps_workers = getattr(data, "persistent_workers", False)  # the loader returns the same iterator, restarted
+        keeps_workers = getattr(data, "persistent_workers", False)  # then iter() restarts and returns one iterator
         if batches is data or (not keeps_workers and iter(data) is batches):
             raise DataError(
                 "The data can be iterated only once.",
@@ -52,7 +52,7 @@ def first_batch(training: TrainingLoop, data: Any) -> Batch:
     return Batch.of(*first)
 
 
-def missing_targets(inference: Inference, model: Any, batch: Batch, objective: Objective) -> list[str]:
+def warning_of_unknown_entries(inference: Inference, model: Any, batch: Batch, objective: Objective) -> list[str]:
     """Return a warning if batches without targets have entries that are not arguments of the model.
 
     Args:
@@ -72,7 +72,7 @@ def missing_targets(inference: Inference, model: Any, batch: Batch, objective: O
     return [text] if unknown else []
 
 
-def without_labels(batch: Batch, objective: Objective) -> list[str]:
+def warning_of_missing_targets(batch: Batch, objective: Objective) -> list[str]:
     """Return a warning if the batches have no targets, and the objective has a label loss."""
     weight = max(ends(objective.label_weight))
     if batch.targets is not None or not weight:
@@ -81,21 +81,24 @@ def without_labels(batch: Batch, objective: Objective) -> list[str]:
     return [f"{text} Give (inputs, targets) in each batch, or an objective with label_weight=0."]
 
 
-def check_last_batch(inference: Inference, model: Any, data: Any, first: Batch) -> None:
+def check_single_samples(inference: Inference, model: Any, data: Any, first: Batch) -> None:
     """Refuse a model that cannot be trained on one sample, if a batch of the data has a single sample.
 
     Raises:
         DataError: a batch has a single sample, and the model normalizes over the samples of a batch.
     """
+    if len(first) == 1 or _has_single_last_sample(data):
+        inference.check_runs(model, few(first, 1).inputs, training=True)
+
+
+def _has_single_last_sample(data: Any) -> bool:
+    """Return whether a batch after the first one has a single sample; False if this is unknown before training."""
     if isinstance(data, SeededData):  # a single last sample is added to the batch before it
-        return
+        return False
     size, samples = getattr(data, "batch_size", None), _length(getattr(data, "sampler", None))
     if isinstance(size, int) and samples is not None:
-        alone = samples % size == 1 % size and not getattr(data, "drop_last", False)
-    else:
-        alone = isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
-    if alone:
-        inference.check_runs(model, few(first, 1).inputs, training=True)
+        return samples % size == 1 and not getattr(data, "drop_last", False)
+    return isinstance(data, (list, tuple)) and 1 in [len(batch) for batch in batches_of(data)]
 
 
 def _length(value: Any) -> int | None:
@@ -116,10 +119,10 @@ def few(batch: Batch, count: int = FEW) -> Batch:
     )
 
 
-def split_relations(objective: Objective, training: Training) -> list[str]:
-    """Return a warning for each term that compares samples with each other, if a step has several batches."""
+def warnings_of_divided_batches(objective: Objective, training: Training) -> list[str]:
+    """Return a warning for each term whose losses on parts of a batch do not add up, if a step has several batches."""
     return [
-        f"The term {term.record_name!r} compares the samples of a batch with each other. Each of the "
+        f"The value of the term {term.record_name!r} depends on all samples of a batch together. Each of the "
         f"{training.gradient_accumulation_steps} batches of a step is evaluated separately, so the value of the term "
         "differs from that of one large batch."
         for term in objective.terms
@@ -128,7 +131,7 @@ def split_relations(objective: Objective, training: Training) -> list[str]:
     ]
 
 
-def late_ramps(objective: Objective, training: Training) -> list[str]:
+def warnings_of_unfinished_ramps(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each weight that has not reached its end value when the run ends."""
     weights = [("the labels", objective.label_weight, "the objective: label_weight")]
     weights += [(f"the term {term.record_name!r}", term.weight, "the term: weight") for term in objective.terms]
@@ -141,7 +144,7 @@ def late_ramps(objective: Objective, training: Training) -> list[str]:
     ]
 
 
-def averaged_logits(objective: Objective, teachers: int) -> list[str]:
+def warning_of_averaged_logits(objective: Objective, teachers: int) -> list[str]:
     """Return a warning if the logits of several teachers are averaged.
 
     The softmax of averaged logits is the normalized geometric mean of the teachers' probabilities.

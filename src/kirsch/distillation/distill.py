@@ -11,13 +11,13 @@ from kirsch.arguments import checked, takes
 from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
-    check_last_batch,
+    check_single_samples,
     few,
     first_batch,
-    late_ramps,
-    missing_targets,
-    split_relations,
-    without_labels,
+    warning_of_missing_targets,
+    warning_of_unknown_entries,
+    warnings_of_divided_batches,
+    warnings_of_unfinished_ramps,
 )
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
@@ -100,7 +100,7 @@ def distill(
     )
     if isinstance(data, ArrayData):
         bound.check_labels(data.targets)
-    check_last_batch(framework.inference, student, data, first)
+    check_single_samples(framework.inference, student, data, first)
     hooks = with_validation(hooks, framework, validation, objective, [student])
     emit = hooks.event or (lambda _event: None)
     if check_teacher and objective.needs_logits and objective.label_loss in CHECKED:
@@ -113,9 +113,10 @@ def distill(
                 hooks.warn(NOT_EVALUATED.format(teacher=name))
     if any((row["student"], row["teacher"]) != ("logits", "logits") for row in bound.rows):
         emit({"event": "attached", "pairs": bound.rows})
-    texts = split_relations(objective, training) + late_ramps(objective, training)
-    if not missing_targets(framework.inference, student, first, objective):  # the Distiller has warned already
-        texts += without_labels(first, objective)
+    texts = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
+    # If the batches have unknown entries, the Distiller has already warned that there are no targets.
+    if not warning_of_unknown_entries(framework.inference, student, first, objective):
+        texts += warning_of_missing_targets(first, objective)
     for text in texts:
         hooks.warn(text)
     try:
@@ -146,7 +147,8 @@ def fit(
         objective: an objective without terms; by default `Objective.labels()`.
 
     Raises:
-        UsageError: the objective has terms, which need a teacher, or `label_smoothing` is given beside it.
+        UsageError: the objective has terms, which need a teacher, or `label_smoothing` is given together with
+            `objective`.
     """
     objective, validation = _label_objective(objective, label_smoothing), to_validation(validation)
     training, hooks = training or Training(), with_progress(hooks, progress)
@@ -159,7 +161,7 @@ def fit(
     logits = logits_converter(
         framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
     )
-    check_last_batch(framework.inference, model, data, first)
+    check_single_samples(framework.inference, model, data, first)
     for text in warning_of_unused_outputs(framework.features, model, None, objective, (), inputs):
         hooks.warn(text)
     step = DistillationStep(framework.features, objective, regularizers=regularizers, logits_shape=shape)

@@ -96,7 +96,8 @@ class DistillationLoss:
 
         Args:
             student: outputs of the student with adapters: `features` by layer; `adapted`, the pair of features that an
-                adapter returns, by adapter name; `adapter_losses`, the loss of an adapter itself, by adapter name.
+                adapter returns, by adapter name; `adapter_losses`, the loss that trains only an adapter, by adapter
+                name.
             features: features of the teachers, as the method `features` returns them.
             batch: the batch on which student and teachers have run.
             epoch: number of epochs done.
@@ -124,7 +125,8 @@ class DistillationLoss:
         def value_checks(*, of_labels: bool) -> AbstractContextManager[None]:
             """Return a context that turns off the checks of values, unless the loss takes labels that were not checked.
 
-            The other checks look for empty masks, which cannot occur here, because each count is above 0.
+            The other checks are not needed here. Masks are not empty, because each count is above 0. Options and the
+            class numbers of a store were checked on a few samples before training.
             """
             return nullcontext() if of_labels and not targets_checked else ops.without_value_checks()
 
@@ -214,7 +216,7 @@ class DistillationLoss:
 
 
 def add(terms: dict[str, Any], name: str, value: Any) -> None:
-    """Add a value under its name, or "name#2" if the name is taken."""
+    """Add a value under its name; if the name is taken, under "name#2", "name#3", ..."""
     number = 1 + sum(known.partition("#")[0] == name for known in terms)
     terms[name if number == 1 else f"{name}#{number}"] = value
 

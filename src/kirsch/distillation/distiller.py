@@ -12,7 +12,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import BatchLike, Model, Regularizer
 from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
-from kirsch.distillation.checks import averaged_logits, few, missing_targets
+from kirsch.distillation.checks import few, warning_of_averaged_logits, warning_of_unknown_entries
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
@@ -70,7 +70,7 @@ class Distiller(Printable):
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
-            run on the batch, or a model returns probabilities instead of logits.
+            run on the batch, or a model returns probabilities that the objective does not declare.
         ShapeError: student and teacher return different numbers of classes, or, for a term, no adapter can convert
             the student's feature to the shape of the teacher's feature.
         UnknownNameError: a term names a layer that the model does not have.
@@ -119,9 +119,9 @@ class Distiller(Printable):
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
             logits = logits_converters(framework.features, teachers, objective, terms, samples.inputs)
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
-            for sentence in averaged_logits(objective, len(teachers)):
+            for sentence in warning_of_averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in missing_targets(framework.inference, student, first, objective):
+        for sentence in warning_of_unknown_entries(framework.inference, student, first, objective):
             warn(sentence)
         model = None if teacher is None or isinstance(teacher, TeacherStore) else one_or_more(teacher)[0]
         for sentence in warning_of_unused_outputs(framework.features, student, model, objective, terms, first.inputs):

@@ -41,7 +41,7 @@ MOST_SAMPLES = 1024
 """Largest number of samples that are evaluated, of data in memory or of one batch of a loader.
 
 The batches of a loader are read until the teacher is better than chance on at least `ENOUGH` samples, or until there
-are this many samples.
+are this many samples. If no batch has targets, reading ends after `ENOUGH` samples.
 """
 
 NOT_EVALUATED = (
@@ -64,7 +64,7 @@ def evaluate_teacher(
     validation: Any,
     objective: Objective,
     warn: Callable[[str], None],
-    place: int = 0,
+    index: int = 0,
     name: str = "The teacher",
 ) -> dict[str, Any]:
     """Return the metrics of a teacher on some labeled samples; empty if no sample has a label.
@@ -78,7 +78,7 @@ def evaluate_teacher(
         data, validation: see `distill`; the data is used only if there are no validation batches.
         objective: its label loss determines the metric: accuracy of classes, accuracy of binary labels, or R².
         warn: called with each warning.
-        place: index of the teacher among several.
+        index: index of the teacher among several.
         name: the teacher as the subject of a sentence, for errors and warnings.
 
     Raises:
@@ -86,9 +86,9 @@ def evaluate_teacher(
     """
     try:
         if isinstance(teacher, TeacherStore):
-            found = _stored(teacher, data, objective)
+            found = _stored_predictions(teacher, data, objective)
         else:
-            found = _live(framework, teacher, data, validation, objective, place, name)
+            found = _live_predictions(framework, teacher, data, validation, objective, index, name)
     except DataError:
         if uses_labels(objective) or (validation is not None and not callable(validation)):
             raise
@@ -118,7 +118,7 @@ def _checked_metrics(
     if not found:
         return {}
     if objective.label_loss == "squared-error":
-        return _check_numbers(found, name)
+        return _check_regression(found, name)
     if objective.label_loss == "binary":
         return _check_binary(found, warn, name)
     return _check_classes(found, warn, name)
@@ -231,7 +231,7 @@ def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
     return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
 
 
-def _check_numbers(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:
+def _check_regression(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:
     fit, count = _r_squared(found), sum(len(batch.outputs) for batch in found)
     if fit is None:
         return {}
@@ -248,28 +248,28 @@ def _check_numbers(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-def _spread(samples: int) -> NDArray[np.int64]:
+def _evenly_spaced(samples: int) -> NDArray[np.int64]:
     """Return the indices of the samples to evaluate: evenly spread, since data may be sorted by label."""
     return np.unique(np.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().astype(np.int64))
 
 
-def _stored(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
+def _stored_predictions(store: TeacherStore, data: ArrayData, objective: Objective) -> list[EvaluatedBatch]:
     """Return the stored predictions of some samples, with their labels."""
     if data.targets is None or store.specification.keep is None:
         return []
-    places = _spread(data.samples)
-    found = store.read(data.sample_ids[places])
+    samples = _evenly_spaced(data.samples)
+    found = store.read(data.sample_ids[samples])
     classes = store.specification.classes or 0
     if "indices" not in found:
         scores = found["scores"] + found["maximum"][..., None]
-        return [evaluated_batch(scores, data.targets[places], objective)]
+        return [evaluated_batch(scores, data.targets[samples], objective)]
     if objective.label_loss != "cross-entropy":
         return []
-    return [EvaluatedBatch(*_counted(found["indices"][..., 0], host(data.targets[places]), objective), classes)]
+    return [EvaluatedBatch(*_select_labeled(found["indices"][..., 0], host(data.targets[samples]), objective), classes)]
 
 
-def _live(
-    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, place: int, name: str
+def _live_predictions(
+    framework: Framework, teacher: Any, data: Any, validation: Any, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for some labeled samples."""
     source = validation if validation is not None and not callable(validation) else data
@@ -281,7 +281,7 @@ def _live(
         samples = 0
         for number, batch in enumerate(batches_of(source), 1):
             with naming(f"Batch {number} of the {'validation' if source is validation else 'data'}"):
-                found += _evaluated(framework, teacher, batch, objective, place, name)
+                found += _evaluated(framework, teacher, batch, objective, index, name)
             samples += len(batch)
             if samples >= MOST_SAMPLES:
                 break
@@ -293,11 +293,11 @@ def _live(
 
 
 def _evaluated(
-    framework: Framework, teacher: Any, batch: Batch, objective: Objective, place: int, name: str
+    framework: Framework, teacher: Any, batch: Batch, objective: Objective, index: int, name: str
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
-    places = _spread(len(batch))
-    inputs = _rows(batch.inputs, places)
+    indices = _evenly_spaced(len(batch))
+    inputs = _rows(batch.inputs, indices)
     outputs = framework.inference.predict(teacher, inputs)
     if not np.isfinite(outputs).all():
         if _contain_nan(inputs):
@@ -309,12 +309,12 @@ def _evaluated(
         )
     if batch.targets is None:
         return []
-    return [evaluated_batch(outputs, host(batch.targets)[places], objective, declared_outputs(objective, place))]
+    return [evaluated_batch(outputs, host(batch.targets)[indices], objective, declared_outputs(objective, index))]
 
 
-def _rows(inputs: Any, places: NDArray[np.int64]) -> Any:
+def _rows(inputs: Any, indices: NDArray[np.int64]) -> Any:
     """Return the inputs of some samples; inputs that are not arrays are returned unchanged."""
-    return ops.map_arrays(lambda part: part[places] if hasattr(part, "shape") else part, inputs)
+    return ops.map_arrays(lambda part: part[indices] if hasattr(part, "shape") else part, inputs)
 
 
 def _contain_nan(inputs: Any) -> bool:
@@ -325,7 +325,7 @@ def _contain_nan(inputs: Any) -> bool:
 
 
 def evaluated_batch(
-    outputs: NDArray[Any], targets: Any, objective: Objective, stated: str | None = None
+    outputs: NDArray[Any], targets: Any, objective: Objective, declared: str | None = None
 ) -> EvaluatedBatch:
     """Return the predictions and targets of the labeled samples or positions of one batch.
 
@@ -333,7 +333,7 @@ def evaluated_batch(
         outputs: outputs of the model, a numpy array.
         targets: targets in the form that the label loss of the objective takes.
         objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
-        stated: "probabilities" if the objective says that the model returns probabilities.
+        declared: kind of the model's outputs that the objective declares: "logits", "probabilities" or None.
 
     Raises:
         DataError: the label loss does not take the targets.
@@ -342,8 +342,8 @@ def evaluated_batch(
     check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = ops.classes_last(outputs)
-        return EvaluatedBatch(*_counted(rows.argmax(-1), targets, objective), rows.shape[-1])
-    if stated == "probabilities" and objective.label_loss == "binary":
+        return EvaluatedBatch(*_select_labeled(rows.argmax(-1), targets, objective), rows.shape[-1])
+    if declared == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
     rows = ops.classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
     if targets.ndim == outputs.ndim:
@@ -351,11 +351,11 @@ def evaluated_batch(
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
-def _counted(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
+def _select_labeled(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return predicted and true class numbers of the samples or positions that have a label."""
     if predicted.shape != targets.shape:
         raise DataError(
-            f"The targets have shape {targets.shape}, and the store holds predictions of shape {predicted.shape}.",
+            f"The targets have shape {targets.shape}, and the predictions have shape {predicted.shape}.",
             fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
@@ -409,7 +409,7 @@ class Validation:
         return metrics | ({"balanced_accuracy": self._last.balanced} if self._last.uneven else {})
 
     def _labeled(self) -> Iterator[tuple[int, Batch]]:
-        """Return pairs of the position of a batch, from 1, and the batch, for all batches with targets."""
+        """Return pairs (number of the batch, batch) of the batches with targets; the first batch has the number 1."""
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 

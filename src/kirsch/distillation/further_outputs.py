@@ -29,8 +29,9 @@ TOKEN_AXES = len("NLD")
 def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs: Any) -> list[str]:
     """Return the outputs of a model that hold predictions, and that are not computed from one of the layers alone.
 
-    Only the logistic function, the softmax and its logarithm are recognized as computed from a layer. Hidden states,
-    attention weights, caches and losses are left out, and so are integers and outputs without an entry for each sample.
+    An output counts as computed from a layer if it equals the values of the layer, their logistic function, their
+    softmax, or the logarithm of one of these two. Hidden states, attention weights, caches and losses are left out, and
+    so are integers and outputs without an entry for each sample.
 
     Args:
         features: the `Features` object of the model's framework.

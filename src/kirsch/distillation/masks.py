@@ -37,8 +37,8 @@ class BatchMasks:
         objective: supplies `causal`, `ignore_index` and the label loss.
         positions_of: function that converts the mask of the inputs, shape (N, T), to the mask of the hidden states,
             shape (N, L).
-        labeled: the number of samples or positions with a label, as `count("labeled", ...)` returns it; None for an
-            object whose only use is `count`.
+        labeled: the number of samples or positions with a label, as `count("labeled", ...)` returns it; None if no
+            method other than `count` is called.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BatchMasks:
         return inputs if mask is None else {**inputs, "attention_mask": self._positions_of(mask)}
 
     def tokens(self, stack: str, *, across: bool = False) -> Any:
-        """Return the mask of the positions that are not padding, shape (N, L); None if the batch has none.
+        """Return the mask of the positions that are not padding, shape (N, L); None if the batch has no such mask.
 
         For the decoder of an encoder-decoder without `decoder_attention_mask`, this is the mask of the labels.
 
@@ -162,7 +162,7 @@ class BatchMasks:
             mean_over: "samples": all samples. "labeled": samples or positions with a label. "labels": all samples if
                 each has one label, else the positions with a label. Any other text: `BoundTerm.mean_over` of the
                 example.
-            example: a term whose mean goes over positions or pairs.
+            example: a term with this `mean_over`, which is averaged over positions or pairs of positions.
             sequences: whether the samples are sequences, so that without labels each position counts.
         """
         samples = len(self.batch)

@@ -42,7 +42,7 @@ def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[
     shared = [size for size in student_sizes if size in teacher_sizes]
     if shared:
         return [(student_sizes[size], teacher_sizes[size]) for size in shared]
-    # A network with feature maps has few stages, a transformer many layers: the longer list is reduced.
+    # If only one model has feature maps, it has few stages and the other one many layers: the longer list is reduced.
     same_kind = bool(student_sizes) == bool(teacher_sizes)
     count = len(student_stages) if same_kind else min(len(student_stages), len(teacher_stages))
     student_paths, teacher_paths = ([path for path, _ in found] for found in (student_stages, teacher_stages))

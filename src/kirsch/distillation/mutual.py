@@ -14,18 +14,18 @@ from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
-    averaged_logits,
-    check_last_batch,
+    check_single_samples,
     few,
     first_batch,
-    late_ramps,
-    missing_targets,
-    split_relations,
+    warning_of_averaged_logits,
+    warning_of_unknown_entries,
+    warnings_of_divided_batches,
+    warnings_of_unfinished_ramps,
 )
 from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import Logits, logit_layers, logits_converter
+from kirsch.distillation.probabilities import LogitsConverter, logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -96,12 +96,12 @@ def distill_mutually(
     first = first_batch(framework.training, data)
     inputs = few(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
-    warnings = split_relations(objective, training) + late_ramps(objective, training)
-    warnings += missing_targets(framework.inference, students[0], first, objective)
-    warnings += averaged_logits(objective, len(students) - 1)
+    warnings = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
+    warnings += warning_of_unknown_entries(framework.inference, students[0], first, objective)
+    warnings += warning_of_averaged_logits(objective, len(students) - 1)
     steps, logits = [], []
     for index, student in enumerate(students):
-        check_last_batch(framework.inference, student, data, first)
+        check_single_samples(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
@@ -179,7 +179,7 @@ def _check_terms(objective: Objective, students: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Logits:
+class _LogitsOfStudent:
     """The outputs of one student of a cohort, as `DistillationLoss` takes them: logits, and no adapters."""
 
     features: dict[str, Any]
@@ -196,7 +196,9 @@ class MutualStep:
         logits: the function that converts the outputs of each student to logits; None if they are logits.
     """
 
-    def __init__(self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[Logits | None]) -> None:
+    def __init__(
+        self, features: Features, steps: Sequence[DistillationStep], logits: Sequence[LogitsConverter | None]
+    ) -> None:
         self._features, self._steps, self._logits = features, steps, logits
 
     def __call__(
@@ -221,7 +223,7 @@ class MutualStep:
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
             # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
-            features, own = step.loss.features(peers, epoch), _Logits({"logits": logits[index]})
+            features, own = step.loss.features(peers, epoch), _LogitsOfStudent({"logits": logits[index]})
             output = step.loss_of(
                 own, features, student, batch, epoch, step_counts, batch_counts, training=module.training
             )

@@ -76,9 +76,9 @@ class Objective(Printable):
         return f'Give kirsch.Objective.preset("{close[0]}").' if close else f"Give {Objective.made_by}."
 
     def __post_init__(self) -> None:
-        problems = [sentence for term in self.terms for sentence in term.problems()]
+        problems = [text for term in self.terms for text in term.problems()]
         LABEL_LOSSES[self.label_loss]  # raises UnknownNameError
-        problems += [sentence for sentence in [problem("label_weight", self.label_weight, least=0)] if sentence]
+        problems += [text for text in [problem("label_weight", self.label_weight, least=0)] if text]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; expected at least 0 and below 1")
         weights = [self.label_weight, *(term.weight for term in self.terms)]

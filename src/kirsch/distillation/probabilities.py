@@ -32,6 +32,7 @@ SIGMOID_COUNT, SIGMOID_MARGIN = 128, 0.02
 some within 0.02 of 1."""
 
 ROUNDING = 1e-6
+"""Largest distance from 0 to 1 that counts as a rounding error of a probability."""
 
 NOT_LOGITS = {
     "softmax": "probabilities: they are at least 0 and sum to 1 for each sample",
@@ -84,7 +85,7 @@ def declared_outputs(objective: Objective, teacher: int | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Logits:
+class LogitsConverter:
     """Converts probabilities at some layers of a model to logits; values at other layers are returned unchanged.
 
     Args:
@@ -111,7 +112,7 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
             continue
         if teacher is not None and term.teacher not in (None, teacher):
             continue
-        if teacher is None and term.adapter is not None:  # the adapter makes the logits
+        if teacher is None and term.adapter is not None:  # the adapter returns the logits
             continue
         layers = term.student_layer if teacher is None else term.teacher_layer
         layers = layers.get("logits", ()) if isinstance(layers, dict) else layers
@@ -125,7 +126,7 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 def logits_converter(
     features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
-) -> Logits | None:
+) -> LogitsConverter | None:
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
     Args:
@@ -138,7 +139,8 @@ def logits_converter(
         teacher: index of the teacher; None for the student.
 
     Raises:
-        UsageError: the outputs are probabilities and the objective does not declare them, or the reverse.
+        UsageError: the outputs are probabilities that the objective does not declare, they are declared as
+            probabilities but are none, or some losses apply a softmax and others a sigmoid to declared probabilities.
     """
     declared, activations = declared_outputs(objective, teacher), activations_of(objective)
     if not layers or not activations or declared == "logits":
@@ -164,11 +166,11 @@ def logits_converter(
                 kind = "log-sigmoid"
             if kind not in ("", "inside"):
                 raise not_logits(subject, kind, objective, "student_outputs" if teacher is None else "teacher_outputs")
-    return Logits(tuple(layers), next(iter(activations))) if declared == "probabilities" else None
+    return LogitsConverter(tuple(layers), next(iter(activations))) if declared == "probabilities" else None
 
 
 def kind_of_outputs(values: NDArray[Any], activations: set[Activation]) -> str:
-    """Return the likely activation of outputs: "softmax", "scaled softmax", "sigmoid", "log-softmax" or "" (logits).
+    """Return the likely kind of outputs: "softmax", "scaled softmax", "sigmoid", "log-softmax", "inside", "" (logits).
 
     "inside" means that all values are from 0 to 1, which is possible for logits, too. Logarithms of probabilities are
     valid logits of a softmax, so that "log-softmax" is returned only if a loss applies a sigmoid.
@@ -281,7 +283,7 @@ def check_record(values: Any, objective: Objective) -> None:
 
 def logits_converters(
     features: Features, teachers: Sequence[Any], objective: Objective, terms: Sequence[BoundTerm], inputs: Any
-) -> list[Logits | None]:
+) -> list[LogitsConverter | None]:
     """Return, for each teacher, the function that converts its outputs to logits, or None; see `logits_converter`.
 
     Raises:

@@ -172,13 +172,13 @@ class Train(TrainingStep):
 
     def preview(self, job: Job) -> None:
         """Check that the model runs on the data, and that the data has labels."""
-        model = self._of(job)
+        model = self._model_of(job)
         job.count(model)
         _require_labels(job, _first_batch(job, model))
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
-        model, objective = self._of(job), _labels(job, self.model)
+        model, objective = self._model_of(job), _label_objective(job, self.model)
         return self._timed(
             job, lambda part: fit(model, part, training=ONE_EPOCH, hooks=QUIET, objective=objective, progress=False)
         )
@@ -186,16 +186,16 @@ class Train(TrainingStep):
     def run(self, job: Job, folder: Path) -> Record:
         """Train the model, and write its weights."""
         trained = fit(
-            self._of(job),
+            self._model_of(job),
             job.data.batches(job.batch_size),
             training=self.training(job),
             validation=job.validation(),
             hooks=job.hooks(),
             progress=False,
-            objective=_labels(job, self.model),
+            objective=_label_objective(job, self.model),
         )
         framework_of(trained.model).inference.inference_mode(trained.model)
-        self._put(job, trained.model)
+        self._set_model(job, trained.model)
         record = self._record(job, folder, trained, self.model, f"{self.model} trained")
         job.check_usable(record)
         return record
@@ -203,14 +203,14 @@ class Train(TrainingStep):
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the trained weights."""
         del record
-        model = self._of(job)
+        model = self._model_of(job)
         _load_weights(model, folder)
-        self._put(job, model)
+        self._set_model(job, model)
 
-    def _of(self, job: Job) -> Any:
+    def _model_of(self, job: Job) -> Any:
         return job.teacher if self.model == "teacher" else job.model
 
-    def _put(self, job: Job, model: Any) -> None:
+    def _set_model(self, job: Job, model: Any) -> None:
         """Replace the teacher or the student. If the job has no student, the teacher is also the model to compress."""
         if self.model == "teacher":
             job.teacher = model
@@ -283,7 +283,7 @@ class Distill(TrainingStep):
 
     def preview(self, job: Job) -> None:
         """Check that the models have the layers of the objective, that shapes fit, and that labels are valid."""
-        student = _apart(job)
+        student = _model_to_train(job)
         for model in (job.teacher, *([] if job.model is job.teacher else [student])):
             require_deterministic(model, job.example)
         first, objective = _first_batch(job, student), self.objective_for(job)
@@ -294,7 +294,7 @@ class Distill(TrainingStep):
 
     def seconds(self, job: Job) -> float:
         """Estimate the time of the training."""
-        student, objective = _apart(job), self.objective_for(job)
+        student, objective = _model_to_train(job), self.objective_for(job)
 
         def trial(part: Any) -> None:
             distill(
@@ -313,7 +313,7 @@ class Distill(TrainingStep):
     def run(self, job: Job, folder: Path) -> Record:
         """Train the model on the outputs of the teacher, and write its weights."""
         trained = distill(
-            _apart(job),
+            _model_to_train(job),
             job.teacher,
             job.data.batches(job.batch_size),
             objective=self.objective_for(job),
@@ -322,7 +322,7 @@ class Distill(TrainingStep):
             hooks=job.hooks(),
             progress=False,
         )
-        self._put(job, trained.model)
+        self._set_model(job, trained.model)
         record = self._record(job, folder, trained, self.makes, self.did)
         record["first_batch"] = trained.first_batch
         record["cells"].append(_gradient_share(trained))
@@ -334,9 +334,9 @@ class Distill(TrainingStep):
         del record
         model = copy.deepcopy(job.model)  # the result of an earlier step must not change
         _load_weights(model, folder)
-        self._put(job, model)
+        self._set_model(job, model)
 
-    def _put(self, job: Job, model: Any) -> None:
+    def _set_model(self, job: Job, model: Any) -> None:
         job.model = job.trained["student"] = model
 
 
@@ -360,11 +360,11 @@ class Recover(Distill):
         features, first = framework_of(job.model).features, _first_batch(job, job.model)
         return with_further_outputs(objective, features, job.model, job.teacher, first.inputs)
 
-    def _put(self, job: Job, model: Any) -> None:
+    def _set_model(self, job: Job, model: Any) -> None:
         job.model = model
 
 
-def _apart(job: Job) -> Any:
+def _model_to_train(job: Job) -> Any:
     """Return the model to train, as a copy if it is the teacher itself."""
     return copy.deepcopy(job.model) if job.model is job.teacher else job.model
 
@@ -389,7 +389,7 @@ def _require_labels(job: Job, first: Batch) -> None:
         )
 
 
-def _labels(job: Job, model: str) -> Objective:
+def _label_objective(job: Job, model: str) -> Objective:
     return dataclasses.replace(Objective.labels(), student_outputs=job.outputs.get(model))
 
 
@@ -400,7 +400,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 
 
 def _gradient_share(trained: Trained) -> str:
-    """Return the teacher term with the largest share in the gradient, and this share, as text.
+    """Return the distillation term with the largest share in the gradient, and this share, as text.
 
     The share is taken from the first batch; if all terms start with weight 0, from the last epoch.
     """

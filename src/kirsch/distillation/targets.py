@@ -141,7 +141,8 @@ def _check_classes(targets: NDArray[Any], shape: tuple[int, ...], objective: Obj
     largest = np.iinfo(targets.dtype).max
     if classes > largest + 1:
         raise DataError(
-            f"The targets are {targets.dtype}, with a largest value of {largest}; the model returns {classes} classes.",
+            f"The targets have the type {targets.dtype}, which holds numbers up to {largest}; the model returns "
+            f"{classes} classes.",
             "Larger class numbers have overflowed in that type.",
             "Read the targets as int64.",
         )
@@ -309,7 +310,7 @@ def _positions_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
     return f"Give targets of shape (N, {', '.join(map(str, shape))}), or a model with outputs of the targets' shape."
 
 
-_TO_AXIS_1 = "targets.permute(0, 3, 1, 2) of a tensor, targets.transpose(0, 3, 1, 2) of an array"
+_TO_AXIS_1 = "targets.permute(0, 3, 1, 2) for a tensor, targets.transpose(0, 3, 1, 2) for a numpy array"
 
 
 def _regression_fix(targets: NDArray[Any], shape: tuple[int, ...]) -> str:
@@ -345,8 +346,9 @@ def _class_axis_fix(targets: NDArray[Any], shape: tuple[int, ...], axis: int, *,
         return f"The targets are one-hot: give targets.argmax({axis})."
     if probabilities:
         return (
-            "The targets are soft labels, like those of mixed samples. The teacher computes soft targets for mixed "
-            f"inputs: give label_weight=0 and leave the targets out, or give hard labels: targets.argmax({axis})."
+            "The targets are soft labels, such as those of mixup. The teacher computes soft targets for mixed inputs, "
+            "so these labels are not needed: give label_weight=0 and leave the targets out. Or give hard labels: "
+            f"targets.argmax({axis})."
         )
     if binary or (finite and targets.min() >= 0 and targets.max() <= 1):
         return (
@@ -382,13 +384,13 @@ def _range(targets: NDArray[Any]) -> str:
 
 
 def _check_binary(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
-    """Refuse targets of the binary cross-entropy that are not from 0 to 1."""
+    """Refuse targets of the binary cross-entropy unless they are from 0 to 1 or -100, one for each logit."""
     fits = _fits(targets, shape)
     if targets.dtype.kind not in "biuf" or not fits:
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
             f'The label loss "binary" takes a target from 0 to 1 for each logit, here of shape {shape} per sample.',
-            "Give one target for each logit; -100 stands for no label." if fits else _reshape_fix(targets, shape),
+            f"Give numbers; {IGNORED} stands for no label." if fits else _reshape_fix(targets, shape),
         )
     wrong = ~((targets >= 0) & (targets <= 1)) & (targets != IGNORED)  # NaN is not in any range
     if not wrong.any():
@@ -420,7 +422,7 @@ def _check_regression(targets: NDArray[Any], shape: tuple[int, ...]) -> None:
         raise DataError(
             f"The targets have shape {targets.shape} and type {targets.dtype}{_range(targets)}.",
             f'The label loss "squared-error" takes one number for each output, here of shape {shape} per sample.',
-            "Give numbers of the shape of the model's outputs." if fits else _reshape_fix(targets, shape),
+            "Give numbers." if fits else _reshape_fix(targets, shape),
         )
     wrong = ~np.isfinite(targets) if targets.dtype.kind == "f" else np.zeros(targets.shape, np.bool_)
     if wrong.any():

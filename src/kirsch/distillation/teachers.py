@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.distillation.losses.loss import Activation
     from kirsch.distillation.objective import Objective
-    from kirsch.distillation.probabilities import Logits
+    from kirsch.distillation.probabilities import LogitsConverter
     from kirsch.frameworks.protocols import Framework, Inference
 
 TOP_K = ("indices", "log_p", "tail")
@@ -57,7 +57,7 @@ class LiveTeachers:
         framework: Framework,
         models: Sequence[Any],
         layers: Sequence[Sequence[str]],
-        logits: Sequence[Logits | None],
+        logits: Sequence[LogitsConverter | None],
     ) -> None:
         self._framework, self._logits = framework, logits
         self._models = list(zip(models, layers, strict=True))

@@ -65,8 +65,8 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
     """Return the problem as text if the number is not finite or out of range, else None."""
     if isinstance(number, Ramp) and not (number.epochs > 0 and number.after >= 0 and math.isfinite(number.epochs)):
         return (
-            f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; epochs must be above 0, and "
-            "after at least 0"
+            f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; `epochs` must be above 0, and "
+            "`after` must be at least 0"
         )
     for value in ends(number):
         if not isinstance(value, (int, float)):
@@ -128,7 +128,7 @@ class Term:
         found = [problem(f"the weight of {self.record_name!r}", self.weight, least=0)]
         if self.temperature is not None:
             found.append(problem(f"the temperature of {self.record_name!r}", self.temperature, above=0))
-        problems = [sentence for sentence in found if sentence]
+        problems = [text for text in found if text]
         if problems:
             raise UsageError(f"The term is invalid: {'; '.join(problems)}.", fix="Change these values.")
 
@@ -143,20 +143,20 @@ class Term:
         return self.student_layer, self.student_layer if self.teacher_layer is None else self.teacher_layer
 
     def resolved(self) -> tuple[dict[str, Any], Number | None]:
-        """Return the keyword arguments of the loss without the temperature, and the temperature if it has one."""
+        """Return the keyword arguments of the loss without the temperature, and the temperature, if there is one."""
         known, options = loss_options(get_loss(self.loss)), dict(self.options)
-        if "attention" in known and self._on_attention_weights:
+        if "attention" in known and self._attention_weights:
             options.setdefault("attention", "weights")
         return options, known.get("temperature") if self.temperature is None else self.temperature
 
     @property
-    def _on_attention_weights(self) -> bool:
-        """Whether a layer is the attention that a model returns: attention weights, after the softmax."""
+    def _attention_weights(self) -> list[str]:
+        """Layers of the term whose features are the attention that a model returns: weights, after the softmax."""
         names = [LayerName.read(text) for text in texts([*self.layers])]
-        return any(name.layered and name.layered[2] == "attention" for name in names)
+        return [name.text for name in names if name.layered and name.layered[2] == "attention"]
 
     def problems(self) -> list[str]:
-        """Return one sentence for each invalid option.
+        """Return one clause for each invalid option, for the error of the objective.
 
         Raises:
             UnknownNameError: the loss or an option is unknown.
@@ -170,14 +170,15 @@ class Term:
         for name in self.options:
             if name == "temperature":
                 found.append(
-                    f"`options` of {self.record_name!r} contain the temperature; give temperature= of the term"
+                    f"`options` of {self.record_name!r} contain the temperature; pass it as "
+                    "kirsch.Term(..., temperature=...)"
                 )
             elif name not in known:
                 raise UnknownNameError(f"option of the loss {self.loss!r} named", name, known)
-        if self._on_attention_weights and self.options.get("attention") == "scores":
+        if self._attention_weights and self.options.get("attention") == "scores":
             found.append(
-                f"{self.record_name!r} takes attention scores, but {self.student_layer!r} returns attention weights, "
-                "after the softmax"
+                f"{self.record_name!r} takes attention scores, but {self._attention_weights[0]!r} returns attention "
+                "weights, after the softmax"
             )
         return found
 
@@ -190,7 +191,7 @@ class BoundTerm:
 
     Args:
         name: name of the term in events and in the history. A second term of the same name has "#2" appended.
-        adapter_name: key of the adapter and of the features, unique in an objective.
+        adapter_name: key of the adapter and of the features that are compared, unique in an objective.
         loss: the loss function.
         weight: weight of the term, at least 0.
         options: keyword arguments of the loss.
@@ -220,12 +221,12 @@ class BoundTerm:
 
     @cached_property
     def step_keywords(self) -> frozenset[str]:
-        """Keywords of the loss that depend on the batch: "labels", "mask" and "epoch"."""
+        """Those of the keywords "labels", "mask" and "epoch" that the loss takes; the training step passes them."""
         return frozenset(step_arguments(self.loss))
 
     @property
     def on_logits(self) -> bool:
-        """Whether the term compares outputs (logits, or the predictions of a regression), to which labels belong."""
+        """Whether the term compares outputs of the models, to which labels belong: logits, or predicted numbers."""
         return self.loss.takes in OUTPUT_KINDS
 
     @property
@@ -240,16 +241,18 @@ class BoundTerm:
 
     @cached_property
     def stack(self) -> str:
-        """The stack of the student's layer: "encoder", "decoder" or "cross"; empty for a model with one stack."""
+        """The first of "encoder", "decoder" and "cross" in the name of the student's layer; empty if there is none."""
         match = STACK.search(texts(self.student_layer)[0])
         return match[0] if match else ""
 
     @cached_property
     def mean_over(self) -> str:
-        """Items over which the loss is averaged. If a step has several batches, each is weighted by its items.
+        """Name of the items over which the loss is averaged, by whose number each batch of a step is weighted.
 
-        "labels" (samples, or positions with a label), "samples", or the positions or pairs of positions of a stack,
-        such as "positions of decoder".
+        - "labels": for losses on outputs, the samples, or the positions with a label
+        - "samples": for other losses that are averaged over samples
+        - "positions of decoder", "pairs of tokens", ...: for other losses on sequences, `Loss.over` and the stack, or
+          "tokens" if the stack is empty, with " across" appended for cross-attention
         """
         if self.on_logits:
             return "labels"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from kirsch import strict_json
 from kirsch.data.batches import Batch
 from kirsch.data.structure import IDS, TARGETS
-from kirsch.distillation.checks import check_last_batch
+from kirsch.distillation.checks import check_single_samples
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.find import framework_of
@@ -157,7 +157,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
             if self.accelerator.num_processes == 1:
-                check_last_batch(framework.inference, self.model, loader, Batch.of(first))
+                check_single_samples(framework.inference, self.model, loader, Batch.of(first))
             self.distiller = Distiller(
                 self.model, teacher, objective, first, seed=self.args.seed, regularizers=regularizers
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.data.batches import Batch
-from kirsch.distillation.checks import check_last_batch
+from kirsch.distillation.checks import check_single_samples
 from kirsch.distillation.distiller import Distiller
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.find import framework_of
@@ -100,7 +100,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             if example is None:
                 loader, example = _first_batch(trainer, student)
                 if trainer.world_size == 1:
-                    check_last_batch(
+                    check_single_samples(
                         framework_of(student).inference, student, loader, Batch.of(self._batch_of(example))
                     )
             self.distiller = Distiller(

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 def log_softmax(logits: Any, axis: int = -1) -> Any:
     """Return the logarithm of the softmax along an axis.
 
-    Finite for finite logits of any size; minus infinity for logits of minus infinity beside finite ones.
+    The result is finite for finite logits of any size. It is minus infinity for a logit of minus infinity, if another
+    logit along the axis is finite.
     """
     shifted = logits - stop_gradient(amax(logits, axis=axis, keepdims=True))
     return shifted - log(sum(exp(shifted), axis=axis, keepdims=True))
@@ -129,7 +130,7 @@ def standard_deviation(x: Any, axis: int | tuple[int, ...] = -1) -> Any:
 
 
 def take_column(rows: Any, columns: Any) -> Any:
-    """Return `rows[..., columns[...]]` along the last axis: shape (..., K) and integers (...) give (...)."""
+    """Return one value of each row, at the row's column: rows (..., K) and integers (...) give (...)."""
     return take_along_axis(rows, columns[..., None], axis=-1)[..., 0]
 
 
@@ -165,7 +166,7 @@ def adaptive_average_pool(maps: Any, size: tuple[int, int]) -> Any:
 
 
 def _pooling_matrix(in_size: int, out_size: int) -> Any:
-    """Return a matrix (out, in) whose row i averages from floor(i · in / out) to ceil((i + 1) · in / out)."""
+    """Return a matrix (out, in) whose row i averages the entries [floor(i · in / out), ceil((i + 1) · in / out))."""
     matrix = np.zeros((out_size, in_size))
     for row in range(out_size):
         start, end = row * in_size // out_size, -(-(row + 1) * in_size // out_size)
@@ -238,7 +239,7 @@ def weighted_mean(values: Any, weights: Any, mask: Any = None) -> Any:
 
 
 def zero_masked(x: Any, mask: Any) -> Any:
-    """Set the array to zero where the mask is false, so that no masked entry, even NaN, reaches a value or gradient.
+    """Return the array with 0 where the mask is false, so that no masked entry, even NaN, reaches a value or gradient.
 
     Args:
         x: shape (N, ...) or (N, L, ...).

@@ -62,7 +62,7 @@ def minimum(x1: Any, x2: Any) -> Any:
 
 
 def sign(x: Any) -> Any:
-    """Return -1, 0 or 1 by the sign."""
+    """Return -1 for negative values, 0 for 0, and 1 for positive values."""
     return implementation_of(x).sign(x)
 
 
@@ -214,12 +214,12 @@ def convert_to_numpy(x: Any) -> Any:
 
 
 def multi_hot(indices: Any, num_classes: int, dtype: str) -> Any:
-    """Return 1 at each of several indices, 0 elsewhere: integers (..., k) give (..., num_classes)."""
+    """Return an array with 1 at each of several indices and 0 elsewhere: integers (..., k) give (..., num_classes)."""
     return implementation_of(indices).multi_hot(indices, num_classes, dtype=dtype)
 
 
 def one_hot(indices: Any, num_classes: int, dtype: str) -> Any:
-    """Return 1 at the indices, 0 elsewhere: integers (...) give (..., num_classes)."""
+    """Return an array with 1 at the indices and 0 elsewhere: integers (...) give (..., num_classes)."""
     return implementation_of(indices).one_hot(indices, num_classes, dtype=dtype)
 
 

@@ -181,7 +181,7 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
             f"The labels have shape {labels.shape} and type {labels.dtype}; expected class numbers, shape (N,).",
             fix="Give integers: labels.astype(int)."
             if labels.ndim == 1
-            else fix_of_labels(labels, "The accuracy is that of one class per sample: leave out other labels."),
+            else fix_of_labels(labels, "The accuracy is that of one class per sample: give one class number for each."),
         )
     if logits.ndim != 2 or len(logits) != len(labels):  # noqa: PLR2004 - (N, K)
         raise ShapeError(
@@ -201,8 +201,8 @@ def _check(logits: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 FEW_OTHERS = 3
-"""Smallest number of samples outside the most frequent class for which `PredictionSummary.chance` counts. With fewer
-such samples, chance is 1 / number of classes."""
+"""Smallest number of samples outside the most frequent class for which `PredictionSummary.chance` is used. With fewer
+such samples, chance is 1 / number of classes; otherwise, it is the larger of the two."""
 
 
 @TASKS.register("classification")
@@ -259,7 +259,10 @@ class Classification:
         return quality | ({"balanced_accuracy": summary.balanced} if summary.uneven else {})
 
     def weakness(self, quality: dict[str, Any]) -> tuple[str, str]:
-        """Return numbers and a reason if a model predicts one class for all samples or is not better than chance."""
+        """Return numbers and a reason if a model predicts one class for all samples or is not better than chance.
+
+        Otherwise, both texts are empty.
+        """
         chance, value, n = quality["chance"], quality["accuracy"]["value"], quality["accuracy"]["n"]
         if not quality["one_class"] and value > chance:
             return "", ""

@@ -13,9 +13,9 @@ def noise_contrast(student: Any, teacher: Any) -> Any:
     """Return the noise-contrastive loss that identifies each sample's embedding among negatives, in both directions.
 
     The inputs are the outputs of the adapter "crd-bank": logits of one positive, in column 0, and of K negatives. The
-    score of two embeddings v and w is exp(v · w / temperature) / Z, with a normalization constant Z. The negatives are
-    drawn from `rows` embeddings, each with the probability 1 / rows. The probability that a pair is the positive is
-    therefore score / (score + K / rows) = sigmoid(x), with the logit x = log(score / (K / rows)).
+    score of two embeddings v and w is exp(v · w / temperature) / Z, with a normalization constant Z. The adapter draws
+    the negatives from its R stored embeddings, each with the probability 1 / R. The probability that a pair is the
+    positive is therefore score / (score + K / R) = sigmoid(x), with the logit x = log(score / (K / R)).
 
     Args:
         student: logits of the student's embeddings with the teacher's, shape (N, 1 + K).

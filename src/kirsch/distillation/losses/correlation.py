@@ -44,8 +44,9 @@ def correlated(
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, from 0 to 2 T² (inter + intra); 0 if the softened outputs agree, up to a convention's constant.
-        The correlation counts as 0 where either student or teacher is constant, and as 1 where both are.
+        Scalar, from 0 to 2 T² (inter + intra). With "kirsch", it is 0 if the softened outputs agree.
+        The correlation counts as 0 where student or teacher is constant, except that with "kirsch" it counts as 1 where
+        both are.
 
     Raises:
         ShapeError: the shapes differ.
@@ -155,11 +156,11 @@ def multi_level(
     """Return the sum of `kd`, `batch-correlation` and `class-correlation` over several temperatures.
 
     With two views of an image (weak and strong augmentation), call the loss once for each view, with the teacher's
-    logits of that view. Three details of the published code are left out. First, for the weak view, the code multiplies
-    the mean loss by a mask of the less confident half of the samples or classes and averages again, so that no sample
-    is left out and the loss is halved. Here every sample counts, and `mask` selects samples. Second, the terms for the
-    strong view at temperatures 2 and 6 use the weak view. Third, the correlations of the strong view are computed, but
-    not added to the loss.
+    logits of that view. The published code differs in three details, which are not reproduced. First, for the weak
+    view, it multiplies the mean loss by a mask of the less confident half of the samples or classes, and averages the
+    products. This halves the loss and does not leave out any sample. Second, it computes the terms of the strong view
+    at temperatures 2 and 6 from the weak view. Third, it computes the correlations of the strong view, but does not add
+    them to the loss.
 
     Args:
         student, teacher: logits, shape (N, K) or (N, L, K), floating; no gradient reaches the teacher.

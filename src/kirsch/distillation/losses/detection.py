@@ -1,6 +1,6 @@
 """Losses of detectors: feature maps, logits and boxes of dense heads, and the sets of predictions of DETR models.
 
-A dense head makes one prediction for each cell, which is a position of the feature map; a DETR model, one per query.
+A dense head makes one prediction for each cell, a position of the feature map. A DETR model makes one for each query.
 
 Boxes are (center x, center y, width, height), relative to the image size, so that the absolute difference
 and the GIoU of two boxes have a similar magnitude.
@@ -145,8 +145,9 @@ def detr(
     """Return the distance of each prediction of the teacher from the student's prediction that is matched with it.
 
     Queries have no order, so query i of student and teacher may belong to different objects. The matching minimizes
-    this loss, and no gradient flows through it. The weight of a pair is the teacher's confidence in an object. The
-    weight of its classes is at least `empty_weight`, so that an object detected by the student alone adds to the loss.
+    this loss, and no gradient flows through it. The weight of a pair is the teacher's confidence in an object. For the
+    divergence of the classes, the weight is at least `empty_weight`, so that an object that only the student detects
+    adds to the loss.
 
     Args:
         student, teacher: dict of "logits", (N, Q, K), and "boxes" relative to the image size, (N, Q, 4). Q may differ:
@@ -235,7 +236,7 @@ def class_log_probabilities(logits: Any, classes: str) -> Any:
 
 
 def confidence(logits: Any, classes: str) -> Any:
-    """Return the largest probability of an object's class, (...) for logits (..., K)."""
+    """Return the largest probability of any class but "no object", (...) for logits (..., K)."""
     objects = ops.log_softmax(logits)[..., :-1] if classes == "softmax" else ops.log_sigmoid(logits)
     return ops.exp(ops.amax(objects, axis=-1))
 

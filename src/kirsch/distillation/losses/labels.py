@@ -167,7 +167,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
 
 
 def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Check class numbers. Return them with 0 in place of masked labels, and the mask, which is None if all count.
+    """Check class numbers. Return them with 0 in place of masked labels, and the mask; None if all are known to count.
 
     Args:
         student: logits, shape (N, K) or (N, L, K).
@@ -197,7 +197,7 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
     wrong = (labels < 0) | (labels >= student.shape[-1])  # numpy would take -1 as the last class
 
     def out_of_range() -> DataError:
-        sample, label = _first(wrong, labels)
+        sample, label = _first_wrong(wrong, labels)
         return DataError(
             f"Sample {sample} has the label {int(label)}.",
             f"The model has {student.shape[-1]} classes, so labels must be from 0 to {student.shape[-1] - 1}.",
@@ -208,7 +208,7 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
     return labels, mask
 
 
-def _first(wrong: Any, values: Any) -> tuple[int, float]:
+def _first_wrong(wrong: Any, values: Any) -> tuple[int, float]:
     """Return the number of the first sample with a wrong value, and the value."""
     index = tuple(np.argwhere(ops.convert_to_numpy(wrong))[0])
     return int(index[0]), float(ops.convert_to_numpy(values)[index])
@@ -232,7 +232,7 @@ def _check_domain(wrong: Any, targets: Any, domain: str) -> None:
     """Raise a DataError if a target is outside the domain of its loss."""
 
     def outside() -> DataError:
-        sample, target = _first(wrong, targets)
+        sample, target = _first_wrong(wrong, targets)
         return DataError(f"Sample {sample} has the target {target:g}.", f"The label loss {domain}.", "Fix the data.")
 
     ops.raise_if(wrong, outside)

@@ -140,7 +140,7 @@ def squared_logits(
         mask: shape (N,) or (N, L), true where a position counts; None counts all.
 
     Returns:
-        Scalar, >= 0; 0 if the logits agree. Unlike a softmax, the loss depends on a constant added to all logits.
+        Scalar, >= 0; 0 if the logits agree. Unlike `kd`, the loss changes if a constant is added to all logits.
 
     Raises:
         ShapeError: the shapes differ.

@@ -187,7 +187,9 @@ def _checked(side: Any, takes: Takes, activation: Activation) -> Any:
     """
     if isinstance(side, (dict, list)):
         if not side:
-            raise ShapeError("One side has no arrays.", fix=f"Pass at least one: the loss compares {takes}.")
+            raise ShapeError(
+                "The student or the teacher has no arrays.", fix=f"Pass at least one: the loss compares {takes}."
+            )
         if ops.first_array(side).shape[0] == 0:
             raise _empty_batch()
         return side

@@ -82,10 +82,11 @@ def _attention_map(maps: Any, power: float) -> Any:
 
 @loss("nst", takes="maps", widths="any")
 def neuron_selectivity(student: Any, teacher: Any) -> Any:
-    """Return the squared maximum mean discrepancy between channels scaled to norm 1, with the kernel (x · y)².
+    """Return the squared maximum mean discrepancy of student's and teacher's channels, with the kernel (x · y)².
 
-    The kernel's sum over pairs of channels is the squared Frobenius norm of a matrix of inner products, either of
-    channels with channels or of positions with positions. The smaller of the two matrices is computed.
+    Each channel is first scaled to norm 1. The kernel's sum over pairs of channels is the squared Frobenius norm of a
+    matrix of inner products, either of channels with channels or of positions with positions. The cheaper of the two
+    ways is computed.
 
     Args:
         student, teacher: shape (N, C, H, W), floating; channels and sizes may differ, larger maps are average-pooled.

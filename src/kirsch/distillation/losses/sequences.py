@@ -74,7 +74,7 @@ def ctc_frames(
 
 
 def _check_frames(student: Any, teacher: Any) -> None:
-    """Raise a ShapeError if the shapes differ. If only the numbers of frames differ, its fix is about the strides."""
+    """Raise a ShapeError if the shapes differ; if the numbers of frames differ, it names the strides as the cause."""
     are_frames = len(student.shape) == len(teacher.shape) == 3  # noqa: PLR2004 - (N, L, K)
     if are_frames and student.shape[0] == teacher.shape[0] and student.shape[1] != teacher.shape[1]:
         raise ShapeError(
@@ -186,7 +186,7 @@ def filter_targets(
         limits: `TargetLimits()` by default.
 
     Raises:
-        UsageError: log-probabilities without a limit, or a limit without log-probabilities.
+        UsageError: only one of `log_probabilities` and `limits.min_log_probability` is given.
         ShapeError: the numbers of targets, sources and log-probabilities differ.
 
     Source: Kim, Rush 2016, arXiv:1606.07947, section 3.2 (sequence-level distillation).

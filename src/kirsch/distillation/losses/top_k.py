@@ -23,7 +23,8 @@ def top_k(
         tail: treatment of the other classes, a key of `TAILS`:
 
             - "bucket": the other classes form one class, whose probability is their sum. The loss is never above the
-              divergence of all classes, and 0 only if this sum also agrees.
+              divergence over all K classes. It is 0 only if student and teacher have equal probabilities for the k
+              classes and equal sums over the other classes.
             - "zero": the teacher's probabilities of the other classes become 0; its k probabilities are divided by
               their sum.
             - "renormalized": as "zero", but also for the student, so the loss does not depend on the student's
@@ -56,7 +57,7 @@ def top_k(
     log_p, columns = ops.top_k(log_t, min(k, log_t.shape[-1]))
     log_tail = None
     if k < log_t.shape[-1]:
-        log_tail = ops.logsumexp(log_t, mask=~_contains(columns, log_t))[..., 0]
+        log_tail = ops.logsumexp(log_t, mask=~_multi_hot_mask(columns, log_t))[..., 0]
     log_s = ops.log_softmax(ops.zero_masked(student, mask) / temperature)
     divergence = _divergence(log_s, columns, log_p, log_tail, tail)
     return ops.masked_mean(divergence, mask) * temperature**2
@@ -108,7 +109,8 @@ def stored_top_k(
             f"The stored indices have shape {tuple(indices.shape)}, the log-probabilities "
             f"{tuple(log_probabilities.shape)}, the tails {tuple(log_tail.shape)}; the student's logits have shape "
             f"{tuple(student.shape)}.",
-            "They must be of the same samples.",
+            "Indices and log-probabilities must have the same shape, and all four arrays the same leading axes: (N,) "
+            "or (N, L).",
         )
     student, log_p, log_tail = (
         ops.upcast(student),
@@ -156,8 +158,8 @@ def _check_classes(indices: Any, classes: int, mask: Any) -> None:
     )
 
 
-def _contains(columns: Any, like: Any) -> Any:
-    """Return True at the columns (..., k), with the shape of `like`: (..., K)."""
+def _multi_hot_mask(columns: Any, like: Any) -> Any:
+    """Return booleans with the shape of `like`, (..., K), that are true at the class numbers `columns`, (..., k)."""
     return ops.multi_hot(columns, like.shape[-1], "bool")
 
 
@@ -188,7 +190,7 @@ def _bucket(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
     top = ops.sum(ops.kl_terms(log_p, ops.take_along_axis(log_s, columns)), -1)
     if columns.shape[-1] == log_s.shape[-1]:
         return top
-    return top + ops.kl_terms(log_tail, ops.logsumexp(log_s, mask=~_contains(columns, log_s))[..., 0])
+    return top + ops.kl_terms(log_tail, ops.logsumexp(log_s, mask=~_multi_hot_mask(columns, log_s))[..., 0])
 
 
 def _uniform(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
@@ -196,7 +198,7 @@ def _uniform(log_s: Any, columns: Any, log_p: Any, log_tail: Any) -> Any:
     count = log_s.shape[-1] - columns.shape[-1]
     if count == 0:
         return top
-    log_tail_s = ops.where(_contains(columns, log_s), ops.zeros_like(log_s), log_s)
+    log_tail_s = ops.where(_multi_hot_mask(columns, log_s), ops.zeros_like(log_s), log_s)
     return top + ops.kl_terms(log_tail, ops.sum(log_tail_s, axis=-1) / count + math.log(count))
 
 

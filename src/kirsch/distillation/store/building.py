@@ -65,8 +65,8 @@ def build_store(
         batch_size: number of samples in a batch of the teacher.
         ranges: (i, n): build only ranges i, i + n, i + 2n, ...
         range_size: number of samples in a range; by default the larger of 16,384 and 1/32 of all, but at most 64 MiB.
-        event: called with {"event": "range", "view", "range", "done", "of"} after each range. An error that it
-            raises ends the build; the next call continues.
+        event: called with {"event": "range", "view", "range", "done", "of"} after each range. An error that
+            this callable raises ends the build; the next call of `build_store` continues it.
 
     Returns:
         The store, or None if ranges of other processes are missing.

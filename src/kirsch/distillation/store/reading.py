@@ -95,7 +95,7 @@ class TeacherStore:
             content = path.read_bytes() if path.is_file() else b""
             digest = hashlib.sha256(content).hexdigest()
             if len(content) != 8 * specification.samples or digest != specification.ids_sha256:
-                raise damaged(folder, f"{spec.IDS} is missing, or does not have its size and sha256")
+                raise damaged(folder, f"{spec.IDS} is missing, or does not match its size or sha256")
             ids = np.frombuffer(content, "<i8").astype(np.int64)
             self._order = np.argsort(ids, kind="stable")
             self._ids = ids[self._order]
@@ -225,7 +225,7 @@ class TeacherStore:
         temperature: float | None = None,
         seed: Seed | None = None,
     ) -> None:
-        """Check that the store was built from a teacher, data with its transform, a temperature and a seed.
+        """Check that the store was built with the given teacher, data, transform of the data, temperature and seed.
 
         Args:
             teacher: a model whose weights must equal those of the store's teacher.
@@ -277,7 +277,7 @@ class TeacherStore:
         if changed:
             more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
             listed = "; ".join(changed[:MAX_LISTED])
-            raise damaged(self.folder, f"These files do not have their sha256: {listed}{more}")
+            raise damaged(self.folder, f"The contents of these files do not match their sha256: {listed}{more}")
 
     @checked
     def check(

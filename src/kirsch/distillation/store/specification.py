@@ -60,8 +60,9 @@ class RangeFile:
 class Specification(BaseModel):
     """Contents and origin of a store; processes that share a build agree on all of it.
 
-    `classes` is None without logits, and `k` None unless the largest k are kept; shapes are those for one sample. The
-    last range may have fewer samples. `transform` and `outputs` are descriptions, None if there is none.
+    `classes` is None without logits, and `k` is None unless only the k largest logits are kept. Shapes are those for
+    one sample. The last range may have fewer samples. `transform` and `outputs` are texts that describe a callable;
+    None if there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

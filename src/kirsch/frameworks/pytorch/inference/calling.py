@@ -221,8 +221,8 @@ def one_sample(model: nn.Module, error: Exception) -> DataError:
     return DataError(
         f"A batch has one sample, and {type(model).__name__} normalizes over the samples of a batch.",
         error_text(error),
-        "Set drop_last=True in the DataLoader, or choose a batch size without a last batch of one sample. ArrayData "
-        "adds such a sample to the previous batch.",
+        "Give batches of at least two samples: choose another batch size, or set drop_last=True in the DataLoader to "
+        "leave out a last batch of one sample. ArrayData adds such a sample to the previous batch.",
     )
 
 
