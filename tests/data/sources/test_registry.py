@@ -83,7 +83,7 @@ def test_source_without_seed_parameter_is_called_without_seed(base):
     [
         ({}, "The data source 'sources.py:demanding' needs the options 'path' and 'size'. Add them to data.options."),
         ({"size": 3}, "The data source 'sources.py:demanding' needs the option 'path'. Add it to data.options."),
-        ({"size": 3, "paht": "a"}, "does not take these options. missing a required argument: 'path'."),
+        ({"size": 3, "paths": "a"}, "does not take these options. missing a required argument: 'path'."),
     ],
 )
 def test_required_options_that_are_missing_are_named(base, options, sentence):

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Source = Callable[..., DataSet]
-"""Function that returns a data set. It takes the options of the recipe as keyword arguments. If it has a parameter `seed`
-or takes any keyword, it also gets the recipe's seed as `seed`. Its randomness should depend on the seed alone."""
+"""Function that returns a data set, and takes the options of the recipe as keyword arguments.
+
+If it has a parameter `seed` or takes any keyword, it also gets the recipe's seed as `seed`. Its randomness should
+depend on the seed alone.
+"""
 
 SOURCES: Registry[Source] = Registry("data")
 
