@@ -206,7 +206,7 @@ class TrainingState:
     values: dict[str, Any]
 
     def ended(self) -> TrainingState:
-        """Return the state after the last epoch, without the optimizer state."""
+        """Return this state without the optimizer state, which a run that has ended does not need."""
         kept = {name: array for name, array in self.arrays.items() if not name.startswith("optimizer.")}
         return TrainingState(kept, self.values)
 

@@ -54,8 +54,8 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     """Mixin that makes a Trainer minimize an objective; list it before the Trainer among the base classes.
 
     The model in training is the student with its adapters. The optimizer, DDP, gradient clipping and checkpoints
-    therefore include the adapters; `save_model` writes the student alone. The losses of the batches and processes of an
-    optimizer step are weighted by their numbers of samples or positions that contribute to the loss. The log contains
+    therefore include the adapters; `save_model` writes the student alone. Each optimizer step minimizes the mean over
+    all samples or positions that contribute to the loss, in all batches and processes of the step. The log contains
     each term of the loss, and the share of this term in the gradient of the first process.
 
     Args:

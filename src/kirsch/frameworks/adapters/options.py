@@ -136,7 +136,8 @@ class GeneratorOptions(AdapterOptions):
         masked_fraction: fraction of the positions that are masked, 0 <= fraction < 1.
         spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks 65 % of the positions, in all channels.
+    Source: Yang et al. 2022, arXiv:2205.01529. As by default here, the paper masks 65 % of the
+        positions, in all channels.
     """
 
     masked_fraction: float = 0.65
