@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 FORMAT_LIMIT = 2**31
-"""Limits of this number or more come from number formats, such as 2**53. Errors show them only for larger values."""
+"""Limits of this number or more come from number formats, such as 2**53. An error shows such a limit only if the value
+exceeds it."""
 
 MAX_VALUE_LENGTH = 40
 """Largest number of characters of a value that an error shows."""

@@ -20,7 +20,7 @@ BAR = 24
 TIMED_STEP = "measure"
 """The step that measures latency."""
 
-RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
+RESERVED = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
 """Keys of an epoch event that are not metrics."""
 
 MOST_METRICS = 4
@@ -216,7 +216,7 @@ def metric_texts(event: Mapping[str, Any]) -> list[str]:
     """Return the accuracy of an epoch, or else the first `MOST_METRICS` other metrics with their names."""
     if event.get("accuracy") is not None:
         return [figures.percent(event["accuracy"])]
-    metrics = [(name, value) for name, value in event.items() if name not in RECORD and isinstance(value, float)]
+    metrics = [(name, value) for name, value in event.items() if name not in RESERVED and isinstance(value, float)]
     return [
         f"{name} {figures.percent(value) if name.endswith('accuracy') else figures.digits(value)}"
         for name, value in metrics[:MOST_METRICS]

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.inputs import InputSpec
-from kirsch.measurement.machine import BYTES, require_room
+from kirsch.measurement.machine import BYTES, require_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UsageError(f"The input {repeated!r} is given twice.", fix="Give each input once.")
-    require_room(specs)
+    require_memory(specs)
     return specs
 
 

@@ -53,7 +53,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
     for path in reversed(_all(folder)):
         flaw = files.first_flaw(path)
         if flaw:
-            note(f"The checkpoint {path.name} is damaged: {flaw}. The previous one is used.")
+            note(f"The checkpoint {path.name} is damaged: {flaw}. It is skipped.")
             damaged = True
             continue
         try:
@@ -62,7 +62,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
             if not isinstance(values, dict):
                 raise ValueError(f"{VALUES} is not a JSON object")  # noqa: TRY004, TRY301 - reported like bad JSON
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            note(f"The checkpoint {path.name} cannot be read: {error}. The previous one is used.")
+            note(f"The checkpoint {path.name} cannot be read: {error}. It is skipped.")
             damaged = True
             continue
         if values.pop(INPUTS, "") == inputs:

@@ -109,7 +109,10 @@ class Chooser:
         return self.repaired([candidate.steps[-1] for candidate in self.candidates])
 
     def repaired(self, counts: Sequence[int]) -> list[int]:
-        """Return a choice that leaves enough units on each axis: where it does not, the most important are restored."""
+        """Return the choice, changed so that each axis keeps enough units.
+
+        On an axis with too few units, the most important of the removed units are restored.
+        """
         counts = list(counts)
         while (found := self._graph.too_small(self.keep(counts))) is not None:
             axis, _ = found
