@@ -77,7 +77,7 @@ class Between:
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """Mark a sequence that may also be a single text, which becomes a tuple. pydantic also converts lists to tuples."""
+    """Mark an argument that takes one text or several. One text becomes a tuple; in pydantic, a list does as well."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of one text or several, for pydantic."""

@@ -38,7 +38,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "transformers": "transformers.trainer",
 }
-"""The module to import, for packages whose module has another name or whose top module imports little."""
+"""Module to import, for a package whose module has another name, or whose top module does not import the rest."""
 IMPORT = """
 import importlib, os, sys
 output = os.fdopen(os.dup(1), "w")

@@ -151,7 +151,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     details = _write_and_compare(exportable, path, compared, free_batch=False)
     size = ", ".join(map(str, sorted({len(array) for array in exportable.inputs.values()})))
     note = (
-        f"The batch of {path.name} is fixed at {size}, the size of the example inputs. {why_fixed} "
+        f"The batch size of {path.name} is fixed at {size}, that of the example inputs. {why_fixed} "
         "Run the file with batches of this size, or let the forward read the batch size from its input: x.shape[0]."
     )
     warn(note)
@@ -173,7 +173,8 @@ def _write_and_compare(model: Exportable, path: Path, compared: list[Trial], *, 
         ) from error
     if free_batch and not all(shape and isinstance(shape[0], str) for shape in session.shapes):
         raise ModelError(
-            "The exporter fixes the batch.", "The code of the model, or a tensor in it, requires a single batch size."
+            "The exporter fixes the batch size.",
+            "The code of the model, or a tensor in it, requires a single batch size.",
         )
     records = compare(model, session, compared)
     drift = max((record["drift"] for record in records if record["drift"] is not None), default=0.0)

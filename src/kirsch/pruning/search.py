@@ -126,11 +126,11 @@ class Chooser:
         return counts
 
     def descend(self, *, local: bool) -> list[int]:
-        """Return the choice that meets the goal with the fewest removed units, by bisection over a threshold.
+        """Return the choice with the lowest threshold that meets the goal, found by bisection.
 
         Args:
-            local: if true, the threshold is the largest removed fraction of each group; otherwise it is the largest
-                importance of removed units.
+            local: if true, a threshold is the largest fraction of each group that is removed; otherwise it is the
+                largest importance of the removed units.
         """
         if local:
             thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})

@@ -77,7 +77,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def is_squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
-    """Return whether the value at a layer comes from a sigmoid, a softmax or the like, by operators without weights.
+    """Return whether the value at a layer comes from a saturating operator, with no layer in between.
 
     Without `logarithm`, use the result only if all values are from 0 to 1. A difference of two sigmoids also comes from
     sigmoids, but it can be below 0.
