@@ -1,4 +1,4 @@
-"""Progress of a training and of a job: lines of epochs and steps, and a status line with a bar."""
+"""Progress of a training run and of a job: lines of epochs and steps, and a status line with a bar."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class RunningStep:
 
 
 class TrainingProgress:
-    """Show the events of a training: a line for each epoch, and a bar while an epoch runs.
+    """Show the events of a training run: a line for each epoch, and a bar while an epoch runs.
 
     The bar is shown only on a terminal or in a notebook.
 
@@ -146,7 +146,7 @@ class TrainingProgress:
         """Show that a batch is done.
 
         Args:
-            epoch, epochs: number of the epoch, from 1, and number of epochs of the training.
+            epoch, epochs: number of the epoch, from 1, and number of epochs of the run.
             batch, batches: number of finished batches, and number of batches of the epoch; None if it is not known.
         """
         if self._running is None:
@@ -163,7 +163,7 @@ class TrainingProgress:
 
 @dataclass
 class RunningEpoch:
-    """The current epoch of a training.
+    """The current epoch of a training run.
 
     Args:
         epoch, epochs, batch, batches: see `TrainingProgress.batch`.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FORM = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<sizes>[0-9]+(?:[,x][0-9]+)*)(?::(?P<dtype>\w+))?", re.ASCII)
-EXAMPLE = "Write --input 1,3,224,224, --input 1,24:int64 for token ids, or --input attention_mask=1,24:int64."
+EXAMPLE = "Write --input 1,3,224,224; --input 1,24:int64 for token ids; or, by name, --input attention_mask=1,24:int64."
 
 
 def specifications(texts: Sequence[str]) -> list[InputSpec]:

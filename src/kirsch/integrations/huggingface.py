@@ -152,7 +152,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            # `seeded` restores the random state afterwards, because it determines the order of the training samples.
+            # `seeded` restores the random state afterwards, so that the order of the training samples does not change.
             loader, first = framework.training.seeded(fetch, self.args.seed)
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")

@@ -45,9 +45,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
     model contains them. Each term of the loss and its share of the gradient are logged.
 
-    The losses of the batches and processes of an optimizer step are weighted by their numbers of labels: labeled
-    samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens, this
-    is exact only if the fraction of labeled items is the same in all batches.
+    An optimizer step weights the loss of each of its batches, in all processes, by the number of labels in the batch:
+    labeled samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens,
+    this is exact only if the fraction of labeled items is the same in all batches.
 
     Args:
         teacher: see `kirsch.Distiller`.
@@ -158,7 +158,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         """Return the loss of one batch, scaled so that the gradients of a step can be averaged over items.
 
         If a step has several batches or processes, the loss is multiplied by the number of items in the batch, and by
-        the number of batches per step, by which Lightning divides. `on_before_optimizer_step` divides by all items.
+        the number of batches per step, because Lightning divides by the latter. `on_before_optimizer_step` divides the
+        gradients by the number of items in the step.
         """
         distiller, batch = self._current_distiller(), Batch.of(self._batch_of(loader_batch))
         accumulate = trainer.accumulate_grad_batches

@@ -38,7 +38,7 @@ def save(folder: Path, state: TrainingState, inputs: str) -> Path:
 
 
 def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingState | None:
-    """Return the newest valid checkpoint of a step; None if the step has no checkpoints.
+    """Return the newest valid checkpoint of a step; None if the step has no checkpoint with these inputs.
 
     Args:
         folder: folder of the step.

@@ -34,7 +34,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         folder: if given, recipe.yaml and the plans are written to it.
 
     Returns:
-        JSON-able: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
+        JSON values: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
         "steps" (key, model, parameters, macs, and seconds, which is None if the time cannot be estimated), "plans" (key
         of a step → plan), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
 

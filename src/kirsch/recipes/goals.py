@@ -166,7 +166,7 @@ def refuse_unreachable(job: Job, steps: Mapping[str, Step], final: Mapping[str, 
 
 
 def _limit(limit: float) -> str:
-    """Return a limit as percent, with all digits that the user gave."""
+    """Return a limit as percent, without trailing zeros."""
     return f"{100 * limit:g} %"
 
 

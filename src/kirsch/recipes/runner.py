@@ -206,7 +206,9 @@ def run(
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
-    """Continue a run that was stopped, killed or damaged. If the run has finished, only its report is written again.
+    """Continue a run that was stopped, killed or damaged.
+
+    If the run has finished and is undamaged, its steps are kept, and its metrics and report are written again.
 
     Raises:
         LoadError: the folder does not hold a run, or its models were passed as objects.

@@ -40,7 +40,7 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
     """Records the memory of results that come from a saturating operator without a layer in between.
 
     Args:
-        logarithm: record the results of `logsigmoid`, and of operators in `KEEP_LOGARITHM` on them, instead.
+        logarithm: record instead the results of `logsigmoid`, and of operators in `KEEP_LOGARITHM` that follow it.
     """
 
     def __init__(self, *, logarithm: bool) -> None:
