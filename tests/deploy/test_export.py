@@ -142,7 +142,7 @@ def test_every_output_is_compared_with_the_model(planted, tmp_path):
 def test_a_fixed_batch_size_is_verified_and_noted(planted, tmp_path):
     planted("y = Add(input, input)", inputs="float[2,2] input", outputs="float[2,2] y")
     sentence = (
-        r"The batch size of m\.onnx is fixed at 2, that of the example inputs\. The exporter fixes the batch size\."
+        r"The batch size of m\.onnx is fixed at 2, as in the example inputs\. The exporter fixes the batch size\."
     )
     with pytest.warns(UserWarning, match=sentence) as caught:
         found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
@@ -237,7 +237,7 @@ class Choosing(nn.Module):
 )
 def test_a_model_with_one_valid_batch_size_is_exported_with_this_size_and_a_note(model, size, reason, tmp_path):
     inputs = PAIR[:size]
-    with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, the size of the example inputs\. .*{reason}"):
+    with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, as in the example inputs\. .*{reason}"):
         artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
     assert artifact.details["inputs"][0]["shape"] == [size, 2]
     assert OnnxSession(artifact.path).run(inputs.numpy())[0] == pytest.approx(2 * inputs.numpy())

@@ -151,7 +151,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     details = _write_and_compare(exportable, path, compared, free_batch=False)
     size = ", ".join(map(str, sorted({len(array) for array in exportable.inputs.values()})))
     note = (
-        f"The batch size of {path.name} is fixed at {size}, that of the example inputs. {why_fixed} "
+        f"The batch size of {path.name} is fixed at {size}, as in the example inputs. {why_fixed} "
         "Run the file with batches of this size, or let the forward read the batch size from its input: x.shape[0]."
     )
     warn(note)
