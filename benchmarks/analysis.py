@@ -81,7 +81,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     with torch.device("meta"):
         model, inputs = build()
     inputs = {k: v.to("meta") for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to("meta")
-    before = _memory()
+    before = _peak_memory()
     start = time.process_time()
     graph = kirsch.trace(model.eval(), inputs)
     traced = time.process_time()
@@ -100,7 +100,7 @@ def measure(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
         "groups": len(groups),
         "units": sum(group.size for group in groups),
         "labels": graph.facts.count,
-        "memory_mib": _memory(),
+        "memory_mib": _peak_memory(),
         "memory_before_mib": before,
         "plans_s": plans,
     }
@@ -122,7 +122,7 @@ def measure_cut(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> 
     start = time.process_time()
     pruned = kirsch.prune(model, plan, verify=verify)
     done = time.process_time()
-    peak, both_models = _memory(), _mib(model) + _mib(pruned)
+    peak, both_models = _peak_memory(), _mib(model) + _mib(pruned)
     del pruned
     began = time.process_time()
     part = cut(model, graph, keep)
@@ -166,7 +166,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
-def _memory() -> int:
+def _peak_memory() -> int:
     """Return the peak memory of the process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
@@ -223,8 +223,9 @@ In the last table, half of the units of each group (every second one) are remove
   tensor, as many as the plan keeps.
 - *Prune*: time of `kirsch.prune`. The rows "cut" run it without the verification, the rows "cut and verified" with it.
   A verification computes in float64 and holds two copies of the original.
-- *Additional memory*: peak memory during `kirsch.prune` minus the size of the original and the pruned model, divided by
-  the size of both models. 0 % means that nothing else was in memory; values near 0 are within the measurement error.
+- *Additional memory*: growth of the peak memory of the process over its memory before `kirsch.prune`, minus the size of
+  the pruned model, divided by the size of both models. 0 % means that the process grew by the pruned model only; values
+  near 0 are within the measurement error.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 
@@ -236,8 +237,12 @@ Llama models with the layer sizes of the 7 B model and 1 to 80 layers:
 ![time by layers](pictures/depth.svg)"""
 
 
-def growth(rows: list[dict[str, Any]]) -> str:
-    """Return an SVG of the times of trace and analysis by number of layers, each with its own scale."""
+def growth(rows: dict[int, dict[str, Any]]) -> str:
+    """Return an SVG of the times of trace and analysis by number of layers, each with its own scale.
+
+    Args:
+        rows: number of layers → row.
+    """
     width, height, left, bottom = 560, 220, 40, 190
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="12" '
@@ -250,10 +255,10 @@ def growth(rows: list[dict[str, Any]]) -> str:
         f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">layers, 1 to {max(DEPTHS)}</text>',
     ]
     for key, name, color, y in (("trace_s", "trace", "#868e96", 24), ("analysis_s", "analysis", "#d6336c", 40)):
-        most = max((row[key] for row in rows), default=1.0)
+        most = max((row[key] for row in rows.values()), default=1.0)
         points = [
             (left + (width - left - 20) * depth / max(DEPTHS), bottom - (bottom - 20) * row[key] / most)
-            for depth, row in zip(DEPTHS, rows, strict=False)
+            for depth, row in rows.items()
         ]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
@@ -285,7 +290,8 @@ def main() -> None:
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(found, indent=1))
     (ROOT / "docs/scale.md").write_text(page(found))
-    (ROOT / "docs/pictures/depth.svg").write_text(growth([found[name] for name in BY_DEPTH if name in found]))
+    by_depth = {depth: found[name] for depth, name in zip(DEPTHS, BY_DEPTH, strict=True) if name in found}
+    (ROOT / "docs/pictures/depth.svg").write_text(growth(by_depth))
 
 
 if __name__ == "__main__":

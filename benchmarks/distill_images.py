@@ -92,7 +92,7 @@ def objectives(task: str) -> dict[str, Objective]:
 
 @cache
 def images() -> DataSet:
-    """Return the training images of the teacher. The students are trained on the first `IMAGES` of them."""
+    """Return CIFAR-10 with the training images of the teacher. The students are trained on the first `IMAGES` ones."""
     return cifar10(seed=0, train=TEACHER_IMAGES, validation=500, test=10_000)
 
 

@@ -66,7 +66,7 @@ def _sample_positions(start: float, length: float, cells: int, ratio: int) -> to
 
 
 def _interpolation(positions: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return linear interpolation as a matrix (positions, size); positions more than 1 outside have weight 0."""
+    """Return linear interpolation as a matrix (positions, size); positions more than 1 off the axis have weight 0."""
     inside = (positions >= -1) & (positions <= size)
     clamped = positions.clamp(0, size - 1)
     low = clamped.floor().long().clamp(max=size - 1)

@@ -134,11 +134,11 @@ def table(found: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["rows"].items():
-        beside = f"{row['store_us_per_sample']:.1f} µs per sample" if "store_us_per_sample" in row else "–"
+        building = f"{row['store_us_per_sample']:.1f} µs per sample" if "store_us_per_sample" in row else "–"
         alone = f"{row['read_alone_us']:.0f} µs" if "read_alone_us" in row else f"{row['read_us_per_sample']:.0f} µs"
         batch = f"{row['read_us_per_sample']:.2f} µs per sample" if "read_alone_us" in row else "–"
         by = f"{row['bytes_by_formula']:,}" if "bytes_by_formula" in row else "–"
-        lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {beside} |")
+        lines.append(f"| {name} | {row['bytes_per_record']:,.0f} | {by} | {batch} | {alone} | {building} |")
     return "\n".join([*lines, END])
 
 

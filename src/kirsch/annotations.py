@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 FORMAT_LIMIT = 2**31
-"""Limits of this number or more come from number formats, such as 2**53. Errors show them only for larger values."""
+"""Limits of this number or more come from number formats, such as 2**53. An error shows such a limit only if the value
+exceeds it."""
 
 MAX_VALUE_LENGTH = 40
 """Largest number of characters of a value that an error shows."""
@@ -76,7 +77,7 @@ class Between:
 
 @dataclass(frozen=True)
 class OneOrMore:
-    """Mark a sequence that may also be a single text, which becomes a tuple. pydantic also converts lists to tuples."""
+    """Mark an argument that takes one text or several. One text becomes a tuple; in pydantic, a list does as well."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Return the schema of one text or several, for pydantic."""

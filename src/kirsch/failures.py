@@ -24,7 +24,8 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 INSTALLED_PACKAGE = re.compile(r"[/\\](?:site|dist)-packages[/\\](\w+)")
 
 RUNTIMES = ("torch", "numpy", "scipy", "onnxruntime", "onnx", "onnxscript", "accelerate", "safetensors")
-"""Packages that run models for Kirsch. Their exceptions are errors of the model only if its `forward` was running."""
+"""Packages that run models for Kirsch. Their exceptions are errors of the model only if the model's `forward` was
+running."""
 
 MEMORY_MESSAGES = re.compile(
     "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|"

@@ -111,7 +111,7 @@ class Options(BaseModel):
 
 
 def _hint(field: FieldInfo) -> Any:
-    """Return the annotation of a field as it was written; pydantic has resolved its names."""
+    """Return the annotation of a field together with its constraints, which pydantic stores separately."""
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 

@@ -1,4 +1,4 @@
-"""Progress of a training and of a job: lines of epochs and steps, and a status line with a bar."""
+"""Progress of a training run and of a job: lines of epochs and steps, and a status line with a bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAR = 24
 TIMED_STEP = "measure"
 """The step that measures latency."""
 
-RECORD = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
+RESERVED = ("event", "step", "link", "epoch", "epochs", "loss", "terms", "gradient_shares", "learning_rate", "seconds")
 """Keys of an epoch event that are not metrics."""
 
 MOST_METRICS = 4
@@ -117,7 +117,7 @@ class RunningStep:
 
 
 class TrainingProgress:
-    """Show the events of a training: a line for each epoch, and a bar while an epoch runs.
+    """Show the events of a training run: a line for each epoch, and a bar while an epoch runs.
 
     The bar is shown only on a terminal or in a notebook.
 
@@ -146,7 +146,7 @@ class TrainingProgress:
         """Show that a batch is done.
 
         Args:
-            epoch, epochs: number of the epoch, from 1, and number of epochs of the training.
+            epoch, epochs: number of the epoch, from 1, and number of epochs of the run.
             batch, batches: number of finished batches, and number of batches of the epoch; None if it is not known.
         """
         if self._running is None:
@@ -163,7 +163,7 @@ class TrainingProgress:
 
 @dataclass
 class RunningEpoch:
-    """The current epoch of a training.
+    """The current epoch of a training run.
 
     Args:
         epoch, epochs, batch, batches: see `TrainingProgress.batch`.
@@ -216,7 +216,7 @@ def metric_texts(event: Mapping[str, Any]) -> list[str]:
     """Return the accuracy of an epoch, or else the first `MOST_METRICS` other metrics with their names."""
     if event.get("accuracy") is not None:
         return [figures.percent(event["accuracy"])]
-    metrics = [(name, value) for name, value in event.items() if name not in RECORD and isinstance(value, float)]
+    metrics = [(name, value) for name, value in event.items() if name not in RESERVED and isinstance(value, float)]
     return [
         f"{name} {figures.percent(value) if name.endswith('accuracy') else figures.digits(value)}"
         for name, value in metrics[:MOST_METRICS]

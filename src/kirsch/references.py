@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FAILURES = (Exception, SystemExit)
-"""Exceptions that a user's file may raise. A script may call sys.exit; Kirsch must not end with its exit code."""
+"""Exceptions that a user's file may raise. A script may call sys.exit, and Kirsch must not end with the
+exit code of the script."""
 
 
 def is_valid_text(name: Any) -> bool:

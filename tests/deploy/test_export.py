@@ -141,7 +141,9 @@ def test_every_output_is_compared_with_the_model(planted, tmp_path):
 
 def test_a_fixed_batch_size_is_verified_and_noted(planted, tmp_path):
     planted("y = Add(input, input)", inputs="float[2,2] input", outputs="float[2,2] y")
-    sentence = r"The batch of m\.onnx is fixed at 2, the size of the example inputs\. The exporter fixes the batch\."
+    sentence = (
+        r"The batch size of m\.onnx is fixed at 2, as in the example inputs\. The exporter fixes the batch size\."
+    )
     with pytest.warns(UserWarning, match=sentence) as caught:
         found = kirsch.export(Double(), tmp_path / "m.onnx", example_inputs=PAIR)
     assert caught[0].filename == __file__
@@ -229,13 +231,13 @@ class Choosing(nn.Module):
         (FixedBatch(2), 2, r"The model does not run with a batch of 1: RuntimeError: shape '\[2, 2\]' is invalid"),
         (FixedBatch(1), 1, r"The model does not run with a batch of 3: RuntimeError: shape '\[1, 2\]' is invalid"),
         (Asserting(), 2, rf"with a batch of 1: AssertionError\b.* \(test_export\.py:{ASSERTED}, in forward\)\."),
-        (Choosing(), 1, r"(The exporter fixes the batch|are not those of the model\. .* batch of 1.*)\."),
+        (Choosing(), 1, r"(The exporter fixes the batch size|are not those of the model\. .* batch of 1.*)\."),
     ],
     ids=["two", "one", "assert", "choosing"],
 )
 def test_a_model_with_one_valid_batch_size_is_exported_with_this_size_and_a_note(model, size, reason, tmp_path):
     inputs = PAIR[:size]
-    with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, the size of the example inputs\. .*{reason}"):
+    with pytest.warns(UserWarning, match=rf"m\.onnx is fixed at {size}, as in the example inputs\. .*{reason}"):
         artifact = kirsch.export(model, tmp_path / "m.onnx", example_inputs=inputs)
     assert artifact.details["inputs"][0]["shape"] == [size, 2]
     assert OnnxSession(artifact.path).run(inputs.numpy())[0] == pytest.approx(2 * inputs.numpy())

@@ -80,10 +80,10 @@ def test_inputs_must_fit_into_the_memory(monkeypatch, dtype):
     specs = [InputSpec("image", (2, 3, 500), dtype), InputSpec("mask", (1, 40), "bool")]
     needed = 3000 * np.dtype(dtype).itemsize + 40
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=needed))
-    machine.require_room(specs)
+    machine.require_memory(specs)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=needed - 1))
     with pytest.raises(MemoryShortageError, match="2×3×500, 1×40") as caught:
-        machine.require_room(specs)
+        machine.require_memory(specs)
     assert "the largest axis has the size 500" in caught.value.fix
 
 

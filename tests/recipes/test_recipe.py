@@ -148,7 +148,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             "goal: {max_drop: 1}",
             (
                 "line 8: goal.max_drop: expected a number of at least 0 and below 1, found 1. "
-                "For a loss of at most one percentage point of accuracy write max_drop=0.01."
+                "For a drop of at most one percentage point, write max_drop=0.01."
             ),
         ),
         ("name: 5", "line 8: name: expected text, found 5."),

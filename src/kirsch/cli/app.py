@@ -211,7 +211,7 @@ def trace(
     weights: Weights = "random",
     seed: Seed = 0,
 ) -> int:
-    """Show the groups of units of a model, and what freezes the rest."""
+    """Show the groups of units of a model, and what freezes axes."""
     from kirsch.cli import networks
 
     return networks.show_trace(networks.load_model(model, inputs or [], weights, seed=seed), explain, session.terminal)

@@ -38,7 +38,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "transformers": "transformers.trainer",
 }
-"""The module to import, for packages whose module has another name or whose top module imports little."""
+"""Module to import, for a package whose module has another name, or whose top module does not import the rest."""
 IMPORT = """
 import importlib, os, sys
 output = os.fdopen(os.dup(1), "w")
@@ -193,7 +193,8 @@ def _fix(extra: str, found: Sequence[Package]) -> str:
 def _torchvision_fix() -> str:
     """Return the command that installs the torchvision that matches the installed torch.
 
-    Its operators load only beside the build of torch that it was compiled for, and each build has an index of its own.
+    The operators of torchvision load only with the build of torch for which they were compiled, and each build of torch
+    has its own package index.
     """
     torch = str(_version("torch"))
     build = torch.partition("+")[2]

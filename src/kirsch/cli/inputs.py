@@ -10,13 +10,13 @@ import numpy as np
 from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.inputs import InputSpec
-from kirsch.measurement.machine import BYTES, require_room
+from kirsch.measurement.machine import BYTES, require_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FORM = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<sizes>[0-9]+(?:[,x][0-9]+)*)(?::(?P<dtype>\w+))?", re.ASCII)
-EXAMPLE = "Write --input 1,3,224,224, --input 1,24:int64 for token ids, or --input attention_mask=1,24:int64."
+EXAMPLE = "Write --input 1,3,224,224; --input 1,24:int64 for token ids; or, by name, --input attention_mask=1,24:int64."
 
 
 def specifications(texts: Sequence[str]) -> list[InputSpec]:
@@ -37,7 +37,7 @@ def specifications(texts: Sequence[str]) -> list[InputSpec]:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UsageError(f"The input {repeated!r} is given twice.", fix="Give each input once.")
-    require_room(specs)
+    require_memory(specs)
     return specs
 
 

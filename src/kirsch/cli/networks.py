@@ -81,7 +81,7 @@ class PlanRequest:
 
     Args:
         macs, parameters: the goal; see `Goal`.
-        options: options of `kirsch.plan` that differ from the defaults.
+        options: options of `kirsch.plan` whose flags are given.
         data: name or reference of a data source, as in `data.source` of a recipe; blocks are ranked on its training
             samples. "": blocks are ranked on the example inputs.
         seed: seed of the plan and of the data.

@@ -42,19 +42,23 @@ def _give_model(value: Any) -> str:
 
 def is_array(value: Any) -> bool:
     """Return whether a value is an array or tensor of numbers or truth values."""
-    is_one = hasattr(value, "shape") and hasattr(value, "dtype") and not inspect.isclass(value)
-    return is_one and not isinstance(value, np.generic) and getattr(value.dtype, "kind", "f") in "biufcV"
+    has_type = hasattr(value, "shape") and hasattr(value, "dtype") and not inspect.isclass(value)
+    return has_type and not isinstance(value, np.generic) and getattr(value.dtype, "kind", "f") in "biufcV"
 
 
 def has_arrays(value: Any) -> bool:
-    """Return whether a value is an array with an axis for the samples, or a container of at least one such array."""
+    """Return whether a value is an array with an axis for the samples, or a container of at least one such array.
+
+    A container is a mapping, a tuple or a list, which may be nested, or an object that has arrays as attributes.
+    """
     if is_array(value):
         return len(value.shape) > 0
     if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
         return any(has_arrays(value[name]) for name in value.keys())  # noqa: SIM118 - a BatchEncoding is not a Mapping
     if isinstance(value, (tuple, list)):
         return any(map(has_arrays, value))
-    return not inspect.isclass(value) and any(map(is_array, getattr(value, "__dict__", {}).values()))  # a dataclass
+    attributes = {} if inspect.isclass(value) else getattr(value, "__dict__", {})
+    return any(is_array(part) and len(part.shape) > 0 for part in attributes.values())
 
 
 def _give_inputs(value: Any) -> str:
@@ -132,7 +136,8 @@ BatchLike = Annotated[Any, Kind("a batch", is_batch, _give_batch)]
 """One batch as a loader returns it."""
 
 Labeled = Annotated[Any, Kind("inputs with labels", _is_labeled, _give_labeled)]
-"""Inputs and labels as a pair of arrays, or batches of such pairs."""
+"""Inputs and labels: a pair (inputs, labels), an object with the attributes `inputs` and `labels`, or an iterable of
+batches (inputs, labels)."""
 
 Data = Annotated[Any, Kind("training data", _is_data, _give_data)]
 """Batches that can be iterated over in each epoch."""

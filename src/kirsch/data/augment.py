@@ -41,7 +41,7 @@ TRIED, ATTEMPTS = 4, 8
 """Number of samples, and number of seeds per sample, with which a function of the user is checked. If the function uses
 another source of random numbers for one sample in five, it passes the check with probability 0.8³² < 0.001."""
 
-PIXELS = 4
+IMAGE_AXES = 4
 """Number of axes of a batch of images, (N, C, H, W)."""
 
 
@@ -355,7 +355,7 @@ def check_call(function: Any, name: str, argument: str, fix: str) -> None:
 
 
 def _check_images(name: str, batch: NDArray[Any]) -> None:
-    if batch.ndim != PIXELS:
+    if batch.ndim != IMAGE_AXES:
         raise ShapeError(
             f"{name} takes images, (N, C, H, W); the batch has shape {batch.shape}.",
             fix="Give images, or use another transform.",

@@ -258,7 +258,7 @@ def _array(beginning: str, value: Any) -> NDArray[Any]:
     """Convert an array, a tensor or a list of numbers to a numpy array.
 
     Raises:
-        DataError: the value is something else, or its samples differ in shape. `beginning` is that of the message.
+        DataError: the value is something else, or its samples differ in shape. The message starts with `beginning`.
     """
     try:
         array = host(value)

@@ -197,7 +197,7 @@ class DataSet:
         return batches
 
     def check_first(self, batch: Batch) -> None:
-        """Check the inputs of the first training batch, which of a loader are not known before.
+        """Check the inputs of the first training batch. Those of a loader are not known before the batch is read.
 
         Raises:
             DataError: they have other names or numbers of axes than those of the test part.
@@ -226,7 +226,11 @@ class DataSet:
 
 
 def _array(beginning: str, value: Any) -> NDArray[Any]:
-    """Convert a value to an array of numbers; `beginning` is that of the message if it has none."""
+    """Convert a value to an array of numbers.
+
+    Raises:
+        DataError: the value is not an array of numbers; the message starts with `beginning`.
+    """
     try:
         array = host(value) if hasattr(value, "shape") else np.asarray(value) if isinstance(value, list) else None
     except (ValueError, TypeError, RuntimeError):  # samples of several shapes
@@ -246,7 +250,11 @@ def _array(beginning: str, value: Any) -> NDArray[Any]:
 
 
 def _part(name: str, value: Any, part: str) -> Split | Stream:
-    """Return a part of a data set: as it is, from arrays, or from a loader."""
+    """Return a part of a data set.
+
+    A `Split` is returned unchanged, and a tuple (inputs, labels) becomes a `Split`. A loader becomes a `Stream` in the
+    training part, and is read into a `Split` in the other parts.
+    """
     if isinstance(value, Split):
         return value
     if isinstance(value, SeededData):

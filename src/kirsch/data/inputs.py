@@ -63,8 +63,8 @@ def converted(convert: Callable[[str, Any], NDArray[Any]], inputs: Any, name: st
     """Return inputs with converted arrays.
 
     Args:
-        convert: function (name, value) → array; see `named_arrays` for the names. A list or an empty container is a
-            value.
+        convert: function (name, value) → array; see `named_arrays` for the names. A list or an empty container counts
+            as one value.
         inputs: one value, or a tuple or dict of values, which may be nested.
         name: name of the inputs if they are nested in others.
     """

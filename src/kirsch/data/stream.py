@@ -51,7 +51,7 @@ class Stream:
         return size if isinstance(size, int) else None
 
     def count_batches(self) -> int:
-        """Return the number of batches of an epoch, which are counted if the loader has no length."""
+        """Return the number of batches of an epoch. If the loader has no length, one epoch is read to count them."""
         length = _length(self.loader)
         return sum(1 for _ in self.loader) if length is None else length
 
@@ -79,7 +79,8 @@ def read(loader: Any, name: str) -> tuple[Any, NDArray[Any]]:
         name: name of the part, for messages.
 
     Raises:
-        DataError: the samples do not fit into memory or differ in shape, or batches have no labels or other inputs.
+        DataError: the samples do not fit into memory or differ in shape, a batch has no labels, the batches differ in
+            the names of their inputs, or there are no batches.
     """
     inputs, labels, size = [], [], 0
     available, length = psutil.virtual_memory().available, _length(loader) or 1

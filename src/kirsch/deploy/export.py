@@ -98,9 +98,9 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
         path: path of the file. If the export fails, no file is written and an existing file is kept.
         example_inputs: one array, a tuple of positional or a dict of keyword arguments. They may be nested and may
             contain None, numbers, booleans and strings, which become constants of the file. Give realistic values,
-            because file and model are compared on them. The first axis is the batch, which stays free; the other axes
-            are fixed at their sizes here. If the model or its export supports a single batch size only, the batch is
-            fixed at the size of the example inputs, with a warning and a note in `details["notes"]`.
+            because file and model are compared on them. The size of the first axis, the batch, stays free; the other
+            axes are fixed at their sizes here. If the model or its export supports a single batch size only, the batch
+            size is fixed at that of the example inputs, with a warning and a note in `details["notes"]`.
         format: "onnx", or the name of another registered exporter.
 
     Returns:
@@ -137,7 +137,7 @@ def export(model: Model, path: str | Path, *, example_inputs: Inputs, format: st
 def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     """Write an ONNX file, and compare it with the model on ONNX Runtime; see `trials`.
 
-    If the batch cannot be free, it is fixed at the size of the example inputs, with a warning and a note in
+    If the batch size cannot be free, it is fixed at that of the example inputs, with a warning and a note in
     `details["notes"]`.
     """
     exportable = framework_of(model).inference.exportable(model, example_inputs)
@@ -151,7 +151,7 @@ def onnx(model: Any, example_inputs: Any, path: Path) -> dict[str, Any]:
     details = _write_and_compare(exportable, path, compared, free_batch=False)
     size = ", ".join(map(str, sorted({len(array) for array in exportable.inputs.values()})))
     note = (
-        f"The batch of {path.name} is fixed at {size}, the size of the example inputs. {why_fixed} "
+        f"The batch size of {path.name} is fixed at {size}, as in the example inputs. {why_fixed} "
         "Run the file with batches of this size, or let the forward read the batch size from its input: x.shape[0]."
     )
     warn(note)
@@ -173,7 +173,8 @@ def _write_and_compare(model: Exportable, path: Path, compared: list[Trial], *, 
         ) from error
     if free_batch and not all(shape and isinstance(shape[0], str) for shape in session.shapes):
         raise ModelError(
-            "The exporter fixes the batch.", "The code of the model, or a tensor in it, requires a single batch size."
+            "The exporter fixes the batch size.",
+            "The code of the model, or a tensor in it, requires a single batch size.",
         )
     records = compare(model, session, compared)
     drift = max((record["drift"] for record in records if record["drift"] is not None), default=0.0)

@@ -9,7 +9,7 @@ import numpy as np
 from kirsch import figures
 from kirsch.errors import LoadError, UsageError, listing
 from kirsch.graph.inputs import InputSpec
-from kirsch.measurement.machine import require_room
+from kirsch.measurement.machine import require_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,7 @@ def generated_inputs(session: OnnxSession, specs: Sequence[InputSpec] = ()) -> t
             )
         shape = given_shapes.get(name) or _shape_in_file(session, name, file_shape)
         completed.append(InputSpec(name, shape, dtype))
-    require_room(completed)
+    require_memory(completed)
     random = np.random.default_rng(0)
     return tuple(_random_array(random, spec) for spec in completed)
 

@@ -93,7 +93,7 @@ class OnnxSession:
         return out
 
     def _fix_of(self, inputs: Sequence[NDArray[Any]]) -> str:
-        """Return how to change inputs that the file does not take."""
+        """Return the fix, as a sentence, for inputs that the file does not accept."""
         for value, shape, dtype in zip(inputs, self.shapes, self.types, strict=True):
             scaled = value.dtype == np.uint8 and dtype.startswith("float")
             moved = tuple(value.shape[axis] for axis in AXES) if has_channels_last(value.shape) else ()

@@ -73,7 +73,7 @@ class Export(Step):
 
 @STEPS.register("measure")
 class Measure(Step):
-    """Measure the latency of the exported file against the models before compression."""
+    """Measure the latencies of the exported file and of the models before compression."""
 
     needs: ClassVar[str] = "export"
     repeatable: ClassVar[bool] = False

@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 """Largest allowed difference between model and file, relative to the largest output; 1e-6 is usual in float32."""
 
 ROUNDING_FACTOR, ROUNDING_RUNS = 4, 3
-"""The tolerance is at least the factor times the largest effect of rounding errors in this number of runs of the model.
-"""
+"""The tolerance of an output is at least `ROUNDING_FACTOR` times the largest difference that random rounding errors
+cause in `ROUNDING_RUNS` runs of the model."""
 
 LARGEST_TOLERANCE = 0.25
 """Largest tolerance with which an output is compared. Rounding errors may change an output so strongly that its

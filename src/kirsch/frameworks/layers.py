@@ -43,7 +43,7 @@ Key = tuple[str, str, bool]
 """Path of a module; name of a function that the module's `forward` calls, or ""; whether the feature is an input."""
 
 GRAMMAR = re.compile(
-    r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<given>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
+    r"(?P<path>[^/:#@\[\]]*)(?:/(?P<function>\w+))?(?P<is_input>:in)?(?:#(?P<call>\d+))?(?:@(?P<item>\w+))?"
     r"(?:\[(?P<index>-?\d+|\*)\])?"
 )
 OUTPUT = "output."
@@ -60,7 +60,7 @@ class LayerName:
         text: name as written.
         path: path of the module, or "logits", "output.NAME", "hidden", "attention".
         function: name of a function that the module's code calls; empty for the module itself.
-        given: whether the feature is the input of the module or function, not the output.
+        is_input: whether the feature is the input of the module or function, not the output.
         call: number of the call, from 0. None if it is not stated: the module must then be called exactly once.
         item: number or name of one of several outputs; empty for the first one.
         index: index of the hidden state or attention layer, or index among the modules that match a pattern: a number,
@@ -70,7 +70,7 @@ class LayerName:
     text: str
     path: str
     function: str = ""
-    given: bool = False
+    is_input: bool = False
     call: int | None = None
     item: str = ""
     index: str = ""
@@ -96,7 +96,7 @@ class LayerName:
             text,
             match["path"],
             match["function"] or "",
-            bool(match["given"]),
+            bool(match["is_input"]),
             call,
             match["item"] or "",
             match["index"] or "",
@@ -105,7 +105,7 @@ class LayerName:
     @property
     def key(self) -> Key:
         """Return path, function, and whether the feature is an input, without the numbers of call and output."""
-        return self.path, self.function, self.given
+        return self.path, self.function, self.is_input
 
     @property
     def of_outputs(self) -> bool:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 UNNAMED = re.compile(r"(output_)?\d+([._]\d+)*|output")
 """Names that state only the position of an output, in the tuple that a model returns or in an ONNX file."""
 
-ASIDE = ("hidden_state", "attention", "past_key_values", "cache", "router_logits")
+NOT_PREDICTIONS = ("hidden_state", "attention", "past_key_values", "cache", "router_logits")
 """Words in the names of outputs that are not predictions."""
 
 MAIN = "out"
@@ -22,7 +22,7 @@ MAIN = "out"
 
 def is_prediction(name: str) -> bool:
     """Return whether an output is a prediction by its name: not a hidden state, attention weight, cache or loss."""
-    return name != "loss" and not any(word in name for word in ASIDE)
+    return name != "loss" and not any(word in name for word in NOT_PREDICTIONS)
 
 
 def logits_output(names: Sequence[str]) -> str:

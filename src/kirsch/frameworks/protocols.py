@@ -253,7 +253,7 @@ class Inference(Protocol):
         """Return the class names of a model, in order; empty if the model has none."""
 
     def from_numpy(self, arrays: Any, *, like: Any = None) -> Any:
-        """Convert a numpy array, or each in a tuple or dict, to arrays of the framework.
+        """Convert a numpy array, or each array in a tuple or dict, to an array of the framework.
 
         `like`: array of the framework on whose device the results are.
         """

@@ -148,7 +148,7 @@ class LossFunction(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """Return the state of the loss function, JSON-able."""
+        """Return the state of the loss function, as JSON values."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load the result of `state`."""
@@ -162,7 +162,7 @@ class TrainingHooks:
     Args:
         validate: function model → metrics, a dict of numbers by name, called after each epoch; "accuracy" is displayed
             if present.
-        event: called with a JSON-able dict for each event: {"event": "first_batch" | "warning" | "epoch", ...}.
+        event: called with a dict of JSON values for each event: {"event": "first_batch" | "warning" | "epoch", ...}.
             Without this callback a warning is a Python warning.
         stop: returns an error (`Preempted`, `Interrupted`) if the run is to stop; called after each optimizer step and
             after each epoch.
@@ -198,7 +198,7 @@ class TrainingState:
     Args:
         arrays: numpy arrays by name: parameters, buffers, optimizer state ("optimizer." ...), states of the loader's
             random generators.
-        values: JSON-able: number of the epoch, completed batches of this epoch and sums of their losses, history,
+        values: JSON values: number of the epoch, completed batches of this epoch and sums of their losses, history,
             shares of the terms on the first batch, settings.
     """
 
@@ -206,7 +206,7 @@ class TrainingState:
     values: dict[str, Any]
 
     def ended(self) -> TrainingState:
-        """Return the state after the last epoch, without the optimizer state."""
+        """Return this state without the optimizer state, which a run that has ended does not need."""
         kept = {name: array for name, array in self.arrays.items() if not name.startswith("optimizer.")}
         return TrainingState(kept, self.values)
 
@@ -314,7 +314,7 @@ def metrics_of(validate: Callable[[Any], Any], model: Any) -> dict[str, float]:
 
 
 MOST_EPOCHS = 10
-"""Number of epochs that a printed result of a training shows."""
+"""Number of epochs that the printed result of a training run shows."""
 
 
 @dataclass(repr=False)

@@ -54,8 +54,8 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     """Mixin that makes a Trainer minimize an objective; list it before the Trainer among the base classes.
 
     The model in training is the student with its adapters. The optimizer, DDP, gradient clipping and checkpoints
-    therefore include the adapters; `save_model` writes the student alone. The losses of the batches and processes of an
-    optimizer step are weighted by their numbers of samples or positions that contribute to the loss. The log contains
+    therefore include the adapters; `save_model` writes the student alone. Each optimizer step minimizes the mean over
+    all samples or positions that contribute to the loss, in all batches and processes of the step. The log contains
     each term of the loss, and the share of this term in the gradient of the first process.
 
     Args:
@@ -141,7 +141,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model_wrapped = self.model
 
-    def _bound(self) -> Distiller:
+    def _current_distiller(self) -> Distiller:
         """Return the distiller of the current model; the first call creates it from the first training batch."""
         if self.distiller is None or self.distiller.student is not self.model:
             teacher, objective, regularizers = self._distillation
@@ -152,7 +152,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
                 return loader, next(iter(loader), None)
 
             framework = framework_of(self.model)
-            # `seeded` restores the random state afterwards, because it determines the order of the training samples.
+            # `seeded` restores the random state afterwards, so that the order of the training samples does not change.
             loader, first = framework.training.seeded(fetch, self.args.seed)
             if first is None:
                 raise DataError("The training data is empty.", fix="Give at least one batch.")
@@ -165,7 +165,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - the argument lacks the adapters
         """Create an optimizer of the parameters of student and adapters."""
-        distiller = self._bound()
+        distiller = self._current_distiller()
         optimizer = super().create_optimizer(distiller.module)
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in distiller.adapters.parameters() if p.requires_grad and id(p) not in optimized]
@@ -182,12 +182,12 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if not training:
             return super()._wrap_model(model, training=False, dataloader=dataloader)
-        return self.accelerator.prepare_model(self._bound().module)
+        return self.accelerator.prepare_model(self._current_distiller().module)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, and the number of labels in them over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        local = self._bound().counts(samples)
+        local = self._current_distiller().counts(samples)
         total = self.accelerator.reduce(torch.tensor(list(local.values()), device=device), "sum").tolist()
         self._counts = dict(zip(local, total, strict=True))
         if samples:
@@ -203,7 +203,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         """
         if model is self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        distiller = self._bound()
+        distiller = self._current_distiller()
         with self.accelerator.autocast():
             counts = self._counts if num_items_in_batch is not None else None
             loss = distiller(inputs, self.state.epoch or 0.0, step_counts=counts, module=model)
@@ -219,7 +219,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
             gathered = gather_object([local])  # as objects, because a process may lack a term
             names = dict.fromkeys(name for parts in gathered for name in parts)
             mean = {f"loss/{name}": sum(parts.get(name, 0.0) for parts in gathered) / len(gathered) for name in names}
-            self._to_log = mean | {f"gradient_share/{name}": share for name, share in self._bound().shares.items()}
+            self._to_log = mean | {
+                f"gradient_share/{name}": share for name, share in self._current_distiller().shares.items()
+            }
             self._parts = {}
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -261,7 +263,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = self._bound().state_dict()
+            state = self._current_distiller().state_dict()
             adapters = {name: value.detach().contiguous() for name, value in state.pop("adapters").items()}
             save_file(adapters, Path(output_dir) / STATE, metadata={"state": json.dumps(state)})
 
@@ -286,7 +288,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
             raise CheckpointError(
                 f"The state in {path} is damaged.", f"{error}.", "Resume from another checkpoint."
             ) from error
-        self._bound().load_state_dict({**state, "adapters": adapters})
+        self._current_distiller().load_state_dict({**state, "adapters": adapters})
 
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]  # the Trainer is not typed

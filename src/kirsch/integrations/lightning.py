@@ -45,9 +45,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
     gradient clipping include them. Checkpoints contain them as the state of this callback, and no `state_dict` of a
     model contains them. Each term of the loss and its share of the gradient are logged.
 
-    The losses of the batches and processes of an optimizer step are weighted by their numbers of labels: labeled
-    samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens, this
-    is exact only if the fraction of labeled items is the same in all batches.
+    An optimizer step weights the loss of each of its batches, in all processes, by the number of labels in the batch:
+    labeled samples, or labeled positions of sequences. For a term that is averaged over other items, such as tokens,
+    this is exact only if the fraction of labeled items is the same in all batches.
 
     Args:
         teacher: see `kirsch.Distiller`.
@@ -136,10 +136,10 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse an optimizer that lacks the adapters."""
-        self._bound().adapters.to(pl_module.device)  # moves buffers; Lightning has moved the parameters
+        self._current_distiller().adapters.to(pl_module.device)  # moves buffers; Lightning has moved the parameters
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         optimized = {id(p) for group in groups for p in group["params"]}
-        if any(p.requires_grad and id(p) not in optimized for p in self._bound().adapters.parameters()):
+        if any(p.requires_grad and id(p) not in optimized for p in self._current_distiller().adapters.parameters()):
             student = f"self.{self._path}" if self._path else "self"
             raise UsageError(
                 f"The optimizer of {type(pl_module).__name__} lacks the adapters of the objective.",
@@ -147,7 +147,7 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
                 f"Give the optimizer {student}.parameters(), or name the part that it trains: student=...",
             )
 
-    def _bound(self) -> Distiller:
+    def _current_distiller(self) -> Distiller:
         if self.distiller is None:
             raise UsageError(
                 "Distillation is not set up.", fix="Pass it to the Trainer: callbacks=[Distillation(...)]."
@@ -158,9 +158,10 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         """Return the loss of one batch, scaled so that the gradients of a step can be averaged over items.
 
         If a step has several batches or processes, the loss is multiplied by the number of items in the batch, and by
-        the number of batches per step, by which Lightning divides. `on_before_optimizer_step` divides by all items.
+        the number of batches per step, because Lightning divides by the latter. `on_before_optimizer_step` divides the
+        gradients by the number of items in the step.
         """
-        distiller, batch = self._bound(), Batch.of(self._batch_of(loader_batch))
+        distiller, batch = self._current_distiller(), Batch.of(self._batch_of(loader_batch))
         accumulate = trainer.accumulate_grad_batches
         first_batch = trainer.fit_loop.epoch_loop.batch_idx // accumulate * accumulate
         done = first_batch / trainer.num_training_batches  # at the start of the step; 0 for a loader without length

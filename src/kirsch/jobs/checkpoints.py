@@ -38,7 +38,7 @@ def save(folder: Path, state: TrainingState, inputs: str) -> Path:
 
 
 def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingState | None:
-    """Return the newest valid checkpoint of a step; None if the step has no checkpoints.
+    """Return the newest valid checkpoint of a step; None if the step has no checkpoint with these inputs.
 
     Args:
         folder: folder of the step.
@@ -53,7 +53,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
     for path in reversed(_all(folder)):
         flaw = files.first_flaw(path)
         if flaw:
-            note(f"The checkpoint {path.name} is damaged: {flaw}. The previous one is used.")
+            note(f"The checkpoint {path.name} is damaged: {flaw}. It is skipped.")
             damaged = True
             continue
         try:
@@ -62,7 +62,7 @@ def newest(folder: Path, inputs: str, note: Callable[[str], None]) -> TrainingSt
             if not isinstance(values, dict):
                 raise ValueError(f"{VALUES} is not a JSON object")  # noqa: TRY004, TRY301 - reported like bad JSON
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            note(f"The checkpoint {path.name} cannot be read: {error}. The previous one is used.")
+            note(f"The checkpoint {path.name} cannot be read: {error}. It is skipped.")
             damaged = True
             continue
         if values.pop(INPUTS, "") == inputs:

@@ -14,7 +14,7 @@ from kirsch.options import FieldsError, Options
 MaxDrop = Annotated[
     float,
     Between(0, 1, exclusive="most"),
-    Fix("For a loss of at most one percentage point of accuracy write max_drop=0.01."),
+    Fix("For a drop of at most one percentage point, write max_drop=0.01."),
 ]
 """A drop of accuracy, as a fraction."""
 

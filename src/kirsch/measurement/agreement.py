@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_VARIATION = 1e-6
-"""The reference is nearly constant if at most this fraction of its squared norm comes from differences of samples."""
+"""The reference counts as nearly constant if differences between samples make up at most this fraction of its squared
+norm."""
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def require_room(specs: Sequence[InputSpec]) -> None:
+def require_memory(specs: Sequence[InputSpec]) -> None:
     """Check that inputs fit into the memory of the machine.
 
     Raises:
-        MemoryShortageError: the inputs do not fit; names the largest axis.
+        MemoryShortageError: the inputs do not fit; the message has the size of the largest axis.
     """
     needed_bytes = sum(math.prod(spec.shape) * BYTES.get(spec.dtype, 4) for spec in specs)
     memory_bytes = psutil.virtual_memory().total

@@ -157,7 +157,7 @@ def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: 
 
 
 def _fix(graph: Graph, goal: Goal, exclude: Sequence[str]) -> str:
-    """Return a sentence on whether the goal is reached by removing all blocks."""
+    """Return a sentence on whether removing all blocks reaches the goal; empty for a model without blocks."""
     if exclude and goal.met_by(graph.prices.price(graph.keep({}), graph.blocks), graph.cost):
         return "The goal is reached if no block is excluded."
     return "Removing all blocks does not reach the goal; other `kinds` reduce layer widths." if graph.blocks else ""

@@ -39,7 +39,7 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
 
 
 def changes(stated: Plan, counted: Plan) -> list[str]:
-    """Return a note for each statement of a plan that differs from the values computed when it was applied."""
+    """Return a note for each value that a plan states and that differs from the value computed when it is applied."""
     notes = _cost_changes(stated, counted)
     if stated.model != counted.model:
         notes.append(f"{stated.title} names the class {stated.model}; the model given is a {counted.model}.")

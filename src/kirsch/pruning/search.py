@@ -109,7 +109,10 @@ class Chooser:
         return self.repaired([candidate.steps[-1] for candidate in self.candidates])
 
     def repaired(self, counts: Sequence[int]) -> list[int]:
-        """Return a choice that leaves enough units on each axis: where it does not, the most important are restored."""
+        """Return the choice, changed so that each axis keeps enough units.
+
+        On an axis with too few units, the most important of the removed units are restored.
+        """
         counts = list(counts)
         while (found := self._graph.too_small(self.keep(counts))) is not None:
             axis, _ = found
@@ -123,11 +126,11 @@ class Chooser:
         return counts
 
     def descend(self, *, local: bool) -> list[int]:
-        """Return the choice that meets the goal with the fewest removed units, by bisection over a threshold.
+        """Return the choice with the lowest threshold that meets the goal, found by bisection.
 
         Args:
-            local: if true, the threshold is the largest removed fraction of each group; otherwise it is the largest
-                importance of removed units.
+            local: if true, a threshold is the largest fraction of each group that is removed; otherwise it is the
+                largest importance of the removed units.
         """
         if local:
             thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})

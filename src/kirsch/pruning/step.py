@@ -132,7 +132,7 @@ def _reduction(plan: Plan) -> str:
 
 
 def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
-    """Return the units that a plan removes by group and by layer, and the blockers of the graph, JSON-able."""
+    """Return the units that a plan removes, listed by group and by layer, and the blockers of the graph, as JSON."""
     removals = {removal.name: removal for removal in plan.groups}
     kept = plan.keep(graph)
     before, after = graph.prices.by_owner(graph.keep({})), graph.prices.by_owner(kept)

@@ -58,7 +58,7 @@ def save(model: Model, folder: str | Path) -> Path:
 
 
 def _require_unchanged(model: Any) -> None:
-    """Check that the parameters have the shapes that pruning left; `load` cannot restore other changes."""
+    """Check that the parameters have the shapes that they had after pruning; `load` cannot restore later changes."""
     expected: dict[str, tuple[int, ...]] = getattr(model, SHAPES, {})
     current = framework_of(model).inference.parameter_shapes(model)
     names = {**expected, **current} if expected else {}
@@ -138,7 +138,7 @@ def _restored(build: Build, plans: list[Plan], weights: Path, example_inputs: An
     try:
         return functools.reduce(cut, plans, _build_model(build))
     except KirschError:
-        model = _build_model(build)  # the model may have been pruned in other types, and run on inputs of these types
+        model = _build_model(build)  # the pruned model, and the inputs of its plan, may have other dtypes
         if not framework_of(model).inference.match_dtypes(model, weights):
             raise
     return functools.reduce(cut, plans, model)

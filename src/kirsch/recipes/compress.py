@@ -262,7 +262,7 @@ def _refuse_beside_steps(
 ) -> None:
     given = {
         "distill": distill is not None,
-        "recover": recover is not DEFAULT_TRAINING,  # an equal object was given by the caller
+        "recover": recover is not DEFAULT_TRAINING,  # not `!=`: a caller may give an equal object
         "objective": objective is not None,
         **dict.fromkeys(plan_options, True),
     }

@@ -34,9 +34,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         folder: if given, recipe.yaml and the plans are written to it.
 
     Returns:
-        JSON-able: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
-        "steps" (key, model, parameters, macs, seconds, which are None if they cannot be estimated), "plans" (key of a
-        step → groups, cost before and after), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+        JSON values: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
+        "steps" (key, model, parameters, macs, and seconds, which is None if the time cannot be estimated), "plans" (key
+        of a step → plan), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
 
         "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
         prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,

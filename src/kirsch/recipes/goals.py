@@ -27,7 +27,7 @@ class CostGoal:
         key: key of the step whose result is limited; empty for the final model of the job.
         limits: the limits.
         reference: name of the model whose cost the limits are fractions of.
-        prefix: beginning of its texts; empty if the job has no other limits.
+        prefix: beginning of the texts on these limits; empty if the job has no other limits.
     """
 
     key: str
@@ -166,7 +166,7 @@ def refuse_unreachable(job: Job, steps: Mapping[str, Step], final: Mapping[str, 
 
 
 def _limit(limit: float) -> str:
-    """Return a limit as percent, with the digits that it was given with."""
+    """Return a limit as percent, without trailing zeros."""
     return f"{100 * limit:g} %"
 
 

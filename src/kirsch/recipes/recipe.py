@@ -220,7 +220,7 @@ def recipe_of(
         recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
     except ValidationError as error:
         found = [(details["loc"], details) for details in error.errors()]
-        # Steps with problems are missing here, so that the recipe as a whole, whose place is (), cannot be judged.
+        # Invalid steps were left out above. A problem of the whole recipe, with the path (), may only follow from this.
         problems = [*(item for item in found if item[0]), *problems] if problems else found
         recipe = None
     if recipe is None or problems:

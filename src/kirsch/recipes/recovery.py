@@ -44,8 +44,8 @@ def recovery(
     features on `inputs`, so that 0.1 means ten percent in every layer. The objective contains the kept channels and
     these divisors, and can be written as JSON.
 
-    If no objective is given, it also has a term for each output of the model besides the logits, which compares this
-    output with that of the original; see `kirsch.distillation.further_outputs.output_terms`.
+    Without the argument `objective`, the result also has a term for each output of the model besides the logits. The
+    term compares this output with that of the original; see `kirsch.distillation.further_outputs.output_terms`.
 
     Args:
         small: pruned model from `kirsch.prune` or `kirsch.load`, pruned once or several times.

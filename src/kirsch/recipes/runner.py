@@ -173,7 +173,7 @@ def run(
         machine = environment()
         steps = recipe.all_steps
         job = job_of(recipe, folder, materials, listen, stop)
-        with during("in the checks before the first step", _lower(job)):
+        with during("in the checks before the first step", _memory_fix(job)):
             preflight(job, steps)  # an error up to here leaves a finished run unchanged, and no new folder behind
         on_error.pop_all()
         run_folder.reopen(recipe, folder, base)
@@ -206,7 +206,9 @@ def run(
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
-    """Continue a run that was stopped, killed or damaged. If the run has finished, only its report is written again.
+    """Continue a run that was stopped, killed or damaged.
+
+    If the run has finished and is undamaged, its steps are kept, and its metrics and report are written again.
 
     Raises:
         LoadError: the folder does not hold a run, or its models were passed as objects.
@@ -260,7 +262,7 @@ def preflight(job: Job, steps: Mapping[str, Step]) -> None:
     job.plans.clear()
 
 
-def _lower(job: Job) -> str:
+def _memory_fix(job: Job) -> str:
     """Return the fix in errors about insufficient memory."""
     return f"Lower the batch size (data.batch_size of a recipe), which is {job.batch_size}."
 
@@ -331,7 +333,7 @@ def _run_step(job: Job, step: Step, done: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(done) as folder:
         # Errors of the step are translated inside `new_folder`, which reports every OSError as an error of the folder.
-        with during(f"in the step {job.key!r}", _lower(job)):
+        with during(f"in the step {job.key!r}", _memory_fix(job)):
             before = _identity(job.model)
             record = step.run(job, folder)
             if step.changes_model and "model" not in record.get("roles", ()) and _identity(job.model) != before:

@@ -44,7 +44,7 @@ class Scale:
 
     @property
     def step(self) -> float:
-        """Distance between the ticks of a linear scale, which has two to six ticks."""
+        """Distance between the ticks of a linear scale, which has at most six ticks."""
         return max(_round_up((self.high - self.low) / 5), 1.0 if self.integers else 0.0)
 
     def ticks(self) -> list[float]:

@@ -124,7 +124,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        LoadError: the file is not valid JSON, or a field is missing or wrong; names the field.
+        LoadError: the file is not valid JSON, or a field is missing or wrong; the message names the field.
     """
     try:
         metrics: dict[str, Any] = SCHEMA(strict_json.read(path), "")

@@ -65,7 +65,7 @@ class FrameworkExample:
 
 
 def check_framework_of_a_model_is_found(example: FrameworkExample) -> None:
-    """`framework_of` finds a framework with the same name."""
+    """`framework_of` returns a framework with the name of the example's framework."""
     found = framework_of(example.model()).name
     assert found == example.framework.name, f"the framework of the model is {found!r}"
 

@@ -208,7 +208,7 @@ def _check_masked(loss: Loss, shape: Any) -> None:
         expected = float(loss(student, teacher, **options))
         gradient = _gradient(loss, student, teacher, options)
         for other in (0.0, 1e4, np.nan):
-            first, second = _fill_hidden(student, ~mask, other), _fill_hidden(teacher, ~mask, other)
+            first, second = _fill_masked(student, ~mask, other), _fill_masked(teacher, ~mask, other)
             value = float(loss(first, second, **options))
             assert abs(value - expected) <= 1e-12 * max(1.0, abs(expected)), (
                 f"with {other} at masked positions the loss is {value}, otherwise {expected}"
@@ -419,18 +419,18 @@ def _rows(values: Any, rows: slice) -> Any:
     return ops.map_arrays(lambda part: part[rows], values)
 
 
-def _fill_hidden(values: Any, hidden: Any, other: float) -> Any:
-    """Return the values with `other` at the hidden samples or positions."""
-    return ops.map_arrays(lambda part: _fill_array(part, hidden, other), values)
+def _fill_masked(values: Any, masked: Any, other: float) -> Any:
+    """Return the values with `other` at the masked samples or positions."""
+    return ops.map_arrays(lambda part: _fill_array(part, masked, other), values)
 
 
-def _fill_array(part: Any, hidden: Any, other: float) -> Any:
-    if part.ndim == 4 and hidden.ndim == 2 and part.shape[2] == part.shape[3] == hidden.shape[1]:  # noqa: PLR2004 - attention
-        pairs = (hidden[:, None, :, None] | hidden[:, None, None, :]) & np.ones(part.shape, bool)
+def _fill_array(part: Any, masked: Any, other: float) -> Any:
+    if part.ndim == 4 and masked.ndim == 2 and part.shape[2] == part.shape[3] == masked.shape[1]:  # noqa: PLR2004 - attention
+        pairs = (masked[:, None, :, None] | masked[:, None, None, :]) & np.ones(part.shape, bool)
         return np.where(pairs, other, part)
-    if hidden.ndim == 3:  # noqa: PLR2004 - pixels, with classes on axis 1
-        return np.where(hidden[:, None], other, part)
-    return np.where(hidden.reshape(*hidden.shape, *(1,) * (part.ndim - hidden.ndim)), other, part)
+    if masked.ndim == 3:  # noqa: PLR2004 - pixels, with classes on axis 1
+        return np.where(masked[:, None], other, part)
+    return np.where(masked.reshape(*masked.shape, *(1,) * (part.ndim - masked.ndim)), other, part)
 
 
 def _gradient(loss: Loss, student: Any, teacher: Any, options: dict[str, Any]) -> Any:

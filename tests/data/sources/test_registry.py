@@ -38,6 +38,14 @@ def plain(classes=2):
     return DataSet("plain", part, part, part, tuple("abcdef"[:classes]))
 
 
+def demanding(path, size):
+    return plain()
+
+
+def demanding_and_open(path, **options):
+    return plain()
+
+
 def open_to_all(**options):
     return good(**options)
 
@@ -68,6 +76,21 @@ def test_source_without_seed_parameter_is_called_without_seed(base):
     ):
         with pytest.raises(UsageError, match=sentence):
             load_data("sources.py:plain", options, seed=0, base=base)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "The data source 'sources.py:demanding' needs the options 'path' and 'size'. Add them to data.options."),
+        ({"size": 3}, "The data source 'sources.py:demanding' needs the option 'path'. Add it to data.options."),
+        ({"size": 3, "paths": "a"}, "does not take these options. missing a required argument: 'path'."),
+    ],
+)
+def test_required_options_that_are_missing_are_named(base, options, sentence):
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        load_data("sources.py:demanding", options, seed=0, base=base)
+    with pytest.raises(UsageError, match=r"'sources\.py:demanding_and_open' needs the option 'path'\."):
+        load_data("sources.py:demanding_and_open", {"size": 3}, seed=0, base=base)
 
 
 @pytest.mark.parametrize(

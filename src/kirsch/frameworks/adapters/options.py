@@ -127,7 +127,7 @@ class ConnectorOptions(AdapterOptions):
 @ADAPTER_OPTIONS.register("mgd")
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions(AdapterOptions):
-    """Generate the teacher's maps from the student's maps, of which most positions are masked.
+    """Mask positions of the student's maps, and generate the teacher's maps from the other positions.
 
     The masked positions are drawn for each sample separately and for all channels together. In inference mode nothing
     is masked. If the numbers of channels differ, a 1 × 1 convolution is applied first.
@@ -136,7 +136,7 @@ class GeneratorOptions(AdapterOptions):
         masked_fraction: fraction of the positions that are masked, 0 <= fraction < 1.
         spatial: as in "conv".
 
-    Source: Yang et al. 2022, arXiv:2205.01529. The paper also masks 65 % of the positions, in all channels.
+    Source: Yang et al. 2022, arXiv:2205.01529. The default is that of the paper, which masks 65 % of the positions.
     """
 
     masked_fraction: float = 0.65

@@ -83,9 +83,9 @@ class FeatureCapture:
         for path, module in modules.items() if self._functions else ():
             is_inside = any(not parent or f"{path}.".startswith(f"{parent}.") for parent, _ in self._functions)
             if is_inside and not is_torchscript(module):
-                self._hook_code(module, path)
+                self._track_running(module, path)
 
-    def _hook_code(self, module: nn.Module, path: str) -> None:
+    def _track_running(self, module: nn.Module, path: str) -> None:
         def enter(_module: nn.Module, _args: Any) -> None:
             self._inside.append(path)
 
@@ -290,7 +290,14 @@ def _quoted(path: str) -> str:
 
 
 class _FunctionCapture(TorchFunctionMode):
-    """Captures inputs and outputs of some functions that some modules call, and records the names of all others."""
+    """Captures the input and output of functions that the code of modules calls.
+
+    Args:
+        captured: path of a module and name of a function, for each function to capture.
+        inside: paths of the modules whose code is running, the innermost last.
+        keep: called with the key and the value of each captured input and output.
+        called: path of a module → names of the other functions that its code calls; filled by this class.
+    """
 
     def __init__(
         self,

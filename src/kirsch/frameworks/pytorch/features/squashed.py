@@ -30,8 +30,8 @@ LEARNED = frozenset(_LEARNED.split())
 """Operators of layers. Their outputs do not count as outputs of a sigmoid or softmax that comes before the layer."""
 
 LOGARITHM = "log_sigmoid_forward"
-_COPIES = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
-COPIES = frozenset(_COPIES.split())
+_KEEP_LOGARITHM = "clone _to_copy cat stack clamp clamp_min nan_to_num index index_select flip roll"
+KEEP_LOGARITHM = frozenset(_KEEP_LOGARITHM.split())
 """Operators whose result counts as a logarithm of a sigmoid if their input is one. Subtraction is not among them: the
 difference of log(sigmoid(x)) and log(sigmoid(-x)) is the logit x."""
 
@@ -40,7 +40,7 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
     """Records the memory of results that come from a saturating operator without a layer in between.
 
     Args:
-        logarithm: record the results of `logsigmoid` and their copies instead.
+        logarithm: record instead the results of `logsigmoid`, and of operators in `KEEP_LOGARITHM` that follow it.
     """
 
     def __init__(self, *, logarithm: bool) -> None:
@@ -54,7 +54,7 @@ class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
         if name in LEARNED or name.startswith("_scaled_dot_product"):
             return out
         follows = any(self.holds(part) for part in tree_leaves((args, kwargs)))
-        if self._begins(name, args) or (follows and (not self.logarithm or name in COPIES)):
+        if self._begins(name, args) or (follows and (not self.logarithm or name in KEEP_LOGARITHM)):
             for part in tree_leaves(out):
                 if isinstance(part, torch.Tensor):
                     self.kept[_memory(part)] = part
@@ -77,13 +77,14 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def is_squashed(model: nn.Module, layer: str, inputs: Any, *, logarithm: bool = False) -> bool:
-    """Return whether the value at a layer comes from a sigmoid, a softmax or the like, by operators without weights.
+    """Return whether the value at a layer comes from a saturating operator, with no layer in between.
 
-    The result is meaningful only for values from 0 to 1, because a difference of two sigmoids also comes from sigmoids.
+    Without `logarithm`, use the result only if all values are from 0 to 1. A difference of two sigmoids also comes from
+    sigmoids, but it can be below 0.
 
     Args:
         model, layer, inputs: model, layer and batch of the run.
-        logarithm: test for an unchanged result of `logsigmoid` instead.
+        logarithm: test instead for a result of `logsigmoid` that only operators in `KEEP_LOGARITHM` have changed.
     """
     inputs = tensors(inputs, model)
     with _Marks(logarithm=logarithm) as marks:

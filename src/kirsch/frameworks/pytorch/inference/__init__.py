@@ -1,1 +1,1 @@
-"""Run a model in inference mode: arguments, outputs, and errors for both."""
+"""Run models: their arguments, their outputs, and errors that explain why a model does not run."""

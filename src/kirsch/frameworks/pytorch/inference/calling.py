@@ -99,7 +99,7 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
     if missing and set(options) <= set(known):
         fix = f"Add the missing entries: {', '.join(missing)}."
     if len(args) < len(known) and not options:
-        why = "Of a batch (a, b, c), the model takes a; b are the targets and c the ids of the samples."
+        why = "In a batch (a, b, c), a is the input of the model, b are the targets, and c the ids of the samples."
         entries = ", ".join(f'"{name}": ...' for name in [*known, "labels"])
         fix = f"Give batches as a dict with the names of the inputs of the model: {{{entries}}}."
     return UsageError(

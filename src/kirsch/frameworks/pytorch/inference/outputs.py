@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import UnknownNameError
-from kirsch.frameworks.predictions import ASIDE
+from kirsch.frameworks.predictions import NOT_PREDICTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -73,7 +73,7 @@ def selected_outputs(names: Sequence[str], selected: Sequence[str]) -> set[str]:
             raise UnknownNameError("output", name, names)
     if selected:
         return {path for path in names if any(_within(path, name) for name in selected)}
-    main = {path for path in names if not any(word in path for word in ASIDE)}
+    main = {path for path in names if not any(word in path for word in NOT_PREDICTIONS)}
     predicts = any(word in path for path in main for word in PREDICTIONS)
     return main if predicts else set(names)
 
@@ -95,7 +95,7 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def feature_mask(model: nn.Module, mask: Any) -> Any:
-    """Return the mask of the hidden positions, shape (N, L), from the mask of the inputs, shape (N, T).
+    """Return the mask of the positions of the hidden states, shape (N, L), from the mask of the inputs, shape (N, T).
 
     L equals T, except for speech models, whose convolutions have strides along the audio signal.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def from_numpy(arrays: Any, *, like: Any = None) -> Any:
-    """Convert a numpy array, or each in a tuple or dict, to tensors, on the device of the tensor `like` if given."""
+    """Convert a numpy array, or each array in a tuple or dict, to a tensor, on the device of `like` if it is given."""
     if like is None:
         return tree_map(torch.from_numpy, arrays)
     return tree_map(lambda array: torch.as_tensor(array, device=like.device), arrays)

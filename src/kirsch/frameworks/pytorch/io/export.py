@@ -114,7 +114,7 @@ class TorchExportable:
         return next(not_finite_names(self._flat.model), "")
 
     def _run(self, inputs: Sequence[NDArray[Any]]) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng(), torch.no_grad(), _own_types(self._flat):
+        with torch.random.fork_rng(), torch.no_grad(), _without_autocast(self._flat):
             return self._flat.by_path(*self._tensors(inputs))
 
     def _functions(self) -> set[str]:
@@ -150,7 +150,7 @@ class TorchExportable:
         tensors = tuple(torch.cat([value, value]) for value in tensors) if double_batch else tensors
         batch = torch.export.Dim("batch")
         try:
-            with _quiet(), _own_types(self._flat):
+            with _quiet(), _without_autocast(self._flat):
                 paths = list(self._run(list(self.inputs.values())))
                 program = torch.onnx.export(
                     self._flat,
@@ -180,8 +180,11 @@ class TorchExportable:
 
 
 @contextlib.contextmanager
-def _own_types(model: nn.Module) -> Iterator[None]:
-    """Disable the caller's autocast, whose conversions the file would contain; autocast in the model's code stays."""
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Disable the caller's autocast, because its conversions would become part of the file.
+
+    The code of the model may still enable autocast.
+    """
     with torch.autocast("cpu", enabled=False), torch.autocast(predict.device_of(model).type, enabled=False):
         yield
 

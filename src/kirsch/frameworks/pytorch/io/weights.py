@@ -142,7 +142,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     problems = (
         ("The file lacks {}.", missing),
         ("The model has no {}.", keys.unexpected_keys),
-        ("The model has other values in {}: it shares tensors that differ in the file.", other),
+        ("The loaded values of {} differ from the file, because the model ties tensors that differ in it.", other),
     )
     if any(names for _, names in problems):
         why = " ".join(sentence.format(", ".join(names[:MOST_NAMED])) for sentence, names in problems if names)

@@ -45,14 +45,14 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
-        self.stages = nn.Sequential(*(ConvBlock(before, after, 2 if place else 1) for before, after, place in stages))
+        self.stages = nn.Sequential(*(ConvBlock(before, after, 2 if number else 1) for before, after, number in stages))
         self.head = nn.Linear(widths[-1], 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1, 8, 8) → (N, 10)."""
         x = self.stages(self.stem(x))  # (N, C, 2, 2)
-        scores: torch.Tensor = self.head(x.mean((2, 3)))
-        return scores
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 @MODELS.register("digits:teacher")

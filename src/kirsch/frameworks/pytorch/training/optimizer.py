@@ -75,10 +75,10 @@ def accelerator_for(training: Training) -> Accelerator:
 
 
 def _destroy_process_group() -> None:
-    """Destroy the process group that Accelerate created for a training of Kirsch, before the interpreter exits.
+    """Destroy the process group that Accelerate created for a training run of Kirsch, before the interpreter exits.
 
-    Otherwise a thread of the group may need the interpreter after it has exited, which aborts the process. The threads
-    run until the last reference to the group is gone, and wrapped models that await garbage collection hold some.
+    Otherwise a thread of the group may need the interpreter after the exit, which aborts the process. The threads run
+    until no reference to the group is left, and wrapped models that await garbage collection hold references.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -164,7 +164,7 @@ class _Run:
 
         PyTorch's generators are set from (seed, epoch, batch) before each batch is loaded, because a DataLoader draws
         the order and the augmentation while it loads. A resumed run thus draws the same numbers. It loads and skips the
-        completed batches; `SeededData` can start at any batch, so it skips nothing.
+        completed batches, except of `SeededData`, which can start at any batch.
         """
         start = self.batch if isinstance(self.batches, SeededData) else 0
         self._seed(start)
@@ -399,7 +399,7 @@ class _Run:
         return TrainingState(arrays, copy.deepcopy(values))
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings that must be equal when a run is resumed, JSON-able."""
+        """Return the settings that must be equal when a run is resumed, as JSON values."""
         settings = {n: list(v) if isinstance(v, tuple) else v for n, v in self.training.model_dump().items()}
         return {**settings, "batches of an epoch": self.length}
 

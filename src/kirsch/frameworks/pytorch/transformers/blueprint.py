@@ -199,7 +199,7 @@ class Search:
         self.names = set(model.state_dict())
         self.stored = {axis: size for axis, size in self.target.items() if axis[0] in self.names}
         self.unreachable: list[tuple[str, int]] = []  # axes of a wrong size that only chosen numbers affect
-        self._best = (MOST_BUILDS, 0)  # how many open numbers and unreachable axes gave `unreachable`
+        self._best = (MOST_BUILDS, 0)  # numbers of open numbers and of unreachable axes when `unreachable` was set
         self.rejections: list[str] = []  # exceptions of builds with all numbers chosen
         self.integers = integer_attributes(model)
         self._trials: dict[frozenset[tuple[str, float]], Sizes | Exception] = {}

@@ -121,7 +121,7 @@ def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, 
 
 
 def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
-    """Update the configuration of the pruned model itself if one describes it."""
+    """Update the configuration of the pruned model itself, if there are numbers with which it describes the model."""
     name, module = type(pruned).__name__, graph.tracing.module
     if not has_configuration(pruned):
         why = f"No configuration describes the pruned {name}. {ORIGINAL_SIZE}"
