@@ -320,8 +320,8 @@ their first forward pass. In the masked original, a maximum over units included 
 hand" were written for this page."""
 
 REASONS = """\
-The reasons that freeze the most parameters, in total over all models, follow. The sign "…" stands for a name or a number in
-the code of the model."""
+The reasons that freeze the most parameters, in total over all models, follow. The sign "…" stands for
+a name or a number in the code of the model."""
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
