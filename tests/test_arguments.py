@@ -271,7 +271,10 @@ def test_an_argument_of_the_wrong_kind_is_named_with_the_fix(calls, name, tmp_pa
 
 
 def unclear_errors(name, function, arguments, argument):
-    """Try each kind of value that the argument should refuse. Yield a text if this fails."""
+    """Try each kind of value that the argument should refuse.
+
+    Yield a text for each kind that the callable accepts, or for which the error is not clear.
+    """
     accepted = ACCEPTED_BY_CALLABLE.get(f"{name}.{argument}", ACCEPTED.get(argument, set()))
     for kind in sorted(VALUES.keys() - accepted):
         value = VALUES[kind]()
