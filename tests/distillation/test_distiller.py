@@ -187,7 +187,7 @@ def test_the_gradients_of_the_batches_of_an_optimizer_step_sum_to_the_gradient_o
 
 
 def test_a_module_wrapped_by_ddp_has_the_same_gradients():
-    """One process is enough here; tests/frameworks/pytorch/test_processes.py runs two."""
+    """One process is enough here; tests/frameworks/pytorch/training/test_processes.py runs two."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).eval()
