@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from kirsch import __version__
 from kirsch.cli.terminal import Mode, Terminal
 from kirsch.progress import (
     JobProgress,
@@ -119,7 +120,7 @@ def test_the_status_line_before_the_first_epoch_has_the_elapsed_time():
 def test_the_header_has_name_folder_and_one_line_for_each_goal():
     lines = header_lines({"name": "digits", "run": "runs/a", "goals": ["MACs ≤ 50 %", "speed ≥ 2×"]})
     assert [plain(line) for line in lines] == [
-        "kirsch 0.1.0 · digits · run runs/a",
+        f"kirsch {__version__} · digits · run runs/a",
         "goal  MACs ≤ 50 %",
         "      speed ≥ 2×",
         "",
@@ -175,7 +176,7 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
 
 def test_a_pipe_gets_one_line_per_epoch_and_step():
     lines = run_through(io.StringIO()).splitlines()
-    assert lines[0] == "kirsch 0.1.0 · [red] · run <script>"
+    assert lines[0] == f"kirsch {__version__} · [red] · run <script>"
     assert lines[1] == "goal  [/0]"
     assert [line.split()[:2] for line in lines[3:7]] == [
         ["train", "epoch"],

@@ -12,7 +12,8 @@ import kirsch
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from pages import FILES, PAGES, REGISTRIES, ROOT, blocks
 
-import_beside("torchvision")  # imported by transformers and Lightning
+# transformers and Lightning import torchvision. `import_beside` imports it even if its compiled operators are missing.
+import_beside("torchvision")
 
 NAME = re.compile(r"(?<![\w./-])kirsch\.(\w+(?:\.\w+)*)")
 ENTRY_POINTS = {registry.kind for registry in REGISTRIES}

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from kirsch import __version__
 from kirsch.cli.app import MODES, app
 
 SUBCOMMANDS = [
@@ -49,7 +50,7 @@ def test_each_subcommand_has_the_options_json_quiet_and_debug(kirsch, subcommand
 
 
 def test_the_version_of_the_package_is_shown(kirsch):
-    assert kirsch("--version") == (0, "kirsch 0.1.0\n", "")
+    assert kirsch("--version") == (0, f"kirsch {__version__}\n", "")
 
 
 @pytest.mark.parametrize(

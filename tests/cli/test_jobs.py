@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kirsch import files
+from kirsch import __version__, files
 from kirsch.cli import jobs, main
 from kirsch.recipes import manifest
 from kirsch.recipes.recipe import read_recipe
@@ -50,7 +50,7 @@ def test_a_run_prints_a_header_one_line_per_step_and_the_verdict(finished):
     _, code, out = finished
     lines = out.splitlines()
     assert code == 0
-    assert lines[0] == "kirsch 0.1.0 · stripes · run run"
+    assert lines[0] == f"kirsch {__version__} · stripes · run run"
     assert lines[1].startswith("goal  prune: MACs ≤ 60 % of the student")
     assert [line.split()[1] for line in lines if line[:2].strip().isdigit()] == STEPS
     assert sum(" epoch " in line for line in lines) == 6 + 6 + 2

@@ -127,7 +127,8 @@ def test_part_with_other_inputs_is_refused(part, inputs, sentence):
 
 
 def test_parts_may_differ_in_length_and_in_the_order_of_names():
-    of_texts(validation=Split(texts(length=9), LABELS), test=Split(dict(reversed(texts().items())), LABELS))
+    found = of_texts(validation=Split(texts(length=9), LABELS), test=Split(dict(reversed(texts().items())), LABELS))
+    assert [list(part.inputs) for part in (found.train, found.test)] == [list(texts()), list(reversed(texts()))]
 
 
 @pytest.mark.parametrize("inputs", [texts(), tuple(texts().values())])

@@ -1,10 +1,12 @@
-"""Samples, trainings and losses that several tests of distillation use."""
+"""Samples, trainings, losses and a recording teacher that several tests of distillation use."""
 
 from __future__ import annotations
 
 import functools
 
 import numpy as np
+import torch
+from torch import nn
 
 from kirsch import ArrayData, Training, distill
 from kirsch.distillation.losses import LOSSES
@@ -39,3 +41,26 @@ def with_options(loss, **options):
 def softmax(logits):
     """Return the probabilities along the last axis."""
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+class Watched(nn.Module):
+    """A module that runs another one, and records its modes and its state in each forward pass.
+
+    Copies of the module append to the same list. Replace the list by an empty one at the start of a test.
+    """
+
+    calls: list = []  # noqa: RUF012 - shared by all copies on purpose
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        self.calls.append(
+            {
+                "training": {module.training for module in self.modules()},
+                "gradient": torch.is_grad_enabled(),
+                "state": {name: value.clone() for name, value in self.inner.state_dict().items()},
+            }
+        )
+        return self.inner(x)

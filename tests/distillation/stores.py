@@ -45,7 +45,3 @@ def versioned(function, version="1"):
     """Return a function with a declared version, as a store requires."""
     function.version = version
     return function
-
-
-def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -114,9 +114,12 @@ def test_inputs_and_targets_of_common_formats_are_recognized(form, net):
         assert torch.equal(one, other)
 
 
-def test_a_distiller_takes_the_same_formats(net):
-    found = Distiller(net, Net(5), Objective.kd(), FORMS["another name of the input"])
-    assert set(found(FORMS["another name of the input"]).terms) == {"label", "kd"}
+@pytest.mark.parametrize("form", FORMS)
+def test_a_distiller_takes_the_same_formats(form, net):
+    found = Distiller(net, Net(5), Objective.kd(), FORMS[form])
+    plain, in_this_form = found((X, Y)), found(FORMS[form])
+    assert set(in_this_form.terms) == {"label", "kd"}
+    assert torch.equal(in_this_form.total, plain.total)
 
 
 def test_targets_can_be_none(net):
@@ -174,7 +177,11 @@ WRONG = {
         "a list of samples that are not collated: a list of 2 dict.* default collate_fn",
     ),
     "pairs in a list": ([[(X[0], 1), (X[1], 2)]], DataError, "samples that are not collated"),
-    "columns of samples": ([(tuple(X), tuple(Y.tolist()))], DataError, r"12 targets|samples|Stack"),
+    "columns of samples": (
+        [(tuple(X), tuple(Y.tolist()))],
+        DataError,
+        "1 samples and 12 targets.* stack the samples in",
+    ),
     "boxes and labels": (
         [(X, {"boxes": X, "labels": Y})],
         DataError,
@@ -231,7 +238,7 @@ def test_unsupported_batches_are_refused_before_training(case, net):
             distill_mutually([net, Net(5)], data, training=ONCE)
 
 
-def test_a_missing_entry_of_a_batch_is_to_be_added():
+def test_the_error_for_a_missing_entry_of_a_batch_says_to_add_the_entry():
     class Two(Net):
         def forward(self, image, mask, scale=1.0):
             return super().forward(image * mask * scale)
@@ -271,7 +278,7 @@ def test_array_data_can_be_tensors_or_lists(net):
             ArrayData(inputs, None)
 
 
-# ------------------------------------------------------------------------------------------------ a single last sample
+# ------------------------------------------------------------------------------------------------ one last sample
 
 
 ALONE = r"A batch has one sample, and Net normalizes over the samples of a batch\..* drop_last=True"
@@ -315,7 +322,7 @@ def test_a_batch_of_one_sample_from_a_loader_without_a_length_is_refused_when_it
         fit(Net(norm=True), Loader(), training=Training(epochs=2, schedule="constant"))
 
 
-def test_loaders_without_a_single_last_sample_are_accepted():
+def test_data_without_a_batch_of_one_sample_is_accepted_with_batch_normalization():
     for data in (DataLoader(ROWS, 4, drop_last=True), DataLoader(ROWS, 13), ArrayData(X.numpy(), Y.numpy(), 11)):
         assert len(fit(Net(norm=True), data, training=ONCE).history) == ONCE.epochs
 

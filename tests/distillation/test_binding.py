@@ -115,23 +115,28 @@ def test_stages_are_matched_by_the_size_of_their_maps():
         ("down", lambda net, x: net.down(torch.relu(net.norm(net.stem(x))))),
         ("down:in", lambda net, x: torch.relu(net.norm(net.stem(x)))),
         ("/relu#0", lambda net, x: torch.relu(net.norm(net.stem(x)))),
-        ("/relu#1:in", None),
-        ("penultimate", None),
         ("logits", lambda net, x: net(x)),
     ],
 )
 def test_a_layer_name_selects_the_input_or_output_of_the_layer(layer, expected):
     net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
-    if expected is None and layer != "penultimate":
-        with pytest.raises(UsageError, match="is not a layer name"):  # :in belongs before #
-            expand(net, layer, x)
-        return
     (concrete,) = expand(net, layer, x)
-    found = dry_run(net, [concrete], x)[concrete]
-    if layer == "penultimate":
-        assert torch.equal(net.head(found), net(x))
-    else:
-        assert torch.equal(found, expected(net, x))
+    assert torch.equal(dry_run(net, [concrete], x)[concrete], expected(net, x))
+
+
+def test_the_penultimate_layer_is_the_input_of_the_head():
+    net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
+    (concrete,) = expand(net, "penultimate", x)
+    assert torch.equal(net.head(dry_run(net, [concrete], x)[concrete]), net(x))
+
+
+def test_in_after_the_number_of_a_call_is_not_a_layer_name():
+    """The input of the second call of relu is named /relu:in#1."""
+    net, x = Net(4).eval(), torch.randn(2, 1, 8, 8)
+    with pytest.raises(UsageError, match="is not a layer name"):
+        expand(net, "/relu#1:in", x)
+    (concrete,) = expand(net, "/relu:in#1", x)
+    assert torch.equal(dry_run(net, [concrete], x)[concrete], net.down(torch.relu(net.norm(net.stem(x)))))
 
 
 def test_hooks_are_removed_after_an_exception():
@@ -218,7 +223,10 @@ def test_samples_without_a_label_have_no_label_loss():
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    """24 samples form one batch, or four of an optimizer step. Batch normalization is removed: it would differ."""
+    """An optimizer step has one batch of 24 samples, or four batches of 6.
+
+    Batch normalization is removed, because its result depends on the batch.
+    """
 
     def student():
         torch.manual_seed(1)
@@ -260,7 +268,7 @@ def _seeded():
 
 @pytest.mark.parametrize("keep", [TopK(3), Dense()], ids=["top-k", "dense"])
 def test_a_store_gives_the_losses_of_its_teacher(tmp_path, keep):
-    """Up to the rounding of the stored logits to 16 bits."""
+    """The losses differ by the rounding of the stored logits to 16 bits."""
     torch.manual_seed(2)
     teacher, objective = Net(6), Objective((Term("kd", 0.9, temperature=2.0),), label_weight=0.1)
     teacher.head.weight.data *= 20  # confident predictions

@@ -67,8 +67,8 @@ def test_dist_of_a_student_that_equals_its_teacher_is_0_with_many_classes(scale,
     assert float(student.grad.abs().max()) < 1e-6
 
 
-def test_the_correlation_with_constant_probabilities_counts_as_0(framework):
-    """One model has equal probabilities for both samples, the other model has different ones."""
+def test_the_correlation_counts_as_0_if_one_model_is_constant_and_as_1_if_both_are(framework):
+    """A model is constant if its probabilities are equal for both samples. The loss is 1 minus the correlation."""
     varying, constant = framework(np.array([[0.0, 1.0], [0.0, 2.0]])), framework(np.array([[0.3, 1.1], [0.3, 1.1]]))
     assert float(LOSSES["dist"](varying, constant, inter=0.0)) == pytest.approx(1, rel=1e-14)
     assert float(LOSSES["dist"](constant, varying, inter=0.0)) == pytest.approx(1, rel=1e-14)

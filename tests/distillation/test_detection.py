@@ -27,8 +27,8 @@ from kirsch.errors import ShapeError, UnknownNameError, UsageError
 from kirsch.testing import LOSS_CHECKS
 
 
-def random_side(seed, queries, samples=2, classes=4):
-    """Return random logits, and boxes with an area."""
+def random_outputs(seed, queries, samples=2, classes=4):
+    """Return the outputs of a detector: random logits, and boxes with an area."""
     random = np.random.default_rng(seed)
     return {
         "logits": 2 * random.standard_normal((samples, queries, classes)),
@@ -36,8 +36,8 @@ def random_side(seed, queries, samples=2, classes=4):
     }
 
 
-def tensors(side):
-    return {name: torch.from_numpy(part) for name, part in side.items()}
+def tensors(outputs):
+    return {name: torch.from_numpy(part) for name, part in outputs.items()}
 
 
 def sigmoid(logits):
@@ -107,7 +107,7 @@ def test_cells_are_weighted_by_the_largest_probability(framework):
 
 def test_the_gradient_of_feature_maps_is_weighted_and_reaches_the_student_only():
     random = np.random.default_rng(0)
-    student, maps = (torch.from_numpy(side) for side in random.standard_normal((2, 2, 3, 4, 4)))
+    student, maps = (torch.from_numpy(part) for part in random.standard_normal((2, 2, 3, 4, 4)))
     logits = torch.from_numpy(random.standard_normal((2, 5, 4, 4))).requires_grad_()
     detection_features(student.requires_grad_(), {"maps": maps, "logits": logits}).backward()
     weights = torch.sigmoid(logits.detach()).amax(1)  # (N, H, W)
@@ -151,7 +151,7 @@ def test_detection_response_equals_its_closed_form(framework):
 
 def test_detection_response_equals_the_formula_of_the_authors_in_pytorch():
     """The formula is cross-entropy times |p_t - p_s|, divided by the number of objects."""
-    student, teacher = tensors(random_side(0, 6)), tensors(random_side(1, 6))
+    student, teacher = tensors(random_outputs(0, 6)), tensors(random_outputs(1, 6))
     student["logits"].requires_grad_()
     p_t = torch.sigmoid(teacher["logits"])
     cross_entropy = F.binary_cross_entropy_with_logits(student["logits"], p_t, reduction="none")
@@ -173,7 +173,8 @@ def with_logits(*cells):
 def test_detection_response_is_equal_for_an_object_that_only_the_student_or_only_the_teacher_detects(framework):
     def loss_value(*cells):
         student, teacher = (
-            {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
+            {n: framework(part) for n, part in outputs.items()}
+            for outputs in (with_logits(*cells), with_logits(*truth))
         )
         return float(detection_response(student, teacher))
 
@@ -187,7 +188,8 @@ def test_detection_response_is_equal_for_an_object_that_only_the_student_or_only
 def test_the_loss_detr_of_an_invented_object_is_a_tenth_of_the_loss_of_a_missed_object(framework):
     def loss_value(*cells):
         student, teacher = (
-            {n: framework(part) for n, part in side.items()} for side in (with_logits(*cells), with_logits(*truth))
+            {n: framework(part) for n, part in outputs.items()}
+            for outputs in (with_logits(*cells), with_logits(*truth))
         )
         return float(detr(student, teacher))
 
@@ -204,7 +206,7 @@ def test_objects_of_the_student_add_to_the_loss_if_the_teacher_detects_nothing()
 
 
 def test_boxes_are_weighted_by_the_confidence_above_the_threshold():
-    student, teacher = random_side(0, 6), random_side(1, 6)
+    student, teacher = random_outputs(0, 6), random_outputs(1, 6)
     confident = sigmoid(teacher["logits"]).max(-1)
     distances = np.abs(student["boxes"] - teacher["boxes"]).sum(-1)
     for threshold in (0.0, 0.7, 0.9):
@@ -238,7 +240,7 @@ def test_background_cells_change_the_response_by_less_than_2_percent():
 )
 def test_invalid_options_of_the_response_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        detection_response(random_side(0, 6), random_side(1, 6), **options)
+        detection_response(random_outputs(0, 6), random_outputs(1, 6), **options)
 
 
 # ------------------------------------------------------------------------------------------------ DETR: sets of queries
@@ -264,9 +266,9 @@ def naive_confidence(logits, classes):
 @pytest.mark.parametrize("queries", [(4, 4), (5, 3), (3, 5)], ids=str)
 @pytest.mark.parametrize("seed", range(4))
 def test_detr_is_the_minimum_over_all_permutations(classes, queries, seed):
-    student, teacher = random_side(seed, queries[0]), random_side(100 + seed, queries[1])
+    student, teacher = random_outputs(seed, queries[0]), random_outputs(100 + seed, queries[1])
     confident = naive_confidence(teacher["logits"], classes)
-    chosen = np.argsort(-confident, -1)[:, : queries[0]]  # the most confident ones, if the student has fewer
+    chosen = np.argsort(-confident, -1)[:, : queries[0]]  # the most confident queries if the student has fewer
     weights = np.take_along_axis(confident, chosen, -1)
     class_weights = np.maximum(weights, 0.3)
     shares = np.stack([class_weights / class_weights.sum(), weights / weights.sum()], -1)  # classes, boxes
@@ -284,7 +286,7 @@ def test_detr_is_the_minimum_over_all_permutations(classes, queries, seed):
 
 
 def test_the_order_of_queries_does_not_change_the_loss_detr():
-    student, teacher = random_side(0, 6), random_side(1, 6)
+    student, teacher = random_outputs(0, 6), random_outputs(1, 6)
     expected = detr(student, teacher)
     order = np.random.default_rng(2).permutation(6)
     moved = {name: part[:, order] for name, part in student.items()}
@@ -293,7 +295,7 @@ def test_the_order_of_queries_does_not_change_the_loss_detr():
 
 
 def test_queries_of_the_student_without_a_matching_query_of_the_teacher_get_no_gradient():
-    teacher, others = random_side(1, 3), random_side(2, 4)
+    teacher, others = random_outputs(1, 3), random_outputs(2, 4)
     student = {name: np.concatenate([others[name], teacher[name]], 1) for name in teacher}
     assert detr(student, teacher) == pytest.approx(0, abs=1e-12)
     student = {name: torch.from_numpy(part.copy()).requires_grad_() for name, part in student.items()}
@@ -303,7 +305,7 @@ def test_queries_of_the_student_without_a_matching_query_of_the_teacher_get_no_g
 
 
 def test_queries_without_an_object_are_compared_by_their_classes_but_not_by_their_boxes():
-    student, teacher = random_side(0, 5), random_side(1, 5)
+    student, teacher = random_outputs(0, 5), random_outputs(1, 5)
     teacher["logits"][:, 2:, -1] += 30.0  # no object
     fewer = {name: part[:, :2] for name, part in teacher.items()}
     assert detr(student, teacher, empty_weight=0) == pytest.approx(detr(student, fewer, empty_weight=0), rel=1e-6)
@@ -316,13 +318,13 @@ def test_queries_without_an_object_are_compared_by_their_classes_but_not_by_thei
 @pytest.mark.parametrize("queries", [(5, 3), (3, 5)], ids=str)
 def test_the_gradient_of_detr_equals_finite_differences(classes, queries):
     """The matching is constant within a small step, so the loss is smooth."""
-    student, teacher = tensors(random_side(0, queries[0])), tensors(random_side(1, queries[1]))
+    student, teacher = tensors(random_outputs(0, queries[0])), tensors(random_outputs(1, queries[1]))
 
     def loss_value(logits, boxes):
         return detr({"logits": logits, "boxes": boxes}, teacher, classes=classes)
 
-    sides = [student[name].clone().requires_grad_() for name in ("logits", "boxes")]
-    assert torch.autograd.gradcheck(loss_value, sides, atol=1e-6)
+    arguments = [student[name].clone().requires_grad_() for name in ("logits", "boxes")]
+    assert torch.autograd.gradcheck(loss_value, arguments, atol=1e-6)
 
 
 @pytest.mark.parametrize("check", LOSS_CHECKS, ids=lambda check: check.__name__)
@@ -338,17 +340,17 @@ def test_matching_works_with_nan_and_infinity():
     """Pairs with a cost of NaN or infinity are matched last. The loss becomes NaN."""
     costs = np.array([[[np.nan, 1.0], [0.0, np.inf]]])
     np.testing.assert_array_equal(match_pairs(costs), [[1, 0]])
-    student, teacher = random_side(0, 3), random_side(1, 3)
+    student, teacher = random_outputs(0, 3), random_outputs(1, 3)
     student["logits"][0, 0, 0] = np.nan
     assert math.isnan(detr(student, teacher))
 
 
 def test_a_student_with_fewer_queries_is_matched_to_the_most_confident():
-    """Matching by cost alone would select the query without an object."""
+    """`most_confident` reduces the teacher's queries before the matching. Query 0 has no object and is left out."""
     teacher = {"logits": np.array([[[0.0, 5.0], [3.0, 0.0], [2.0, 0.0]]]), "boxes": np.arange(12.0).reshape(1, 3, 4)}
-    for side in (teacher, tensors(teacher)):
-        assert [box[0] for box in most_confident(side, "softmax", 2)["boxes"][0].tolist()] == [4, 8]
-        assert most_confident(side, "softmax", 5)["boxes"].shape == (1, 3, 4)
+    for outputs in (teacher, tensors(teacher)):
+        assert [box[0] for box in most_confident(outputs, "softmax", 2)["boxes"][0].tolist()] == [4, 8]
+        assert most_confident(outputs, "softmax", 5)["boxes"].shape == (1, 3, 4)
 
 
 def test_the_confidence_ignores_the_class_no_object():
@@ -358,11 +360,11 @@ def test_the_confidence_ignores_the_class_no_object():
 
 
 def test_sets_of_queries_with_inconsistent_shapes_are_refused():
-    student, teacher = random_side(0, 4), random_side(1, 5)
+    student, teacher = random_outputs(0, 4), random_outputs(1, 5)
     with pytest.raises(ShapeError, match=r"\(2, 4, 4\), the teacher's \(2, 5, 3\).*numbers of queries may differ"):
-        detr(student, random_side(1, 5, classes=3))
+        detr(student, random_outputs(1, 5, classes=3))
     with pytest.raises(ShapeError, match=r"\(2, 4, 4\), the teacher's \(1, 5, 4\)"):
-        detr(student, random_side(1, 5, samples=1))
+        detr(student, random_outputs(1, 5, samples=1))
     with pytest.raises(ShapeError, match=r"The teacher's boxes have shape \(2, 4, 4\); \(2, 5, 4\) is needed"):
         detr(student, {**teacher, "boxes": student["boxes"]})
     with pytest.raises(UnknownNameError, match="There is no kind of classes 'logistic'"):
@@ -370,21 +372,21 @@ def test_sets_of_queries_with_inconsistent_shapes_are_refused():
     with pytest.raises(UsageError, match="`class_weight` is -1; a number of at least 0 is needed"):
         detr(student, teacher, class_weight=-1)
     with pytest.raises(ShapeError, match='The logits have one class, which is "no object"'):
-        detr(random_side(0, 4, classes=1), random_side(1, 4, classes=1))
+        detr(random_outputs(0, 4, classes=1), random_outputs(1, 4, classes=1))
 
 
 @pytest.mark.parametrize("loss", [detr, detection_response])
 def test_inputs_without_logits_and_boxes_are_refused(loss):
-    side = random_side(0, 4)
+    outputs = random_outputs(0, 4)
     for other, message in (
-        ({"logits": side["logits"]}, r'The teacher returns logits; a dict of "logits" and "boxes" is needed'),
-        (side["logits"], r'The teacher returns one array; a dict of "logits" and "boxes" is needed'),
+        ({"logits": outputs["logits"]}, r'The teacher returns logits; a dict of "logits" and "boxes" is needed'),
+        (outputs["logits"], r'The teacher returns one array; a dict of "logits" and "boxes" is needed'),
     ):
         with pytest.raises(UsageError, match=message):
-            loss(side, other)
+            loss(outputs, other)
     for shape in ((2, 1, 4), (2, 4, 5), (2, 4, 2), (8, 4)):
-        boxes = {**side, "boxes": np.ones(shape)}
+        boxes = {**outputs, "boxes": np.ones(shape)}
         with pytest.raises(ShapeError, match=r"The student's boxes have shape .*; \(2, 4, 4\) is needed"):
             loss(boxes, boxes)
     with pytest.raises(ShapeError, match=r"The student's logits have shape \(8, 4\); \(N, Q, K\) is needed"):
-        loss({**side, "logits": np.ones((8, 4))}, side)
+        loss({**outputs, "logits": np.ones((8, 4))}, outputs)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import kirsch
-from distillation.examples import image_data
+from distillation.examples import Watched, image_data
 from hooks import assert_no_hooks
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TopK, build_store
@@ -75,7 +75,10 @@ def sgd(found):
 
 
 def steps(found, optimizer, start, stop):
-    """Run a plain loop over batches `start` to `stop`, counted over epochs."""
+    """Train in a plain loop on the batches from `start` up to, but without, `stop`.
+
+    Batches are numbered across epochs: batch `LENGTH` is the first one of epoch 1.
+    """
     found.train()
     for step in range(start, stop):
         epoch, number = divmod(step, LENGTH)
@@ -93,7 +96,10 @@ def assert_close_states(one, two):
 
 @pytest.mark.filterwarnings("ignore:The term:UserWarning")
 def test_a_plain_loop_gives_the_weights_of_kirsch_distill():
-    """The objective has a ramp, an adapter, the penultimate layer and balance. Dropout is removed: its seeds differ."""
+    """The objective has a ramp, an adapter, the penultimate layer and balance.
+
+    Dropout is removed, because this loop and `kirsch.distill` seed the random generator differently.
+    """
     models = [net(4, 1), net(6, 2)]
     for model in models:
         model[5] = nn.Identity()
@@ -140,17 +146,19 @@ def test_hooks_are_removed_after_an_exception_and_added_by_the_next_call():
     assert_no_hooks(student, teacher)
 
 
-def test_the_teacher_stays_in_inference_mode_and_does_not_change():
+def test_the_teacher_stays_in_inference_mode_and_does_not_change(monkeypatch):
+    monkeypatch.setattr(Watched, "calls", [])
     teacher = net(6, 2)
     before = copy.deepcopy(teacher.state_dict())
-    found = kirsch.Distiller(net(4, 1), teacher, Objective.kd(), next(data().epoch(0, 0)))
-    batch = next(data().epoch(0, 1))
-    found.train().eval()
-    loss = found(batch).terms["kd"].detach()
-    found.student[5] = nn.Identity()
-    assert found.eval()(batch).terms["kd"].detach() == loss  # the dropout of the teacher is off
-    assert found.train().module.training
+    found = kirsch.Distiller(net(4, 1), Watched(teacher).train(), Objective.kd(), next(data().epoch(0, 0)))
+    Watched.calls.clear()
+    steps(found, sgd(found), 0, 3)
     assert found.student.training
+    assert found.module.training
+    assert [call["training"] for call in Watched.calls] == [{False}] * 3
+    for call in Watched.calls:
+        assert all(torch.equal(before[name], value) for name, value in call["state"].items())
+    assert teacher.training
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
@@ -179,7 +187,7 @@ def test_the_gradients_of_the_batches_of_an_optimizer_step_sum_to_the_gradient_o
 
 
 def test_a_module_wrapped_by_ddp_has_the_same_gradients():
-    """One process is enough here; tests/frameworks/pytorch/test_processes.py runs two."""
+    """One process is enough here; tests/frameworks/pytorch/training/test_processes.py runs two."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         found = distiller(Objective((Term("fitnet", 1.0, student_layer="1"),))).eval()

@@ -148,9 +148,14 @@ def test_a_teacher_of_many_classes_with_low_accuracy_above_chance_is_accepted():
         return found
 
     student = FromFunction(lambda x: x[:, :1] * torch.ones(200, dtype=torch.float64), 200)
-    hooks = TrainingHooks(event=lambda event: None)
+    events = []
     inputs = np.random.default_rng(0).standard_normal((40, D))
-    distill(student, FromFunction(logits, 200), ArrayData(inputs, labels), training=ONCE, hooks=hooks)
+    batches = [(inputs, labels)]  # in order, because the predictions depend on the position in the batch
+    hooks = TrainingHooks(event=events.append)
+    distill(student, FromFunction(logits, 200), batches, training=ONCE, hooks=hooks)
+    assert events[0]["event"] == "teacher"
+    assert events[0]["accuracy"] == pytest.approx(2 / 40)
+    assert not [text for text in warnings_of(events) if "better than chance" in text]
 
 
 def test_a_teacher_that_predicts_background_for_every_pixel_is_refused():

@@ -21,7 +21,7 @@ WARNING = r"The objective does not use these outputs of the student: {names}\. T
 
 
 class Two(nn.Module):
-    """Model of classes and a number, with hidden states, a constant and class numbers among its outputs."""
+    """Model that returns class logits and a number, `age`; with names, also outputs that need no training."""
 
     def __init__(self, width=16, named=True):
         super().__init__()
@@ -119,7 +119,7 @@ def test_probabilities_of_other_logits_give_a_warning():
     assert re.match(WARNING.format(names="other"), text)
 
 
-def test_without_the_output_of_a_teacher_the_warning_names_the_kind_of_term():
+def test_if_the_teacher_lacks_the_output_or_its_values_are_constant_the_warning_shows_an_example_of_a_term():
     plain = nn.Linear(6, 3)
     (text,) = warned(Objective.kd(), plain)
     assert text.endswith(
@@ -130,7 +130,7 @@ def test_without_the_output_of_a_teacher_the_warning_names_the_kind_of_term():
     assert warned(Objective.kd(), constant) == [text]
 
 
-def test_a_term_for_an_output_is_relative_to_its_variance():
+def test_the_weight_of_the_suggested_term_is_1_divided_by_the_variance_of_the_teachers_output():
     teacher = model(1)
     with torch.no_grad():
         teacher.age.weight.mul_(1000)

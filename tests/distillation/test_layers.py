@@ -73,7 +73,7 @@ def test_a_feature_is_copied_before_the_model_overwrites_it_in_place():
         for layer, value in watch(x).items():
             torch.testing.assert_close(value, expected[layer], msg=layer)
     copied = {key[0][0] or "root" for key, overwritten in watch._overwritten.items() if overwritten}
-    assert copied == {"layer1.0.bn2", "layer1.0"}  # "layer1.0" is from "layer1.0/add"
+    assert copied == {"layer1.0.bn2", "layer1.0"}  # the entry "layer1.0" is that of the function "layer1.0/add"
     watch.close()
 
 

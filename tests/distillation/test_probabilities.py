@@ -283,6 +283,9 @@ def test_a_softmax_in_training_mode_only_is_refused():
 def test_outputs_in_training_mode_are_accepted_if_declared_as_logits():
     objective = Objective(student_outputs="logits")
     assert fit(InOneMode(nn.Softmax(-1), training=True), dataset(), objective=objective, training=SHORT).history
+
+
+def test_logits_that_differ_in_training_mode_are_accepted():
     dropped = nn.Sequential(net(), nn.Dropout(0.9))
     assert fit(dropped, dataset(), training=SHORT).history
 

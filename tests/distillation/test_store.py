@@ -1,4 +1,4 @@
-"""Stored teacher outputs: reading returns the teacher's outputs for the same view of the sample, or an error.
+"""Reading a store returns the teacher's outputs for the requested samples and view, or raises an error.
 
 A record contains the outputs for one view of one sample. A range file contains the records of successive samples.
 """

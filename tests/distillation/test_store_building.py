@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from distillation.stores import IDS, content, data, network, tiny_store
+from distillation.stores import IDS, data, network, tiny_store
+from folders import contents
 from kirsch import files
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store, record
@@ -47,7 +48,7 @@ def test_an_interrupted_build_continues_and_gives_identical_files(store_folder, 
     assert (folder / "view-0001-range-000001.bin").exists()
     tiny_store(folder, event=events.append)
     assert [(e["view"], e["range"]) for e in events] == [(v, r) for v in range(2) for r in range(3)]
-    assert content(folder) == content(store_folder)
+    assert contents(folder) == contents(store_folder)
 
 
 def test_the_error_of_a_partial_store_names_the_first_missing_range(tmp_path):
@@ -58,9 +59,9 @@ def test_the_error_of_a_partial_store_names_the_first_missing_range(tmp_path):
 
 
 def test_a_finished_store_is_not_built_again(store_copy):
-    before = content(store_copy)
+    before = contents(store_copy)
     tiny_store(store_copy, event=lambda event: pytest.fail("a range was built again"))
-    assert content(store_copy) == before
+    assert contents(store_copy) == before
 
 
 def test_the_size_of_batches_and_ranges_does_not_change_the_records(store_folder, tmp_path):
@@ -154,7 +155,7 @@ def test_a_killed_build_continues_and_gives_identical_files(store_folder, tmp_pa
                 TeacherStore.open(folder)
     assert ("before a range has its name" in faults) == bool(list(folder.glob(f"{files.TEMPORARY}*")))
     tiny_store(folder).verify()
-    assert content(folder) == content(store_folder)  # temporary files are removed
+    assert contents(folder) == contents(store_folder)  # temporary files are removed
 
 
 def test_two_processes_share_a_build(store_folder, tmp_path):
@@ -162,7 +163,7 @@ def test_two_processes_share_a_build(store_folder, tmp_path):
     running = [start(folder, f"{share}/2") for share in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     TeacherStore.open(folder).verify()
-    assert content(folder) == content(store_folder)
+    assert contents(folder) == contents(store_folder)
 
 
 def test_shared_builds_do_not_overlap(tmp_path):
@@ -211,7 +212,7 @@ def test_a_process_ends_without_error_if_another_has_finished_the_build(store_fo
 
     monkeypatch.setattr(record, "pack_records", overtaken)
     tiny_store(tmp_path / "s").verify()
-    assert content(tmp_path / "s") == content(store_folder)
+    assert contents(tmp_path / "s") == contents(store_folder)
 
 
 def test_a_missing_temporary_file_is_not_an_error_if_another_process_has_built_the_range(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from distillation.stores import AUGMENT, IDS, K, N, content, data, images, network, tiny_store, versioned
+from distillation.stores import AUGMENT, IDS, K, N, data, images, network, tiny_store, versioned
+from folders import contents
 from kirsch.data.augment import Flip
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import Dense, TeacherStore, TopK
@@ -101,7 +102,7 @@ def test_a_damaged_range_is_built_again_after_its_file_is_deleted(store_folder, 
     events = []
     tiny_store(store_copy, event=events.append).verify()
     assert [(event["view"], event["range"]) for event in events] == [(1, 1)]
-    assert content(store_copy) == content(store_folder)
+    assert contents(store_copy) == contents(store_folder)
 
 
 @pytest.mark.parametrize("options", [{"model": network(seed=1)}, {"inputs": data(Flip())}, {"seed": 6}], ids=str)

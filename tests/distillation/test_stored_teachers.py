@@ -193,9 +193,9 @@ def test_a_flipped_bit_is_detected_before_a_training_step(tmp_path):
     given = data(SHAKEN, views=2)
     build_store(tmp_path / "store", net(), given, keep=TopK(3), views=2)
     path = tmp_path / "store" / "view-0001-range-000000.bin"
-    whole = bytearray(path.read_bytes())
-    whole[4 + 3 + 1] ^= 0x80  # the sign of a logarithm
-    path.write_bytes(whole)
+    content = bytearray(path.read_bytes())
+    content[4 + 3 + 1] ^= 0x80  # the sign of a logarithm
+    path.write_bytes(content)
     store = TeacherStore.open(tmp_path / "store")
     learned(net(seed=1), store, given)  # reads only the first view, which is intact
     with pytest.raises(StoreError, match=r"sha256: view-0001-range-000000.bin \(view 1, samples 0 to 39\)"):
@@ -271,7 +271,11 @@ def test_a_live_or_stored_teacher_is_compared_with_chance_on_samples_of_all_clas
 def test_a_stored_teacher_is_not_evaluated_on_data_without_labels(tmp_path):
     given = data(targets=None)
     store = build_store(tmp_path / "store", net(), given, keep=Dense())
-    learned(net(seed=1), store, given, objective=UNLABELED, check_teacher=True)
+    events = []
+    hooks = TrainingHooks(event=events.append)
+    learned(net(seed=1), store, given, objective=UNLABELED, check_teacher=True, hooks=hooks)
+    assert events[0] == {"event": "teacher"}  # without metrics
+    assert [event["event"] for event in events[1:]] == ["first_batch", "epoch"]
 
 
 def test_a_layer_that_the_store_does_not_hold_is_named_with_the_argument_that_stores_it(tmp_path):

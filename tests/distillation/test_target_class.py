@@ -18,7 +18,7 @@ N, K = z_s.shape
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_dkd_with_the_teachers_weights_equals_soft_targets(temperature, framework):
+def test_dkd_equals_soft_targets_if_beta_is_1_minus_the_teachers_probability_of_the_label(temperature, framework):
     """Zhao et al. 2022, equation 5: KD = TCKD + (1 - p_label of the teacher) NCKD, of each sample."""
     p_t = np.exp(ops.log_softmax(z_t / temperature))
     for i in range(N):
@@ -30,7 +30,10 @@ def test_dkd_with_the_teachers_weights_equals_soft_targets(temperature, framewor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dkd_of_large_logits_is_accurate_in_low_precision(dtype):
-    """Masking a class by subtracting 1000 would fail for logits of thousands. The integer logits are exact."""
+    """Masking a class by subtracting 1000 would fail for logits of thousands.
+
+    The logits are small integers times 512, which bfloat16 represents exactly.
+    """
     student, teacher = (torch.from_numpy(np.round(logits) * 512) for logits in (z_s, z_t))
     labels = teacher.argmax(-1)
     expected = float(LOSSES["dkd"](student, teacher, labels=labels))

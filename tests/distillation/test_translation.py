@@ -74,7 +74,10 @@ def test_padding_of_source_and_target_has_no_effect(transformers, build):
 
 @pytest.mark.parametrize("build", BOTH)
 def test_without_a_mask_all_positions_of_the_source_count(transformers, build):
-    """The terms compare cross-attention, as in speech models. The source is longer than the target."""
+    """Batches for speech models often have no attention mask. The terms compare cross-attention.
+
+    The source is longer than the target.
+    """
     inputs, labels = translation()
     inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
     terms = [

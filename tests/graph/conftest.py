@@ -1,4 +1,4 @@
-"""Small networks with facts recorded by hand, as a framework would record them."""
+"""Small networks whose operations the tests record as `kirsch.graph.facts.Facts`, in place of a framework's tracer."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_an_invalid_plan_is_refused_with_file_and_field(tmp_path, path, value, s
 
 
 class LayerForLargeBatches(nn.Module):
-    """The batch size decides which layers are coupled."""
+    """A network in which a third linear layer reads the hidden units if the batch has more than two samples."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ def test_an_edit_that_changes_the_cost_has_a_note_and_the_goal_is_checked_again(
 
 
 def test_an_unregistered_importance_has_a_note_and_the_plan_is_applied(tmp_path):
-    """The importance may be registered only where the plan was made."""
+    """The program that made the plan may have registered an importance that this program has not registered."""
     found = prune_with_verification(MODEL, Plan.from_json(altered("method/importance", "magnitud")))
     (note,) = [note for note in found.notes if "importance" in note]
     assert note.startswith(

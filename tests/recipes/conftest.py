@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import kirsch
+from kirsch.data.sources import load_data
+from kirsch.recipes.models import build
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import run
 from tiny import write_job
@@ -92,3 +96,24 @@ def done(finished, tmp_path):
     """Copy of the finished run that a test may change."""
     shutil.copytree(finished[0].base, tmp_path, dirs_exist_ok=True)
     return JobFolder(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Trained model, untrained small model, and data, which tests must not change."""
+    base = tmp_path_factory.mktemp("trained")
+    write_job(base)
+    data = load_data("nets.py:stripes", {}, seed=0, base=base)
+    teacher = build("nets.py:teacher", base=base)
+    return (
+        kirsch.distill(
+            teacher,
+            copy.deepcopy(teacher),
+            data.batches(16),
+            objective=kirsch.Objective.labels(),
+            training=kirsch.Training(epochs=6, learning_rate=0.02, optimizer="adamw"),
+            check_teacher=False,
+        ).model,
+        build("nets.py:student", base=base),
+        data,
+    )

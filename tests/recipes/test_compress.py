@@ -10,18 +10,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
-from kirsch.data.sources import load_data
 from kirsch.deploy import steps
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import DataError, GoalError, Interrupted, NumericError, UsageError
+from kirsch.errors import Interrupted, UsageError
 from kirsch.files import sha256
 from kirsch.jobs.step import STEPS, Step
-from kirsch.recipes.models import build
-from kirsch.steps import Distill, Export, Measure, Prune, Recover
-from tiny import same_weights, write_job
+from kirsch.steps import Prune, Recover
+from tiny import same_weights
 
 TRAINING = kirsch.Training(epochs=5, learning_rate=0.02)
 HALF = kirsch.Goal(macs=0.5)
@@ -39,27 +36,6 @@ def _few_rounds():
             lambda *args, rounds, **options: compare_latencies(*args, rounds=6, **options),
         )
         yield
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trained model, untrained small model, and data."""
-    base = tmp_path_factory.mktemp("trained")
-    write_job(base)
-    data = load_data("nets.py:stripes", {}, seed=0, base=base)
-    teacher = build("nets.py:teacher", base=base)
-    return (
-        kirsch.distill(
-            teacher,
-            copy.deepcopy(teacher),
-            data.batches(16),
-            objective=kirsch.Objective.labels(),
-            training=kirsch.Training(epochs=6, learning_rate=0.02, optimizer="adamw"),
-            check_teacher=False,
-        ).model,
-        build("nets.py:student", base=base),
-        data,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -245,54 +221,6 @@ def test_student_is_distilled_and_then_pruned(trained, tmp_path):
     assert np.array_equal(np.load(checkpoints / "evaluate" / "done" / "logits.npy"), logits)
 
 
-def test_option_distill_without_student_is_refused(trained, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"`distill` of kirsch\.compress needs a student\. Give student=\.\.\., or remove distill\."
-    ):
-        kirsch.compress(trained[0], trained[2], HALF, distill=TRAINING, folder=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "sentence"),
-    [
-        ({"name": ""}, r"`name` of kirsch\..*Recipe: String should have at least 1 character, found ''"),
-        ({"max_drop": 1.0}, r"`max_drop` of kirsch\.compress is 1\.0; expected a number of at least 0 and below 1"),
-        ({"task": "classify"}, r"no task 'classify'"),
-        ({"min_keep": 2.0}, r"`min_keep` of .*Prune is 2\.0; expected a number above 0 and up to 1"),
-        (
-            {"excluded": ["head"]},
-            r"compress has no argument 'excluded'\. Arguments: model, .*Options of the plan: .*Did you mean 'exclude'",
-        ),
-        ({"training": TRAINING}, r"no argument 'training'\..* Give recover=kirsch\.Training\(\.\.\.\)\."),
-        ({"lr": 0.1}, r"no argument 'lr'\..* Give recover=kirsch\.Training\(learning_rate=\.\.\.\)\."),
-        ({"epochs": 3}, r"no argument 'epochs'\..* Give recover=kirsch\.Training\(epochs=\.\.\.\)\."),
-        (
-            {"excluded": ["head"], "steps": [Prune(goal=HALF)]},
-            r"kirsch\.compress has no argument 'excluded'",
-        ),
-        ({"objective": "dkd", "recover": None}, r"`objective` of kirsch\.compress has no effect: without a student"),
-        ({"goal": None}, r"`goal` of kirsch\.compress is missing\. Give kirsch\.Goal\(macs=0\.5\), or steps"),
-        (
-            {"steps": [Prune()], "exclude": ["head"]},
-            r"`exclude` of kirsch\.compress has no effect together with `steps`",
-        ),
-        (
-            {"steps": [Prune()], "recover": kirsch.Training()},
-            r"`recover` of kirsch\.compress has no effect together with `steps`",
-        ),
-        ({"steps": [Prune()], "recover": None}, r"`recover` .* has no effect together with `steps`"),
-        ({"steps": [Prune()], "norm": 2}, r"`norm` .* has no effect together with `steps`"),
-        ({"steps": [Prune()], "goal": None}, r"The step 'prune' has no goal"),
-    ],
-)
-def test_the_error_for_an_invalid_argument_names_the_argument(trained, tmp_path, argument, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        kirsch.compress(
-            **{"model": trained[0], "data": trained[2], "goal": HALF, "folder": tmp_path / "run"} | argument
-        )
-
-
 def test_without_recovery_nothing_is_trained_and_plan_options_reach_the_plan(trained, tmp_path):
     events = []
     found = kirsch.compress(
@@ -394,46 +322,6 @@ def test_default_folder_is_a_new_folder_in_runs(trained, tmp_path, monkeypatch):
     assert found.folder.name == folder.name
 
 
-def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(GoalError, match="reaches the goal"):
-        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(GoalError, match="reaches the goal"):
-        kirsch.compress(trained[0], trained[2], kirsch.Goal(macs=0.001), folder=tmp_path / "mine")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert list((tmp_path / "mine").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("goal", "steps", "sentence"),
-    [
-        (
-            kirsch.Goal(macs=0.01),
-            [Distill(epochs=1)],
-            r"lead to MACs 100\.0 % of the student, .* ≤ 1 %\. No step removes units\. Add a step prune, or leave",
-        ),
-        (
-            kirsch.Goal(parameters=0.4),
-            [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
-            (
-                r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Share of the parameters that each step leaves: prune "
-                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower the goal parameters of the step 'prune-2', or raise that of "
-                r"the job to 0\."
-            ),
-        ),
-    ],
-)
-def test_goal_that_the_steps_cannot_reach_is_refused_before_the_first_step(trained, tmp_path, goal, steps, sentence):
-    model, student, data = trained
-    events = []
-    with pytest.raises(GoalError, match=f"The steps cannot reach the goal: they {sentence}"):
-        kirsch.compress(model, data, goal, student=student, steps=steps, folder=tmp_path / "run", listen=events.append)
-    assert events == []
-    assert not (tmp_path / "run").exists()
-
-
 def test_goal_of_a_job_without_pruning_is_checked_at_its_end(trained, tmp_path, monkeypatch):
     """A step of another package makes the model smaller, and the goal limits the final model."""
     model, student, data = trained
@@ -461,36 +349,6 @@ def test_limit_that_the_first_step_and_the_job_share_is_listed_once(trained, tmp
     assert [item["name"] for item in found.metrics["goal"]["items"]] == ["macs"]
 
 
-@pytest.mark.parametrize(
-    ("steps", "sentence"),
-    [
-        (
-            [Export(), Prune(), Measure()],
-            r"The step 'prune' changes the model after .*'export'.* Move 'export' after 'prune'",
-        ),
-        (
-            [Prune(), Export(), Recover(epochs=1), Prune()],
-            r"The steps 'recover', 'prune-2' change the model after .*'export'.* Move 'export' after 'prune-2'",
-        ),
-    ],
-)
-def test_step_that_changes_the_exported_model_is_refused(trained, tmp_path, steps, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        kirsch.compress(trained[0], trained[2], HALF, steps=steps, folder=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_training_data_without_labels_is_refused_before_the_first_step(trained, tmp_path):
-    model, _, data = trained
-    batches = [data.train.inputs[start : start + 16] for start in (0, 16, 32)]
-    unlabeled = kirsch.DataSet("unlabeled", batches, data.validation, data.test)
-    with pytest.raises(DataError, match=r"The first batch of the train part of unlabeled has no labels\..*'recover'"):
-        kirsch.compress(model, unlabeled, HALF, folder=tmp_path / "run")
-    without = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=0)
-    steps = [Prune(), Recover(epochs=1, objective=without)]
-    assert kirsch.compress(model, unlabeled, HALF, steps=steps, folder=tmp_path / "run").met
-
-
 def test_report_of_a_call_has_the_class_name_of_the_model(trained, tmp_path):
     found = kirsch.compress(trained[0], trained[2], HALF, steps=[Prune()], folder=tmp_path / "run")
     assert found.metrics["name"] == "Net"
@@ -499,81 +357,3 @@ def test_report_of_a_call_has_the_class_name_of_the_model(trained, tmp_path):
 def test_duration_at_the_end_is_that_of_the_metrics(compressed):
     found, events = compressed
     assert events[-1]["seconds"] == found.metrics["seconds"]
-
-
-def of_loaders(data):
-    """Return the data set with a loader for each part. Training samples are shuffled and scaled by random factors."""
-
-    class RandomlyScaled(TensorDataset):
-        def __getitem__(self, index):
-            sample, label = super().__getitem__(index)
-            return sample * (0.8 + 0.4 * torch.rand(())), label
-
-    def loader(split, kind=TensorDataset, **options):
-        return DataLoader(kind(torch.from_numpy(split.inputs), torch.from_numpy(split.labels)), 16, **options)
-
-    train = loader(data.train, RandomlyScaled, shuffle=True)
-    return kirsch.DataSet("loaded", train, loader(data.validation), loader(data.test))
-
-
-def test_an_interrupted_run_on_loaders_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path):
-    model, _, data = trained
-    events, steps = [], [Prune(goal=HALF), Recover(epochs=2, learning_rate=0.02)]
-
-    def call(folder, **options):
-        return kirsch.compress(model, of_loaders(data), steps=steps, folder=tmp_path / folder, **options)
-
-    def stop(event):
-        if event["event"] == "epoch" and event["epoch"] == 2:
-            raise Interrupted("asked after the checkpoint of the first epoch")
-
-    whole = call("whole", listen=events.append)
-    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2]
-    assert whole.metrics["measured"]["data"]["name"] == "loaded"
-    assert "48 training, 30 validation, 60 test samples" in whole.report.read_text()
-    with pytest.raises(Interrupted):
-        call("part", listen=stop)
-    events.clear()
-    assert same_weights(call("part", listen=events.append).model, whole.model)
-    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [2]
-
-
-def test_loader_without_a_length_is_named_in_the_report(trained, tmp_path):
-    model, _, data = trained
-    batches = [(data.train.inputs[start : start + 16], data.train.labels[start : start + 16]) for start in (0, 16, 32)]
-    listed = kirsch.DataSet("listed", batches, data.validation, data.test)
-    found = kirsch.compress(model, listed, steps=[Prune(goal=HALF), Recover(epochs=1)], folder=tmp_path / "run")
-    assert found.metrics["measured"]["data"]["train"] is None
-    assert "listed: a loader for training, 30 validation" in found.report.read_text()
-
-
-def test_batch_size_beside_a_loader_is_refused(trained, tmp_path):
-    with pytest.raises(UsageError, match=r"`batch_size` .* has no effect: the training part of loaded is a loader\."):
-        kirsch.compress(trained[0], of_loaders(trained[2]), HALF, batch_size=16, folder=tmp_path / "run")
-
-
-def test_loader_that_returns_the_same_iterator_again_is_refused_before_any_work(trained, tmp_path):
-    class Once:
-        def __init__(self, batches):
-            self.batches = iter(batches)
-
-        def __iter__(self):
-            return self.batches
-
-    model, _, data = trained
-    once = kirsch.DataSet("once", Once([(data.train.inputs, data.train.labels)]), data.validation, data.test)
-    with pytest.raises(DataError, match=r"The data can be iterated only once\."):
-        kirsch.compress(model, once, HALF, folder=tmp_path / "run")
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_model_with_non_finite_logits_is_refused(trained, tmp_path, value):
-    """Without the check, argmax would return class 0 for all samples."""
-    model, _, data = trained
-    broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.head.bias[0] = value
-    with pytest.raises(NumericError, match=r"returns NaN or infinity for 60 of 60 samples") as caught:
-        kirsch.compress(broken, data, HALF, recover=None, folder=tmp_path / "run")
-    assert caught.value.exit_code == 6
-    assert not (tmp_path / "run" / "report.html").exists()

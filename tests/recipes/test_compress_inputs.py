@@ -124,13 +124,13 @@ def texts(count, seed):
     ids = torch.randint(2, 50, (count, LENGTH), generator=generator)
     mask = torch.arange(LENGTH) < torch.randint(3, LENGTH + 1, (count, 1), generator=generator)
     return [
-        {"input_ids": row, "attention_mask": ones.long(), "labels": (row[0] >= 26).long()}
-        for row, ones in zip(ids, mask, strict=True)
+        {"input_ids": row, "attention_mask": row_mask.long(), "labels": (row[0] >= 26).long()}
+        for row, row_mask in zip(ids, mask, strict=True)
     ]
 
 
 def shortened(samples):
-    """Return a batch whose length is that of its longest text, as DataCollatorWithPadding does."""
+    """Return a batch that is cut to the length of its longest text, as DataCollatorWithPadding pads to it."""
     length = int(max(sample["attention_mask"].sum() for sample in samples))
     return {
         name: torch.stack([sample[name][:length] if sample[name].ndim else sample[name] for sample in samples])

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+import kirsch
 from kirsch.cli import main
 from kirsch.recipes.yaml import dump
 from tiny import RECIPE, write_job
@@ -61,7 +62,7 @@ def printed(done, capsys, monkeypatch):
 def test_names_are_escaped_in_terminal_report_and_files(printed):
     folder, out = printed
     shown = NAME.replace("\n", "\\n").replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
-    assert out.splitlines()[0] == f"kirsch 0.1.0 · {shown} · run run"
+    assert out.splitlines()[0] == f"kirsch {kirsch.__version__} · {shown} · run run"
     assert all(character.isprintable() or character == "\n" for character in out)
 
     events = [json.loads(line) for line in (folder / "events.jsonl").read_bytes().split(b"\n") if line]

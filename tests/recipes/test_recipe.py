@@ -57,7 +57,7 @@ OBJECTIVES = st.sampled_from(["dkd", "at"]) | st.fixed_dictionaries(
     },
     optional={"label_weight": POSITIVE, "label_smoothing": st.floats(0, 1, exclude_max=True)},
 )
-DISTILS = (
+DISTILLATIONS = (
     st.tuples(TRAINS, st.fixed_dictionaries({}, optional={"temperature": POSITIVE, "weight": st.floats(0, 1)}))
     | st.tuples(TRAINS, st.fixed_dictionaries({"objective": OBJECTIVES}))
 ).map(lambda parts: {**parts[0], **parts[1]})
@@ -71,9 +71,9 @@ PRUNES = st.fixed_dictionaries(
 )
 STEPS = st.tuples(
     st.lists(TRAINS.map(lambda value: {"train": value}), max_size=1),
-    st.lists(DISTILS.map(lambda value: {"distill": value}), max_size=2),
+    st.lists(DISTILLATIONS.map(lambda value: {"distill": value}), max_size=2),
     st.lists(
-        PRUNES.map(lambda value: {"prune": value}) | DISTILS.map(lambda value: {"recover": value}),
+        PRUNES.map(lambda value: {"prune": value}) | DISTILLATIONS.map(lambda value: {"recover": value}),
         min_size=1,
         max_size=4,
     ),

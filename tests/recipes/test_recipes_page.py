@@ -1,4 +1,4 @@
-"""The code on the page about recipes runs as written."""
+"""The table on the page about recipes lists all steps, and its recipe and changes are valid."""
 
 from __future__ import annotations
 

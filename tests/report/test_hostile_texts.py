@@ -56,13 +56,13 @@ NAMES = {
 """Texts of the metrics that come from a model, a recipe or a machine."""
 
 
-def prefixed(value, name):
-    """Return the metrics with a prefix before each text in `NAMES`."""
+def prefixed(value, prefix):
+    """Return the metrics with the prefix before each text in `NAMES`."""
     if isinstance(value, dict):
-        return {key: prefixed(part, name) for key, part in value.items()}
+        return {key: prefixed(part, prefix) for key, part in value.items()}
     if isinstance(value, list):
-        return [prefixed(part, name) for part in value]
-    return name + value if isinstance(value, str) and value in NAMES else value
+        return [prefixed(part, prefix) for part in value]
+    return prefix + value if isinstance(value, str) and value in NAMES else value
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))

@@ -36,7 +36,7 @@ def test_a_model_is_pruned_correctly(name):
 @pytest.mark.sweep
 @pytest.mark.timeout(coverage.LIMIT)
 @pytest.mark.parametrize("name", MODELS)
-def test_no_model_has_the_result_wrong(name):
+def test_each_model_has_the_result_correct(name):
     row = coverage.in_process(MODELS[name], "tuned", "row", coverage.LIMIT)
     assert row["result"] == "correct", row.get("why")
 
@@ -48,10 +48,10 @@ def test_nms_removes_boxes_that_overlap_a_better_one():
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_roi_align_of_a_linear_map_returns_the_values_at_cell_centers(aligned):
+def test_roi_align_of_a_linear_ramp_returns_its_values_at_cell_centers(aligned):
     """If the values are the x coordinates of the pixels, the mean over a cell is the x coordinate of its center."""
-    slope = torch.arange(16.0).expand(1, 1, 16, 16)
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16)
     box = torch.tensor([[0.0, 4, 2, 8, 6]])
-    out = kernels.roi_align(slope, box, 1.0, 2, 2, 2, aligned)
+    out = kernels.roi_align(ramp, box, 1.0, 2, 2, 2, aligned)
     shift = 0.5 if aligned else 0.0
     torch.testing.assert_close(out[0, 0], torch.tensor([5.0, 7.0]).expand(2, 2) - shift)

@@ -51,7 +51,7 @@ def softmax_over_chosen(self, x, logits):
 
 
 def gathered(self, x, logits):
-    """Select the experts by other values than their weights in the sum."""
+    """Select the experts by other values than those by which their outputs are weighted."""
     scores = logits.sigmoid()
     ids = scores.square().topk(k=self.chosen, dim=-1, sorted=False)[1]
     return (apply_experts(self, x, ids) * scores.gather(1, ids).unsqueeze(-1) + self.bias(ids)).sum(1)

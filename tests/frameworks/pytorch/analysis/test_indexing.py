@@ -1,4 +1,7 @@
-"""Operators that read or write at the indices in a tensor: the indexed axis is frozen, other axes can be pruned."""
+"""Operators that read or write elements at given indices, and scans and sorts along an axis.
+
+The axis of the indices, of the scan or of the sort is frozen; the other axes can be pruned.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ CASES = {
     "cumprod over tokens": (lambda _, x: x.cumprod(-2), {}, [8]),
     "cummax over tokens": (lambda _, x: x.cummax(1)[0], {}, [8]),
     "sort over tokens": (lambda _, x: x.sort(1)[0], {}, [8]),
-    "sort over tokens, from above": (lambda _, x: x.sort(dim=1, descending=True)[0], {}, [8]),
+    "sort over tokens, descending": (lambda _, x: x.sort(dim=1, descending=True)[0], {}, [8]),
     "topk of tokens": (lambda _, x: x.topk(3, 1)[0], {}, [8]),
     "kthvalue of tokens": (lambda _, x: x * x.kthvalue(2, 1, keepdim=True)[0], {}, [8]),
     "argmax over tokens": (lambda _, x: x * x.argmax(1, keepdim=True), {}, [8]),
@@ -89,8 +92,8 @@ CASES = {
         [8],
     ),
 }
-"""Name → function of module and tensor between two linear layers, sizes of the parameters of the module, and expected
-sizes of the groups."""
+"""Name → (function between two linear layers, called with the module and the output of the first layer; name and size
+of each further parameter of the module; expected sizes of the groups)."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -125,8 +125,8 @@ CASES = {
         [],
     ),
 }
-"""Name → function of module and tensor between two layers, second layer, attributes of the module, and expected
-sizes of the groups."""
+"""Name → (function between two layers, called with the module and the output of the first layer; the second
+layer; further attributes of the module; expected sizes of the groups)."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -138,8 +138,8 @@ CASES = {
     "stack and flatten": (lambda _, x: torch.stack([x, x.tanh()], 1).flatten(1, 2), conv(16, 4), {}, [8]),
     "stack and flatten, interleaved": (lambda _, x: torch.stack([x, x.tanh()], 2).flatten(1, 2), conv(16, 4), {}, [8]),
 }
-"""Name → function of module and tensor between two convolutions, second convolution, attributes of the module, and
-expected sizes of the groups."""
+"""Name → (function between two convolutions, called with the module and the output of the first convolution; the second
+convolution; further attributes of the module; expected sizes of the groups)."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -150,8 +150,8 @@ CASES = {
     ),
     "zeros of a constant size stay": (lambda _, x: torch.cat([x, x.new_zeros(2, 6, 8, 8)], 1), conv(14, 4), {}, [8]),
 }
-"""Name → function of module and tensor between two convolutions, second convolution, attributes of the module, and
-expected sizes of the groups."""
+"""Name → (function between two convolutions, called with the module and the output of the first convolution; the second
+convolution; further attributes of the module; expected sizes of the groups)."""
 
 
 @pytest.mark.parametrize("name", CASES)

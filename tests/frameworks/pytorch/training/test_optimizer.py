@@ -34,7 +34,8 @@ def test_the_cosine_schedule_equals_its_closed_form():
     cosine = math.sqrt(3) / 2  # cos 30°
     expected = [0.8, 0.4 * (1 + cosine), 0.6, 0.4, 0.2, 0.4 * (1 - cosine)]
     assert rates(Training(epochs=6, learning_rate=0.8, schedule="cosine")) == pytest.approx(expected, rel=1e-12)
-    for epoch in (6, 6.5, 9):  # after the end, for data with more batches than its length
+    # The epoch exceeds `epochs` if the data returns more batches than its `len`. The rate then stays 0.
+    for epoch in (6, 6.5, 9):
         assert learning_rate(Training(epochs=6, schedule="cosine"), epoch) == pytest.approx(0, abs=1e-15)
 
 

@@ -79,7 +79,8 @@ found = {}
 for folder, name in json.loads(sys.argv[1]).items():
     model = getattr(transformers, name).from_pretrained(folder).eval()
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # the alignment in memory selects the kernel, and so the last bit
+        # The alignment of a tensor in memory decides which kernel runs, and kernels differ in the last bit of a result.
+        tensor.data = tensor.data.clone()
     inputs = torch.load(f"{folder}/inputs.pt")
     with torch.no_grad():
         found[folder] = torch.equal(model(**inputs)[0], torch.load(f"{folder}/outputs.pt"))
@@ -172,7 +173,7 @@ def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(tran
     assert torch.equal(again(**inputs)[0], found.model(**inputs)[0])
 
 
-def test_the_note_names_the_axis_that_no_number_determines(transformers):
+def test_the_note_names_the_axis_whose_size_no_number_of_the_configuration_gives(transformers):
     model, inputs = build(transformers, "distilbert")
     plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, kinds=["head"])
     why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with kinds"

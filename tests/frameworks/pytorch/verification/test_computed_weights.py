@@ -37,7 +37,10 @@ class Standardized(nn.Linear):
 
 
 class StandardizedTensor(nn.Module):
-    """Subtract the mean of all entries. The entries of removed units, in rows and columns, are then not 0."""
+    """Standardize a weight by the mean and standard deviation of all its entries.
+
+    If the rows and columns of removed units are set to 0 before that, they are not 0 after it.
+    """
 
     def forward(self, weight):
         return (weight - weight.mean()) / weight.std()
@@ -162,7 +165,7 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
 
 
 @pytest.mark.parametrize(
-    ("masked", "dense", "expected"),
+    ("masked", "original", "expected"),
     [
         ([1.0, 2.0], [1.0, 2.0], 0.0),
         ([1.0, 2.0], [1.0, 4.0], 0.5),
@@ -173,8 +176,8 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
         ([3.0, 0.0], [-3.0, 0.0], 2.0),
     ],
 )
-def test_power_is_the_largest_relative_difference(masked, dense, expected):
-    assert power([torch.tensor(masked)], [torch.tensor(dense)]) == pytest.approx(expected)
+def test_power_is_the_largest_relative_difference(masked, original, expected):
+    assert power([torch.tensor(masked)], [torch.tensor(original)]) == pytest.approx(expected)
 
 
 def test_prune_without_verification_warns_of_changed_computed_weights():
