@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,25 @@ def modules_of(root):
 
 
 def imports_of(modules):
-    """Return the names of the modules that each module imports anywhere in its code, by module name."""
+    """Return the names of the modules that each module imports anywhere in its code, by module name.
+
+    Relative imports, and names of modules that are texts in the code (for `importlib`), count, too.
+    """
     found = {}
     for name, file in modules.items():
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         targets = set()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-                targets |= (submodules & modules.keys()) or {node.module}
+            elif isinstance(node, ast.ImportFrom):
+                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names = {f"{source}.{alias.name}" for alias in node.names}
+                targets |= names & modules.keys() if names <= modules.keys() else {source, *names}
+            elif isinstance(node, ast.Call) and (
+                getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__")
+            ):
+                targets |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
         found[name] = targets & modules.keys() - {name}
     return found
 
@@ -60,6 +70,12 @@ def test_no_modules_import_each_other_in_a_cycle():
         "from kirsch.a import x",
         "import kirsch.a",
         "from kirsch import a",
+        "from kirsch import a, __doc__",
+        "from kirsch.a import *",
+        "from . import a",
+        "from .a import x",
+        "import importlib\nimportlib.import_module('kirsch.a')",
+        "from importlib import import_module\nimport_module('kirsch.a')",
         "def f():\n    from kirsch.a import x",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kirsch.a import x",
     ],
