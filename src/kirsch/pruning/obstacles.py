@@ -41,7 +41,7 @@ class Least:
 
 
 @dataclass(frozen=True)
-class Change:
+class ChangedOptions:
     """Changed options, and a description of the change."""
 
     words: str
@@ -164,7 +164,7 @@ class _CauseFinder:
 # --------------------------------------------------------------------------------------- options that reach the goal
 
 
-def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str]) -> str:
+def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[ChangedOptions], str]) -> str:
     """Return a sentence with changes of the options that reach the goal.
 
     `shortfall`: returns a clause on how a change misses the goal; empty if the change reaches the goal.
@@ -184,20 +184,24 @@ def _fix(options: PlanOptions, graph: Graph, shortfall: Callable[[Change], str])
                 changes = next(trial for trial in trials if not shortfall(_joined(options, trial)))
             return f"The goal is reached with {_joined(options, changes).words}."
     loosest = _joined(options, [family[-1] for family in families])
-    if shortfall(loosest) == shortfall(Change("", options)):
+    if shortfall(loosest) == shortfall(ChangedOptions("", options)):
         return "No option of kirsch.plan allows more units to be removed."
     return f"No options reach the goal: even with {loosest.words}, {shortfall(loosest)}."
 
 
-def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[Change]]:
+def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[ChangedOptions]]:
     """Yield the changes of each option that restricts the plan, the smallest change first."""
     yield _more_kinds(options, graph)
     yield _fewer_excluded(options)
-    yield iter([Change("uniform=False", options.changed(uniform=False))] if options.uniform else [])
-    yield (Change(f"round_to={n}", options.changed(round_to=n)) for n in _finer(options))
+    yield iter([ChangedOptions("uniform=False", options.changed(uniform=False))] if options.uniform else [])
+    yield (ChangedOptions(f"round_to={n}", options.changed(round_to=n)) for n in _finer(options))
     default = type(options).model_fields["min_keep"].default
     smaller = {default: f"min_keep={default:g} (the default)"} | {keep: f"min_keep={keep:g}" for keep in MIN_KEEPS}
-    yield (Change(words, options.changed(min_keep=keep)) for keep, words in smaller.items() if keep < options.min_keep)
+    yield (
+        ChangedOptions(words, options.changed(min_keep=keep))
+        for keep, words in smaller.items()
+        if keep < options.min_keep
+    )
 
 
 def _finer(options: PlanOptions) -> list[int]:
@@ -206,7 +210,7 @@ def _finer(options: PlanOptions) -> list[int]:
     return [start >> shift for shift in range(1, start.bit_length())]
 
 
-def _more_kinds(options: PlanOptions, graph: Graph) -> Iterator[Change]:
+def _more_kinds(options: PlanOptions, graph: Graph) -> Iterator[ChangedOptions]:
     kinds, weights = options.kinds, options.kind_weights
     if kinds is None:
         return
@@ -214,31 +218,31 @@ def _more_kinds(options: PlanOptions, graph: Graph) -> Iterator[Change]:
     for kind in missing:
         more: Sequence[str] | Mapping[str, float]
         more = {**kinds, kind: 1.0} if isinstance(kinds, Mapping) else (*kinds, kind)
-        yield Change(f"{kind!r} in kinds", options.changed(kinds=more))
+        yield ChangedOptions(f"{kind!r} in kinds", options.changed(kinds=more))
     if len(missing) > 1:
-        yield Change("kinds=None (all kinds)", options.changed(kinds=None))
+        yield ChangedOptions("kinds=None (all kinds)", options.changed(kinds=None))
 
 
-def _fewer_excluded(options: PlanOptions) -> Iterator[Change]:
+def _fewer_excluded(options: PlanOptions) -> Iterator[ChangedOptions]:
     """Yield changes of `exclude` and `keep_outputs`: `keep_outputs` in place of `exclude`, fewer or no patterns."""
     for pattern in options.exclude[:MAX_PATTERNS]:
         rest = tuple(other for other in options.exclude if other != pattern)
         outputs = (*options.keep_outputs, pattern)
-        yield Change(
+        yield ChangedOptions(
             f"{pattern!r} in keep_outputs instead of exclude", options.changed(exclude=rest, keep_outputs=outputs)
         )
     for option in ("exclude", "keep_outputs"):
         patterns = getattr(options, option)
         for pattern in patterns[:MAX_PATTERNS]:
             rest = tuple(other for other in patterns if other != pattern)
-            yield Change(f"{option} without {pattern!r}", options.changed(**{option: rest}))
+            yield ChangedOptions(f"{option} without {pattern!r}", options.changed(**{option: rest}))
         if len(patterns) > 1:
-            yield Change(f"{option}=[]", options.changed(**{option: ()}))
+            yield ChangedOptions(f"{option}=[]", options.changed(**{option: ()}))
     if options.exclude and options.keep_outputs:
-        yield Change("exclude=[] and keep_outputs=[]", options.changed(exclude=(), keep_outputs=()))
+        yield ChangedOptions("exclude=[] and keep_outputs=[]", options.changed(exclude=(), keep_outputs=()))
 
 
-def _joined(options: PlanOptions, changes: Sequence[Change]) -> Change:
+def _joined(options: PlanOptions, changes: Sequence[ChangedOptions]) -> ChangedOptions:
     """Return several changes as one."""
     fields = [
         {name: value for name, value in vars(change.options).items() if value != getattr(options, name)}
@@ -246,4 +250,4 @@ def _joined(options: PlanOptions, changes: Sequence[Change]) -> Change:
     ]
     merged = {name: value for changed in fields for name, value in changed.items()}
     *first, last = [change.words for change in changes] or [""]
-    return Change(f"{', '.join(first)}{' and ' * bool(first)}{last}", options.changed(**merged))
+    return ChangedOptions(f"{', '.join(first)}{' and ' * bool(first)}{last}", options.changed(**merged))
