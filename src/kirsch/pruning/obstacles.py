@@ -59,7 +59,7 @@ def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[
     """
     reached = least(options)
 
-    def shortfall(change: Change) -> str:
+    def shortfall(change: ChangedOptions) -> str:
         try:
             cost = least(change.options).cost
         except KirschError as error:  # an importance may fail on a layer that is excluded now
