@@ -86,6 +86,29 @@ def test_an_item_of_a_list_can_be_set():
     assert read_recipe(RECIPE, ["recover.milestones.1=0.9"]).all_steps["recover"].milestones == (0.5, 0.9)
 
 
+REMOVAL = {"KIRSCH_RECIPE__RECOVER": "null"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "steps"),
+    [
+        (["recover=null"], {}, ["prune", "prune-2"]),
+        (["recover.epochs=3", "recover=null"], {}, ["prune", "prune-2"]),
+        (["recover=null", "recover.epochs=3"], {}, ["prune", "recover", "prune-2"]),
+        (["recover={epochs: 3}"], REMOVAL, ["prune", "recover", "prune-2"]),
+        (["prune.norm=1"], REMOVAL, ["prune", "prune-2"]),
+    ],
+)
+def test_the_last_change_of_a_step_decides_whether_it_is_removed(changes, environment, steps):
+    found = read_recipe(RECIPE, changes, environment).all_steps
+    assert list(found)[1:] == steps
+    assert "recover" not in steps or found["recover"].epochs == 3
+
+
+def test_a_removed_step_that_is_added_again_has_no_options_of_the_file():
+    assert read_recipe(RECIPE, ["prune=null", "prune.goal.macs=0.4"]).all_steps["prune"].round_to == "auto"
+
+
 def test_the_fix_for_the_name_of_a_preset_gives_the_form_with_label_weight():
     text = RECIPE.replace("{milestones: [0.5, 0.75]}", "{objective: at}")
     change = "recover.objective.label_weight=0.5"

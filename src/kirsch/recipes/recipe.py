@@ -155,7 +155,8 @@ def read_recipe(
     Args:
         source: path of a file as a `Path`, or YAML text as a `str`.
         overrides: changes such as "prune.goal.macs=0.4", where "prune" is the key of a step, or "seed=3"; values are
-            read as YAML. "recover=null" removes a step.
+            read as YAML. "recover=null" removes a step; a later change of its keys adds it again, without its options
+            in the source.
         environment: environment variables; those that start with KIRSCH_RECIPE__ are used.
 
     Raises:
@@ -173,10 +174,10 @@ def read_recipe(
     for change in changes_of(overrides, environment or {}):
         path = change.path(steps, sections)
         key = ".".join(path)
-        if change.value is None and path[0] == "steps" and len(path) == len(("steps", "0", "name")):
-            removed.add(int(path[1]))
-            continue
         change.put(data, path)
+        if path[0] == "steps":
+            is_removal = change.value is None and len(path) == len(("steps", "0", "name"))
+            (removed.add if is_removal else removed.discard)(int(path[1]))
         lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
         inner = (".".join(path[:end]) for end in range(1, len(path)))
         origins |= {name: change.origin for name in inner if name not in lines}
