@@ -337,7 +337,7 @@ def test_invalid_override_is_refused_with_the_form(change):
         (
             "prune={goal: {macs: 2}}",
             (
-                "--set prune={goal: {macs: 2}}: steps[0].prune.goal: the goal macs=2 is out of range. A goal is a "
+                "--set prune={goal: {macs: 2}}: steps[0].prune.goal.macs: the goal macs=2 is out of range. A goal is a "
                 "fraction of the original, between 0 and 1 (exclusive). For half the cost use macs=0.5."
             ),
         ),

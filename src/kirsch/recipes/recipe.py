@@ -72,9 +72,12 @@ class Recipe(Options):
 
     def check(self) -> None:
         """Check the task, that each step can follow the steps before it, and that pruning has a goal."""
-        TASKS[self.task]
         names = [name_of(step) for step in self.steps]
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+        try:
+            TASKS[self.task]
+        except UsageError as error:
+            problems.append((("task",), error))
         for number, step in enumerate(self.steps):
             problems += [(("steps", number), error) for error in self._problems_of(step, names[: number + 1])]
         if not self.steps:
