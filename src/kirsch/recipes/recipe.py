@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
-from kirsch.annotations import Count, Seed
+from kirsch.annotations import Count, Kind, Seed
 from kirsch.arguments import ABBREVIATIONS
 from kirsch.errors import RecipeError, UsageError, listing, nearest
 from kirsch.graph import plan
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
+Name = Annotated[str, Kind("text of 1 to 200 characters", lambda text: 1 <= len(text) <= 200, lambda _: "")]  # noqa: PLR2004 - as it says
+"""Name of a run."""
+
 REFERENCE = "package.module:callable, file.py:callable, timm:NAME or a built-in model such as digits:teacher"
 
 
@@ -57,9 +60,7 @@ class Recipe(Options):
     """Recipe of a job. A reference to a model or to data is null if the object was passed to `kirsch.compress`."""
 
     version: Literal[2] = Field(2, description="version of the format")
-    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
-        "recipe", description="name, used in the report and for the run folder"
-    )
+    name: Name = Field("recipe", description="name, used in the report and for the run folder")
     seed: Seed = Field(0, description="seed of all random numbers")
     task: str = Field("classification", description="task of the models: classification")
     data: DataSection = Field(default_factory=DataSection, description="data of training and evaluation")

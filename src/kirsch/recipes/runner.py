@@ -81,14 +81,15 @@ def materials_of(recipe: Recipe, base: Path) -> Materials:
         base: folder that the references are relative to.
 
     Raises:
-        LoadError: the models and data of the recipe were passed as objects.
+        LoadError: a reference is null.
     """
     teacher, student, source = recipe.teacher.model, recipe.student, recipe.data.source
     if teacher is None or source is None or (student is not None and student.model is None):
+        key = "teacher.model" if teacher is None else "data.source" if source is None else "student.model"
         raise LoadError(
-            f"The recipe {recipe.name!r} does not name its models and data.",
-            "They were passed to kirsch.compress as objects.",
-            "Call kirsch.compress again with the same objects and the folder of the run.",
+            f"`{key}` of the recipe {recipe.name!r} is null, so there is nothing to load.",
+            fix=f"Set {key}. To continue a run of kirsch.compress, whose recipe has null for objects, call "
+            "kirsch.compress again with the same objects and the folder of the run.",
         )
     references = [teacher, *([student.model] if student is not None and student.model is not None else []), source]
 
