@@ -153,14 +153,14 @@ class Evaluate(Step):
         record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
         job.check_usable(record, "Give a teacher with trained weights, or add a step `train`.")
-        job.trained["teacher"] = job.teacher
+        job.set_trained("teacher", job.teacher)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the weights that were evaluated."""
         del record
         _load_weights(job.teacher, folder)
-        job.trained["teacher"] = job.teacher
+        job.set_trained("teacher", job.teacher)
 
 
 @STEPS.register("train")
@@ -215,7 +215,7 @@ class Train(TrainingStep):
             job.teacher = model
         if self.model == job.model_name:
             job.model = model
-        job.trained[self.model] = model
+        job.set_trained(self.model, model)
 
 
 @STEPS.register("distill")
@@ -336,7 +336,8 @@ class Distill(TrainingStep):
         self._set_model(job, model)
 
     def _set_model(self, job: Job, model: Any) -> None:
-        job.model = job.trained["student"] = model
+        job.model = model
+        job.set_trained("student", model)
 
 
 @STEPS.register("recover")

@@ -19,6 +19,7 @@ from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import FieldsError, Options
 from kirsch.recipes.changes import changes_of
+from kirsch.recipes.models import is_random
 from kirsch.recipes.yaml import dump, read
 from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
 from kirsch.tasks import TASKS
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
+NOT_TRAINED = "No step trains the student."
+TRAIN_STUDENT = "Add a step distill, or train with model: student"
+
 Name = Annotated[str, Kind("text of 1 to 200 characters", lambda text: 1 <= len(text) <= 200, lambda _: "")]  # noqa: PLR2004 - as it says
 """Name of a run."""
 
@@ -86,6 +90,8 @@ class Recipe(Options):
         elif self.student is not None and all(map(is_of_teacher, self.steps)):
             fix = "Add a step such as distill, or leave out the student."
             problems.append((("student",), UsageError("No step uses the student.", fix=fix)))
+        elif self.student_is_not_trained and is_random(self.student.model if self.student else None):
+            problems.append((("student",), UsageError(NOT_TRAINED, "Its weights are random.", f"{TRAIN_STUDENT}.")))
         problems += self._problems_after_export(names)
         for key, step in zip(keys_of(names), self.steps, strict=True):
             if isinstance(step, Prune):
@@ -135,6 +141,12 @@ class Recipe(Options):
         """Steps by key, in order. Without a step of the teacher, the teacher is evaluated first."""
         steps = self.steps if any(map(is_of_teacher, self.steps)) else (Evaluate(), *self.steps)
         return dict(zip(keys_of([name_of(step) for step in steps]), steps, strict=True))
+
+    @property
+    def student_is_not_trained(self) -> bool:
+        """Whether there is a student, and its weights are not trained; a step of another package may train them."""
+        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, Prune))
+        return self.student is not None and not any(step.changes_model for step in others)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
