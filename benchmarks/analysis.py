@@ -223,9 +223,9 @@ In the last table, half of the units of each group (every second one) are remove
   tensor, as many as the plan keeps.
 - *Prune*: time of `kirsch.prune`. The rows "cut" run it without the verification, the rows "cut and verified" with it.
   A verification computes in float64 and holds two copies of the original.
-- *Additional memory*: growth of the peak memory of the process over its memory before `kirsch.prune`, minus the size of
-  the pruned model, divided by the size of both models. 0 % means that the process grew by the pruned model only; values
-  near 0 are within the measurement error.
+- *Additional memory*: (peak memory - memory before `kirsch.prune` - size of the pruned model) / (size of the original
+  + size of the pruned model). 0 % means that the process grew by the pruned model only; values near 0 are within the
+  measurement error.
 
 `python benchmarks/analysis.py` writes this page; measured on {machine}, {date}."""
 

@@ -80,9 +80,7 @@ def test_a_group_is_named_after_the_producer_although_the_reader_is_defined_firs
 @pytest.mark.parametrize(
     ("names", "expected"), [(("table", "reader.weight"), "table"), (("a.b.table", "reader.weight"), "a.b")]
 )
-def test_units_of_a_parameter_outside_of_layers_are_named_after_its_module_or_at_the_top_level_after_the_parameter(
-    network, names, expected
-):
+def test_units_are_named_after_the_module_of_their_parameter_or_after_a_top_level_parameter(network, names, expected):
     net = network()
     table, weight = net.parameter(names[0], 4), net.parameter(names[1], 2, 4)
     net.facts.begin(Operation("linear"))
@@ -178,7 +176,7 @@ def test_a_shuffled_channel_is_removed_with_the_channels_that_share_its_row_befo
 
 
 def test_a_head_is_removed_from_all_layers_with_tied_heads(network):
-    """Query and value have different widths, 3 and 2, and are tied by their heads."""
+    """A head of query and one of value have different widths, 3 and 2, and are tied by their heads."""
     net = network()
     query, value = net.parameter("query.bias", 6).axes[0], net.parameter("value.bias", 4).axes[0]
     heads = [net.facts.split(channels.reshape(2, -1), "view")[0] for channels in (query, value)]
@@ -198,7 +196,8 @@ def test_a_removed_cell_removes_the_row_or_column_that_adds_the_fewest_cells(net
 
     If a row of the first grid is removed, the second grid can lose its row, which adds `extra` cells, or two columns,
     which add one cell each. With `extra=1`, the row is chosen. With `extra=2`, the columns are chosen, as each adds
-    fewer cells. They contain all four channels, so that one unit is left, and a single unit is not a group.
+    fewer cells. The two columns contain all four channels. Removing either row of the first grid therefore removes all
+    four, so the two rows are the same unit, and a single unit is not a group.
     """
     monkeypatch.setitem(GRID_UNIT_KINDS, "four", ("row", "column"))
     net = network()
@@ -241,7 +240,10 @@ def test_a_cell_whose_row_and_column_are_both_frozen_is_in_no_unit(network):
 
 
 def test_a_cell_that_occurs_twice_in_a_grid_is_removed_at_both_positions(network):
-    """The rows are (0, 0) and (1, 2). Column 0 has channel 0, which is also in column 1, so row 0 is removed, too."""
+    """The rows are (0, 0) and (1, 2). The removal of column 0 removes channel 0.
+
+    Channel 0 is also a cell of column 1, which is not removed, so row 0 must be removed, too.
+    """
     net = network()
     a, b, c = net.parameter("layer.weight", 3).axes[0]
     rows = net.parameter("rows", 2).axes[0]

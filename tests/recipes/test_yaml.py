@@ -171,7 +171,7 @@ def test_key_that_is_not_a_scalar_is_refused_with_its_line():
         "!!bool maybe",
     ],
 )
-def test_number_that_is_not_finite_is_refused_with_its_line(value):
+def test_value_that_is_not_a_finite_number_of_ordinary_length_is_refused_with_its_line(value):
     shown = re.escape(value.rpartition(" ")[2][:40])
     with pytest.raises(RecipeError, match=rf"The recipe: '{shown}…?' cannot be used\. Line 2: expected a finite"):
         read(f"x: 1\na: {value}\n")

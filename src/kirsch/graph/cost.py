@@ -1,4 +1,8 @@
-"""Cost of a plan, counted without building the pruned model: sums of products of the numbers of kept labels."""
+"""Cost of a plan, counted without building the pruned model.
+
+A cost is a sum of terms. Each term is a constant times the numbers of kept labels on its axes, such as the kept inputs
+times the kept outputs of a linear layer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,8 @@ class Cost:
     Args:
         parameters: number of parameters.
         macs: multiply-accumulates of convolutions, linear layers and matrix products.
-        activations: number of elements in the first outputs of all operations.
+        activations: number of elements of the outputs of all operations; of an operation with several outputs, only the
+            first is counted.
     """
 
     parameters: int

@@ -22,8 +22,8 @@ KINDS = {
     "embedding dim": "a column of an embedding table, or a channel of a residual stream of linear layers",
     "rank": "an output of a linear layer that another linear layer reads without activation, such as the rank of LoRA",
     "ffn unit": "an output of a linear layer that another reads after an activation, except in a pooler or classifier",
-    "chunk": "an index of the first of several axes into which a reshape splits one axis, if no kind above applies",
-    "position in chunk": "an index of one of the other axes of such a split",
+    "chunk": "an index of A if a reshape splits an axis (C) into (A, B, ...), and no kind above applies",
+    "position in chunk": "an index of B, or of a later axis of such a split",
     "channel": "any other unit",
 }
 """Kinds of units with their definitions. The first definition that fits a unit applies.

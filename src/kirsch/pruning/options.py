@@ -53,9 +53,9 @@ class PlanOptions(Options):
     kinds: Kinds = Field(
         None,
         description=(
-            "a list: only units of these kinds are removed; a dict from kind to weight: units of all kinds are "
-            "removed, more of a kind with a higher weight, none with weight 0, and other kinds have the weight 1; "
-            "block: residual blocks; default: units of all kinds, but no residual blocks"
+            "a list: only units of these kinds are removed; a dict from kind to weight: a kind with a "
+            "higher weight loses more units, a kind with weight 0 loses none, a kind that is not in the dict has the "
+            "weight 1; block: residual blocks; default: units of all kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")

@@ -155,9 +155,10 @@ def refuse_unreachable(job: Job, steps: Mapping[str, Step], final: Mapping[str, 
     why = "No step removes units."
     if reached:
         why = f"Share of the {WORDS[name]} that each step leaves: {', '.join(reached)}."
-    fix = f"Lower the goal {name} of the step {prunings[-1]!r}" if prunings else "Add a step prune"
+    fix = f"Lower `goal.{name}` of the step {prunings[-1]!r}" if prunings else "Add a step prune"
     possible = math.ceil(1000 * value) / 1000
-    alternative = f"raise that of the job to {possible:g}" if possible < 1 else f"leave out the goal {name} of the job"
+    of_job = f"`goal.{name}` of the job"
+    alternative = f"raise {of_job} to {possible:g}" if possible < 1 else f"leave out {of_job}"
     raise GoalError(
         f"The steps cannot reach the goal: they lead to {limits}, and the goal is ≤ {_limit(missed[0]['limit'])}.",
         why,

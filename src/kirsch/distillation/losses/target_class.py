@@ -46,9 +46,10 @@ def decoupled(
         UsageError: the temperature is not above 0, or a weight is below 0.
         DataError: all labels are masked, or a label is out of range.
 
-    Source: Zhao et al. 2022, arXiv:2203.08679, equation 7. Alpha 1, beta 8 and temperature 4 for CIFAR-100 (beta 2 for
-        56 → 20 and 110 → 32 layers, 6 for VGG and wide ResNets), beta 0.5 and temperature 1 for ResNet-34 → 18 on
-        ImageNet, 2 for ResNet-50 → MobileNet; label weight 1, with a warm-up of 20 epochs (ImageNet: 1).
+    Source: Zhao et al. 2022, arXiv:2203.08679, equation 7. CIFAR-100: alpha 1, beta 8,
+    temperature 4; beta is 2 for ResNet-56 → 20 and 110 → 32, and 6 for VGG and wide ResNets. ImageNet: temperature 1;
+    beta is 0.5 for ResNet-34 → 18 and 2 for ResNet-50 → MobileNet. The label loss has weight 1. The weight of this loss
+    rises from 0 during the first 20 epochs (ImageNet: 1 epoch).
     """
     check_temperature(temperature)
     for name, weight in (("alpha", alpha), ("beta", beta)):

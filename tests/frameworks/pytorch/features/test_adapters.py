@@ -56,10 +56,12 @@ PARAMETERS = {
     "tokens-to-map": 6 * 10 + 10,
     "map-to-tokens": 6 * 9 + 9,
     "embed": (6 + 1) * 12 + (9 + 1) * 12,
-    "ofa": 2 * 6 * 9 + 6 * 6 + 6 * 12 + 2 * 6 + 2 * 12 + (12 + 1) * 10  # from 28 to 14, and
-    + 2 * 12 * 9 + 12 * 12 + 12 * 24 + 2 * 12 + 2 * 24 + (24 - 12) * 10,  # from 14 to 7; the head has 24 inputs
+    # From 28 × 28 to 14 × 14, then a head with 12 inputs; from 14 × 14 to 7 × 7, and 12 more inputs of the head.
+    "ofa": (2 * 6 * 9 + 6 * 6 + 6 * 12 + 2 * 6 + 2 * 12 + (12 + 1) * 10)
+    + (2 * 12 * 9 + 12 * 12 + 12 * 24 + 2 * 12 + 2 * 24 + (24 - 12) * 10),
     "ofa of tokens": 6 * 10 + 10,
-    # 12 channels are passed on. Each stage: input, output, their batch norms; the first has attention, too.
+    # Each stage passes maps with 12 channels, the width of the student's deepest stage, to the next shallower stage.
+    # Each stage: input, output, their batch norms; the first has attention, too.
     "review": (6 * 12 + 12 * 10 * 9 + 2 * 12 + 2 * 10 + 24 * 2 + 2) + (12 * 12 + 12 * 20 * 9 + 2 * 12 + 2 * 20),
     "crd-bank": (6 + 1) * 128 + (10 + 1) * 128,
     "crd-bank of a queue": (6 + 1) * 128 + (10 + 1) * 128,
@@ -150,7 +152,8 @@ def test_gradients_reach_student_and_adapter_but_not_the_teacher(case):
     for leaf in leaves(student) + leaves(teacher):
         leaf.requires_grad_()
     student_out, teacher_out = adapter(student, teacher, ids=IDS)
-    if adapter_name(case) == "crd-bank":  # so that negatives of minus infinity have a finite sum
+    # In a queue, logits of negatives can be minus infinity; the sigmoid makes the sum of squares finite.
+    if adapter_name(case) == "crd-bank":
         student_out, teacher_out = (torch.sigmoid(part) for part in (student_out, teacher_out))
     sum(leaf.square().sum() for leaf in leaves(student_out)).backward(retain_graph=True)
     assert all(leaf.grad is not None for leaf in leaves(student))

@@ -16,7 +16,10 @@ from kirsch.frameworks.pytorch.features.adapters.memory import products
 
 
 def small_bank(**options):
-    """Return a bank in float64 whose embeddings equal the values, with width 2."""
+    """Return a bank in float64 with embeddings of width 2.
+
+    Its linear layers are the identity, so an input of norm 1 is its own embedding.
+    """
     given = {"samples": 5, "negatives": 3, "width": 2, "temperature": 0.5, "dtype": torch.float64, **options}
     adapter = build("crd-bank", (2, 2), (2, 2), options=given)
     for side in (adapter.student, adapter.teacher):
@@ -228,8 +231,8 @@ def test_a_bank_restored_from_its_state_continues_identically():
 def test_crd_equals_its_closed_form():
     """Logits of 0 are probabilities of 1/2: (1 + K) log 2 for each direction."""
     assert float(LOSSES["crd"](torch.zeros(2, 4), torch.zeros(2, 4))) == pytest.approx(8 * math.log(2), rel=1e-6)
-    student = torch.tensor([[math.log(3), -math.log(3)]], dtype=torch.float64)  # 3/4 for both
-    teacher = torch.tensor([[-math.log(3), math.log(3)]], dtype=torch.float64)  # 1/4 for both
+    student = torch.tensor([[math.log(3), -math.log(3)]], dtype=torch.float64)  # sigmoids 3/4, 1/4: both right with 3/4
+    teacher = torch.tensor([[-math.log(3), math.log(3)]], dtype=torch.float64)  # both right with 1/4
     assert float(LOSSES["crd"](student, teacher)) == pytest.approx(
         -2 * math.log(3 / 4) - 2 * math.log(1 / 4), rel=1e-14
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Axis
 
 INDEXED = "the axis is indexed by a tensor"
-WRITTEN = "the axis is written to at the indices in a tensor"
+WRITTEN = "values are written to the positions that a tensor of indices gives (scatter)"
 
 
 @rule("embedding")
