@@ -237,19 +237,18 @@ def test_an_output_with_a_small_variance_does_not_make_the_training_diverge(pair
     assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective
 
 
-def compressed(original, folder, **options):
-    """Prune a model to half of its MACs and retrain it; return the result and the events."""
+def toy():
+    """The data as a data set whose parts are equal."""
     inputs, labels = data().inputs, data().targets
     parts = [kirsch.Split(inputs, labels) for _ in ("train", "validation", "test")]
+    return kirsch.DataSet("toy", *parts, classes=("a", "b", "c"))
+
+
+def compressed(original, folder, **options):
+    """Prune a model to half of its MACs and retrain it; return the result and the events."""
     events = []
-    result = kirsch.compress(
-        original,
-        kirsch.DataSet("toy", *parts, classes=("a", "b", "c")),
-        steps=[Prune(goal=kirsch.Goal(macs=0.5)), Recover(optimizer="adamw", **options)],
-        folder=folder,
-        listen=events.append,
-    )
-    return result, events
+    steps = [Prune(goal=kirsch.Goal(macs=0.5)), Recover(optimizer="adamw", **options)]
+    return kirsch.compress(original, toy(), steps=steps, folder=folder, listen=events.append), events
 
 
 def test_compress_keeps_all_outputs_by_default(pair, tmp_path):
@@ -268,6 +267,14 @@ def test_the_report_lists_the_warnings_of_training(pair, tmp_path):
     assert warning["step"] == "recover"
     assert re.match(WARNING.format(names="age"), warning["text"])
     assert "recover: The objective does not use these outputs" in result.report.read_text(encoding="utf-8")
+
+
+def test_without_listener_and_progress_each_warning_of_a_run_is_one_python_warning(pair, tmp_path):
+    steps = [Prune(goal=kirsch.Goal(macs=0.5)), Recover(epochs=1, objective=Objective.kd())]
+    with pytest.warns(UserWarning, match=WARNING.format(names="age")) as caught:
+        kirsch.compress(pair[0], toy(), steps=steps, folder=tmp_path / "run", progress=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
 
 
 def test_recovery_compares_all_outputs_by_default(pair):
