@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import warnings
 
@@ -17,7 +19,7 @@ from kirsch.distillation.term import Term
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.steps import Prune, Recover
 
-WARNING = r"The objective does not use these outputs of the student: {names}\. They are not trained"
+WARNING = r"The objective does not use these outputs of (Two|Both): {names}\. They are not trained"
 
 
 class Two(nn.Module):
@@ -106,6 +108,20 @@ def test_an_output_that_is_computed_from_the_logits_gives_no_warning(function):
     assert warned(Objective.kd(), Both(), student=Both()) == []
 
 
+def test_an_output_from_which_the_logits_are_computed_gives_no_warning():
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            embedding = self.body(x)
+            return {"embedding": embedding, "logits": self.head(embedding), "second": embedding.mean(1)}
+
+    (text,) = warned(Objective.kd(), Embedding(), student=Embedding())
+    assert text.startswith("The objective does not use these outputs of Embedding: second.")
+
+
 def test_probabilities_of_other_logits_give_a_warning():
     class Both(nn.Module):
         def __init__(self):
@@ -130,17 +146,36 @@ def test_if_the_teacher_lacks_the_output_or_its_values_are_constant_the_warning_
     assert warned(Objective.kd(), constant) == [text]
 
 
-def test_the_weight_of_the_suggested_term_is_1_divided_by_the_variance_of_the_teachers_output():
-    teacher = model(1)
+def weight_of(text):
+    """Return the weight of the term that a warning suggests."""
+    return float(re.search(r'Term\("fitnet", ([^,]*),', text)[1])
+
+
+def scaled(net, factor, shift=0.0):
+    """Multiply the output `age` of a model by a factor, and add a number."""
     with torch.no_grad():
-        teacher.age.weight.mul_(1000)
-        teacher.age.bias.add_(1e6)
+        net.age.weight.mul_(factor)
+        net.age.bias.mul_(factor).add_(shift)
+    return net
+
+
+def test_the_weight_of_the_suggested_term_is_1_divided_by_a_large_variance_of_the_teachers_output():
+    teacher = scaled(model(1), 1000, shift=1e6)
     (text,) = warned(Objective.kd(), teacher)
-    weight = float(re.search(r'Term\("fitnet", ([^,]*),', text)[1])
     first = next(data().epoch(0, 0))
-    assert weight == pytest.approx(
-        1 / teacher(torch.from_numpy(first.inputs))["age"].var(correction=0).item(), rel=0.01
-    )
+    variance = teacher(torch.from_numpy(first.inputs))["age"].var(correction=0).item()
+    assert weight_of(text) == pytest.approx(1 / variance, rel=0.01)
+
+
+def test_the_weight_of_the_suggested_term_limits_its_curvature():
+    student = model()
+    (text,) = warned(Objective.kd(), scaled(model(1), 0.01), student=student)
+    inputs = torch.from_numpy(next(data().epoch(0, 0)).inputs[:8])
+    student(inputs)["age"].mean().backward()
+    squared = sum(float((p.grad**2).sum()) for p in student.parameters() if p.grad is not None)
+    assert weight_of(text) == pytest.approx(10 / (2 * squared), rel=0.01)
+    (unlimited,) = warned(Objective.kd(), scaled(model(1), 0.01), student=model().requires_grad_(requires_grad=False))
+    assert weight_of(unlimited) > 100 * weight_of(text)
 
 
 def test_training_on_labels_and_mutual_learning_warn_once():
@@ -190,19 +225,30 @@ def test_the_suggested_term_keeps_an_output_of_a_pruned_model(pair):
     assert results[1] > 0.97
 
 
-def compressed(original, folder, **options):
-    """Prune a model to half of its MACs and retrain it; return the result and the events."""
+@pytest.mark.parametrize("learning_rate", [0.05, 0.01])
+def test_an_output_with_a_small_variance_does_not_make_the_training_diverge(pair, learning_rate):
+    original = scaled(copy.deepcopy(pair[0]), 0.01)
+    small = kirsch.prune(original, kirsch.plan(kirsch.trace(original, torch.zeros(1, 6)), kirsch.Goal(macs=0.5)))
+    objective = kirsch.recovery(small, original, data().inputs, at="body.1")
+    training = Training(epochs=40, learning_rate=learning_rate)
+    hooks = TrainingHooks(event=lambda _event: None)
+    trained = kirsch.distill(small, original, data(), objective=objective, training=training, hooks=hooks).model
+    assert fit_to_age(trained, original) > 0.9
+    assert Objective.from_dict(json.loads(json.dumps(objective.to_dict()))) == objective
+
+
+def toy():
+    """The data as a data set whose parts are equal."""
     inputs, labels = data().inputs, data().targets
     parts = [kirsch.Split(inputs, labels) for _ in ("train", "validation", "test")]
+    return kirsch.DataSet("toy", *parts, classes=("a", "b", "c"))
+
+
+def compressed(original, folder, **options):
+    """Prune a model to half of its MACs and retrain it; return the result and the events."""
     events = []
-    result = kirsch.compress(
-        original,
-        kirsch.DataSet("toy", *parts, classes=("a", "b", "c")),
-        steps=[Prune(goal=kirsch.Goal(macs=0.5)), Recover(optimizer="adamw", **options)],
-        folder=folder,
-        listen=events.append,
-    )
-    return result, events
+    steps = [Prune(goal=kirsch.Goal(macs=0.5)), Recover(optimizer="adamw", **options)]
+    return kirsch.compress(original, toy(), steps=steps, folder=folder, listen=events.append), events
 
 
 def test_compress_keeps_all_outputs_by_default(pair, tmp_path):
@@ -221,6 +267,14 @@ def test_the_report_lists_the_warnings_of_training(pair, tmp_path):
     assert warning["step"] == "recover"
     assert re.match(WARNING.format(names="age"), warning["text"])
     assert "recover: The objective does not use these outputs" in result.report.read_text(encoding="utf-8")
+
+
+def test_without_listener_and_progress_each_warning_of_a_run_is_one_python_warning(pair, tmp_path):
+    steps = [Prune(goal=kirsch.Goal(macs=0.5)), Recover(epochs=1, objective=Objective.kd())]
+    with pytest.warns(UserWarning, match=WARNING.format(names="age")) as caught:
+        kirsch.compress(pair[0], toy(), steps=steps, folder=tmp_path / "run", progress=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
 
 
 def test_recovery_compares_all_outputs_by_default(pair):

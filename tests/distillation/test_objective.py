@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from kirsch.distillation.objective import Objective
@@ -52,6 +53,10 @@ def test_an_objective_can_be_stored_as_json():
     [
         ({"label_weight": -1.0}, "label_weight is -1.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; expected at least 0 and below 1"),
+        (
+            {"terms": (Term("kd"),), "label_weight": 0.0, "label_smoothing": 0.1},
+            "`label_smoothing` is 0.1 and has no effect with label_weight=0",
+        ),
         ({"label_weight": 0.0}, "all weights are 0, so there is nothing to learn"),
         ({"terms": (Term("kd", 0.0),), "label_weight": 0.0}, "all weights are 0"),
     ],
@@ -59,6 +64,44 @@ def test_an_objective_can_be_stored_as_json():
 def test_an_invalid_value_raises_an_error_that_names_the_value(options, sentence):
     with pytest.raises(UsageError, match=f"The objective is invalid: {sentence}"):
         Objective(**options)
+
+
+@pytest.mark.parametrize(
+    ("term", "sentence"),
+    [
+        ({"options": {"standardize": "no"}}, "`standardize` of the loss 'kd' is 'no'; expected True or False"),
+        ({"options": {"standardize": 1}}, "`standardize` of the loss 'kd' is 1; expected True or False"),
+        ({"loss": "dkd", "options": {"beta": "x"}}, "`beta` of the loss 'dkd' is 'x'; expected a number"),
+        ({"loss": "hcl", "options": {"sizes": [4, "a"]}}, r"`sizes\[1\]` .* is 'a'; expected a whole number"),
+        ({"loss": "mlkd", "options": {"temperatures": 2}}, "`temperatures` .* is 2; expected a list of numbers"),
+        ({"adapter_options": {"norm": True}}, "`adapter_options` of 'kd' has no effect: with adapter='auto'"),
+        (
+            {"loss": "at", "adapter": "none", "adapter_options": {"norm": True}},
+            "`adapter_options` of 'at' has no effect",
+        ),
+    ],
+)
+def test_an_option_of_the_wrong_type_or_without_effect_is_refused(term, sentence):
+    with pytest.raises(UsageError, match=f"The objective is invalid: {sentence}"):
+        Objective((Term(**term),))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"norm": "no"}, "`norm` of the adapter 'conv' is 'no'; expected True or False"),
+        ({"nrom": True}, "The adapter 'conv' has no option 'nrom'"),
+        ({"spatial": "crop"}, "The option 'spatial' is 'crop'"),
+    ],
+)
+def test_options_of_a_named_adapter_are_checked_with_the_objective(options, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Objective((Term("fitnet", student_layer="layer1", adapter="conv", adapter_options=options),))
+
+
+def test_options_of_equivalent_types_are_accepted():
+    terms = Term("dkd", options={"beta": np.float32(2)}), Term("hcl", student_layer="a", options={"sizes": [4, 2]})
+    assert Objective(terms).terms == terms
 
 
 @pytest.mark.parametrize("options", [{"temperature": math.nan}, {"weight": math.inf}, {"weight": math.nan}])

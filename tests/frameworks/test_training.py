@@ -23,6 +23,7 @@ from kirsch.frameworks.training import Trained, Training, share_warnings
         ({"milestones": (0.75, 0.5)}, r"milestones are \(0.75, 0.5\); expected ascending fractions"),
         ({"milestones": (0.5, 1.0)}, r"`milestones\[1\]` .* is 1.0; expected a number above 0 and below 1"),
         ({"milestones": (30, 60)}, r"`milestones\[0\]` .* is 30; expected a number above 0 and below 1"),
+        ({"milestones": (0.3,)}, "`milestones` has no effect with schedule='cosine'"),
         ({"epochs": 3, "warmup_epochs": 4}, "warmup_epochs is 4; expected a number from 0 to 3"),
         ({"warmup_epochs": -1}, "`warmup_epochs` .* is -1; expected a number of at least 0"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` .* is 0.0; expected a number above 0"),

@@ -232,3 +232,12 @@ def test_texts_of_flags_become_values(flags, options):
 def test_a_flag_that_cannot_be_read_is_named(flags, message):
     with pytest.raises(UsageError, match=message):
         given_options(flags)
+
+
+@pytest.mark.parametrize("options", [{"kinds": {"head": 2}}, {"kinds": ["head", "rank"]}, {"round_to": {"head": 8}}])
+def test_a_kind_that_the_model_does_not_have_gives_a_note(graph, options):
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.9), **options)
+    (option,) = options
+    (note,) = (note for note in plan.notes if note.startswith(f"{option}="))
+    assert note.startswith(f"{option}='head' has no effect: Sequential has no units of this kind")
+    assert not any("has no effect" in note for note in kirsch.plan(graph, kirsch.Goal(macs=0.9)).notes)

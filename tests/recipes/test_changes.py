@@ -12,7 +12,7 @@ seed: 1
 teacher: {model: 'm:t'}
 steps:
 - prune: {goal: {macs: 0.5}, round_to: 4}
-- recover: {milestones: [0.5, 0.75]}
+- recover: {schedule: multistep, milestones: [0.5, 0.75]}
 - prune: {goal: {macs: 0.5}}
 """
 
@@ -49,7 +49,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(change, fix):
 
 def test_a_step_that_is_not_there_does_not_suggest_a_section():
     """The names "recover" and "teacher" share four letters in order."""
-    text = RECIPE.replace("- recover: {milestones: [0.5, 0.75]}\n", "")
+    text = RECIPE.replace("- recover: {schedule: multistep, milestones: [0.5, 0.75]}\n", "")
     assert refusal("recover.epochs=3", text=text).endswith("Change one of these.")
 
 
@@ -150,7 +150,7 @@ def test_a_removed_step_that_is_added_again_has_no_options_of_the_file():
 
 
 def test_the_fix_for_the_name_of_a_preset_gives_the_form_with_label_weight():
-    text = RECIPE.replace("{milestones: [0.5, 0.75]}", "{objective: at}")
+    text = RECIPE.replace("{schedule: multistep, milestones: [0.5, 0.75]}", "{objective: at}")
     change = "recover.objective.label_weight=0.5"
     assert "recover.objective is 'at', which has no keys. Set the whole value: recover.objective={label_" in refusal(
         change, text=text

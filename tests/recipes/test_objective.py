@@ -60,7 +60,7 @@ def objective_of(text: str, *changes: str) -> Objective:
                 "    - {weight: 0.9, temperature: {start: 4, end: 1, epochs: 10, after: 2}}\n"
                 "    - {loss: at, weight: 1000, student_layer: auto, options: {power: 3}, name: maps}\n"
                 "    - {loss: fitnet, student_layer: down, teacher_layer: deep, "
-                "adapter: fitnet, adapter_options: {spatial: pool}}"
+                "adapter: conv, adapter_options: {spatial: pool}}"
             ),
             Objective(
                 (
@@ -72,7 +72,7 @@ def objective_of(text: str, *changes: str) -> Objective:
                         temperature=None,
                         student_layer="down",
                         teacher_layer="deep",
-                        adapter="fitnet",
+                        adapter="conv",
                         options={},
                         adapter_options={"spatial": "pool"},
                     ),

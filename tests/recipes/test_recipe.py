@@ -48,7 +48,7 @@ TRAINS = st.fixed_dictionaries(
         "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
         "ema_decay": st.none() | FRACTIONS,
     },
-)
+).map(lambda section: {**section, "schedule": "multistep"} if "milestones" in section else section)
 OBJECTIVES = st.sampled_from(["dkd", "at"]) | st.fixed_dictionaries(
     {
         "terms": st.lists(

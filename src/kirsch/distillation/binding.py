@@ -251,13 +251,19 @@ def _recorded(layers: LayerNames, recorded: Mapping[str, Any]) -> list[str]:
 
 def _adapter(framework: Framework, term: Term, values: tuple[Any, Any], index: int, seed: int) -> Any:
     loss = get_loss(term.loss)
-    # By default, outputs get no adapter, so that different numbers of classes raise an error.
-    if term.adapter == "none" or (term.adapter == "auto" and loss.takes in ("logits", "pixels", "values", "sets")):
+    if not term.may_have_adapter:
         return None
     options = {"widths": loss.widths, "takes": loss.takes, **term.adapter_options}
-    return framework.training.seeded(
+    built = framework.training.seeded(
         lambda: framework.features.build_adapter(term.adapter, *values, options), seed + index
     )
+    if built is None and term.adapter_options:
+        raise UsageError(
+            f"`adapter_options` of the term {term.record_name!r} has no effect: the values of student and teacher have "
+            "the same shape, so adapter='auto' adds no adapter.",
+            fix="Remove `adapter_options`, or name an adapter.",
+        )
+    return built
 
 
 def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
+from kirsch.data.batches import Batch
+from kirsch.distillation.checks import few
 from kirsch.distillation.term import Term
 from kirsch.frameworks.layers import OUTPUT, texts
 from kirsch.frameworks.predictions import is_prediction
@@ -25,13 +27,21 @@ if TYPE_CHECKING:
 
 TOKEN_AXES = len("NLD")
 
+MAX_CURVATURE = 10.0
+"""Largest curvature of the terms of `output_terms`, added up.
+
+With the default learning rate of 0.05 and Nesterov momentum of 0.9, gradient descent diverges above a curvature of 27.
+The rest is a margin, because the curvature changes during training.
+"""
+
 
 def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs: Any) -> list[str]:
-    """Return the outputs of a model that hold predictions, and that are not computed from one of the layers alone.
+    """Return the outputs of a model that hold predictions, and that have no fixed relation to one of the layers.
 
     An output counts as computed from a layer if it equals the values of the layer, their logistic function, their
-    softmax, or the logarithm of one of these two. Hidden states, attention weights, caches and losses are left out, and
-    so are integers and outputs without an entry for each sample.
+    softmax, or the logarithm of one of these two. An output from which a layer is computed, such as an embedding before
+    the logits, is trained through this layer, and is left out as well. Hidden states, attention weights, caches and
+    losses are left out, and so are integers and outputs without an entry for each sample.
 
     Args:
         features: the `Features` object of the model's framework.
@@ -47,7 +57,7 @@ def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs
         return []
     values = features.extract(model, [*layers, *names], inputs)
     samples = len(ops.first_array(inputs))
-    return [
+    unrelated = [
         name
         for name in names
         if is_prediction(name.removeprefix(OUTPUT))
@@ -55,30 +65,44 @@ def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs
         and tuple(values[name].shape[:1]) == (samples,)
         and not any(_computed_from(values[layer], values[name]) for layer in layers)
     ]
+    sources = features.sources_of(model, layers, unrelated, _few(inputs)) if unrelated and layers else []
+    return [name for name in unrelated if name not in sources]
 
 
 def output_terms(features: Features, student: Any, teacher: Any, names: Sequence[str], inputs: Any) -> list[Term]:
     """Return a term for each output that student and teacher return in the same shape.
 
-    The term is the mean squared difference, divided by the variance of the teacher's output over the samples, so that
-    0.1 means that the student's output explains 90 % of this variance, whatever its scale. An output of the teacher
+    The term is the mean squared difference. Its weight is at most 1 / variance of the teacher's output over the
+    samples, with which 0.1 means that the student's output explains 90 % of this variance. An output of the teacher
     that does not vary, or is not finite, gets no term.
+
+    The weight is lower if gradient descent could diverge. The largest curvature of weight · mean squared difference is
+    about 2 · weight · |g|², where g is the gradient of the mean of the output for the parameters of the student. For
+    an output with a small variance, a weight of 1 / variance makes the curvature a thousand times that of the soft
+    targets. The weights are limited so that the curvatures of all terms add up to `MAX_CURVATURE` at most.
 
     Args:
         features: the `Features` object of the framework of student and teacher.
         student, teacher: the models.
         names: outputs as layer names, such as "output.age".
-        inputs: inputs of one batch; the variance depends on them.
+        inputs: inputs of one batch; the weights depend on them.
     """
     shared = [name for name in names if name in features.expand(teacher, f"{OUTPUT}*", inputs)]
     of_student, of_teacher = (features.extract(model, shared, inputs) for model in (student, teacher))
-    terms = []
+    variances = {}
     for name in shared:
         target = _host(of_teacher[name]).astype(np.float64)
         variance = float(((target - target.mean(0)) ** 2).mean())
         if target.shape == tuple(of_student[name].shape) and np.isfinite(variance) and variance > 0:
-            loss = "hidden-mse" if target.ndim == TOKEN_AXES else "fitnet"
-            terms.append(Term(loss, float(f"{1 / variance:.3g}"), student_layer=name, name=name))
+            variances[name] = variance
+    gradients = features.mean_gradients(student, list(variances), _few(inputs)) if variances else {}
+    terms = []
+    for name, variance in variances.items():
+        weight = 1 / variance
+        if gradients[name]:
+            weight = min(weight, MAX_CURVATURE / len(variances) / (2 * gradients[name] ** 2))
+        loss = "hidden-mse" if len(of_teacher[name].shape) == TOKEN_AXES else "fitnet"
+        terms.append(Term(loss, float(f"{weight:.3g}"), student_layer=name, name=name))
     return terms
 
 
@@ -94,7 +118,7 @@ def with_further_outputs(
 def warning_of_unused_outputs(
     features: Features, student: Any, teacher: Any, objective: Objective, terms: Sequence[BoundTerm], inputs: Any
 ) -> list[str]:
-    """Return a warning if the student returns predictions that neither the label loss nor a term uses.
+    """Return a warning if the model to train returns predictions that neither the label loss nor a term uses.
 
     Args:
         features: the `Features` object of the framework of student and teacher.
@@ -120,8 +144,9 @@ def warning_of_unused_outputs(
             f'kirsch.Term("fitnet", student_layer="{names[0]}").'
         )
     text = (
-        f"The objective does not use these outputs of the student: {', '.join(n.removeprefix(OUTPUT) for n in names)}. "
-        "They are not trained, and they change with the layers that they share with the other outputs."
+        f"The objective does not use these outputs of {type(student).__name__}: "
+        f"{', '.join(name.removeprefix(OUTPUT) for name in names)}. They are not trained, and they change with the "
+        "layers that they share with the other outputs."
     )
     return [f"{text} {fix}"]
 
@@ -144,6 +169,11 @@ def _computed_from(layer: Any, output: Any) -> bool:
         for logarithm in candidates
         for candidate in (logarithm, np.exp(logarithm))
     )
+
+
+def _few(inputs: Any) -> Any:
+    """Return the inputs of a few samples, since a run with gradient keeps the outputs of all layers."""
+    return few(Batch(inputs)).inputs
 
 
 def _host(array: Any) -> NDArray[Any]:

@@ -81,6 +81,8 @@ class Objective(Printable):
         problems += [text for text in [problem("label_weight", self.label_weight, least=0)] if text]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; expected at least 0 and below 1")
+        elif self.label_smoothing and not any(ends(self.label_weight)):
+            problems.append(f"`label_smoothing` is {self.label_smoothing:g} and has no effect with label_weight=0")
         weights = [self.label_weight, *(term.weight for term in self.terms)]
         if not problems and not any(value for weight in weights for value in ends(weight)):
             problems.append("all weights are 0, so there is nothing to learn")

@@ -13,7 +13,9 @@ from kirsch.annotations import Fix
 from kirsch.arguments import checked
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, TOKEN_KINDS, Loss, get_loss, loss_options, step_arguments
 from kirsch.errors import UnknownNameError, UsageError
+from kirsch.frameworks.adapters import ADAPTER_OPTIONS, complete_options
 from kirsch.frameworks.layers import LayerName, LayerNames, texts
+from kirsch.keywords import wrong_types
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
 """Pattern in the paths of the cross-attention modules of the library transformers."""
@@ -155,11 +157,21 @@ class Term:
         names = [LayerName.read(text) for text in texts([*self.layers])]
         return [name.text for name in names if name.layered and name.layered[2] == "attention"]
 
+    @property
+    def may_have_adapter(self) -> bool:
+        """Whether the features may pass through an adapter.
+
+        By default, outputs get none, so that different numbers of classes raise an error.
+        """
+        outputs = (*OUTPUT_KINDS, "sets")
+        return self.adapter != "none" and not (self.adapter == "auto" and get_loss(self.loss).takes in outputs)
+
     def problems(self) -> list[str]:
         """Return one clause for each invalid option, for the error of the objective.
 
         Raises:
             UnknownNameError: the loss or an option is unknown.
+            UsageError: an option of the adapter is unknown, or has a wrong type or value.
         """
         known = loss_options(get_loss(self.loss))
         for text in texts([*self.layers]):
@@ -175,6 +187,14 @@ class Term:
                 )
             elif name not in known:
                 raise UnknownNameError(f"option of the loss {self.loss!r} named", name, known)
+        found += wrong_types(get_loss(self.loss), self.options, f"the loss {self.loss!r}")
+        if self.adapter_options and not self.may_have_adapter:
+            found.append(
+                f"`adapter_options` of {self.record_name!r} has no effect: with adapter={self.adapter!r}, the loss "
+                f"{self.loss!r} has no adapter"
+            )
+        elif self.adapter in ADAPTER_OPTIONS:  # an adapter of one framework only is checked when it is built
+            complete_options(self.adapter, self.adapter_options)
         if self._attention_weights and self.options.get("attention") == "scores":
             found.append(
                 f"{self.record_name!r} takes attention scores, but {self._attention_weights[0]!r} returns attention "

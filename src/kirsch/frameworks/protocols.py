@@ -152,6 +152,18 @@ class Features(Protocol):
         `logarithm`: return whether the feature is the output of `logsigmoid` instead.
         """
 
+    def mean_gradients(self, model: Any, layers: Sequence[str], inputs: Any) -> dict[str, float]:
+        """Return the norm of the gradient of the mean of each feature, in inference mode, for the trainable parameters.
+
+        It is 0 for a feature that depends on no trainable parameter.
+        """
+
+    def sources_of(self, model: Any, layers: Sequence[str], candidates: Sequence[str], inputs: Any) -> list[str]:
+        """Return the candidates from whose arrays the model computes one of the layers, so that gradients reach them.
+
+        `candidates`: outputs as layer names, such as "output.embedding".
+        """
+
     def feature_mask(self, model: Any, mask: Any) -> Any:
         """Return the mask (N, L') of a model's features from the mask (N, L) of its inputs."""
 

@@ -70,7 +70,7 @@ class Training(Options):
     seed: Seed = Field(0, description="seed of all random numbers")
 
     def check(self) -> None:
-        """Check that the milestones ascend, and that the warm-up is not longer than the run."""
+        """Check that the milestones ascend and have an effect, and that the warm-up is not longer than the run."""
         problems = []
         if list(self.milestones) != sorted(self.milestones):
             problems.append(f"milestones are {self.milestones}; expected ascending fractions")
@@ -79,6 +79,11 @@ class Training(Options):
         if problems:
             raise UsageError(
                 "The training settings are not valid: " + "; ".join(problems) + ".", fix="Give values in these ranges."
+            )
+        if self.schedule != "multistep" and self.milestones != type(self).model_fields["milestones"].default:
+            raise UsageError(
+                f"`milestones` has no effect with schedule={self.schedule!r}.",
+                fix="Remove `milestones`, or use schedule='multistep'.",
             )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kirsch.graph.cost import WORDS
 from kirsch.graph.inputs import tensors
-from kirsch.graph.kinds import UNROUNDED_KINDS
+from kirsch.graph.kinds import BLOCK, UNROUNDED_KINDS
 from kirsch.graph.plan import Goal
 
 if TYPE_CHECKING:
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
+    from kirsch.pruning.options import PlanOptions
 
-EXCLUSION = ("exclude=", "keep_outputs=")
-"""Beginnings of the notes of `kirsch.pruning.exclusion`, by which `renewed` recognizes and keeps them."""
+ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "round_to=")
+"""Beginnings of the notes on options, by which `renewed` recognizes and keeps them."""
 
 CLOSE = 0.01
 """A plan that is below its goal by more than this fraction of the original cost gets a note."""
@@ -33,8 +34,8 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
     landing = landing_note(priced)
-    exclusions = [note for note in plan.notes if note.startswith(EXCLUSION)]
-    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced), *exclusions]
+    on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
+    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
@@ -113,6 +114,22 @@ def width_notes(plan: Plan) -> list[str]:
     more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
     names = f"{', '.join(unaligned[:3])}{more}"
     return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
+
+
+def absent_kind_notes(graph: Graph, options: PlanOptions) -> list[str]:
+    """Return a note for each kind in the options `kinds` and `round_to` that no group of the model has.
+
+    This is not an error, because a recipe may be used for several models.
+    """
+    present = {group.kind for group in graph.groups}
+    return [
+        f"{option}={kind!r} has no effect: {graph.model_name} has no units of this kind. Its kinds of units: "
+        f"{', '.join(sorted(present))}."
+        for option in ("kinds", "round_to")
+        if not isinstance(getattr(options, option), (int, str))
+        for kind in getattr(options, option) or ()
+        if kind not in present and kind != BLOCK
+    ]
 
 
 def too_few_units(title: str, axis: tuple[str, int], least: int) -> str:

@@ -33,6 +33,7 @@ from kirsch.recipes.recipe import DataSection, ModelSection, Name, Recipe
 from kirsch.recipes.runner import Materials, new_folder_name, run
 from kirsch.steps import Distill, Export, Measure, Prune, Recover, Step
 from kirsch.tables import Part, Printable
+from kirsch.user_warnings import warn
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def compress(
             have no effect and are refused.
         distill: options of the training of the student.
         recover: options of the training after pruning; None to leave this training out.
-        objective: `Objective`, or name of a preset, of both trainings. The default is `Objective.kd()`: soft targets
-            and labels.
+        objective: `Objective`, or name of a preset, of both trainings. The default "kd" has soft targets and labels;
+            the training after pruning without a student also compares the further outputs of the model, such as the
+            age in {"logits": ..., "age": ...}, with those of the teacher. `Objective.kd()` has no terms for them.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
         speedup: smallest allowed speedup over the model.
@@ -131,7 +133,7 @@ def compress(
         name: name of the model in the report; by default the name of its class.
         listen: function that is called with each event.
         progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
-            in a notebook.
+            in a notebook. Without these lines and without `listen`, warnings of the run are Python warnings.
         plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
 
     Raises:
@@ -178,10 +180,13 @@ def compress(
 
 @contextlib.contextmanager
 def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    """Yield a function that shows each event, if progress is shown, and calls `listen`."""
+    """Yield a function that shows each event, if progress is shown, and calls `listen`.
+
+    Without progress and without `listen`, warnings of the run are Python warnings.
+    """
     display = shown_on(progress)
     if display is None:
-        yield listen
+        yield _warn_once() if listen is ignore else listen
         return
     shown = JobProgress(display)
 
@@ -195,6 +200,18 @@ def _shown(listen: Callable[[dict[str, Any]], Any], progress: bool | None) -> It
         yield show
     finally:
         display.stop_status()
+
+
+def _warn_once() -> Callable[[dict[str, Any]], Any]:
+    """Return a function that emits each warning event as a Python warning, if its text was not emitted before."""
+    emitted: set[str] = set()
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "warning" and event["text"] not in emitted:
+            emitted.add(event["text"])
+            warn(event["text"])
+
+    return listen
 
 
 def _batch_size(batch_size: int | None, data: DataSet) -> int:

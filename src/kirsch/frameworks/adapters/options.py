@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kirsch.errors import UsageError, listing, nearest
+from kirsch.keywords import wrong_types
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of an adapter: the given ones, and the defaults of the others.
 
     Raises:
-        UsageError: the adapter does not have a given option, or the value of an option is out of range.
+        UsageError: the adapter does not have a given option, or an option has a wrong type or is out of range.
     """
     declared: Any = ADAPTER_OPTIONS[name]
     known = [field.name for field in fields(declared)]
     check_known(name, options, known)
+    if wrong := wrong_types(declared, options, f"the adapter {name!r}"):
+        raise UsageError(f"{'; '.join(wrong)}.", fix="Change these options.")
     complete = declared(**options)
     return {option: getattr(complete, option) for option in known}
 

@@ -84,6 +84,16 @@ def test_the_error_names_the_labels_if_they_make_the_loss_infinite_and_else_the_
         trained([(inputs, np.full((len(inputs), K), label, np.float32))], loss=loss)
 
 
+def test_a_loss_that_was_finite_before_suggests_a_lower_learning_rate_or_weight():
+    def loss(model, inputs, targets):
+        total = 1e3 * (model(inputs) ** 2).mean()
+        return total, {"square": total}
+
+    sentence = r"The loss term square is not finite .* the learning rate is too high for the weight of the term"
+    with pytest.raises(NumericError, match=sentence):
+        trained(model=nn.Linear(D, K), loss=loss, training=Training(epochs=9, learning_rate=1.0))
+
+
 def test_the_error_names_the_parameter_that_is_not_finite_at_the_next_step():
     with pytest.raises(NumericError, match=r"The parameter `\d\.\w+` is no longer finite at epoch 1, batch 2\. Lower"):
         trained(loss=exploding(at=1))

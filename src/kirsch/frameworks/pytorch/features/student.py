@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from kirsch.errors import NumericError, UsageError
+from kirsch.errors import NumericError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.protocols import StudentOutputs
 from kirsch.frameworks.pytorch.features.adapters import Adapter
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture
+from kirsch.frameworks.pytorch.features.gradients import gradients_of, norm_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -129,14 +129,14 @@ def gradient_norms(
     parameters = [p for p in student.student.parameters() if p.requires_grad and id(p) not in adapter_ids]
     norms: dict[str, float] = {}
     for name, part in parts.items():
-        gradients: Sequence[torch.Tensor | None] = (
-            _gradients(student, part, parameters) if part.requires_grad and parameters else [None] * len(parameters)
-        )
+        gradients: Sequence[torch.Tensor | None] = [None] * len(parameters)
+        if part.requires_grad and parameters:
+            gradients = gradients_of(student.student, part, parameters)
         if summed is not None:
             gradients = [
                 summed(p.new_zeros(p.shape) if g is None else g) for p, g in zip(parameters, gradients, strict=True)
             ]
-        norm = math.sqrt(sum(float((g.detach().float() ** 2).sum()) for g in gradients if g is not None))
+        norm = norm_of([g for g in gradients if g is not None])
         if all(g is None for g in gradients) or (norm == 0.0 and abs(float(part.detach())) > 1e-9):  # noqa: PLR2004 - zero up to rounding
             raise NumericError(
                 f"No gradient of the loss term {name!r} reaches the model.",
@@ -146,19 +146,3 @@ def gradient_norms(
             )
         norms[name] = norm
     return norms
-
-
-def _gradients(
-    student: StudentWithAdapters, part: torch.Tensor, parameters: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise UsageError(
-            f"{type(student.student).__name__} uses activation checkpoints with use_reentrant=True.",
-            "They do not support the gradient of a single loss term.",
-            "Set use_reentrant=False; in models of the transformers library by "
-            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
-        ) from error

@@ -84,11 +84,14 @@ def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch
     terms = [name for name, part in parts.items() if not math.isfinite(part)]
     if layers:
         return NumericError(f"The output of {layers[0]} is not finite {when}.", fix=FIX)
-    return _loss_error(", ".join(terms) or "total", batch.targets, when)
+    return _loss_error(", ".join(terms) or "total", batch.targets, when, first=(epoch, number) == (1, 1))
 
 
-def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
-    """Return the error for a loss that is not finite although the outputs of the model are finite."""
+def _loss_error(terms: str, targets: Any, when: str, *, first: bool) -> NumericError:
+    """Return the error for a loss that is not finite although the outputs of the model are finite.
+
+    `first`: whether this is the first batch of the run.
+    """
     largest = _largest(targets)
     if not math.isfinite(largest):
         return NumericError(f"The labels contain NaN or infinity {when}.", fix="Repair the data.")
@@ -99,11 +102,15 @@ def _loss_error(terms: str, targets: Any, when: str) -> NumericError:
             f"The labels are finite and reach {largest:.0e}, whose square exceeds the range of float32.",
             "Scale the labels, for example to mean 0 and standard deviation 1.",
         )
+    check = "Check the loss and the outputs of the teacher, if there is one, for NaN and infinity."
+    if first:
+        why = "The labels are finite, so the cause is in the loss itself or in the teacher outputs."
+        return NumericError(what, why, check)
     return NumericError(
         what,
-        "The labels are finite, so the cause is in the loss itself or in the teacher outputs.",
-        "Check the loss and the outputs of the teacher, if there is one, for NaN and infinity. If the loss was finite "
-        "in earlier steps, lower the learning rate.",
+        "The labels are finite, and so was the loss of the batches before. The most frequent cause is that training "
+        "diverges: the learning rate is too high for the weight of the term.",
+        f"Lower the learning rate or the weight of the term, or set max_grad_norm. If this does not help: {check}",
     )
 
 
