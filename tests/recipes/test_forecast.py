@@ -80,7 +80,7 @@ def test_forecast_counts_groups_or_blocks_and_names_their_importance(job, groups
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):
     with pytest.raises(
         GoalError,
-        match=r"the goal is ≤ 0\.1 %\..* each step leaves: prune .*Lower the goal macs of the step 'prune', or raise",
+        match=r"the goal is ≤ 0\.1 %\..* each step leaves: prune .*Lower `goal.macs` of the step 'prune', or raise",
     ):
         forecast(job.recipe("goal.macs=0.001"), base=job.base)
 
