@@ -88,8 +88,8 @@ def test_call_that_fails_before_any_work_leaves_no_folder(trained, tmp_path, mon
             [Prune(goal=kirsch.Goal(parameters=0.7), round_to=1), Prune(goal=kirsch.Goal(parameters=0.8), round_to=1)],
             (
                 r"lead to parameters \d\d\.\d % .* ≤ 40 %\. Share of the parameters that each step leaves: prune "
-                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower `goal.parameters` of the step 'prune-2', or raise `goal.parameters` of "
-                r"the job to 0\."
+                r"\d\d\.\d %, prune-2 \d\d\.\d %\. Lower `goal\.parameters` of the step 'prune-2', or "
+                r"raise `goal\.parameters` of the job to 0\."
             ),
         ),
     ],
