@@ -89,7 +89,7 @@ def test_the_error_of_an_unknown_layer_of_the_teacher_names_the_teacher():
 
 def test_logits_of_pixels_are_refused_by_a_loss_of_one_output_per_sample():
     nets = [nn.Sequential(nn.Conv2d(1, K, 1)) for _ in range(2)]
-    sentence = r"'kd' cannot compare .*logits of pixels.*Take 'pixel-kd' or 'cwd-pixels'"
+    sentence = r"'kd' cannot compare .*logits of pixels.*[Uu]se 'pixel-kd' or 'cwd-pixels'"
     with pytest.raises(ShapeError, match=sentence):
         distill(*nets, ArrayData(image_data().inputs, None), objective=Objective.kd(), **QUIET)
 
