@@ -94,6 +94,8 @@ class Distiller(Printable):
         first = Batch.of(example_batch)
         samples = few(first)
         framework.inference.check_runs(student, samples.inputs)
+        if objective.needs_logits:
+            framework.inference.check_training_outputs(student, samples.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []

@@ -103,6 +103,7 @@ def distill_mutually(
     for index, student in enumerate(students):
         check_single_samples(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
+        framework.inference.check_training_outputs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
