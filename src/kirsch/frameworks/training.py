@@ -190,6 +190,20 @@ class TrainingHooks:
         else:
             self.event({"event": "warning", **more, "text": text})
 
+    def requested_stop(self) -> Exception | None:
+        """Return the error with which the run is to stop; None to continue.
+
+        Raises:
+            UsageError: `stop` returns something else than an error or None.
+        """
+        error: Any = None if self.stop is None else self.stop()
+        if error is None or isinstance(error, Exception):
+            return error
+        raise UsageError(
+            f"`stop` of kirsch.TrainingHooks returned {value_phrase(error)}; expected an error or None.",
+            fix='Return None to continue, or an error to stop, such as kirsch.errors.Stopped("enough").',
+        )
+
 
 @dataclass
 class TrainingState:
