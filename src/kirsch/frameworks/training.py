@@ -52,7 +52,7 @@ class Training(Options):
 
     epochs: Count = Field(10, description="passes over the data")
     learning_rate: Positive = Field(0.05, description="peak learning rate")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9, Nesterov) or adamw")
     weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
     milestones: tuple[Fraction, ...] = Field(
