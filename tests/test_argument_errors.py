@@ -37,6 +37,14 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: kirsch.Objective.kd(label_loss="binary"),
+            (
+                r"^kirsch\.Objective\.kd has no argument 'label_loss'\. Known: temperature, weight\. "
+                r"Write kirsch\.Objective\(\.\.\., label_loss='binary'\)\.$"
+            ),
+        ),
+        (lambda: kirsch.Objective.kd(4.0), r"Its arguments are temperature, weight\.$"),
         (lambda: kirsch.plan(1), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
         (lambda: kirsch.TeacherStore("store"), r"'specification'\. Write kirsch\.TeacherStore\.open\(folder\)"),
         (lambda: kirsch.steps.Prune(norm="1"), r"Prune is '1'; expected 1 or 2\. The default is norm=2\."),

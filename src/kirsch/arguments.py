@@ -75,7 +75,8 @@ def checked(target: T) -> T:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise _call_error(target, signature, kwargs, _hints(function, target), error) from None
+            maker = args[0] if args and next(iter(signature.parameters)) == "cls" else None
+            raise _call_error(target, signature, kwargs, _hints(function, target), error, maker) from None
         bound.arguments |= _checked_arguments(target, signature, bound.arguments, _hints(function, target))
         return function(*bound.args, **bound.kwargs)
 
@@ -129,9 +130,10 @@ def _call_error(
     keywords: Mapping[str, Any],
     hints: Mapping[str, Any],
     error: TypeError,
+    maker: Any = None,
 ) -> UsageError:
-    """Return the error for arguments that are unknown, missing or too many."""
-    call, known = public_name(target), [name for name in signature.parameters if name != "self"]
+    """Return the error for arguments that are unknown, missing or too many; `maker` is the class of a class method."""
+    call, known = public_name(target), [name for name in signature.parameters if name not in ("self", "cls")]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     unknown = next((name for name in keywords if name not in known and not takes_any), None)
     if unknown is None:
@@ -139,6 +141,9 @@ def _call_error(
         by_constructor = not made_by or made_by.startswith(f"{call}(")
         fix = f"Its arguments are {', '.join(known)}." if by_constructor else f"Write {made_by}."
         return UsageError(f"{call} was called with the wrong arguments: {error}.", fix=fix)
+    if maker is not None and unknown in inspect.signature(maker).parameters:
+        fix = f"Write {public_name(maker)}(..., {unknown}={_shown(keywords[unknown])})."
+        return UsageError(f"{call} has no argument {unknown!r}.", listing(known), fix)
     refused: UsageError | None = target.refuse_argument(unknown) if hasattr(target, "refuse_argument") else None
     return refused or UsageError(
         f"{call} has no argument {unknown!r}.",
@@ -159,9 +164,13 @@ def _meant_argument(unknown: str, value: Any, known: Sequence[str], hints: Mappi
     for argument, hint in hints.items():
         for kind in _classes_with_fields(hint):
             if name in inspect.signature(kind).parameters:
-                shown = repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "..."
-                return f"Write {argument}={public_name(kind)}({name}={shown})."
+                return f"Write {argument}={public_name(kind)}({name}={_shown(value)})."
     return nearest(unknown, known)
+
+
+def _shown(value: Any) -> str:
+    """Return a plain value as code, and other values as "..."."""
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "..."
 
 
 def _classes_with_fields(hint: Any) -> list[Any]:

@@ -7,10 +7,17 @@ import functools
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from distillation.golden import y, z_s, z_t
+from kirsch.distillation.distill import distill
+from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.losses import LOSSES, soft_target
+from kirsch.distillation.mutual import distill_mutually
+from kirsch.distillation.objective import Objective
+from kirsch.distillation.term import Term
 from kirsch.errors import ShapeError, UsageError
+from kirsch.frameworks.training import Training
 
 N, K = z_s.shape
 
@@ -30,6 +37,51 @@ def test_the_gradient_of_binary_soft_targets_is_temperature_times_the_difference
     LOSSES["binary-kd"](student, torch.from_numpy(z_t), temperature=temperature).backward()
     expected = temperature * (0.5 - torch.sigmoid(torch.from_numpy(z_t) / temperature)) / N
     np.testing.assert_allclose(student.grad, expected, rtol=1e-12, atol=1e-16)
+
+
+SOFTMAX = Objective.preset("kd", label_loss="binary", label_weight=0.0)
+SHORT = {"training": Training(epochs=1, learning_rate=0.01)}
+
+
+def heads(*seeds, outputs=3):
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(nn.Linear(4, outputs))
+    return models
+
+
+def labeled(outputs=3):
+    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    return [(inputs, (inputs[:, :outputs] > 0).float())]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda objective: distill(*heads(0, 1), labeled(), objective=objective, check_teacher=False, **SHORT),
+        lambda objective: distill_mutually(heads(0, 1), labeled(), objective=objective, **SHORT),
+        lambda objective: Distiller(*heads(0, 1), objective, labeled()[0]),
+    ],
+    ids=["distill", "mutual", "distiller"],
+)
+def test_a_softmax_over_binary_labels_gives_a_warning_that_names_the_loss_for_them(call, recwarn):
+    call(Objective((Term("binary-kd", 0.9),), label_loss="binary"))
+    call(Objective((Term("logit-l2", 0.9),), label_loss="binary"))
+    assert not recwarn.list
+    call(SOFTMAX)
+    (warning,) = recwarn.list
+    assert "'kd' applies a softmax" in str(warning.message)
+    assert "Use \"binary-kd\" instead of 'kd'" in str(warning.message)
+
+
+def test_a_softmax_over_binary_labels_of_pixels_gives_a_warning(recwarn):
+    torch.manual_seed(0)
+    images = torch.randn(4, 1, 3, 3)
+    objective = Objective((Term("pixel-kd", 0.9),), label_loss="binary")
+    Distiller(nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), objective, (images, (images > 0).float().repeat(1, 2, 1, 1)))
+    (warning,) = recwarn.list
+    assert 'Use Term("fitnet", student_layer="logits") instead of' in str(warning.message)
 
 
 def test_bounded_regression_uses_only_samples_whose_error_is_above_that_of_the_teacher(framework):

@@ -31,6 +31,7 @@ from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.distill import distill
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
+from kirsch.distillation.store import TopK, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError
 from kirsch.frameworks.training import Training, TrainingHooks
@@ -84,6 +85,43 @@ def test_distillation_of_a_language_model_decreases_the_loss(transformers):
     objective = Objective.preset("causal", label_weight=0.0)
     found = distill(student, teacher, data, objective=objective, training=training, hooks=QUIET, check_teacher=False)
     assert found.history[-1]["loss"] < 0.9 * found.history[0]["loss"]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padding right", "padding left"])
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_labels_at_padding_have_no_effect_on_a_language_model(transformers, build, left):
+    """A data collator may set the labels to the tokens, also at padding."""
+    inputs, labels = causal_batch(left=left)
+    objective = Objective.preset("causal")
+    models = pair(build, transformers)
+    ignored, gradient = compute_loss(models, objective, inputs, labels)
+    unmasked, gradient_unmasked = compute_loss(models, objective, inputs, inputs["input_ids"])
+    assert unmasked == pytest.approx(ignored, rel=1e-12)
+    torch.testing.assert_close(gradient_unmasked, gradient)
+    with Distiller(*models, objective, (inputs, labels)) as distiller:
+        assert distiller.counts([(inputs, inputs["input_ids"])]) == distiller.counts([(inputs, labels)])
+
+
+def test_the_accuracy_of_a_causal_model_does_not_count_padding(transformers, tmp_path):
+    """The accuracy of a student, of a teacher, and of a store."""
+    student, teacher = pair(gpt2, transformers)
+    inputs, labels = causal_batch()
+    found = []
+    for targets in (labels, inputs["input_ids"]):
+        data, events = ArrayData(inputs, targets, batch_size=4), []
+        for source in (teacher, build_store(tmp_path / str(len(found)), teacher, data, keep=TopK(WORDS))):
+            distill(
+                student,
+                source,
+                data,
+                objective=Objective.preset("causal", terms=(Term("kd", 0.5, temperature=1.0),)),
+                training=Training(epochs=1, learning_rate=1e-9),
+                validation=(inputs, targets),
+                hooks=TrainingHooks(event=events.append),
+            )
+        found.append([event["accuracy"] for event in events if "accuracy" in event])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0])
 
 
 def test_the_accuracy_of_a_causal_model_is_the_accuracy_of_the_next_token(transformers):

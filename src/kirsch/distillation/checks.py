@@ -13,6 +13,7 @@ from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.term import Ramp, ends
 from kirsch.errors import DataError
+from kirsch.frameworks.layers import texts
 
 if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
@@ -141,6 +142,25 @@ def warnings_of_unfinished_ramps(objective: Objective, training: Training) -> li
         f"in {option}=kirsch.Ramp({weight.start:g}, {weight.end:g}, epochs={max(training.epochs // 2, 1)})."
         for name, weight, option in weights
         if isinstance(weight, Ramp) and weight.after + weight.epochs > training.epochs
+    ]
+
+
+def warnings_of_softmax_terms(objective: Objective) -> list[str]:
+    """Return a warning for each term that applies a softmax to the logits of binary labels.
+
+    A softmax ignores a constant that is added to all logits of a sample, and with it how many labels are present.
+    """
+    if objective.label_loss != "binary":
+        return []
+    by_kind = {"logits": '"binary-kd"', "pixels": 'Term("fitnet", student_layer="logits")'}
+    return [
+        f"The term {term.record_name!r} applies a softmax to the logits, as if the classes excluded each other, and "
+        'the objective has label_loss="binary". The student then does not learn from the teacher which labels of a '
+        f"sample are present. Use {by_kind[get_loss(term.loss).takes]} instead of {term.loss!r}; if the classes "
+        'exclude each other, use label_loss="cross-entropy".'
+        for term in objective.terms
+        if any(ends(term.weight)) and "logits" in texts([*term.layers])
+        if get_loss(term.loss).takes in by_kind and get_loss(term.loss).activation == "softmax"
     ]
 
 

@@ -156,6 +156,7 @@ def fit(
     first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
     framework.inference.check_runs(model, inputs)
+    framework.inference.check_training_outputs(model, inputs)
     shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)
     logits = logits_converter(

@@ -12,7 +12,12 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import BatchLike, Model, Regularizer
 from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
-from kirsch.distillation.checks import few, warning_of_averaged_logits, warning_of_unknown_entries
+from kirsch.distillation.checks import (
+    few,
+    warning_of_averaged_logits,
+    warning_of_unknown_entries,
+    warnings_of_softmax_terms,
+)
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
@@ -94,6 +99,8 @@ class Distiller(Printable):
         first = Batch.of(example_batch)
         samples = few(first)
         framework.inference.check_runs(student, samples.inputs)
+        if objective.needs_logits:
+            framework.inference.check_training_outputs(student, samples.inputs)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
@@ -121,7 +128,8 @@ class Distiller(Printable):
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in warning_of_averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        for sentence in warning_of_unknown_entries(framework.inference, student, first, objective):
+        warnings = warning_of_unknown_entries(framework.inference, student, first, objective)
+        for sentence in warnings + warnings_of_softmax_terms(objective):
             warn(sentence)
         model = None if teacher is None or isinstance(teacher, TeacherStore) else one_or_more(teacher)[0]
         for sentence in warning_of_unused_outputs(framework.features, student, model, objective, terms, first.inputs):

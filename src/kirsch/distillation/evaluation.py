@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kirsch import ops
-from kirsch.data.arrays import host
+from kirsch.data.arrays import host, map_arrays
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
-from kirsch.distillation.masks import shift_labels, shift_logits
+from kirsch.distillation.masks import next_labels, shift_logits
 from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
@@ -259,13 +259,13 @@ def _stored_predictions(store: TeacherStore, data: ArrayData, objective: Objecti
         return []
     samples = _evenly_spaced(data.samples)
     found = store.read(data.sample_ids[samples])
+    batch = Batch(data.rows(samples), data.targets[samples])
     classes = store.specification.classes or 0
     if "indices" not in found:
-        scores = found["scores"] + found["maximum"][..., None]
-        return [evaluated_batch(scores, data.targets[samples], objective)]
+        return [evaluated_batch(found["scores"] + found["maximum"][..., None], batch, objective)]
     if objective.label_loss != "cross-entropy":
         return []
-    return [EvaluatedBatch(*_select_labeled(found["indices"][..., 0], host(data.targets[samples]), objective), classes)]
+    return [EvaluatedBatch(*_select_labeled(found["indices"][..., 0], batch, objective), classes)]
 
 
 def _live_predictions(
@@ -309,7 +309,8 @@ def _evaluated(
         )
     if batch.targets is None:
         return []
-    return [evaluated_batch(outputs, host(batch.targets)[indices], objective, declared_outputs(objective, index))]
+    labeled = Batch(inputs, host(batch.targets)[indices])
+    return [evaluated_batch(outputs, labeled, objective, declared_outputs(objective, index))]
 
 
 def _rows(inputs: Any, indices: NDArray[np.int64]) -> Any:
@@ -325,24 +326,24 @@ def _contain_nan(inputs: Any) -> bool:
 
 
 def evaluated_batch(
-    outputs: NDArray[Any], targets: Any, objective: Objective, declared: str | None = None
+    outputs: NDArray[Any], batch: Batch, objective: Objective, declared: str | None = None
 ) -> EvaluatedBatch:
     """Return the predictions and targets of the labeled samples or positions of one batch.
 
     Args:
         outputs: outputs of the model, a numpy array.
-        targets: targets in the form that the label loss of the objective takes.
+        batch: inputs, and targets in the form that the label loss of the objective takes.
         objective: supplies the label loss, the index of ignored labels (`ignore_index`), and `causal`.
         declared: kind of the model's outputs that the objective declares: "logits", "probabilities" or None.
 
     Raises:
         DataError: the label loss does not take the targets.
     """
-    targets = host(targets)
+    targets = host(batch.targets)
     check_evaluable(targets, outputs.shape[1:], objective)
     if objective.label_loss == "cross-entropy":
         rows = ops.classes_last(outputs)
-        return EvaluatedBatch(*_select_labeled(rows.argmax(-1), targets, objective), rows.shape[-1])
+        return EvaluatedBatch(*_select_labeled(rows.argmax(-1), batch, objective), rows.shape[-1])
     if declared == "probabilities" and objective.label_loss == "binary":
         outputs = to_logits(outputs, "sigmoid")
     rows = ops.classes_last(outputs[:, None] if outputs.ndim == 1 else outputs)
@@ -351,16 +352,18 @@ def evaluated_batch(
     return EvaluatedBatch(rows, targets.reshape(rows.shape), rows.shape[-1])
 
 
-def _select_labeled(predicted: Any, targets: NDArray[Any], objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
+def _select_labeled(predicted: Any, batch: Batch, objective: Objective) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return predicted and true class numbers of the samples or positions that have a label."""
+    targets = host(batch.targets).astype(np.int64)
     if predicted.shape != targets.shape:
         raise DataError(
             f"The targets have shape {targets.shape}, and the predictions have shape {predicted.shape}.",
             fix="Give one class number for each of these predictions.",
         )
     if objective.causal:
-        predicted, targets = shift_logits(predicted), shift_labels(targets)
-    counts = targets.astype(np.int64) != objective.ignore_index
+        inputs = map_arrays(host, batch.inputs)
+        predicted, targets = shift_logits(predicted), next_labels(targets, inputs, objective.ignore_index)
+    counts = targets != objective.ignore_index
     return predicted[counts], targets[counts]
 
 
@@ -417,7 +420,7 @@ class Validation:
         with naming(f"Batch {number} of the validation"):
             outputs = self._framework.inference.predict(model, batch.inputs)
         try:
-            return evaluated_batch(outputs, batch.targets, self._objective, self._objective.student_outputs)
+            return evaluated_batch(outputs, batch, self._objective, self._objective.student_outputs)
         except DataError as error:
             raise DataError(
                 f"Batch {number} of the validation does not fit. {error.what}",

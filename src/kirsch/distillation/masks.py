@@ -26,6 +26,28 @@ def shift_labels(labels: Any) -> Any:
     return labels[:, 1:]
 
 
+def predicted_tokens(mask: Any) -> Any:
+    """Return the mask of the positions whose next token is predicted, shape (N, L - 1), from the mask of the tokens.
+
+    Neither the position nor the next token may be padding.
+    """
+    return (shift_logits(mask) != 0) & (shift_labels(mask) != 0)
+
+
+def next_labels(labels: Any, inputs: Any, ignore_index: int) -> Any:
+    """Return the label of each position of a causal model but the last; those from or at padding are ignored.
+
+    Args:
+        labels: one label for each token, shape (N, L), of the same library as the inputs.
+        inputs: the inputs; a dict may have an `attention_mask`, shape (N, L), nonzero where a token is not padding.
+        ignore_index: the label of ignored positions.
+    """
+    labels, mask = shift_labels(labels), inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None:
+        return labels
+    return ops.where(ops.expand_mask(predicted_tokens(mask), labels), labels, ignore_index)
+
+
 class BatchMasks:
     """Labels of a batch as the losses take them, and the masks that follow from labels and padding.
 
@@ -54,13 +76,12 @@ class BatchMasks:
     def labels(self) -> Any:
         """The targets, shifted if the objective is causal; None without targets.
 
-        The first token after padding on the left is not a label, because no token predicts it.
+        Padding is not a label, and neither is the first token after padding on the left, because no token predicts it.
         """
         labels = self.batch.targets
         if not self._causal or labels is None:
             return labels
-        mask, labels = self.padding.get("attention_mask"), shift_labels(labels)
-        return labels if mask is None else ops.where(shift_logits(mask) != 0, labels, self._ignore_index)
+        return next_labels(labels, self.padding, self._ignore_index)
 
     def shifted(self, logits: Any) -> Any:
         """Return logits, or each array of a dict, without the last position if the objective is causal."""
@@ -128,7 +149,7 @@ class BatchMasks:
     def unlabeled_positions(self) -> Any:
         """Mask of the positions whose logits are compared, for sequences without labels."""
         mask = self.tokens("")
-        return mask if mask is None or not self._causal else shift_labels(mask) * shift_logits(mask)
+        return mask if mask is None or not self._causal else predicted_tokens(mask)
 
     # ------------------------------------------------------------------------------------------------ terms
 

@@ -20,6 +20,7 @@ from kirsch.distillation.checks import (
     warning_of_averaged_logits,
     warning_of_unknown_entries,
     warnings_of_divided_batches,
+    warnings_of_softmax_terms,
     warnings_of_unfinished_ramps,
 )
 from kirsch.distillation.distill import to_validation, with_validation
@@ -98,11 +99,12 @@ def distill_mutually(
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     warnings = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
     warnings += warning_of_unknown_entries(framework.inference, students[0], first, objective)
-    warnings += warning_of_averaged_logits(objective, len(students) - 1)
+    warnings += warning_of_averaged_logits(objective, len(students) - 1) + warnings_of_softmax_terms(objective)
     steps, logits = [], []
     for index, student in enumerate(students):
         check_single_samples(framework.inference, student, data, first)
         framework.inference.check_runs(student, inputs)
+        framework.inference.check_training_outputs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]

@@ -83,8 +83,8 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
 LossName = Annotated[
     str,
     Fix(
-        "Give the name of a loss, such as 'kd'. A function gets a name by the decorator "
-        "@kirsch.distillation.losses.loss('my-loss')."
+        "Give the name of a loss, such as 'kd'. To register a function, write "
+        "`from kirsch.distillation.losses import loss`, and the decorator @loss('my-loss') before the function."
     ),
 ]
 

@@ -255,6 +255,13 @@ class Inference(Protocol):
         `training`: whether to run a copy of the model in training mode.
         """
 
+    def check_training_outputs(self, model: Any, inputs: Any) -> None:
+        """Refuse a model whose logits in training mode are another output than its logits in inference mode.
+
+        Raises:
+            UsageError: the losses would train another output than the logits.
+        """
+
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
         """Return the names that are not arguments of a model's `forward`; empty if the arguments are unknown."""
 

@@ -52,7 +52,7 @@ class Training(Options):
 
     epochs: Count = Field(10, description="passes over the data")
     learning_rate: Positive = Field(0.05, description="peak learning rate")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9) or adamw")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (momentum 0.9, Nesterov) or adamw")
     weight_decay: AtLeastZero = Field(5e-4, description="weight decay, not on biases and normalization")
     schedule: Literal["cosine", "multistep", "constant"] = Field("cosine", description="schedule of the learning rate")
     milestones: tuple[Fraction, ...] = Field(
@@ -194,6 +194,20 @@ class TrainingHooks:
             warn(text)
         else:
             self.event({"event": "warning", **more, "text": text})
+
+    def requested_stop(self) -> Exception | None:
+        """Return the error with which the run is to stop; None to continue.
+
+        Raises:
+            UsageError: `stop` returns something else than an error or None.
+        """
+        error: Any = None if self.stop is None else self.stop()
+        if error is None or isinstance(error, Exception):
+            return error
+        raise UsageError(
+            f"`stop` of kirsch.TrainingHooks returned {value_phrase(error)}; expected an error or None.",
+            fix='Return None to continue, or an error to stop, such as kirsch.errors.Stopped("enough").',
+        )
 
 
 @dataclass

@@ -232,7 +232,8 @@ def get_loss(name: str) -> Loss:
         raise UsageError(
             f"The loss {name!r} does not state what it compares.",
             "It was registered as a plain function.",
-            f'Decorate it: @kirsch.distillation.losses.loss("{name}", takes="logits").',
+            "Write `from kirsch.distillation.losses import loss`, and the decorator "
+            f'@loss("{name}", takes="logits") before the function.',
         )
     return registered
 

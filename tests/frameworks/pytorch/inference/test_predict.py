@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from kirsch.errors import DataError
-from kirsch.frameworks.pytorch.inference.predict import infer, inference, logits_of, predict
+from kirsch.frameworks.pytorch.inference.placement import from_numpy
+from kirsch.frameworks.pytorch.inference.predict import infer, inference, logits_of, predict, tensors
 
 
 @pytest.fixture
@@ -97,3 +98,17 @@ def test_infer_records_no_gradient(model):
 def test_predict_without_samples_raises_an_error():
     with pytest.raises(DataError, match=r"^The inputs have no samples, so there is nothing to predict\.$"):
         predict(nn.Linear(3, 2), np.zeros((0, 3), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i8", ">f8", "<f4"])
+@pytest.mark.parametrize("shape", [(3, 4), ()])
+@pytest.mark.parametrize(
+    "convert",
+    [lambda array: tensors(array, nn.Linear(1, 1)), from_numpy, lambda array: from_numpy(array, like=torch.ones(1))],
+    ids=["tensors", "from_numpy", "from_numpy with like"],
+)
+def test_arrays_of_any_byte_order_are_converted(dtype, shape, convert):
+    array = np.arange(12).astype(dtype)[:: 1 if shape else 12].reshape(shape)
+    found = convert(array)
+    assert found.tolist() == array.tolist()
+    assert found.numpy().dtype == array.dtype.newbyteorder("=")

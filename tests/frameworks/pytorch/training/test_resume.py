@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from kirsch.data.batches import ArrayData
-from kirsch.errors import CheckpointError, Interrupted
+from kirsch.errors import CheckpointError, Interrupted, UsageError
 from kirsch.frameworks.pytorch.training.train import train
 from kirsch.frameworks.training import Training, TrainingHooks, TrainingState
 from training_runs import (
@@ -215,6 +215,12 @@ def test_a_stop_saves_one_state_and_raises_the_error_of_the_hook():
         trained(stop=lambda: error, save=states.append)
     assert caught.value is error
     assert [(state.values["epoch"], state.values["batch"]) for state in states] == [(0, 1)]
+
+
+@pytest.mark.parametrize("value", [True, False, "enough"])
+def test_a_stop_that_returns_no_error_is_refused(value):
+    with pytest.raises(UsageError, match=r"`stop` of kirsch\.TrainingHooks returned .*; expected an error or None"):
+        trained(stop=lambda: value)
 
 
 def test_a_stop_after_an_epoch_does_not_save_its_state_again():

@@ -58,6 +58,16 @@ def test_the_batches_of_data_without_a_length_are_counted_for_a_schedule_that_ne
     assert rates[0] == rates[1]
 
 
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_a_caller_may_have_disabled_gradients(disabled):
+    expected = trained().model
+    with disabled():
+        found = trained().model
+        assert not torch.is_grad_enabled()
+    assert_same_bits(found, expected)
+    assert not any(parameter.is_inference() for parameter in found.parameters())
+
+
 @UNSIZED
 def test_data_without_a_length_is_trained_on_at_a_constant_learning_rate(data):
     found = trained(data, training=Training(epochs=2, learning_rate=0.1, schedule="constant"))

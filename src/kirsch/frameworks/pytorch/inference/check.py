@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from kirsch import ops
 from kirsch.data.images import AXES, has_channels_last, order_fix
 from kirsch.data.structure import summary
 from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.frameworks.pytorch.inference.calling import not_running
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, tensors
+from kirsch.frameworks.pytorch.inference.outputs import named
+from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-
-if TYPE_CHECKING:
-    from torch import nn
+from kirsch.frameworks.pytorch.modules.modes import set_modes
 
 
 def check_runs(model: nn.Module, inputs: Any, *, training: bool = False) -> None:
@@ -50,6 +51,53 @@ def _run(model: nn.Module, inputs: Any, *, training: bool) -> None:
         return
     with torch.random.fork_rng(), torch.no_grad():
         called(copy_of(model).train(), args, options)
+
+
+def check_training_outputs(model: nn.Module, inputs: Any) -> None:
+    """Refuse a model whose logits in training mode are another output than its logits in inference mode.
+
+    Modules of PyTorch stay in inference mode, so that dropout and batch normalization do not change the values: only
+    the branches in the code of the model run as in training. Further outputs after the logits are accepted.
+
+    Args:
+        model: the model to train, which runs on the inputs in inference mode; it is not changed.
+        inputs: one batch.
+
+    Raises:
+        UsageError: the first output in training mode has another number of classes or axes, or a later one equals the
+            logits.
+    """
+    args, options = arguments(tensors(inputs, model))
+    copy = copy_of(model)
+    with torch.random.fork_rng(), torch.no_grad(), inference(copy):
+        expected = logits_of(called(copy, *copied((args, options))))
+        set_modes([(module, not type(module).__module__.startswith("torch.nn.")) for module in copy.modules()])
+        try:
+            outputs = called(copy, *copied((args, options)))
+        except Exception:  # noqa: BLE001 - the first training step raises it, if these few samples are not the cause
+            return
+    logits = logits_of(outputs)
+    if logits is outputs and logits.shape == expected.shape:
+        return
+    others = [name for name, value in named(outputs).items() if value is not logits and _equal(value, expected)]
+    same_classes = logits.ndim == expected.ndim and _classes(logits) == _classes(expected)
+    if same_classes and (not others or _equal(logits, expected)):
+        return
+    found = f" They are its output {others[0]!r} in training mode." if others else ""
+    raise UsageError(
+        f"{type(model).__name__} returns an output of shape {tuple(logits.shape)} first in training mode, and "
+        f"logits of shape {tuple(expected.shape)} in inference mode.{found}",
+        "The losses would train the first output, and not the logits.",
+        'Return the logits first in training mode, too, or return a dict with the logits as "logits".',
+    )
+
+
+def _equal(output: torch.Tensor, expected: torch.Tensor) -> bool:
+    return output.shape == expected.shape and torch.allclose(output.float(), expected.float(), rtol=1e-3)
+
+
+def _classes(logits: torch.Tensor) -> int:
+    return int(ops.classes_last(logits).shape[-1])
 
 
 def _error_of_layout(model: nn.Module, inputs: Any, error: KirschError) -> KirschError | None:

@@ -2,7 +2,7 @@
 
 from kirsch.frameworks.pytorch.analysis.randomness import nondeterminism
 from kirsch.frameworks.pytorch.inference.calling import unknown_arguments
-from kirsch.frameworks.pytorch.inference.check import check_runs
+from kirsch.frameworks.pytorch.inference.check import check_runs, check_training_outputs
 from kirsch.frameworks.pytorch.inference.outputs import class_names
 from kirsch.frameworks.pytorch.inference.placement import from_numpy, frozen_copy, inference_mode, to_device
 from kirsch.frameworks.pytorch.inference.predict import infer, predict
@@ -13,6 +13,7 @@ from kirsch.frameworks.pytorch.io.weights import load_weights, match_dtypes, par
 
 __all__ = [
     "check_runs",
+    "check_training_outputs",
     "class_names",
     "exportable",
     "fingerprint",

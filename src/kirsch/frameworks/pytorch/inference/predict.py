@@ -56,8 +56,9 @@ def _tensors_for_numpy(inputs: Any) -> Any:
 
 
 def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
+    native = array.dtype.newbyteorder("=")  # PyTorch has no other byte order, which files of other machines may have
     try:
-        return torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
+        return torch.from_numpy(np.ascontiguousarray(array, native) if array.ndim else array.astype(native))
     except TypeError:
         what = f"An input is an array of dtype {array.dtype} and shape {array.shape}."
         raise UsageError(what, fix=ONLY_NUMBERS) from None

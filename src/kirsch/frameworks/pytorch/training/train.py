@@ -77,6 +77,8 @@ def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training
     with contextlib.ExitStack() as ending:
         if hooks.close is not None:
             ending.callback(hooks.close)
+        ending.enter_context(torch.inference_mode(mode=False))  # before the copy, whose tensors need gradients
+        ending.enter_context(torch.enable_grad())  # the caller may have disabled gradients
         check_trainable(student_of(model))
         wrapped = model if isinstance(model, StudentWithAdapters) else StudentWithAdapters(model)
         module: Any = copy_of(wrapped, name=type(student_of(model)).__name__)
@@ -364,7 +366,7 @@ class _Run:
         self._stop_if_requested(saved=True)
 
     def _stop_if_requested(self, *, saved: bool = False) -> None:
-        error = self.hooks.stop() if self.hooks.stop is not None else None
+        error = self.hooks.requested_stop()
         if error is None:
             return
         if not saved and self.hooks.save is not None:
