@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -20,9 +20,11 @@ from kirsch.arguments import MismatchError, check_arguments, convert
 from kirsch.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
 
 
 class FieldsError(ValueError):
@@ -35,6 +37,30 @@ class FieldsError(ValueError):
     def __init__(self, problems: Sequence[tuple[tuple[str | int, ...], UsageError]]) -> None:
         super().__init__("; ".join(str(error) for _, error in problems))
         self.problems = list(problems)
+
+
+def with_fields(make: Callable[[dict[str, Any]], T], fields: dict[str, Any]) -> T:
+    """Return `make(fields)`.
+
+    Raises:
+        FieldsError: `make` raises a `UsageError`. Its path names the only field without which there is no error, or
+            without which there is another error.
+    """
+
+    def message(values: dict[str, Any]) -> str:
+        try:
+            make(values)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    try:
+        return make(fields)
+    except UsageError as error:
+        without = {name: message({key: fields[key] for key in fields if key != name}) for name in fields}
+        causes = [name for name, text in without.items() if not text]
+        causes = causes or [name for name, text in without.items() if text != str(error)]
+        raise FieldsError([(tuple(causes) if len(causes) == 1 else (), error)]) from error
 
 
 class Options(BaseModel):

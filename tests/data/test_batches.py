@@ -77,6 +77,12 @@ def by_id(data, seed, epoch):
     return {i: x.tobytes() for b in data.epoch(seed, epoch) for i, x in zip(b.ids.tolist(), b.inputs, strict=True)}
 
 
+def test_single_array_in_a_dict_is_augmented_like_the_array():
+    inputs, targets = pair(4)
+    named, plain = (ArrayData(part, targets, 4, shake).epoch(0, 0) for part in ({"x": inputs}, inputs))
+    np.testing.assert_array_equal(next(named).inputs["x"], next(plain).inputs)
+
+
 def test_augmentation_does_not_depend_on_batch_size():
     assert by_id(data(10, 4, shake), 1, 2) == by_id(data(10, 3, shake), 1, 2) == by_id(data(10, 10, shake), 1, 2)
 

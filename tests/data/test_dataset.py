@@ -127,7 +127,6 @@ def test_loaders_are_read_into_memory_except_that_of_the_training_part():
     "batches",
     [
         [(np.zeros((2, 2), np.float32), [0, 1]), (np.zeros((1, 2), np.float32), [2])],
-        [{"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1, 2])}],
         [((np.zeros((3, 2), np.float32),), np.arange(3))],
     ],
 )

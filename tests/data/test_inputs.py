@@ -59,9 +59,14 @@ def test_dict_in_a_tuple_is_a_positional_argument():
     assert list(split.inputs[0]) == ["input_ids", "mask"]
 
 
-@pytest.mark.parametrize("inputs", [(PAIR[0],), {"x": PAIR[0]}])
-def test_tuple_or_dict_with_one_array_is_a_single_input(inputs):
-    part = Split(inputs, LABELS)
+def test_dict_with_one_array_keeps_its_name():
+    assert list(of_texts(texts(mask=None)).test.inputs) == ["input_ids"]
+    loaded = of_texts(train=[batch(mask=None)], validation=[batch(mask=None)], test=[batch(mask=None)])
+    assert list(loaded.test.inputs) == list(loaded.first_inputs(1)[0]) == ["input_ids"]
+
+
+def test_tuple_with_one_array_is_a_single_input():
+    part = Split((PAIR[0],), LABELS)
     assert data_set(train=part, validation=part, test=part).sha256 == data_set().sha256
     assert part.inputs.shape == (3, 2)
 
@@ -107,7 +112,7 @@ def test_input_that_is_not_one_row_per_label_is_refused_by_name(inputs, sentence
     [
         (
             texts(mask=None),
-            r"The {} part of d has a single input array; the train part of d has .* input_ids, mask\.",
+            r"The {} part of d has the inputs input_ids; the train part of d has .* input_ids, mask\.",
         ),
         (
             {"ids": ids(), "mask": ids()},
@@ -145,7 +150,7 @@ def test_training_batches_have_the_structure_of_the_inputs(inputs):
 def test_tuple_of_arrays_in_array_data_is_checked():
     with pytest.raises(ShapeError, match=r"There are 3 samples of the first input and 2 of '1'"):
         ArrayData((ids(), ids(2)), LABELS)
-    with pytest.raises(UsageError, match=r"`augment` takes one array, and the inputs are a tuple"):
+    with pytest.raises(UsageError, match=r"`augment` takes one array, and the data has 2 inputs: 0, 1"):
         ArrayData(PAIR, LABELS, augment=lambda batch, _random: batch)
 
 
@@ -185,7 +190,7 @@ def test_batch_encoding_beside_its_labels_is_a_batch():
         ),
         (
             [batch(), batch(mask=None)],
-            r"Batch 2 of the test part of d has a single input array; batch 1 has the in",
+            r"Batch 2 of the test part of d has the inputs input_ids; batch 1 has the in",
         ),
         (
             [batch(mask=np.ones((1, 4)))],
@@ -210,7 +215,7 @@ def test_training_batches_of_different_lengths_are_read():
     [
         (
             {"mask": None},
-            r"The train part of d has a single input array; the test part of d has the inputs input_ids",
+            r"The train part of d has the inputs input_ids; the test part of d has the inputs input_ids, mask",
         ),
         ({"types": ids(2)}, r"The train part of d has the inputs input_ids, mask, types; the test part of d has"),
     ],

@@ -86,6 +86,69 @@ def test_an_item_of_a_list_can_be_set():
     assert read_recipe(RECIPE, ["recover.milestones.1=0.9"]).all_steps["recover"].milestones == (0.5, 0.9)
 
 
+NESTED = """
+teacher: {model: 'm:t'}
+goal: {macs: 0.5}
+steps:
+- prune: {goal: {macs: 0.5}}
+- recover:
+    objective:
+      terms:
+      - {loss: dkd, weight: 0.9}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            "prune.goal.macs=50%",
+            "steps[0].prune.goal.macs: expected a number above 0 and below 1, found '50%'. For half",
+        ),
+        ("prune.goal.macs=3", "steps[0].prune.goal.macs: the goal macs=3 is out of range."),
+        ("recover.objective.label_weight=-1", "steps[1].recover.objective.label_weight: the objective is invalid: "),
+        ("recover.objective.terms.0.loss=kdd", "steps[1].recover.objective.terms.0.loss: there is no loss 'kdd'."),
+        (
+            "recover.objective.terms.0.options={betta: 3}",
+            "steps[1].recover.objective.terms.0.options: there is no option",
+        ),
+        ("task=classify", "task: there is no task 'classify'."),
+    ],
+)
+def test_a_wrong_value_inside_a_goal_or_an_objective_is_reported_with_its_change(change, sentence):
+    assert f"  --set {change}: {sentence}" in refusal(change, text=NESTED)
+
+
+def test_a_wrong_limit_is_reported_with_its_line():
+    text = NESTED.replace("- prune: {goal: {macs: 0.5}}", "- prune:\n    goal:\n      macs: 50%")
+    assert "  line 7: steps[0].prune.goal.macs: expected a number above 0 and below 1, found '50%'." in refusal(
+        text=text
+    )
+
+
+REMOVAL = {"KIRSCH_RECIPE__RECOVER": "null"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "steps"),
+    [
+        (["recover=null"], {}, ["prune", "prune-2"]),
+        (["recover.epochs=3", "recover=null"], {}, ["prune", "prune-2"]),
+        (["recover=null", "recover.epochs=3"], {}, ["prune", "recover", "prune-2"]),
+        (["recover={epochs: 3}"], REMOVAL, ["prune", "recover", "prune-2"]),
+        (["prune.norm=1"], REMOVAL, ["prune", "prune-2"]),
+    ],
+)
+def test_the_last_change_of_a_step_decides_whether_it_is_removed(changes, environment, steps):
+    found = read_recipe(RECIPE, changes, environment).all_steps
+    assert list(found)[1:] == steps
+    assert "recover" not in steps or found["recover"].epochs == 3
+
+
+def test_a_removed_step_that_is_added_again_has_no_options_of_the_file():
+    assert read_recipe(RECIPE, ["prune=null", "prune.goal.macs=0.4"]).all_steps["prune"].round_to == "auto"
+
+
 def test_the_fix_for_the_name_of_a_preset_gives_the_form_with_label_weight():
     text = RECIPE.replace("{milestones: [0.5, 0.75]}", "{objective: at}")
     change = "recover.objective.label_weight=0.5"

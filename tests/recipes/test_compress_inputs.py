@@ -92,6 +92,50 @@ def test_model_with_two_inputs_is_compressed(form, tmp_path):
     assert "x1 = np.zeros((1, 4)" in report  # the example code has both inputs
 
 
+class Standardized(torch.nn.Module):
+    """A classifier of the sign of the first value, whose second argument is its usual input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+
+    def forward(self, raw=None, standardized=None):
+        return self.body((raw - 0.6) / 2 if standardized is None else standardized)
+
+
+class OnlyByName(Standardized):
+    def forward(self, *, standardized):
+        return self.body(standardized)
+
+
+@pytest.mark.parametrize("kind", [Standardized, OnlyByName])
+@pytest.mark.parametrize("from_loader", [False, True])
+def test_single_input_is_passed_to_the_argument_of_its_name(kind, from_loader, tmp_path):
+    inputs = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    part = kirsch.Split({"standardized": inputs}, (inputs[:, 0] > 0).astype(np.int64))
+    train = [{**part.inputs, "labels": part.labels}] if from_loader else part
+    data = kirsch.DataSet("signs", train, part, part)
+    model = kirsch.fit(kind(), data.batches(300), training=TRAINING).model
+    steps = [Prune(goal=kirsch.Goal(macs=0.9)), Export(), Measure(rounds=6)]
+    found = kirsch.compress(model, data, steps=steps, folder=tmp_path / "run")
+    assert [value["name"] for value in found.artifact.details["inputs"]] == ["standardized"]
+    with torch.no_grad():
+        logits = found.model(standardized=torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(OnnxSession(found.artifact.path).predict(data.test.inputs), logits, atol=1e-4)
+    correct = (logits.argmax(1) == part.labels).mean()
+    assert found.metrics["models"][-1]["accuracy"]["value"] == pytest.approx(correct)
+
+
+def test_single_input_with_another_name_is_the_first_argument(tmp_path):
+    inputs = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    part = kirsch.Split({"image": inputs}, (inputs[:, 0] > 0).astype(np.int64))
+    data = kirsch.DataSet("signs", part, part, part)
+    model = kirsch.fit(Standardized(), data.batches(64), training=TRAINING).model
+    steps = [Prune(goal=kirsch.Goal(macs=0.9)), Recover(epochs=1), Export(), Measure(rounds=6)]
+    found = kirsch.compress(model, data, steps=steps, folder=tmp_path / "run")
+    assert [value["name"] for value in found.artifact.details["inputs"]] == ["raw"]
+
+
 def test_inputs_with_names_that_the_model_does_not_have_are_refused_before_any_work(tmp_path):
     names = namespace()
     left, right = np.zeros((8, 4), np.float32), np.ones((8, 4), np.float32)
@@ -203,11 +247,11 @@ def without(name, samples):
     [
         (
             {"train": without("attention_mask", texts(16, 0))},
-            r"The train part of texts has a single input array; the test part of texts has the inputs input_ids, atten",
+            r"The train part of texts has the inputs input_ids; the test part of texts has the inputs input_ids, atten",
         ),
         (
             {"test": without("attention_mask", texts(16, 0))},
-            r"The test part of texts has a single input array; the validation part of texts has the inputs",
+            r"The test part of texts has the inputs input_ids; the validation part of texts has the inputs",
         ),
     ],
 )

@@ -26,7 +26,7 @@ def test_option_distill_without_student_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ({"name": ""}, r"`name` of kirsch\..*Recipe: String should have at least 1 character, found ''"),
+        ({"name": ""}, r"`name` of kirsch\.compress is ''\. Give text of 1 to 200 characters or None\."),
         ({"max_drop": 1.0}, r"`max_drop` of kirsch\.compress is 1\.0; expected a number of at least 0 and below 1"),
         ({"task": "classify"}, r"no task 'classify'"),
         ({"min_keep": 2.0}, r"`min_keep` of .*Prune is 2\.0; expected a number above 0 and up to 1"),

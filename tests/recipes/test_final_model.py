@@ -13,7 +13,7 @@ import kirsch
 from kirsch.errors import UsageError
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.recipes.recipe import read_recipe
-from kirsch.steps import Evaluate, Export, Measure, Prune, Train
+from kirsch.steps import Distill, Evaluate, Export, Measure, Prune, Recover, Train
 
 MODELS = "teacher: {model: 'm:t'}\n"
 STUDENT = "student: {model: 'm:s'}\n"
@@ -122,6 +122,18 @@ def test_the_exported_model_has_the_cost_of_the_pruned_model(compress, other):
     assert found.met
 
 
+def test_measured_models_are_those_before_pruning_and_have_the_name_of_their_step(compress):
+    student = nn.Sequential(nn.Linear(8, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 3))
+    train, distill = Train(model="student", epochs=6, learning_rate=0.01), Distill(epochs=2, learning_rate=0.01)
+    prune = Prune(goal=kirsch.Goal(macs=0.4))
+    found = compress(train, distill, prune, train, Export(), Measure(rounds=6), student=student)
+    models = {model["name"]: model for model in found.metrics["models"]}
+    assert list(models) == ["teacher", "student", "student-2", "pruned", "student-3", "exported"]
+    assert [name for name, model in models.items() if model["latency"]] == ["teacher", "student-2", "exported"]
+    for name in ("teacher", "student-2", "exported"):  # the sizes of float32 weights and of the graph
+        assert models[name]["bytes"] == pytest.approx(4 * models[name]["parameters"], rel=0.25)
+
+
 @pytest.mark.parametrize("other", [Ruin(), RuinInPlace()])
 def test_a_step_that_changes_the_model_must_evaluate_it(compress, other):
     key = type(other).__name__.lower()
@@ -168,6 +180,11 @@ def test_the_teacher_is_evaluated_once(steps, keys):
             f"{STUDENT}steps: [train]",
             r"no step uses the student\. Add a step such as distill, or leave out the student",
         ),
+        (
+            "student: {model: 'digits:student'}\nsteps: [train, export]",
+            r"student: no step trains the student\. Its weights are random\. Add a step distill, or train with",
+        ),
+        ("student: {model: 'timm:resnet18'}\nsteps: [prune]", r"no step trains the student\. Its weights are random"),
     ],
 )
 def test_steps_that_do_not_fit_together_are_refused(text, sentence):
@@ -180,6 +197,25 @@ def test_compress_refuses_an_evaluation_of_the_teacher_after_pruning_and_a_job_w
         compress(CUT, Evaluate())
     with pytest.raises(UsageError, match="There are no steps"):
         compress()
+
+
+def test_a_student_that_no_step_trains_is_noted(compress, teacher):
+    """It may be trained: only the user of `kirsch.compress` knows."""
+    notes = []
+
+    def listen(event):
+        notes.extend([event["text"]] if event["event"] == "note" else [])
+
+    compress(CUT, Export(), student=copy.deepcopy(teacher), listen=listen)
+    assert any(note.startswith("No step trains the student. Add a step distill, or train with") for note in notes)
+
+
+@pytest.mark.parametrize("step", [Train(model="student", epochs=1), Distill(epochs=1), Recover(epochs=1), Ruin()])
+def test_a_step_that_may_train_the_student_suffices(step):
+    names = {kind: name for name, kind in STEPS._objects.items()}
+    text = f"teacher: {{model: 'm:t'}}\nstudent: {{model: 'timm:resnet18'}}\nsteps: [{names[type(step)]}: {{}}]\n"
+    text = text.replace("train: {}", "train: {model: student}")
+    assert not read_recipe(text).student_is_not_trained
 
 
 def test_training_the_student_uses_the_student():

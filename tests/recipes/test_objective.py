@@ -136,7 +136,7 @@ def test_commented_recipe_explains_the_objective_key():
         ("  objective: {terms: 5}", [r"line 4: .*the terms of the objective are 5; expected a list"]),
         (
             "  objective:\n    preset: at\n    label_wieght: 1",
-            [r"line 4: .*there is no field of an objective named 'label_wieght'.* Did you mean 'label_weight'"],
+            [r"line 6: .*label_wieght: there is no field .* 'label_wieght'.* Did you mean 'label_weight'"],
         ),
         (
             "  objective: {preset: at, label_weight: -1}",
@@ -154,12 +154,12 @@ def test_commented_recipe_explains_the_objective_key():
                 "    - {loss: dist, options: {temperature: 2}}\n    - 5"
             ),
             [
-                r"line 6: steps\[0\].recover.objective.terms.0: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
-                r"line 7: .*objective.terms.1: .*no field of a term named 'temperatuur'.* Did you mean 'temperature'\?",
-                r"line 8: .*objective.terms.2: there is no option of the loss 'dkd' named 'betta'. .* mean 'beta'\?",
-                r"line 9: .*objective.terms.3: 'layer\[' is not a layer name",
-                r"line 10: .*objective.terms.4: kirsch.Ramp has no argument 'endd'.* Did you mean 'end'\?",
-                r"line 11: .*objective.terms.5: .*`options` of 'dist' contain the temperature",
+                r"line 6: steps\[0\].recover.objective.terms.0.loss: there is no loss 'kdd'\. .* Did you mean 'kd'\?",
+                r"line 7: .*terms.1.temperatuur: .*no field .* 'temperatuur'.* Did you mean 'temperature'\?",
+                r"line 8: .*terms.2.options: there is no option of the loss 'dkd' named 'betta'. .* mean 'beta'\?",
+                r"line 9: .*objective.terms.3.student_layer: 'layer\[' is not a layer name",
+                r"line 10: .*objective.terms.4.weight: kirsch.Ramp has no argument 'endd'.* Did you mean 'end'\?",
+                r"line 11: .*objective.terms.5.options: .*`options` of 'dist' contain the temperature",
                 r"line 12: .*objective.terms.6: the term is 5",
             ],
         ),
@@ -180,6 +180,17 @@ def test_invalid_objective_is_named_with_line_and_nearest_name(text, sentences):
     assert len(found) == len(sentences)
     for line, sentence in zip(found, sentences, strict=True):
         assert re.match(sentence, line), line
+
+
+def test_preset_without_the_label_loss_is_valid():
+    changed = objective_of("  objective: {preset: dkd, label_weight: 0}")
+    assert (
+        changed
+        == Objective.preset("dkd", label_weight=0.0)
+        == Recover(objective={"preset": "dkd", "label_weight": 0}).objective
+    )
+    ramp = objective_of("  objective: {preset: dkd, label_weight: {start: 0, end: 1, epochs: 5}}").label_weight
+    assert ramp == Ramp(0, 1, 5)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 3.0}, {"weight": 0.5}, {"temperature": 3.0, "weight": 0.5}])

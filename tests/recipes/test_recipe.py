@@ -151,8 +151,8 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
                 "For a drop of at most one percentage point, write max_drop=0.01."
             ),
         ),
-        ("name: 5", "line 8: name: expected text, found 5."),
-        ("name: ''", "line 8: name: string should have at least 1 character, found ''"),
+        ("name: 5", "line 8: name: expected text of 1 to 200 characters, found 5."),
+        ("name: ''", "line 8: name: expected text of 1 to 200 characters, found ''."),
         ("version: 1", "line 8: version: expected 2, found 1."),
         (
             "- export: {format: onyx}",
@@ -222,7 +222,7 @@ def test_all_problems_are_listed_in_one_error():
     text = "name: 5\nteachr: {}\nteacher:\n  modl: 'm:t'\nseed: -1\nsteps:\n- train: {epochs: ten}\n"
     assert_refused(
         text,
-        "line 1: name: expected text, found 5.",
+        "line 1: name: expected text of 1 to 200 characters, found 5.",
         "line 5: seed: expected a whole number of at least 0, found -1.",
         "line 3: teacher.model: this key is required",
         "line 4: teacher.modl: unknown key. Known: model, outputs. Did you mean 'model'?",
@@ -337,7 +337,7 @@ def test_invalid_override_is_refused_with_the_form(change):
         (
             "prune={goal: {macs: 2}}",
             (
-                "--set prune={goal: {macs: 2}}: steps[0].prune.goal: the goal macs=2 is out of range. A goal is a "
+                "--set prune={goal: {macs: 2}}: steps[0].prune.goal.macs: the goal macs=2 is out of range. A goal is a "
                 "fraction of the original, between 0 and 1 (exclusive). For half the cost use macs=0.5."
             ),
         ),

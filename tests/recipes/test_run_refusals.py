@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,8 @@ from kirsch.errors import (
     UnknownNameError,
     UsageError,
 )
-from kirsch.recipes.runner import resume
+from kirsch.recipes.recipe import read_recipe
+from kirsch.recipes.runner import materials_of, resume
 
 STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
 NO_EXPORT = ("export=null", "measure=null")
@@ -179,3 +181,17 @@ def test_unusable_model_ends_the_run_after_its_step(job, changes, step, why):
         job.run_recipe(*changes, *NO_EXPORT)
     assert caught.value.exit_code == 6
     assert job.steps("step_end") == (["train"] if step == "distill" else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (["teacher.model=null"], "teacher.model"),
+        (["data.source=null"], "data.source"),
+        (["student={model: null}"], "student.model"),
+    ],
+)
+def test_a_reference_that_is_null_is_named(changes, key):
+    recipe = read_recipe("teacher: {model: 'digits:teacher'}\nsteps: [prune]\ngoal: {macs: 0.5}\n", changes)
+    with pytest.raises(LoadError, match=f"`{key}` of the recipe 'recipe' is null, so .* Set {key}\\."):
+        materials_of(recipe, Path())

@@ -12,7 +12,7 @@ import numpy as np
 
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
-from kirsch.data.arrays import host
+from kirsch.data.arrays import host, map_arrays
 from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
 from kirsch.data.inputs import converted, named_arrays, rows, subject
 from kirsch.data.structure import check_inputs, split_batch, summary
@@ -191,13 +191,14 @@ class ArrayData(SeededData):
             _check_part(name, part, self.samples)
         if self.ids is not None:
             _check_ids(self.ids, self.samples)
-        if self.augment is not None and isinstance(self.inputs, (dict, tuple)):
+        if self.augment is not None and len(self.parts) > 1:
             raise UsageError(
-                f"`augment` takes one array, and the inputs are a {type(self.inputs).__name__}.",
+                f"`augment` takes one array, and the data has {len(self.parts)} inputs: {', '.join(self.parts)}.",
                 fix="Augment the inputs beforehand.",
             )
         if self.augment is not None:
-            check(self.augment, self.rows(np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)))
+            tried = np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)
+            check(self.augment, next(iter(self.parts.values()))[tried])
 
     def _make_arrays(self) -> None:
         """Convert tensors and lists to arrays."""
@@ -242,7 +243,7 @@ class ArrayData(SeededData):
         inputs, seeds = self.rows(indices), None
         if self.augment is not None:
             seeds = sample_seeds(seed if self.seed is None else self.seed, view, ids)
-            inputs = apply(self.augment, inputs, seeds)
+            inputs = map_arrays(lambda array: apply(self.augment, array, seeds), inputs)
         return Batch(inputs, None if self.targets is None else self.targets[indices], ids, view, seeds)
 
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:

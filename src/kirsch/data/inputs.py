@@ -37,11 +37,12 @@ def named_arrays(inputs: Any) -> dict[str, Any]:
 
 
 def without_container(inputs: Any) -> Any:
-    """Return the array of a tuple, list or dict whose only entry is an array; return other inputs unchanged."""
-    if not isinstance(inputs, (Mapping, tuple, list)) or len(inputs) != 1:
-        return inputs
-    (entry,) = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return entry if hasattr(entry, "shape") else inputs
+    """Return the array of a tuple or list whose only entry is an array; return other inputs unchanged.
+
+    A dict is returned unchanged: its key may name any argument of the model.
+    """
+    single = isinstance(inputs, (tuple, list)) and len(inputs) == 1 and hasattr(inputs[0], "shape")
+    return inputs[0] if single else inputs
 
 
 def rows(inputs: Any, indices: Any) -> Any:
@@ -80,7 +81,7 @@ def inputs_of_batch(inputs: Any, samples: int, batch: str) -> Any:
     """Return the inputs of a batch as numpy arrays with one row for each sample.
 
     Args:
-        inputs: inputs of a `Batch`. A single array may be in a tuple or dict.
+        inputs: inputs of a `Batch`. A single array may be in a tuple.
         samples: number of samples of the batch.
         batch: name of the batch, for messages.
 

@@ -108,12 +108,14 @@ class OnnxSession:
 
         Args:
             inputs: an array, a tuple of arrays in the order of the file, or a dict of arrays by the names of the file.
-                Nested inputs are flattened in their order; values that are not arrays are left out.
+                The name of a single input may differ from that in the file. Nested inputs are flattened in their order;
+                values that are not arrays are left out.
 
         Raises:
             UsageError: a name is not an input of the file, or an input is missing.
         """
-        if not isinstance(inputs, Mapping) or not all(hasattr(value, "shape") for value in inputs.values()):
+        by_name = isinstance(inputs, Mapping) and all(hasattr(value, "shape") for value in inputs.values())
+        if not by_name or len(inputs) == len(self.inputs) == 1:
             return tuple(_arrays(inputs))
         if set(inputs) != set(self.inputs):
             names = ", ".join(self.inputs)

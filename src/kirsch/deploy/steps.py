@@ -104,7 +104,7 @@ class Measure(Step):
     def run(self, job: Job, folder: Path) -> Record:
         """Measure the exported file, the teacher and the student in interleaved rounds."""
         paths: dict[str, Path] = {}
-        for name, model in job.trained.items():
+        for name, (_, model) in job.trained.items():
             inputs = framework_of(model).inference.from_numpy(job.example)
             paths[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
         paths["exported"] = job.folder / MODEL
@@ -117,6 +117,7 @@ class Measure(Step):
         return {
             "did": self.runtime,
             "race": result.to_dict(),
+            "names": {**{key: name for name, (key, _) in job.trained.items()}, "export": "exported"},
             "onnx_bytes": {name: path.stat().st_size for name, path in paths.items()},
             "cells": [
                 f"teacher {figures.micros(first.median_us)} → {figures.micros(last.median_us)}",

@@ -23,7 +23,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Trained, Training, TrainingHooks
 from kirsch.jobs.job import WEIGHTS, ignore
 from kirsch.jobs.step import STEPS, Step, model_cells
-from kirsch.options import FieldsError
+from kirsch.options import FieldsError, with_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,23 +62,22 @@ def _objective(fields: dict[str, Any]) -> Objective:
         found = "both a preset and terms" if "preset" in fields else "neither a preset nor terms"
         raise UsageError(f"The objective has {found}.", fix=FORMS)
     if "preset" in fields:
-        names = [name for name in fields if name != "preset"]
-        # `from_dict` converts dicts to `Ramp`.
-        changes = Objective.from_dict({"label_weight": 1.0, **{name: fields[name] for name in names}})
-        return Objective.preset(fields["preset"], **{name: getattr(changes, name) for name in names})
+        changes = {name: value for name, value in fields.items() if name != "preset"}
+        preset = Objective.preset(fields["preset"]).to_dict()
+        return with_fields(lambda values: Objective.from_dict({**preset, **values}), changes)
     if not isinstance(fields["terms"], (list, tuple)):
         raise UsageError(f"The terms of the objective are {fields['terms']!r}; expected a list.", fix=FORMS)
     problems: list[tuple[tuple[str | int, ...], UsageError]] = []
     for number, term in enumerate(fields["terms"]):
         try:
             if not isinstance(term, dict):
-                raise UsageError(f"The term is {term!r}.", fix="Write it as {loss: kd, weight: 0.9}.")  # noqa: TRY301
-            Objective.from_dict({"terms": [term], "label_weight": 1.0})
-        except UsageError as error:
-            problems.append((("terms", number), error))
+                raise FieldsError([((), UsageError(f"The term is {term!r}.", fix="Write {loss: kd, weight: 0.9}."))])  # noqa: TRY301
+            with_fields(lambda values: Objective.from_dict({"terms": [values], "label_weight": 1.0}), term)
+        except FieldsError as error:
+            problems += [(("terms", number, *place), inner) for place, inner in error.problems]
     if problems:
         raise FieldsError(problems)
-    return Objective.from_dict(fields)
+    return with_fields(Objective.from_dict, fields)
 
 
 def _write_objective(value: Objective | str) -> Any:
@@ -154,14 +153,14 @@ class Evaluate(Step):
         record = {"model": "teacher", "did": "the given model", **job.save_and_evaluate(job.teacher, folder)}
         record["cells"] = model_cells(record)
         job.check_usable(record, "Give a teacher with trained weights, or add a step `train`.")
-        job.trained["teacher"] = job.teacher
+        job.set_trained("teacher", job.teacher)
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the weights that were evaluated."""
         del record
         _load_weights(job.teacher, folder)
-        job.trained["teacher"] = job.teacher
+        job.set_trained("teacher", job.teacher)
 
 
 @STEPS.register("train")
@@ -216,7 +215,7 @@ class Train(TrainingStep):
             job.teacher = model
         if self.model == job.model_name:
             job.model = model
-        job.trained[self.model] = model
+        job.set_trained(self.model, model)
 
 
 @STEPS.register("distill")
@@ -337,7 +336,8 @@ class Distill(TrainingStep):
         self._set_model(job, model)
 
     def _set_model(self, job: Job, model: Any) -> None:
-        job.model = job.trained["student"] = model
+        job.model = model
+        job.set_trained("student", model)
 
 
 @STEPS.register("recover")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from kirsch.annotations import Between, Fix, Fraction, Positive
+from kirsch.annotations import Between, Fix, Fraction, Positive, value_phrase
+from kirsch.arguments import MismatchError, convert
 from kirsch.errors import UsageError
 from kirsch.graph.plan import Goal
-from kirsch.options import FieldsError, Options
+from kirsch.options import Options, with_fields
 
 MaxDrop = Annotated[
     float,
@@ -38,12 +39,18 @@ class JobGoal(Options):
 
 
 def _read(value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    try:
-        return Goal(**value)
-    except UsageError as error:
-        raise FieldsError([((), error)]) from error
+    return with_fields(_goal, value) if isinstance(value, dict) else value
+
+
+def _goal(limits: dict[str, Any]) -> Goal:
+    """Return the goal of the limits in a recipe; an error states the value in the terms of the recipe."""
+    for name in {"macs", "parameters"} & limits.keys():
+        try:
+            convert(limits[name], float | None)
+        except MismatchError as error:
+            what = f"Expected a number above 0 and below 1, found {value_phrase(error.value)}."
+            raise UsageError(what, fix=f"For half the cost write {name}: 0.5.") from error
+    return Goal(**limits)
 
 
 PlanGoal = Annotated[Goal, BeforeValidator(_read), PlainSerializer(Goal.to_dict)]

@@ -69,8 +69,8 @@ class Job:
         teacher: model from which the other models learn, and with which they are compared.
         model: model that the steps compress: the student, or the teacher itself.
         start_cost: parameters and MACs of `model` before any step.
-        trained: "teacher" and "student" → model before compression; `Measure` compares its latency with that of the
-            exported file.
+        trained: "teacher" and "student" → key of the step that made the model before pruning, and the model; `Measure`
+            compares its latency with that of the exported file.
         key: key of the current step.
         inputs: hash over everything that determines the result of the current step.
         records: key of a step → record of its results.
@@ -91,7 +91,7 @@ class Job:
     teacher: Any = None
     model: Any = None
     start_cost: dict[str, int] = field(default_factory=dict)
-    trained: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, tuple[str, Any]] = field(default_factory=dict)
     key: str = ""
     inputs: str = ""
     records: dict[str, Record] = field(default_factory=dict)
@@ -112,6 +112,16 @@ class Job:
     def model_name(self) -> str:
         """Name of the model to compress before any step: "student", or "teacher" if there is none."""
         return "teacher" if self.make_student is None else "student"
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether an earlier step has removed units."""
+        return any("removed" in record for record in self.records.values())
+
+    def set_trained(self, name: str, model: Any) -> None:
+        """Set the teacher or student before pruning, as the result of the current step; ignored after pruning."""
+        if not self.is_pruned:
+            self.trained[name] = self.key, model
 
     @property
     def example(self) -> Any:
@@ -207,8 +217,7 @@ class Job:
         """
         numbers, reason = self.task.weakness(record)
         if reason:
-            is_pruned = any("removed" in earlier for earlier in self.records.values())
-            fix = fix or (REMOVE_LESS if is_pruned else TRAIN_BETTER)
+            fix = fix or (REMOVE_LESS if self.is_pruned else TRAIN_BETTER)
             raise NumericError(f"The model is unusable after the step {self.key!r}: {numbers}.", reason, fix)
 
     def logits(self, key: str) -> NDArray[Any]:

@@ -29,7 +29,7 @@ from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.manifest import REPORT
-from kirsch.recipes.recipe import DataSection, ModelSection, Recipe
+from kirsch.recipes.recipe import DataSection, ModelSection, Name, Recipe
 from kirsch.recipes.runner import Materials, new_folder_name, run
 from kirsch.steps import Distill, Export, Measure, Prune, Recover, Step
 from kirsch.tables import Part, Printable
@@ -96,7 +96,7 @@ def compress(
     batch_size: Count | None = None,
     seed: Seed = 0,
     folder: str | Path | None = None,
-    name: str | None = None,
+    name: Name | None = None,
     listen: Callable[[dict[str, Any]], Any] = ignore,
     progress: bool | None = None,
     **plan_options: Any,

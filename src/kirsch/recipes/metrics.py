@@ -111,21 +111,22 @@ def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, A
 
 
 def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    race = records.get("measure", {}).get("race")
-    sizes = records.get("measure", {}).get("onnx_bytes", {})
+    measure: Record = records.get("measure", {"names": {}})  # its names are those of the measured models
     _, final = _teacher_and_final(records)
     out = []
     for key, name in names_of_models(records).items():
         record, latency = records[key], None
-        if race is not None and name in race["latencies"]:
-            latency = race["latencies"][name] | {"speedup": race["speedups"][name] | {"of": race["reference"]}}
+        size, measured = record["bytes"], measure["names"].get(key)
+        if measured is not None:
+            race, size = measure["race"], measure["onnx_bytes"][measured]
+            latency = race["latencies"][measured] | {"speedup": race["speedups"][measured] | {"of": race["reference"]}}
         out.append(
             {
                 "key": name,
                 "name": name,
                 "parameters": record["parameters"],
                 "macs": record["macs"],
-                "bytes": sizes.get(name, record["bytes"]),
+                "bytes": size,
                 "accuracy": {figure: record["accuracy"][figure] for figure in ("value", "low", "high", "n")},
                 "balanced_accuracy": record.get("balanced_accuracy"),
                 "latency": latency,

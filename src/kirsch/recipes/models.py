@@ -124,6 +124,11 @@ def _refuse_files(reference: str, base: Path) -> None:
             raise ModelError(f"{text!r} is not a model: it is {found.what}.", found.why, found.as_model)
 
 
+def is_random(reference: str | None) -> bool:
+    """Return whether a reference certainly builds an untrained model: a model of timm, or a built-in one."""
+    return reference is not None and (reference.startswith("timm:") or reference in pytorch().models)
+
+
 def random_weights(reference: str, seed: int) -> str:
     """Return a note if a reference builds an untrained model; otherwise an empty string."""
     if not reference.startswith("timm:"):

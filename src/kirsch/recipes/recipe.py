@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_serializer
 
-from kirsch.annotations import Count, Seed
+from kirsch.annotations import Count, Kind, Seed
 from kirsch.arguments import ABBREVIATIONS
 from kirsch.errors import RecipeError, UsageError, listing, nearest
 from kirsch.graph import plan
@@ -19,6 +19,7 @@ from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import FieldsError, Options
 from kirsch.recipes.changes import changes_of
+from kirsch.recipes.models import is_random
 from kirsch.recipes.yaml import dump, read
 from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
 from kirsch.tasks import TASKS
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 BUILTIN = Path(__file__).parent / "builtin"
+NOT_TRAINED = "No step trains the student."
+TRAIN_STUDENT = "Add a step distill, or train with model: student"
+
+Name = Annotated[str, Kind("text of 1 to 200 characters", lambda text: 1 <= len(text) <= 200, lambda _: "")]  # noqa: PLR2004 - as it says
+"""Name of a run."""
+
 REFERENCE = "package.module:callable, file.py:callable, timm:NAME or a built-in model such as digits:teacher"
 
 
@@ -57,9 +64,7 @@ class Recipe(Options):
     """Recipe of a job. A reference to a model or to data is null if the object was passed to `kirsch.compress`."""
 
     version: Literal[2] = Field(2, description="version of the format")
-    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
-        "recipe", description="name, used in the report and for the run folder"
-    )
+    name: Name = Field("recipe", description="name, used in the report and for the run folder")
     seed: Seed = Field(0, description="seed of all random numbers")
     task: str = Field("classification", description="task of the models: classification")
     data: DataSection = Field(default_factory=DataSection, description="data of training and evaluation")
@@ -72,9 +77,12 @@ class Recipe(Options):
 
     def check(self) -> None:
         """Check the task, that each step can follow the steps before it, and that pruning has a goal."""
-        TASKS[self.task]
         names = [name_of(step) for step in self.steps]
         problems: list[tuple[tuple[str | int, ...], UsageError]] = []
+        try:
+            TASKS[self.task]
+        except UsageError as error:
+            problems.append((("task",), error))
         for number, step in enumerate(self.steps):
             problems += [(("steps", number), error) for error in self._problems_of(step, names[: number + 1])]
         if not self.steps:
@@ -82,6 +90,8 @@ class Recipe(Options):
         elif self.student is not None and all(map(is_of_teacher, self.steps)):
             fix = "Add a step such as distill, or leave out the student."
             problems.append((("student",), UsageError("No step uses the student.", fix=fix)))
+        elif self.student_is_not_trained and is_random(self.student.model if self.student else None):
+            problems.append((("student",), UsageError(NOT_TRAINED, "Its weights are random.", f"{TRAIN_STUDENT}.")))
         problems += self._problems_after_export(names)
         for key, step in zip(keys_of(names), self.steps, strict=True):
             if isinstance(step, Prune):
@@ -132,6 +142,12 @@ class Recipe(Options):
         steps = self.steps if any(map(is_of_teacher, self.steps)) else (Evaluate(), *self.steps)
         return dict(zip(keys_of([name_of(step) for step in steps]), steps, strict=True))
 
+    @property
+    def student_is_not_trained(self) -> bool:
+        """Whether there is a student, and its weights are not trained; a step of another package may train them."""
+        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, Prune))
+        return self.student is not None and not any(step.changes_model for step in others)
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML; `read_recipe` of the text returns an equal recipe."""
         return dump(self.model_dump(mode="json"))
@@ -155,7 +171,8 @@ def read_recipe(
     Args:
         source: path of a file as a `Path`, or YAML text as a `str`.
         overrides: changes such as "prune.goal.macs=0.4", where "prune" is the key of a step, or "seed=3"; values are
-            read as YAML. "recover=null" removes a step.
+            read as YAML. "recover=null" removes a step; a later change of its keys adds it again, without its options
+            in the source.
         environment: environment variables; those that start with KIRSCH_RECIPE__ are used.
 
     Raises:
@@ -173,10 +190,10 @@ def read_recipe(
     for change in changes_of(overrides, environment or {}):
         path = change.path(steps, sections)
         key = ".".join(path)
-        if change.value is None and path[0] == "steps" and len(path) == len(("steps", "0", "name")):
-            removed.add(int(path[1]))
-            continue
         change.put(data, path)
+        if path[0] == "steps":
+            is_removal = change.value is None and len(path) == len(("steps", "0", "name"))
+            (removed.add if is_removal else removed.discard)(int(path[1]))
         lines = {name: line for name, line in lines.items() if not f"{name}.".startswith(f"{key}.")}
         inner = (".".join(path[:end]) for end in range(1, len(path)))
         origins |= {name: change.origin for name in inner if name not in lines}

@@ -25,6 +25,7 @@ from kirsch.recipes.goals import goal_texts, refuse_unreachable
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
 from kirsch.recipes.metrics import metrics_of
 from kirsch.recipes.models import build, random_weights
+from kirsch.recipes.recipe import NOT_TRAINED, TRAIN_STUDENT
 from kirsch.references import source_hash
 from kirsch.report import render
 from kirsch.steps import Export, Prune, Train
@@ -81,14 +82,15 @@ def materials_of(recipe: Recipe, base: Path) -> Materials:
         base: folder that the references are relative to.
 
     Raises:
-        LoadError: the models and data of the recipe were passed as objects.
+        LoadError: a reference is null.
     """
     teacher, student, source = recipe.teacher.model, recipe.student, recipe.data.source
     if teacher is None or source is None or (student is not None and student.model is None):
+        key = "teacher.model" if teacher is None else "data.source" if source is None else "student.model"
         raise LoadError(
-            f"The recipe {recipe.name!r} does not name its models and data.",
-            "They were passed to kirsch.compress as objects.",
-            "Call kirsch.compress again with the same objects and the folder of the run.",
+            f"`{key}` of the recipe {recipe.name!r} is null, so there is nothing to load.",
+            fix=f"Set {key}. To continue a run of kirsch.compress, whose recipe has null for objects, call "
+            "kirsch.compress again with the same objects and the folder of the run.",
         )
     references = [teacher, *([student.model] if student is not None and student.model is not None else []), source]
 
@@ -227,11 +229,11 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
 
 
 def _untrained_notes(recipe: Recipe) -> list[str]:
-    """Return a note if the teacher has random weights and is not trained."""
-    if recipe.teacher.model is None or any(isinstance(step, Train) for step in recipe.steps):
-        return []
-    note = random_weights(recipe.teacher.model, recipe.seed)
-    return [note] if note else []
+    """Return notes if the teacher has random weights and is not trained, and if the student is not trained."""
+    notes = [f"{NOT_TRAINED} {TRAIN_STUDENT}, unless its weights are trained."] * recipe.student_is_not_trained
+    if recipe.teacher.model is not None and not any(isinstance(step, Train) for step in recipe.steps):
+        notes.append(random_weights(recipe.teacher.model, recipe.seed))
+    return list(filter(None, notes))
 
 
 def _loader_notes(recipe: Recipe, job: Job) -> list[str]:

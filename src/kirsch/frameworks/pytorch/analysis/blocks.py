@@ -20,7 +20,7 @@ from torch import nn
 
 from kirsch.frameworks.pytorch.analysis.program import name_of, shapes_of
 from kirsch.frameworks.pytorch.analysis.regions import exits, regions
-from kirsch.frameworks.pytorch.inference.predict import arguments, inference, run
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, inference, run
 from kirsch.frameworks.pytorch.modules.interpreted import Part, part_in, tapped
 from kirsch.frameworks.pytorch.modules.submodule import part_of, shared_with_rest
 
@@ -263,7 +263,7 @@ class BlockRunner:
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
         """Return the floating outputs with some blocks replaced by their inputs."""
         with skipping(self._model, [self._blocks[path] for path in without]):
-            outputs = repeatable(self._whole, *arguments(inputs))
+            outputs = repeatable(self._whole, *arguments_of(self._whole, inputs))
         return [value.double().cpu().numpy() for value in outputs if value.is_floating_point()]
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
@@ -277,7 +277,7 @@ class BlockRunner:
             see(block.path, *(features_last(value, block.features) for value in (entry, out)))
 
         with _tapped(self._model, self._blocks.values(), tap):
-            repeatable(self._whole, *arguments(inputs))
+            repeatable(self._whole, *arguments_of(self._whole, inputs))
 
 
 Tap = Callable[[ResidualBlock, torch.Tensor, torch.Tensor], torch.Tensor | None]

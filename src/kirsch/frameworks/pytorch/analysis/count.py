@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kirsch.frameworks.pytorch.inference.predict import arguments, inference
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, inference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     Source: torch.utils.flop_counter counts two floating-point operations for each multiply-accumulate. It cannot
         count inside the fast paths of attention and of oneDNN, so these paths are switched off.
     """
-    args, options = arguments(example_inputs)
+    args, options = arguments_of(model, example_inputs)
     counter = _counter()
     with inference(model), torch.no_grad(), torch.random.fork_rng(), _plain_kernels(), counter:
         model(*args, **options)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kirsch.frameworks.pytorch.analysis.program import is_user_code
-from kirsch.frameworks.pytorch.inference.predict import arguments, inference, run, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, inference, run, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,7 @@ def difference_of_runs(model: nn.Module, run: Callable[[], list[torch.Tensor]]) 
 
 def nondeterminism(model: nn.Module, inputs: Any) -> tuple[str, str]:
     """Return why two runs in inference mode on the same inputs differ, and the fix; empty texts if they agree."""
-    args, options = arguments(tensors(inputs, model))
+    args, options = arguments_of(model, tensors(inputs, model))
     with inference(model):
         return difference_of_runs(model, lambda: run(model, args, options))
 

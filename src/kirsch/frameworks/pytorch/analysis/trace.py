@@ -39,7 +39,7 @@ from kirsch.frameworks.pytorch.analysis.residual import last_layers_of_branch
 from kirsch.frameworks.pytorch.analysis.traced import Traced
 from kirsch.frameworks.pytorch.inference.calling import without_values
 from kirsch.frameworks.pytorch.inference.outputs import selected_outputs
-from kirsch.frameworks.pytorch.inference.predict import arguments
+from kirsch.frameworks.pytorch.inference.predict import arguments_of
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
 from kirsch.graph.constants import COMPARISON
@@ -74,7 +74,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     model = part_of(whole, tracing.module)
     if tracing.module and not of_part:
         example_inputs = inputs_of(whole, tracing.module, example_inputs)
-    args, options = arguments(example_inputs)
+    args, options = arguments_of(model, example_inputs)
     check(model)
     _check_samples(model, args, options)
     facts = Facts()

@@ -50,10 +50,7 @@ def embedding_fix(args: Any, options: Any) -> str:
 
 
 def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, Any]:
-    """Return positional and keyword arguments for the `forward` of a model.
-
-    A single keyword argument whose name `forward` does not have becomes the first positional argument, because a
-    loader may call the input "image" or "x" whatever its name in the model.
+    """Return positional and keyword arguments for the `forward` of a model; see `by_position`.
 
     Args:
         model: the model to call.
@@ -63,16 +60,26 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
     Raises:
         UsageError: `forward` does not have these arguments.
     """
+    args, options = by_position(model, args, options)
     parameters = _parameters(model) if options else None
     if parameters is None:
         return args, {**options, **extra}
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = [name for name in options if name not in known]
-    if unknown and len(options) == 1 and not args and any(p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return (options[unknown[0]],), dict(extra)
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
         raise _unfit(model, known, args, options)
     return args, {**options, **extra}
+
+
+def by_position(model: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
+    """Return the arguments with a single keyword argument as the first positional one if `forward` lacks its name.
+
+    A loader may call the input "image" or "x" whatever its name in the model.
+    """
+    parameters = _parameters(model) if len(options) == 1 and not args else None
+    known = {p.name for p in parameters or [] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    positional = any(p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters or [])
+    return (tuple(options.values()), {}) if positional and not known & set(options) else (args, options)
 
 
 def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from kirsch.data.annotations import ONLY_NUMBERS
 from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.predictions import logits_output
-from kirsch.frameworks.pytorch.inference.calling import UNFIT, explained, fitted, not_running, one_sample
+from kirsch.frameworks.pytorch.inference.calling import UNFIT, by_position, explained, fitted, not_running, one_sample
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.modes import set_modes
 
@@ -44,6 +44,11 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return _tensors_for_numpy(
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     ), {}
+
+
+def arguments_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as arguments of the `forward` of a model; see `arguments` and `by_position`."""
+    return by_position(model, *arguments(example_inputs))
 
 
 def _tensors_for_numpy(inputs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments
+from kirsch.frameworks.pytorch.inference.predict import arguments_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ class Flat(nn.Module):
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         super().__init__()
         self.model = model
-        leaves, self._structure = tree_flatten_with_path(arguments(example_inputs))
+        leaves, self._structure = tree_flatten_with_path(arguments_of(model, example_inputs))
         names = _positional_names(model)
         self._leaves: list[Any] = []
         self.inputs: dict[str, torch.Tensor] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import ModelError, UnknownNameError
-from kirsch.frameworks.pytorch.inference.predict import Call, arguments, inference
+from kirsch.frameworks.pytorch.inference.predict import Call, arguments_of, inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def inputs_of(model: nn.Module, path: str, example_inputs: Any) -> Any:
     part = part_of(model, path)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = part.register_forward_pre_hook(lambda _, args, options: calls.append((args, options)), with_kwargs=True)
-    args, options = arguments(example_inputs)
+    args, options = arguments_of(model, example_inputs)
     try:
         with inference(model), torch.no_grad(), torch.random.fork_rng():
             model(*args, **options)
