@@ -210,6 +210,21 @@ def test_a_student_that_no_step_trains_is_noted(compress, teacher):
     assert any(note.startswith("No step trains the student. Add a step distill, or train with") for note in notes)
 
 
+def test_test_samples_in_the_training_part_are_noted(trained, tmp_path):
+    teacher, _, data = trained
+    notes = []
+
+    def listen(event):
+        notes.extend([event["text"]] if event["event"] == "note" else [])
+
+    for name, test in (("separate", data.test), ("mixed", data.train)):
+        parts = kirsch.DataSet(name, train=data.train, validation=data.validation, test=test, classes=data.classes)
+        kirsch.compress(teacher, parts, steps=[CUT], folder=tmp_path / name, listen=listen)
+    (note,) = (note for note in notes if "test samples" in note)
+    n = len(data.train)
+    assert note.startswith(f"{n} of the {n} test samples of mixed are also in its train part, so the results")
+
+
 @pytest.mark.parametrize("step", [Train(model="student", epochs=1), Distill(epochs=1), Recover(epochs=1), Ruin()])
 def test_a_step_that_may_train_the_student_suffices(step):
     names = {kind: name for name, kind in STEPS._objects.items()}

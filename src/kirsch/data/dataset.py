@@ -209,6 +209,14 @@ class DataSet:
     def _check_inputs_of_loader(self, inputs: Any) -> None:
         require_same_inputs(inputs, f"the train part of {self.name}", self.test.inputs, f"the test part of {self.name}")
 
+    def count_test_samples_in(self, part: str) -> int:
+        """Return the number of test samples whose inputs occur in another part; 0 for a loader."""
+        split = self.in_memory.get(part)
+        if split is None:
+            return 0
+        known = set(_row_hashes(split))
+        return sum(row in known for row in _row_hashes(self.test))
+
     @cached_property
     def sha256(self) -> str:
         """Return a hash over all samples and labels in memory, and over the name if the training part is a loader.
@@ -223,6 +231,12 @@ class DataSet:
                 digest.update(np.ascontiguousarray(array).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
+
+
+def _row_hashes(split: Split) -> list[int]:
+    """Return a hash of the inputs of each sample, which holds within a process."""
+    samples = zip(*named_arrays(split.inputs).values(), strict=True)
+    return [hash(tuple(row.tobytes() for row in sample)) for sample in samples]
 
 
 def _array(beginning: str, value: Any) -> NDArray[Any]:
