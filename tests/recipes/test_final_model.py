@@ -172,8 +172,12 @@ def test_the_teacher_is_evaluated_once(steps, keys):
             "steps: [prune, evaluate]",
             r"step 'evaluate' of the teacher comes after the step 'prune'.* Move 'evaluate' to",
         ),
-        ("steps: [prune, train]", r"the step 'train' of the teacher comes after the step 'prune' of another model"),
-        (f"{STUDENT}steps: [train: {{model: student}}, train]", r"comes after the step 'train' of another model"),
+        ("steps: [prune, train]", r"the step 'train' of the teacher comes after the step 'prune'\. "),
+        (
+            "steps: [export, train, {prune: {goal: {macs: 0.5}}}]",
+            r"comes after the step 'export'\. .* use the step recover",
+        ),
+        (f"{STUDENT}steps: [train: {{model: student}}, train]", r"comes after the step 'train'\. "),
         ("steps: [evaluate, evaluate]", r"there are two steps 'evaluate'\. Remove one of them"),
         ("steps: []", r"there are no steps\. Add at least one, such as prune"),
         (
