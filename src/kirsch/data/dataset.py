@@ -97,7 +97,7 @@ class DataSet:
             augmentation. Loaders of the other parts are read once, into memory, and should not shuffle. All parts have
             the same inputs: one array, or a tuple or dict of arrays, see `Split`.
         classes: names of the classes, in the order of the models' outputs. If left out: the class numbers, up to the
-            largest label in memory.
+            largest label in memory; no names if the labels are not class numbers.
         augment: augmentation of training samples in memory, see `ArrayData`; None for no augmentation.
 
     Raises:
@@ -290,14 +290,10 @@ def _part(name: str, value: Any, part: str) -> Split | Stream:
 
 
 def _classes(data: DataSet) -> tuple[str, ...]:
-    """Return the class numbers as names, up to the largest label in memory."""
+    """Return the class numbers as names, up to the largest label in memory; no names for other labels."""
     labels = [split.labels for split in data.in_memory.values()]
     if any(part.ndim != 1 or part.dtype.kind not in "iub" for part in labels):
-        raise DataError(
-            f"The classes of {data.name} do not follow from its labels, which are {summary(labels[0])}.",
-            "Expected class numbers of shape (N,).",
-            "Give class numbers, or classes=(...) with the name of each class.",
-        )
+        return ()
     return tuple(str(number) for number in range(max(int(part.max()) for part in labels) + 1))
 
 
