@@ -12,7 +12,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import BatchLike, Model, Regularizer
 from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
-from kirsch.distillation.checks import few, warning_of_averaged_logits, warning_of_unknown_entries
+from kirsch.distillation.checks import check_runs_on_few, few, warning_of_averaged_logits, warning_of_unknown_entries
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
@@ -93,7 +93,7 @@ class Distiller(Printable):
         framework = framework_of(student)
         first = Batch.of(example_batch)
         samples = few(first)
-        framework.inference.check_runs(student, samples.inputs)
+        check_runs_on_few(framework.inference, student, first)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
@@ -114,7 +114,7 @@ class Distiller(Printable):
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.inference.check_runs(model, samples.inputs)
+                check_runs_on_few(framework.inference, model, first)
             terms = bind(framework, objective, student, teachers, samples.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
             logits = logits_converters(framework.features, teachers, objective, terms, samples.inputs)
