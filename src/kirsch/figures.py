@@ -41,6 +41,12 @@ def percent(value: float, decimals: int = 1) -> str:
     return f"{100 * value:z.{decimals}f} %"
 
 
+def distinct_percents(first: float, second: float) -> tuple[str, str]:
+    """Return two fractions as percent, with three digits or as many as distinguish them: "2.081%", "2.079%"."""
+    texts = [(f"{100 * first:.{digits}g}%", f"{100 * second:.{digits}g}%") for digits in range(3, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
+
+
 def points(value: float) -> str:
     """Return a difference of fractions in percentage points: "1.2 points"."""
     text = f"{100 * value:z.1f}".replace("-", "−")

@@ -390,6 +390,8 @@ def test_a_plan_for_another_model_is_refused_with_both_named(kirsch):
         (["export", CHAIN, "--pruned", "absent", "-o", "a.onnx"], 4, "The folder absent does not exist."),
         (["export", CHAIN, "--pruned", "a", "--weights", "b", "-o", "c"], 2, "Both --pruned and --weights are given."),
         (["measure", "absent.onnx"], 4, "The file absent.onnx does not exist."),
+        (["measure", "a.onnx", "--pruned", "small"], 2, "--pruned has no effect on the file a.onnx."),
+        (["measure", "a.onnx", "--weights", "a.safetensors"], 2, "--weights has no effect on the file a.onnx."),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(kirsch, arguments, code, sentence):

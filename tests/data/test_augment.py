@@ -370,3 +370,24 @@ def test_image_transforms_refuse_other_shapes(transform):
 def test_setting_out_of_range_is_named(make, sentence):
     with pytest.raises(UsageError, match=sentence):
         make()
+
+
+MASKS = [np.zeros((4, 7, 6), np.int64), np.zeros((4, 2, 7, 6), np.float32), np.zeros((4, 7, 6, 2), np.float32)]
+
+
+@pytest.mark.parametrize("targets", MASKS, ids=["class numbers", "channels first", "channels last"])
+@pytest.mark.parametrize("transform", [Flip(), Crop(2), Chain(Noise(), Chain(Jitter(), Flip()))])
+def test_moved_pixels_are_refused_for_masks(transform, targets):
+    with pytest.raises(UsageError, match=r"(Flip|Crop) moves the pixels .*\(4, 3, 7, 6\).* DataLoader"):
+        ArrayData(IMAGES[:4], targets, augment=transform)
+
+
+@pytest.mark.parametrize(
+    ("transform", "targets"),
+    [
+        *((transform, MASKS[0]) for transform in (Erase(2), Chain(Jitter(), Noise()), lambda batch, random: batch)),
+        *((Flip(), targets) for targets in (None, np.zeros(4, np.int64), np.zeros((4, 7)), np.zeros((4, 6, 7)))),
+    ],
+)
+def test_masks_or_transforms_that_do_not_move_are_accepted(transform, targets):
+    assert len(ArrayData(IMAGES[:4], targets, augment=transform)) == 1

@@ -189,6 +189,11 @@ WRONG = {
     ),
     "four parts": ([(X, Y, Y, Y)], DataError, r"A batch has 4 parts: it is a tuple of \(float32 of shape"),
     "weights as a third": ([(X, Y, torch.rand(N))], DataError, r"third part of a batch is float32 of shape \(12,\)"),
+    "labels as a third": (
+        [(X, Y, Y)],
+        DataError,
+        r"third part of a batch contains 0 more than once.* \(inputs, targets, ids\).* \(\(first, second\), labels\)",
+    ),
     "two names of targets": ([{"image": X, "label": Y, "target": Y}], DataError, "has 'label' and 'target'"),
     "targets alone": ([{"labels": Y}], DataError, "A batch has no inputs"),
     "names of classes": ([(X, ["cat"] * N)], DataError, "a list of 12 str, the first 'cat'.* to class numbers"),
@@ -207,7 +212,7 @@ WRONG = {
     "bytes": (
         [((X * 255).to(torch.uint8), Y)],
         UsageError,
-        r"computes in float32, and its inputs are uint8 of shape \(8, 1, 6, 6\), with values from \d+ to \d+.* / 255",
+        r"First 8 samples of a batch: .* in float32, .* uint8 of shape \(8, 1, 6, 6\), with values .* / 255",
     ),
     "double precision": (
         [(X.double(), Y)],
@@ -248,6 +253,21 @@ def test_the_error_for_a_missing_entry_of_a_batch_says_to_add_the_entry():
     )
     with pytest.raises(UsageError, match=f"{sentence}\\."):
         fit(Two(4), [{"image": X, "label": Y}], training=ONCE)
+
+
+@pytest.mark.parametrize("data", [[{"image": X, "labels": Y}], [(X, Y)]], ids=["a dict", "a pair"])
+def test_the_error_for_a_model_that_requires_its_labels_asks_for_a_default(data):
+    class Labeled(Net):
+        def forward(self, image, labels):
+            return super().forward(image)
+
+    sentence = r"The labels of a batch are not passed to the model.* Give the argument a default: labels=None\."
+    with pytest.raises(UsageError, match=sentence):
+        fit(Labeled(4), data, training=ONCE)
+
+
+def test_ids_that_are_given_by_name_may_repeat(net):
+    assert len(fit(net, [{"image": X, "labels": Y, "ids": Y}], training=ONCE).history) == ONCE.epochs
 
 
 def test_the_error_names_the_model_that_does_not_run(net):

@@ -265,7 +265,7 @@ def test_a_validation_with_invalid_targets_is_refused_before_training():
     hooks = TrainingHooks(event=events.append)
     labels = np.arange(N) % 2
     for wrong in (labels[:, None] * 1.0, np.full(N, 2), labels + 0.5):
-        with pytest.raises(DataError, match=r"of the validation does not fit\. .* Or give validation as a callable"):
+        with pytest.raises(DataError, match=r"of the validation .*does not fit\. .* Or give validation as a callable"):
             fit(CORRECT, ArrayData(X, labels), validation=(X, wrong), training=ONCE, hooks=hooks)
     assert not events
 

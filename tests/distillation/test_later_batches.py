@@ -196,6 +196,8 @@ MASK = (torch.arange(6) < 4).expand(N, 6)
 )
 def test_a_tuple_of_inputs_mask_and_labels_is_refused_and_the_error_shows_the_dict(model, error, sentence, mask):
     with pytest.raises(error, match=sentence):
+        fit(model(), [(WORDS[:K], mask[:K], Y[:K])], training=ONCE)
+    with pytest.raises(DataError, match=r"contains 0 more than once.* \(\(first, second\), labels\)"):
         fit(model(), [(WORDS, mask, Y)], training=ONCE)
     with pytest.raises(DataError, match=r"third part of a batch is int64 of shape \(12, 6\).* or a dict"):
         fit(model(), [(WORDS, mask, WORDS)], training=ONCE)

@@ -176,7 +176,7 @@ def test_a_term_that_needs_labels_is_0_on_a_batch_without_labels():
         ),
         (
             lambda labels: np.eye(K)[labels],
-            r"validation does not fit\. The targets have shape \(8, 3\) .* as a callable: model",
+            r"validation \(its first 8 samples\) does not fit\. The targets have shape \(8, 3\) .* callable: model",
         ),
         (lambda labels: labels + 0.5, r"The targets have shape \(8,\) and type float64"),
     ],

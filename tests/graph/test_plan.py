@@ -249,6 +249,14 @@ def test_the_error_for_a_latency_goal_names_the_alternatives(name):
         Goal(**{name: 5})
 
 
+def test_a_goal_that_is_missed_by_little_is_shown_with_as_many_digits_as_differ():
+    goal, original = Goal(macs=0.0208, parameters=0.5), Cost(100, 100_000, 0)
+    assert goal.shortfall(Cost(60, 2081, 0), original).startswith(
+        "macs 2.08% is requested, 2.081% is the least reachable with these options; parameters 50% is requested, 60% is"
+    )
+    assert goal.shortfall(Cost(50, 2080, 0), original) == ""
+
+
 def test_the_error_for_an_unknown_goal_lists_the_known_goals():
     with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, parameters\. Did you mean 'macs'\?"):
         Goal(mac=0.5)

@@ -72,8 +72,9 @@ def test_steps_of_another_type_are_refused_after_a_change(steps):
         ("recover.milestones.-1=1", "is not a change of a key"),
         (
             "prune.exclude.0=head",
-            "steps[0].prune.exclude: expected text or a list of text, found a dict with 1 element.",
+            "prune.exclude is not in the recipe, so it has no item '0'. Set the whole list: prune.exclude=[...].",
         ),
+        ("recover.objective.terms.0.weight=1", "recover.objective.terms is not in the recipe, so it has no item '0'."),
         ("prune=3", "steps[0]: a step is {'prune': 3}; expected its name with its options."),
         ("recover.lr=1", "Did you mean 'learning_rate'?"),
     ],

@@ -36,6 +36,9 @@ def test_option_distill_without_student_is_refused(trained, tmp_path):
         ),
         ({"training": TRAINING}, r"no argument 'training'\..* Give recover=kirsch\.Training\(\.\.\.\)\."),
         ({"lr": 0.1}, r"no argument 'lr'\..* Give recover=kirsch\.Training\(learning_rate=\.\.\.\)\."),
+        ({"macs": 0.5}, r"no argument 'macs'\..* Write goal=kirsch\.Goal\(macs=0\.5\)\."),
+        ({"params": 0.5}, r"no argument 'params'\..* Write goal=kirsch\.Goal\(parameters=0\.5\)\."),
+        ({"latency_ms": 3}, r"The goal latency_ms: .*speedup"),
         ({"epochs": 3}, r"no argument 'epochs'\..* Give recover=kirsch\.Training\(epochs=\.\.\.\)\."),
         (
             {"excluded": ["head"], "steps": [Prune(goal=HALF)]},

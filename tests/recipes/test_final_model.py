@@ -172,8 +172,12 @@ def test_the_teacher_is_evaluated_once(steps, keys):
             "steps: [prune, evaluate]",
             r"step 'evaluate' of the teacher comes after the step 'prune'.* Move 'evaluate' to",
         ),
-        ("steps: [prune, train]", r"the step 'train' of the teacher comes after the step 'prune' of another model"),
-        (f"{STUDENT}steps: [train: {{model: student}}, train]", r"comes after the step 'train' of another model"),
+        ("steps: [prune, train]", r"the step 'train' of the teacher comes after the step 'prune'\. "),
+        (
+            "steps: [export, train, {prune: {goal: {macs: 0.5}}}]",
+            r"comes after the step 'export'\. .* use the step recover",
+        ),
+        (f"{STUDENT}steps: [train: {{model: student}}, train]", r"comes after the step 'train'\. "),
         ("steps: [evaluate, evaluate]", r"there are two steps 'evaluate'\. Remove one of them"),
         ("steps: []", r"there are no steps\. Add at least one, such as prune"),
         (
@@ -208,6 +212,21 @@ def test_a_student_that_no_step_trains_is_noted(compress, teacher):
 
     compress(CUT, Export(), student=copy.deepcopy(teacher), listen=listen)
     assert any(note.startswith("No step trains the student. Add a step distill, or train with") for note in notes)
+
+
+def test_test_samples_in_the_training_part_are_noted(trained, tmp_path):
+    teacher, _, data = trained
+    notes = []
+
+    def listen(event):
+        notes.extend([event["text"]] if event["event"] == "note" else [])
+
+    for name, test in (("separate", data.test), ("mixed", data.train)):
+        parts = kirsch.DataSet(name, train=data.train, validation=data.validation, test=test, classes=data.classes)
+        kirsch.compress(teacher, parts, steps=[CUT], folder=tmp_path / name, listen=listen)
+    (note,) = (note for note in notes if "test samples" in note)
+    n = len(data.train)
+    assert note.startswith(f"{n} of the {n} test samples of mixed are also in its train part, so the results")
 
 
 @pytest.mark.parametrize("step", [Train(model="student", epochs=1), Distill(epochs=1), Recover(epochs=1), Ruin()])

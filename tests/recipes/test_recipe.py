@@ -185,8 +185,9 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         (
             "- train",
             (
-                "line 8: steps[2]: the step 'train' of the teacher comes after the step 'prune' of another model. The "
-                "other models are trained on the teacher, and compared with it. Move 'train' to the beginning."
+                "line 8: steps[2]: the step 'train' of the teacher comes after the step 'prune'. The models of the "
+                "other steps start from the teacher, are trained on it, or are compared with it. Move 'train' "
+                "to the beginning. To train the pruned model, use the step recover."
             ),
         ),
         (
@@ -414,3 +415,11 @@ def test_training_step_has_the_settings_of_training_and_the_seed_of_the_job():
     for step in (Train(**values), Distill(**values), Recover(objective="dkd", **values)):
         assert step.training(SimpleNamespace(seed=11)) == Training(**values, seed=11)
     assert Train(**values, seed=3).training(SimpleNamespace(seed=11)) == Training(**values, seed=3)
+
+
+def test_steps_in_a_mapping_are_refused_with_the_form_of_a_list():
+    assert_refused(
+        "teacher: {model: 'm:t'}\nsteps:\n  train: {epochs: 3}\n  export: {}\n",
+        "line 2: steps: expected a list of steps, found a mapping. Write each step as an item of a list, with a "
+        "hyphen: `- train: {...}`.",
+    )

@@ -195,6 +195,10 @@ def test_class_without_training_samples_is_refused():
         (np.array([0.5, 1.0, 2.0]), 'values 0.5 to 2.* label_loss="squared-error"'),
         (np.eye(3), r"shape \(3, 3\).* one-hot: give labels\.argmax\(-1\)"),
         (np.array([[0], [1], [2]]), r"shape \(3, 1\) .* labels\[:, 0\]"),
+        (
+            np.array([[0.5], [1.0], [2.0]]),
+            r'shape \(3, 1\) .*values 0.5 .* kirsch.distill .*label_loss="squared-error"',
+        ),
         (np.array([True, False, True]), "type bool.* Give whole numbers"),
         (np.full((3, 4, 4), 255, np.uint8), r"\(3, 4, 4\) and type uint8, values 255 to 255.* kirsch\.distill with"),
         (
@@ -209,6 +213,15 @@ def test_labels_that_are_not_class_numbers_are_refused_with_a_fix(part, labels, 
     with pytest.raises(DataError, match=rf"of the {part} part of d") as caught:
         Classification().check_data(data_set(**{part: split(labels)}))
     assert re.search(sentence, str(caught.value))
+
+
+def test_labels_that_are_not_class_numbers_are_refused_without_names_of_classes():
+    targets = split(np.zeros((3, 4, 4), np.int64))
+    data = data_set(classes=(), train=targets, validation=targets, test=targets)
+    with pytest.raises(
+        DataError, match=r"shape \(N,\)\. For labels of pixels .*, use kirsch\.distill with ArrayData\."
+    ):
+        Classification().check_data(data)
 
 
 def test_the_label_loss_of_the_task_is_a_registered_label_loss():

@@ -298,6 +298,7 @@ def measure(
     from kirsch.cli import networks
 
     if model.lower().endswith(".onnx"):
+        networks.refuse_beside_file(model, {"--pruned": pruned, "--weights": weights.removeprefix("random")})
         return networks.show_measure_file(model, inputs or [], threads, rounds, session.terminal)
     loaded = networks.load_model(model, inputs or [], weights, pruned=pruned, seed=seed)
     return networks.show_measure(loaded, threads, rounds, session.terminal)

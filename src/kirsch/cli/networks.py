@@ -279,6 +279,22 @@ def show_measure_file(path: str, inputs: Sequence[str], threads: int, rounds: in
     return 0
 
 
+def refuse_beside_file(path: str, options: dict[str, str]) -> None:
+    """Refuse options that select the weights of a model, together with an ONNX file.
+
+    Args:
+        path: path of the file.
+        options: options and their values, which are empty if they are not given.
+    """
+    given = next((name for name, value in options.items() if value), None)
+    if given is not None:
+        raise UsageError(
+            f"{given} has no effect on the file {path}.",
+            "An ONNX file contains its weights.",
+            f"Remove {given}, or give the model in place of the file.",
+        )
+
+
 def _single_or_all(shapes: list[list[int]]) -> Any:
     """Return the shape of a single input, or the list of shapes of several inputs."""
     return shapes[0] if len(shapes) == 1 else shapes

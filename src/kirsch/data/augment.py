@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -108,6 +108,9 @@ def integers(seeds: NDArray[np.uint64], draw: int, below: int) -> NDArray[np.int
 class Seeded(ABC):
     """Transform of a batch whose randomness depends on one seed per sample. Subclasses are frozen dataclasses."""
 
+    moves_pixels: ClassVar[bool] = False
+    """Whether pixels change their position, so that masks no longer belong to the images."""
+
     @abstractmethod
     def __call__(self, batch: NDArray[Any], seeds: NDArray[np.uint64]) -> NDArray[Any]:
         """Return the transformed batch, of the same shape and type; the argument is not changed.
@@ -128,6 +131,8 @@ class Crop(Seeded):
 
     Source: He et al. 2016, arXiv:1512.03385, section 4.2 (padding 4 for CIFAR).
     """
+
+    moves_pixels = True
 
     padding: Annotated[int, Between(0, 2**31)] = 4
 
@@ -151,6 +156,8 @@ class Flip(Seeded):
     Args:
         probability: probability of a flip, 0 to 1.
     """
+
+    moves_pixels = True
 
     probability: Share = 0.5
 
@@ -328,6 +335,28 @@ def check(transform: Seeded | Augment | None, samples: NDArray[Any]) -> None:
                 "It draws random numbers from another source, or keeps a state.",
                 "Draw all random numbers from the generator that it takes.",
             )
+
+
+def refuse_moved(transform: Seeded | Augment, images: NDArray[Any], targets: NDArray[Any] | None) -> None:
+    """Refuse a transform of this file that moves the pixels of images whose targets are masks, such as (N, H, W).
+
+    Functions of the user cannot be judged.
+
+    Raises:
+        UsageError: the transform contains `Flip` or `Crop`, and the targets have the height and width of the images.
+    """
+    if isinstance(transform, Chain):
+        for stage in transform.stages:
+            refuse_moved(stage, images, targets)
+    elif targets is None or images.ndim != IMAGE_AXES or not getattr(transform, "moves_pixels", False):
+        return
+    elif images.shape[2:] in (targets.shape[1:3], targets.shape[-2:]):
+        raise UsageError(
+            f"The transform {name_of(type(transform))} moves the pixels of the images {images.shape}, but not those of "
+            f"the targets {targets.shape}.",
+            "Masks must move with their images, and `augment` changes only the inputs.",
+            "Augment images and masks together in the dataset of a DataLoader, or use Erase, Jitter or Noise.",
+        )
 
 
 def check_call(function: Any, name: str, argument: str, fix: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from kirsch.annotations import Count, Seed
 from kirsch.arguments import checked
 from kirsch.data.arrays import host, map_arrays
-from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, sample_seeds
+from kirsch.data.augment import TRIED, Augment, Seeded, apply, check, refuse_moved, sample_seeds
 from kirsch.data.inputs import converted, named_arrays, rows, subject
 from kirsch.data.structure import check_inputs, split_batch, summary
 from kirsch.errors import DataError, ModelError, ShapeError, UsageError, error_text
@@ -162,8 +162,8 @@ class ArrayData(SeededData):
     Raises:
         DataError: there are no samples, inputs are not finite, or ids are not unique.
         ShapeError: inputs and targets or ids differ in number.
-        UsageError: the transform takes no generator or draws random numbers from another source, or a setting is out of
-            range.
+        UsageError: the transform takes no generator or draws random numbers from another source, it moves pixels and
+            the targets are masks, or a setting is out of range.
     """
 
     made_by: ClassVar[str] = "kirsch.ArrayData(inputs, targets)"
@@ -197,8 +197,10 @@ class ArrayData(SeededData):
                 fix="Augment the inputs beforehand.",
             )
         if self.augment is not None:
+            images = next(iter(self.parts.values()))
             tried = np.linspace(0, self.samples - 1, min(self.samples, TRIED)).astype(int)
-            check(self.augment, next(iter(self.parts.values()))[tried])
+            check(self.augment, images[tried])
+            refuse_moved(self.augment, images, self.targets)
 
     def _make_arrays(self) -> None:
         """Convert tensors and lists to arrays."""

@@ -97,7 +97,7 @@ class DataSet:
             augmentation. Loaders of the other parts are read once, into memory, and should not shuffle. All parts have
             the same inputs: one array, or a tuple or dict of arrays, see `Split`.
         classes: names of the classes, in the order of the models' outputs. If left out: the class numbers, up to the
-            largest label in memory.
+            largest label in memory; no names if the labels are not class numbers.
         augment: augmentation of training samples in memory, see `ArrayData`; None for no augmentation.
 
     Raises:
@@ -209,6 +209,14 @@ class DataSet:
     def _check_inputs_of_loader(self, inputs: Any) -> None:
         require_same_inputs(inputs, f"the train part of {self.name}", self.test.inputs, f"the test part of {self.name}")
 
+    def count_test_samples_in(self, part: str) -> int:
+        """Return the number of test samples whose inputs occur in another part; 0 for a loader."""
+        split = self.in_memory.get(part)
+        if split is None:
+            return 0
+        known = set(_row_hashes(split))
+        return sum(row in known for row in _row_hashes(self.test))
+
     @cached_property
     def sha256(self) -> str:
         """Return a hash over all samples and labels in memory, and over the name if the training part is a loader.
@@ -223,6 +231,12 @@ class DataSet:
                 digest.update(np.ascontiguousarray(array).tobytes())
             digest.update(np.ascontiguousarray(split.labels).tobytes())
         return digest.hexdigest()
+
+
+def _row_hashes(split: Split) -> list[int]:
+    """Return a hash of the inputs of each sample, which holds within a process."""
+    samples = zip(*named_arrays(split.inputs).values(), strict=True)
+    return [hash(tuple(row.tobytes() for row in sample)) for sample in samples]
 
 
 def _array(beginning: str, value: Any) -> NDArray[Any]:
@@ -276,14 +290,10 @@ def _part(name: str, value: Any, part: str) -> Split | Stream:
 
 
 def _classes(data: DataSet) -> tuple[str, ...]:
-    """Return the class numbers as names, up to the largest label in memory."""
+    """Return the class numbers as names, up to the largest label in memory; no names for other labels."""
     labels = [split.labels for split in data.in_memory.values()]
     if any(part.ndim != 1 or part.dtype.kind not in "iub" for part in labels):
-        raise DataError(
-            f"The classes of {data.name} do not follow from its labels, which are {summary(labels[0])}.",
-            "Expected class numbers of shape (N,).",
-            "Give class numbers, or classes=(...) with the name of each class.",
-        )
+        return ()
     return tuple(str(number) for number in range(max(int(part.max()) for part in labels) + 1))
 
 

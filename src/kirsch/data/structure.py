@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,7 @@ def _split_by_position(batch: Any) -> tuple[Any, Any, Any]:
     if not 1 <= len(parts) <= len(("inputs", "targets", "ids")):
         raise DataError(f"A batch has {len(parts)} parts: it is {summary(batch)}.", fix=f"Give {FORMS}.")
     inputs, targets, ids = [*parts, None, None][:3]
+    _refuse_repeated(_ids(ids, batch), batch)
     entries = _entries(targets)
     if entries is not None:
         ids = entries.pop(IDS, ids)
@@ -136,6 +138,22 @@ def _targets(targets: Any, batch: Any) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.generic)) or getattr(value, "shape", None) == ()
+
+
+def _refuse_repeated(ids: Any, batch: Any) -> None:
+    """Refuse a third part with repeated integers: in a batch (first input, second input, labels) it is the labels.
+
+    Ids that are given by name may repeat, since a sampler can draw a sample twice.
+    """
+    ordered = [] if ids is None else sorted(ids.tolist())
+    repeated = [first for first, second in itertools.pairwise(ordered) if first == second]
+    if repeated:
+        raise DataError(
+            f"The third part of a batch contains {repeated[0]} more than once: the batch is {summary(batch)}.",
+            "A batch of three parts is read as (inputs, targets, ids), and the id of a sample is unique.",
+            "For two inputs and labels, give ((first, second), labels). For samples that are drawn more than once, "
+            f'name the ids, and the argument of the model: {{"x": inputs, "labels": targets, "{IDS}": ids}}.',
+        )
 
 
 def _ids(ids: Any, batch: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
-from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
+from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of, naming
 from kirsch.data.structure import refuse_dataset
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
@@ -118,6 +119,17 @@ def few(batch: Batch, count: int = FEW) -> Batch:
         ids=None if batch.ids is None else batch.ids[:count],
         seeds=None if batch.seeds is None else batch.seeds[:count],
     )
+
+
+def check_runs_on_few(inference: Inference, model: Any, batch: Batch) -> None:
+    """Check that a model runs on the first samples of a batch; errors name these samples, whose number they state.
+
+    Raises:
+        KirschError: the model does not run.
+    """
+    samples = few(batch)
+    with naming(f"First {FEW} samples of a batch") if len(samples) < len(batch) else contextlib.nullcontext():
+        inference.check_runs(model, samples.inputs)
 
 
 def warnings_of_divided_batches(objective: Objective, training: Training) -> list[str]:

@@ -11,6 +11,7 @@ from kirsch.arguments import checked, takes
 from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
+    check_runs_on_few,
     check_single_samples,
     few,
     first_batch,
@@ -155,7 +156,7 @@ def fit(
     framework = framework_of(model)
     first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
-    framework.inference.check_runs(model, inputs)
+    check_runs_on_few(framework.inference, model, first)
     framework.inference.check_training_outputs(model, inputs)
     shape = tuple(framework.inference.predict(model, inputs).shape[1:])
     check_labels(targets, shape, objective)

@@ -13,6 +13,7 @@ from kirsch.data.annotations import BatchLike, Model, Regularizer
 from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import (
+    check_runs_on_few,
     few,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
@@ -98,7 +99,7 @@ class Distiller(Printable):
         framework = framework_of(student)
         first = Batch.of(example_batch)
         samples = few(first)
-        framework.inference.check_runs(student, samples.inputs)
+        check_runs_on_few(framework.inference, student, first)
         if objective.needs_logits:
             framework.inference.check_training_outputs(student, samples.inputs)
         self._framework, self._objective = framework, objective
@@ -121,7 +122,7 @@ class Distiller(Printable):
                 )
             teachers = _copies(student, teacher)
             for model in teachers:
-                framework.inference.check_runs(model, samples.inputs)
+                check_runs_on_few(framework.inference, model, first)
             terms = bind(framework, objective, student, teachers, samples.inputs, seed=seed)
             layers = [layers_of_teacher(terms, index) for index in range(len(teachers))]
             logits = logits_converters(framework.features, teachers, objective, terms, samples.inputs)

@@ -416,14 +416,15 @@ class Validation:
         batches = enumerate(batches_of(self._batches, "the validation"), 1)
         return ((number, batch) for number, batch in batches if batch.targets is not None)
 
-    def _evaluate(self, model: Any, batch: Batch, number: int) -> EvaluatedBatch:
-        with naming(f"Batch {number} of the validation"):
+    def _evaluate(self, model: Any, batch: Batch, number: int, part: str = "") -> EvaluatedBatch:
+        name = f"Batch {number} of the validation{part}"
+        with naming(name):
             outputs = self._framework.inference.predict(model, batch.inputs)
         try:
             return evaluated_batch(outputs, batch, self._objective, self._objective.student_outputs)
         except DataError as error:
             raise DataError(
-                f"Batch {number} of the validation does not fit. {error.what}",
+                f"{name} does not fit. {error.what}",
                 error.why,
                 f"{error.fix} Or give validation as a callable: model → metrics by name.",
             ) from error
@@ -436,7 +437,9 @@ class Validation:
         """
         number, first = self._framework.training.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
-            self._evaluate(model, few(first), number)
+            samples = few(first)
+            part = f" (its first {len(samples)} samples)" if len(samples) < len(first) else ""
+            self._evaluate(model, samples, number, part)
 
     def warning(self) -> str:
         """Return a warning if the model predicted one class for all samples in the last validation; else ""."""

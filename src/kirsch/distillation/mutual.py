@@ -14,6 +14,7 @@ from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
+    check_runs_on_few,
     check_single_samples,
     few,
     first_batch,
@@ -103,7 +104,7 @@ def distill_mutually(
     steps, logits = [], []
     for index, student in enumerate(students):
         check_single_samples(framework.inference, student, data, first)
-        framework.inference.check_runs(student, inputs)
+        check_runs_on_few(framework.inference, student, first)
         framework.inference.check_training_outputs(student, inputs)
         shape = tuple(framework.inference.predict(student, inputs).shape[1:])
         check_labels(targets, shape, objective)

@@ -96,10 +96,11 @@ class Goal(Printable):
 
     def shortfall(self, least: Cost, original: Cost) -> str:
         """Return a text that compares the limits with the least reachable cost, for the limits that are missed."""
+        missed = [(name, *pair) for name, pair in self.fractions(least, original).items() if pair[0] > pair[1]]
+        texts = [(name, *figures.distinct_percents(limit, value)) for name, value, limit in missed]
         return "; ".join(
-            f"{name} {100 * limit:.3g}% is requested, {100 * value:.3g}% is the least reachable with these options"
-            for name, (value, limit) in self.fractions(least, original).items()
-            if value > limit
+            f"{name} {limit} is requested, {value} is the least reachable with these options"
+            for name, limit, value in texts
         )
 
     def to_dict(self) -> dict[str, float]:

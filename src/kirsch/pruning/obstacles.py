@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kirsch import figures
 from kirsch.errors import GoalError, KirschError
 from kirsch.graph.cost import WORDS
 from kirsch.pruning.selection import exclusions
@@ -66,8 +67,9 @@ def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[
             return f"this error occurs: {error.what.rstrip('.')}"
         if goal.met_by(cost, graph.cost):
             return ""
-        remaining = {WORDS[name]: value for name, (value, _) in goal.fractions(cost, graph.cost).items()}
-        return f"{' and '.join(f'{100 * value:.3g}% of the {word}' for word, value in remaining.items())} remain"
+        fractions = goal.fractions(cost, graph.cost)
+        remaining = {WORDS[name]: figures.distinct_percents(*pair)[0] for name, pair in fractions.items()}
+        return f"{' and '.join(f'{value} of the {word}' for word, value in remaining.items())} remain"
 
     causes = _causes(graph, goal, options, reached)
     nothing = "Nothing can be removed with these options. " if reached.cost == graph.cost else ""

@@ -67,9 +67,14 @@ class Change:
         place: Any = path[0]
         for depth in range(1, len(path)):
             inner = section[place] if isinstance(section, list) else section.get(place)
+            key = ".".join(self.key[: len(self.key) - len(path) + depth])
+            if inner is None and path[depth].isdecimal():
+                raise RecipeError(
+                    f"{self.origin}: {key} is not in the recipe, so it has no item {path[depth]!r}.",
+                    fix=f"Set the whole list: {key}=[...].",
+                )
             if inner is None:
                 inner = section[place] = {}
-            key = ".".join(self.key[: len(self.key) - len(path) + depth])
             if not isinstance(inner, (dict, list)):
                 raise RecipeError(
                     f"{self.origin}: {key} is {inner!r}, which has no keys.",

@@ -261,12 +261,17 @@ def _refuse_unknown(plan_options: dict[str, Any]) -> None:
     """Raise an error for keywords that are not options of a plan."""
     arguments = [name for name in inspect.signature(compress).parameters if name != "plan_options"]
     options = list(PlanOptions.model_fields)
-    for name in plan_options:
+    for name, value in plan_options.items():
         if name not in options:
+            refused = Goal.refuse_argument(name)
+            if refused is not None:
+                raise refused
             fix = nearest(name, [*arguments, *options])
             full_name = ABBREVIATIONS.get(name, name)
             if full_name in ("training", *Training.model_fields):
                 fix = f"Give recover=kirsch.Training({'...' if name == 'training' else f'{full_name}=...'})."
+            elif full_name in inspect.signature(Goal).parameters:
+                fix = f"Write goal=kirsch.Goal({full_name}={value!r})."
             raise UsageError(
                 f"kirsch.compress has no argument {name!r}.",
                 f"Arguments: {', '.join(arguments)}. Options of the plan: {', '.join(options)}.",

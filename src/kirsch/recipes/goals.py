@@ -173,5 +173,5 @@ def _limit(limit: float) -> str:
 
 def _share(value: float, limit: float) -> str:
     """Return a fraction as percent, with enough digits to distinguish it from its limit."""
-    decimals = next((n for n in (1, 2, 3) if figures.percent(value, n) != figures.percent(limit, n)), 1)
+    decimals = next((n for n in range(1, 16) if figures.percent(value, n) != figures.percent(limit, n)), 1)
     return figures.percent(value, decimals)

@@ -116,9 +116,10 @@ class Recipe(Options):
         )
         if other and is_of_teacher(step):
             yield UsageError(
-                f"The step {name!r} of the teacher comes after the step {other!r} of another model.",
-                "The other models are trained on the teacher, and compared with it.",
-                f"Move {name!r} to the beginning.",
+                f"The step {name!r} of the teacher comes after the step {other!r}.",
+                "The models of the other steps start from the teacher, are trained on it, or are compared with it.",
+                f"Move {name!r} to the beginning."
+                + " To train the pruned model, use the step recover." * isinstance(step, Train),
             )
 
     def _problems_after_export(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
@@ -265,6 +266,11 @@ def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tup
 def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
     """Return the steps of a list of dicts, and add the problems of invalid steps to `problems`."""
     items = _items(items)
+    if isinstance(items, dict) and items:
+        fix = f"Write each step as an item of a list, with a hyphen: `- {next(iter(items))}: {{...}}`."
+        error = UsageError("Expected a list of steps, found a mapping.", fix=fix)
+        problems.append((("steps",), {"type": "value_error", "ctx": {"error": error}}))
+        return ()
     if not isinstance(items, (list, tuple)):
         return items
     steps = []

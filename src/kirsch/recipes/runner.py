@@ -182,7 +182,7 @@ def run(
         files.write_json(folder / ENVIRONMENT, machine)
         goals, relative = goal_texts(job, steps), run_folder.relative(base, folder)
         job.emit({"event": "start", "name": recipe.name, "run": str(folder), "goals": goals, "base": relative})
-        notes = _untrained_notes(recipe) + _loader_notes(recipe, job)
+        notes = _untrained_notes(recipe) + _loader_notes(recipe, job) + _overlap_notes(job.data)
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
         _run_steps(job, steps, materials.origin, altered)
@@ -241,6 +241,17 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
     if recipe.data.source is None or not job.data.is_stream:
         return []
     return ["data.batch_size applies to evaluations only: the training part is a loader with its own batch size."]
+
+
+def _overlap_notes(data: DataSet) -> list[str]:
+    """Return a note for each part that contains test samples."""
+    counts = {part: data.count_test_samples_in(part) for part in ("train", "validation")}
+    return [
+        f"{count} of the {len(data.test)} test samples of {data.name} are also in its {part} part, so the results on "
+        "the test part may be too good. Remove them from one of the parts."
+        for part, count in counts.items()
+        if count
+    ]
 
 
 def preflight(job: Job, steps: Mapping[str, Step]) -> None:

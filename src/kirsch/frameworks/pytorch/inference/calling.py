@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from kirsch.data.images import SCALE, has_channels_last, order_fix
-from kirsch.data.structure import summary
+from kirsch.data.structure import TARGETS, summary
 from kirsch.errors import DataError, ModelError, UsageError, error_text
 from kirsch.failures import error_with_location
 
@@ -109,6 +109,10 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
         why = "In a batch (a, b, c), a is the input of the model, b are the targets, and c the ids of the samples."
         entries = ", ".join(f'"{name}": ...' for name in [*known, "labels"])
         fix = f"Give batches as a dict with the names of the inputs of the model: {{{entries}}}."
+    targets = next((name for name in missing if name in TARGETS), None)
+    if targets is not None:
+        why = "The labels of a batch are not passed to the model."
+        fix = f"Give the argument a default: {targets}=None."
     return UsageError(
         f"The forward of {type(model).__name__} takes {', '.join(known) or 'no arguments'}; the batches have "
         f"{' and '.join(passed)}.",
