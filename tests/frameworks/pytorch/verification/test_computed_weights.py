@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import kirsch
-from kirsch.frameworks.pytorch.verification.verify import power
+from kirsch.frameworks.pytorch.verification.distance import power
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
 from trace_and_cut import with_noise

@@ -13,7 +13,8 @@ from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.frameworks.pytorch.verification import masked
-from kirsch.frameworks.pytorch.verification.verify import distance, verify
+from kirsch.frameworks.pytorch.verification.distance import distance
+from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.graph.labels import Tensor
 from trace_and_cut import randomly_removed, with_noise
 

@@ -17,8 +17,10 @@ from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.computed_weights import changed
+from kirsch.frameworks.pytorch.verification.distance import distance, power
 from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, limits_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.frameworks.pytorch.verification.noise import named_tensors, noise_of, without_constant
 from kirsch.frameworks.pytorch.verification.unseen import unseen
 from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
@@ -42,9 +44,6 @@ QUERY_SCALING = (
     1e-6,
     "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
 )
-
-LIMIT = 1e37
-"""Larger values are the limits of a dtype, such as `torch.finfo(dtype).min` in masked logits, or sums with them."""
 
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
@@ -178,7 +177,7 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
 def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
     """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
     with OneType(dtype):
-        return changed(graph, keep, {name: cast(value, dtype) for name, value in _named(original).items()})
+        return changed(graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()})
 
 
 def _compare(
@@ -252,7 +251,7 @@ def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dty
     """Return the parameters and buffers with noise added."""
     return {
         name: torch.add(cast(value, dtype), noise[id(value)].to(value.device)) if id(value) in noise else value.detach()
-        for name, value in _named(model).items()
+        for name, value in named_tensors(model).items()
     }
 
 
@@ -260,7 +259,7 @@ def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the example inputs in a dtype, with noise added to inputs whose entries are all equal."""
     both: tuple[Any, Any] = tree_map(lambda v: cast(v, dtype), (graph.traced.args, graph.traced.options))
     if graph.tracing.decisions != "example":  # other values could take another branch
-        both = tree_map(_without_constant, both)
+        both = tree_map(without_constant, both)
     return both
 
 
@@ -281,10 +280,10 @@ def _candidate(
     """Return a copy of the pruned module in inference mode, with slices of the noise added."""
     candidate = copy_of(pruned).eval()
     candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # keeps complex tensors complex
-    tensors = _named(candidate)
+    tensors = named_tensors(candidate)
     done = set()
     with torch.no_grad():
-        for name, value in _named(original).items():
+        for name, value in named_tensors(original).items():
             new_name = removal.new_name(name)
             if new_name is None:
                 continue
@@ -297,103 +296,12 @@ def _candidate(
     return candidate
 
 
-def _named(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
 def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> bool:
     """Return whether the same names share a tensor in the pruned model and in the original."""
-    tensors = _named(pruned)
+    tensors = named_tensors(pruned)
     pairs = {
         (id(value), id(tensors[new_name]))
-        for name, value in _named(original).items()
+        for name, value in named_tensors(original).items()
         if (new_name := removal.new_name(name)) in tensors
     }
     return len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
-
-
-def noise_of(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return noise for each floating tensor, by its id.
-
-    The standard deviation is 0.1. For tensors of two or more axes, it is 0.1 times their mean absolute value, and at
-    least 0.001. The noise has the sign of the value, because variances and arguments of logarithms must stay positive.
-    Infinite values, as in attention masks, stay infinite.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise_by_id: dict[int, torch.Tensor] = {}
-    for name, value in _named(model).items():
-        if not value.is_floating_point() or id(value) in noise_by_id:
-            continue
-        plain = value.detach().to("cpu", torch.float32)
-        noise = torch.randn(value.shape, generator=generator)
-        size = float(plain.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()) if value.numel() else 0.0
-        noise *= 0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1
-        sign = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
-        noise_by_id[id(value)] = torch.where(sign == 0, noise, noise.abs_() * sign)
-    return noise_by_id
-
-
-def _without_constant(value: Any) -> Any:
-    """Return an input, with noise added if all its entries are equal: all-zero inputs would hide a wrong cut."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
-        return value
-    if bool((value != value.flatten()[0]).any()):
-        return value
-    noise = 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).abs()
-    return value + noise.to(value.device, value.dtype) * torch.where(value < 0, -1, 1)
-
-
-def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity in place of limits of its dtype, which would make the other values negligible."""
-    if not value.is_floating_point():
-        return value
-    limits = value.double().abs() >= LIMIT
-    return value if bool(limits.all()) else torch.where(limits, value.sign() * torch.inf, value)
-
-
-def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Return the largest difference relative to the largest reference value, over all outputs.
-
-    For integer and boolean outputs (classes, masks), the difference is the fraction of entries that differ. The result
-    is NaN if there are no outputs, an output contains NaN, or the reference has no finite value. It is infinite if
-    shapes differ.
-    """
-    pairs = list(zip(reference, found, strict=False))
-    if not reference and not found:
-        return float("nan")
-    if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    largest = 0.0
-    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in pairs):
-        if a.numel():
-            if a.is_floating_point() or a.is_complex():
-                if not a.isfinite().any():  # equal infinities are ignored below, so nothing would be compared
-                    return float("nan")
-                finite = ~((a == b) & a.isinf())  # equal infinities, as in masked attention scores, differ by NaN
-                difference = float(torch.where(finite, a - b, 0).abs().max())
-                difference /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
-            else:
-                difference = float((a != b).double().mean())
-            if math.isnan(difference):
-                return float("nan")
-            largest = max(largest, difference)
-    return largest
-
-
-def power(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
-    """Return the largest difference of two runs relative to the largest value of both runs, over all outputs.
-
-    The result is from 0 to 2. Two entries differ by 1 if only one of them is finite, and are equal if neither is.
-    """
-    largest = 0.0
-    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):
-        if not a.numel():
-            continue
-        if not (a.is_floating_point() or a.is_complex()):
-            largest = max(largest, float((a != b).double().mean()))
-            continue
-        finite = a.isfinite() & b.isfinite()
-        scale = max(float(torch.where(finite, value, 0).abs().max()) for value in (a, b))
-        difference = float(torch.where(finite, a - b, 0).abs().max()) / scale if scale else 0.0
-        largest = max(largest, difference, float((a.isfinite() != b.isfinite()).any()))
-    return largest
