@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import VerificationError, error_text
+from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
@@ -45,6 +46,14 @@ QUERY_SCALING = (
     "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
 )
 
+NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0)
+"""Factors of the noise for units that have no effect on the outputs, such as units behind a ReLU with negative biases.
+
+The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one.
+"""
+CLEAR = 1e-3
+"""Power at which a wrong index changes the outputs clearly; see `Verification.power`."""
+
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
     "Its `forward` method has a branch that depends on values, and may have taken another branch than in the trace, "
@@ -63,7 +72,7 @@ def verify(
     """Compare a pruned module with the masked original, in float64 if the model runs in float64.
 
     The same noise is added to the parameters of both modules. Biases, scales and branches that are zero would otherwise
-    hide a wrong cut.
+    hide a wrong cut. The noise is larger if the removed units have no effect on the outputs otherwise.
 
     Args:
         pruned, original: the pruned model, and the model that was traced.
@@ -117,6 +126,8 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
     except Exception:  # noqa: BLE001 - whatever the model's own code raises
         dtype = torch.float32
         verification = _compare(pruned, original, graph, removal, dtype)
+    if verification.passed and verification.power <= verification.tolerance:
+        verification = _compare_activated(pruned, original, graph, removal, dtype) or verification
     if not verification.passed:
         _raise_if_unstable(pruned, graph)
         raise VerificationError(
@@ -180,12 +191,46 @@ def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: 
         return changed(graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()})
 
 
-def _compare(
+def _compare_activated(
     pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+) -> Verification | None:
+    """Compare with noise that is so large that removed units without effect get an effect on the outputs.
+
+    Returns:
+        The first comparison in which the effect is clear, or else the one with the largest effect. None if no noise
+        gives the removed units an effect, or if the models do not run with the noise, because it makes the argument of
+        a logarithm negative, for example.
+    """
+    if removal.keep.all() and not removal.without:
+        return None
+    best: Verification | None = None
+    # A unit that the noise does not activate is often activated by the noise of the opposite sign.
+    for seed, factor in [(seed, sign * factor) for seed, factor in enumerate(NOISE_FACTORS, 1) for sign in (1, -1)]:
+        try:
+            verification = _compare(pruned, original, graph, removal, dtype, noise_of(original, factor, seed))
+        except Exception as error:  # whatever the model's own code raises for such parameters
+            if lacks_memory(error):
+                raise
+            continue
+        least = verification.tolerance if best is None else best.power
+        if not math.isnan(verification.error) and verification.power > least:
+            best = verification
+            if best.power > CLEAR:
+                break
+    return best
+
+
+def _compare(
+    pruned: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    removal: _Removal,
+    dtype: torch.dtype,
+    noise: dict[int, torch.Tensor] | None = None,
 ) -> Verification:
     keep = removal.keep
     traced: Traced = graph.traced
-    noise = noise_of(original)
+    noise = noise_of(original) if noise is None else noise
     tensors = _noisy(original, noise, dtype)
     candidate = _candidate(pruned, original, graph, removal, noise, dtype)
     args, options = _inputs(graph, dtype)
