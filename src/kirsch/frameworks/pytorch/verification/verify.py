@@ -19,7 +19,7 @@ from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.computed_weights import changed
 from kirsch.frameworks.pytorch.verification.distance import distance, power
-from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, limits_of_the_trace
+from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 from kirsch.frameworks.pytorch.verification.noise import named_tensors, noise_of, without_constant
 from kirsch.frameworks.pytorch.verification.unseen import unseen
@@ -238,7 +238,7 @@ def _compare(
     with OneType(dtype):
         masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
         dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, outputs_keep=keep))
-        with limits_of_the_trace(traced, dtype):
+        with constants_of_the_trace(traced, dtype):
             found = seeded(functools.partial(run, candidate, args, options))
     scaled = any(graph.kept(scaling.width, keep) is not None for scaling in traced.query_scalings)
     tolerance, reason = max(TOLERANCES[dtype], QUERY_SCALING) if scaled else TOLERANCES[dtype]
@@ -282,7 +282,7 @@ def _training_error(
         candidate = _candidate(model, original, graph, removal, noise, dtype).train()
         with OneType(dtype), WithoutDropout():  # type: ignore[no-untyped-call]
             masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
-            with limits_of_the_trace(graph.traced, dtype):
+            with constants_of_the_trace(graph.traced.training, dtype):
                 return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
