@@ -113,6 +113,21 @@ def test_a_model_that_fails_with_larger_noise_is_not_verified(message):
         assert verify(pruned, model, graph, keep).power == 0
 
 
+def test_a_lack_of_memory_in_float64_is_not_followed_by_a_run_in_float32():
+    class Full(nn.Linear):
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return super().forward(x)
+
+    model = negative_biases().eval()
+    model[0].__class__ = Full
+    graph = trace(model, torch.randn(5, 6))
+    keep = keep_without(graph, "0", [1])
+    with pytest.raises(torch.OutOfMemoryError):
+        verify(cut(model, graph, keep), model, graph, keep)
+
+
 def test_dead_units_are_pruned_by_the_public_functions():
     torch.manual_seed(0)
     model, inputs = negative_biases().eval(), torch.randn(50, 6)
