@@ -47,6 +47,10 @@ class Operation:
     node: str = ""
 
 
+UNUSED = "the traced forward pass does not use the parameter"
+"""Reason of the freeze of a parameter or buffer that no operation reads."""
+
+
 @dataclass(frozen=True)
 class Freeze:
     """Labels that cannot be removed.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch.graph.cost import WORDS
+from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK, UNROUNDED_KINDS
 from kirsch.graph.plan import Goal
@@ -35,7 +36,8 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
     priced = plan.priced(graph)
     landing = landing_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
-    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced), *on_options]
+    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
+    notes += [*unused_notes(priced, graph), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
@@ -130,6 +132,25 @@ def absent_kind_notes(graph: Graph, options: PlanOptions) -> list[str]:
         for kind in getattr(options, option) or ()
         if kind not in present and kind != BLOCK
     ]
+
+
+def unused_notes(plan: Plan, graph: Graph) -> list[str]:
+    """Return a note on the layers that the traced forward pass does not use, if the plan removes units.
+
+    A pruned traced program has no note, because it only contains the operations of the trace.
+    """
+    unused = [name for name in graph.parameters if any(freeze.reason == UNUSED for freeze in graph.frozen_by(name))]
+    if not unused or graph.tracing.as_graph or not any(removal.removed for removal in plan.groups):
+        return []
+    layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
+    names = ", ".join(f"`{layer}`" for layer in layers[:3])
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""  # noqa: PLR2004 - three are shown
+    note = (
+        f"The traced forward pass does not use {names}{more}, whose sizes are kept. Code that uses these layers, such "
+        "as a branch for other inputs or another method, can fail on the pruned model, and is not verified. Exclude "
+        "the layers whose outputs they read, or give example inputs that use them."
+    )
+    return [note]
 
 
 def too_few_units(title: str, axis: tuple[str, int], least: int) -> str:

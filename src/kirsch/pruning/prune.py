@@ -186,7 +186,7 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     texts = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
     texts += [*warning_notes, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
-        modules = ", ".join(f"`{path}`" for path in verification.unseen)
+        modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
         texts.append(
             f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
             "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
@@ -206,7 +206,9 @@ def _unknown_importance(plan: Plan) -> list[str]:
 def _reweighted_note(sizes: Mapping[str, float], most: int = 3) -> str:
     """Return a note on computed weights that change for the kept units."""
     ordered = sorted(sizes, key=lambda path: -abs(sizes[path] - 1))
-    shown = ", ".join(f"`{path}` ({sizes[path]:.2f} times the original)" for path in ordered[:most])
+    shown = ", ".join(
+        f"`{path or 'the model itself'}` ({sizes[path]:.2f} times the original)" for path in ordered[:most]
+    )
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return (
         f"The weights of {shown}{more} are computed from all units of a parameter (spectral or weight normalization, "

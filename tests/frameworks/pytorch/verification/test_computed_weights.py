@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import kirsch
-from kirsch.frameworks.pytorch.verification.verify import power
+from kirsch.frameworks.pytorch.verification.distance import power
 from kirsch.graph.plan import Goal
 from kirsch.pruning.prune import prune_with_verification
 from trace_and_cut import with_noise
@@ -178,6 +178,20 @@ def test_power_compares_only_kept_units_of_an_output_that_loses_units():
 )
 def test_power_is_the_largest_relative_difference(masked, original, expected):
     assert power([torch.tensor(masked)], [torch.tensor(original)]) == pytest.approx(expected)
+
+
+def test_the_note_names_a_parameter_of_the_model_itself():
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.weight = nn.Linear(6, 16), nn.Parameter(torch.randn(3, 16))
+
+        def forward(self, x):
+            return nn.functional.linear(self.body(x).relu(), nn.functional.normalize(self.weight))
+
+    model = with_noise(Cosine())
+    result = prune_with_verification(model, kirsch.plan(kirsch.trace(model, torch.randn(4, 6)), Goal(macs=0.6)))
+    assert any("The weights of `the model itself` (" in note for note in result.notes)
 
 
 def test_prune_without_verification_warns_of_changed_computed_weights():

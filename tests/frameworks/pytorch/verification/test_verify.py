@@ -13,7 +13,8 @@ from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.surgery.prune import verify_cut
 from kirsch.frameworks.pytorch.verification import masked
-from kirsch.frameworks.pytorch.verification.verify import distance, verify
+from kirsch.frameworks.pytorch.verification.distance import distance
+from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.graph.labels import Tensor
 from trace_and_cut import randomly_removed, with_noise
 
@@ -147,6 +148,28 @@ def test_a_model_that_converts_dtypes_is_verified_in_float64(between):
     verification = verified(with_noise(Between(between)), torch.randn(3, 4))
     assert "float64" in verification.reason
     assert verification.error < 1e-12
+
+
+CONSTANTS = {
+    "torch.tensor": lambda x: torch.tensor([0.485, 0.456, 0.406, 0.1], dtype=x.dtype),
+    "new_tensor": lambda x: x.new_tensor([0.485, 0.456, 0.406, 0.1]),
+    "torch.as_tensor": lambda x: torch.as_tensor((0.485, 0.456, 0.406, 0.1), dtype=x.dtype).view(1, 4).sqrt(),
+    "a list of numbers": lambda x: torch.tensor([0.485, 0.456, 0.406, 0.1]).to(x),
+    "a number": lambda x: torch.tensor(0.485, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_constants_in_the_dtype_of_the_input_are_rounded_as_in_the_trace(kind, dtype):
+    model = with_noise(nn.Sequential(nn.Linear(4, 4), Between(lambda s, x: s.second(x)))).to(dtype)
+    model[0].register_forward_pre_hook(lambda _, args: args[0] - CONSTANTS[kind](args[0]))
+    inputs = torch.randn(3, 4, dtype=dtype)
+    verification = verified(model, inputs)
+    assert "float64" in verification.reason
+    assert verification.error < 1e-12
+    with pytest.raises(VerificationError, match="not equal to the masked original"):
+        verified(model, inputs, lambda m: setattr(m[1].second.weight, "data", swap(m[1].second.weight, 1)))
 
 
 OUTPUTS = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kirsch.errors import ModelError, UnknownNameError
-from kirsch.graph.facts import Operation
+from kirsch.graph.facts import UNUSED, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) ->
         if id(tensor) in unused:
             facts.begin(Operation("parameter", name.rpartition(".")[0]))
             for axis in tensor.axes:
-                facts.freeze(axis, "the traced forward pass does not use the parameter")
+                facts.freeze(axis, UNUSED)
 
 
 def freeze_shared(shared: set[int], model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:

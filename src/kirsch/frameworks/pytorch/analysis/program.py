@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sysconfig
 import traceback as python_traceback
@@ -95,7 +96,10 @@ def _parameters_to_buffers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence PyTorch's warnings about its internals, and restore the random state."""
+    """Silence PyTorch's warnings about its internals, and restore the random state.
+
+    Before the exporter raises an error, it prints the operations that it has traced to stderr.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     # These loggers report each followed decision, and the traceback of an error that is also raised.
     quiet = {"torch.fx.experimental.symbolic_shapes": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
@@ -103,7 +107,7 @@ def _quiet() -> Iterator[None]:
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(devices):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -136,7 +140,7 @@ def _reason(
     fix = (
         "The operations that `forward` runs depend on the values of the inputs. "
         'Trace a part without such decisions (module="backbone"), '
-        'or follow the decisions for these inputs (decisions="example").'
+        'or follow the decisions for these inputs (kirsch.trace(..., decisions="example"), in Python only).'
         if dynamic
         else fix_of_inputs(model, args, options, error)
         or "Check that model(*example_inputs) runs, and that the model expects inputs of these shapes."

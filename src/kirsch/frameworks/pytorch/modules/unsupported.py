@@ -219,4 +219,14 @@ def reason_of(names: Collection[str], error: BaseException) -> tuple[str, str] |
             "It computes with nested tensors, which torch.export does not trace.",
             "Give a model whose forward computes with a padded batch and a mask.",
         )
+    if ".numpy() is not supported" in str(error):
+        return (
+            "Its forward converts a tensor to numpy, which torch.export does not trace.",
+            "Compute with torch functions, and make constants in __init__: self.register_buffer(name, tensor).",
+        )
+    if "fake tensor in the exported program constant" in str(error):
+        return (
+            "Its forward creates a tensor that torch.export does not trace, as torch.from_numpy does.",
+            "Create the tensor in __init__, and register it: self.register_buffer(name, tensor).",
+        )
     return None

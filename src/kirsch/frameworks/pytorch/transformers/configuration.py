@@ -27,7 +27,9 @@ from kirsch.frameworks.pytorch.transformers.blueprint import (
     sizes,
 )
 from kirsch.frameworks.pytorch.transformers.pretrained import allow, refuse, refused, savers
-from kirsch.frameworks.pytorch.verification.verify import distance, noise_of, seeded
+from kirsch.frameworks.pytorch.verification.distance import distance
+from kirsch.frameworks.pytorch.verification.noise import noise_of
+from kirsch.frameworks.pytorch.verification.verify import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable

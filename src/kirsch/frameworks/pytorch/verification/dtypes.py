@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kirsch.frameworks.pytorch.analysis.traced import Traced
 
@@ -20,17 +20,35 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
+def _floating_type(values: Iterable[Any]) -> torch.dtype | None:
+    """Return the dtype of the floating-point tensors among the values; None without or with several such dtypes."""
+    types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return types.pop() if len(types) == 1 else None
+
+
 @contextlib.contextmanager
-def limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
+def constants_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
+    """Make the code of the model create the constants that the traced program has.
+
+    Code that asks for a constant in the dtype of an input asks for `dtype` in the verification, as with
+    `torch.finfo(x.dtype)` or `torch.tensor([0.485], dtype=x.dtype)`. The traced program has the limits of the dtype of
+    the trace, and has rounded the constant to that dtype.
+    """
+    traced_type = _floating_type(traced.program.constants.values())
+    with _limits_of_the_trace(traced, dtype), _RoundedConstants(dtype, traced_type):
+        yield
+
+
+@contextlib.contextmanager
+def _limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
     """Make `torch.finfo` return the limits of the dtype of the trace, because the traced program has them as constants.
 
     This is done only if all floating-point values of the trace have the same dtype.
     """
     values = [value for node in traced.program.graph.nodes for value in tree_leaves(node.meta.get("val"))]
-    types = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    traced_type = _floating_type(values)
     original: Any = torch.finfo
-    if len(types) == 1:
-        traced_type = types.pop()
+    if traced_type is not None:
 
         def finfo(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map(lambda value: traced_type if value is dtype else value, (args, kwargs))
@@ -41,6 +59,22 @@ def limits_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         setattr(torch, "finfo", original)  # noqa: B010 - likewise
+
+
+class _RoundedConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here
+    """Round tensors that code creates from numbers in one floating dtype to the dtype of the traced constants."""
+
+    def __init__(self, dtype: torch.dtype, traced_type: torch.dtype | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+        self._traced_type = traced_type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default and out.dtype is self._dtype and self._traced_type is not None:
+            return out.to(self._traced_type).to(self._dtype)
+        return out
 
 
 class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here

@@ -12,13 +12,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kirsch.errors import VerificationError, error_text
+from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.computed_weights import changed
-from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, limits_of_the_trace
+from kirsch.frameworks.pytorch.verification.distance import distance, power
+from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.frameworks.pytorch.verification.noise import named_tensors, noise_of, without_constant
 from kirsch.frameworks.pytorch.verification.unseen import unseen
 from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
@@ -43,8 +46,13 @@ QUERY_SCALING = (
     "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
 )
 
-LIMIT = 1e37
-"""Larger values are the limits of a dtype, such as `torch.finfo(dtype).min` in masked logits, or sums with them."""
+NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0)
+"""Factors of the noise for units that have no effect on the outputs, such as units behind a ReLU with negative biases.
+
+The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one.
+"""
+CLEAR = 1e-3
+"""Power at which a wrong index changes the outputs clearly; see `Verification.power`."""
 
 WRONG_CUT = "The cut is wrong, so no model was returned; the original is unchanged."
 OTHER_BRANCH = (
@@ -64,7 +72,7 @@ def verify(
     """Compare a pruned module with the masked original, in float64 if the model runs in float64.
 
     The same noise is added to the parameters of both modules. Biases, scales and branches that are zero would otherwise
-    hide a wrong cut.
+    hide a wrong cut. The noise is larger if the removed units have no effect on the outputs otherwise.
 
     Args:
         pruned, original: the pruned model, and the model that was traced.
@@ -115,9 +123,13 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
     dtype = torch.float64
     try:
         verification = _compare(pruned, original, graph, removal, dtype)
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+    except Exception as failure:  # whatever the model's own code raises
+        if lacks_memory(failure):
+            raise
         dtype = torch.float32
         verification = _compare(pruned, original, graph, removal, dtype)
+    if verification.passed and verification.power <= verification.tolerance:
+        verification = _compare_activated(pruned, original, graph, removal, dtype) or verification
     if not verification.passed:
         _raise_if_unstable(pruned, graph)
         raise VerificationError(
@@ -178,15 +190,49 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
 def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
     """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
     with OneType(dtype):
-        return changed(graph, keep, {name: cast(value, dtype) for name, value in _named(original).items()})
+        return changed(graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()})
+
+
+def _compare_activated(
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+) -> Verification | None:
+    """Compare with noise that is so large that removed units without effect get an effect on the outputs.
+
+    Returns:
+        The first comparison in which the effect is clear, or else the one with the largest effect. None if no noise
+        gives the removed units an effect, or if the models do not run with the noise, because it makes the argument of
+        a logarithm negative, for example.
+    """
+    if removal.keep.all() and not removal.without:
+        return None
+    best: Verification | None = None
+    # A unit that the noise does not activate is often activated by the noise of the opposite sign.
+    for seed, factor in [(seed, sign * factor) for seed, factor in enumerate(NOISE_FACTORS, 1) for sign in (1, -1)]:
+        try:
+            verification = _compare(pruned, original, graph, removal, dtype, noise_of(original, factor, seed))
+        except Exception as error:  # whatever the model's own code raises for such parameters
+            if lacks_memory(error):
+                raise
+            continue
+        least = verification.tolerance if best is None else best.power
+        if not math.isnan(verification.error) and verification.power > least:
+            best = verification
+            if best.power > CLEAR:
+                break
+    return best
 
 
 def _compare(
-    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+    pruned: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    removal: _Removal,
+    dtype: torch.dtype,
+    noise: dict[int, torch.Tensor] | None = None,
 ) -> Verification:
     keep = removal.keep
     traced: Traced = graph.traced
-    noise = noise_of(original)
+    noise = noise_of(original) if noise is None else noise
     tensors = _noisy(original, noise, dtype)
     candidate = _candidate(pruned, original, graph, removal, noise, dtype)
     args, options = _inputs(graph, dtype)
@@ -194,7 +240,7 @@ def _compare(
     with OneType(dtype):
         masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
         dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, outputs_keep=keep))
-        with limits_of_the_trace(traced, dtype):
+        with constants_of_the_trace(traced, dtype):
             found = seeded(functools.partial(run, candidate, args, options))
     scaled = any(graph.kept(scaling.width, keep) is not None for scaling in traced.query_scalings)
     tolerance, reason = max(TOLERANCES[dtype], QUERY_SCALING) if scaled else TOLERANCES[dtype]
@@ -238,7 +284,7 @@ def _training_error(
         candidate = _candidate(model, original, graph, removal, noise, dtype).train()
         with OneType(dtype), WithoutDropout():  # type: ignore[no-untyped-call]
             masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
-            with limits_of_the_trace(graph.traced, dtype):
+            with constants_of_the_trace(graph.traced.training, dtype):
                 return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
@@ -252,7 +298,7 @@ def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dty
     """Return the parameters and buffers with noise added."""
     return {
         name: torch.add(cast(value, dtype), noise[id(value)].to(value.device)) if id(value) in noise else value.detach()
-        for name, value in _named(model).items()
+        for name, value in named_tensors(model).items()
     }
 
 
@@ -260,7 +306,7 @@ def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the example inputs in a dtype, with noise added to inputs whose entries are all equal."""
     both: tuple[Any, Any] = tree_map(lambda v: cast(v, dtype), (graph.traced.args, graph.traced.options))
     if graph.tracing.decisions != "example":  # other values could take another branch
-        both = tree_map(_without_constant, both)
+        both = tree_map(without_constant, both)
     return both
 
 
@@ -281,10 +327,10 @@ def _candidate(
     """Return a copy of the pruned module in inference mode, with slices of the noise added."""
     candidate = copy_of(pruned).eval()
     candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # keeps complex tensors complex
-    tensors = _named(candidate)
+    tensors = named_tensors(candidate)
     done = set()
     with torch.no_grad():
-        for name, value in _named(original).items():
+        for name, value in named_tensors(original).items():
             new_name = removal.new_name(name)
             if new_name is None:
                 continue
@@ -297,103 +343,12 @@ def _candidate(
     return candidate
 
 
-def _named(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
 def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> bool:
     """Return whether the same names share a tensor in the pruned model and in the original."""
-    tensors = _named(pruned)
+    tensors = named_tensors(pruned)
     pairs = {
         (id(value), id(tensors[new_name]))
-        for name, value in _named(original).items()
+        for name, value in named_tensors(original).items()
         if (new_name := removal.new_name(name)) in tensors
     }
     return len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
-
-
-def noise_of(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Return noise for each floating tensor, by its id.
-
-    The standard deviation is 0.1. For tensors of two or more axes, it is 0.1 times their mean absolute value, and at
-    least 0.001. The noise has the sign of the value, because variances and arguments of logarithms must stay positive.
-    Infinite values, as in attention masks, stay infinite.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise_by_id: dict[int, torch.Tensor] = {}
-    for name, value in _named(model).items():
-        if not value.is_floating_point() or id(value) in noise_by_id:
-            continue
-        plain = value.detach().to("cpu", torch.float32)
-        noise = torch.randn(value.shape, generator=generator)
-        size = float(plain.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()) if value.numel() else 0.0
-        noise *= 0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1
-        sign = torch.ones_like(plain) if name.endswith("running_var") else plain.sign()
-        noise_by_id[id(value)] = torch.where(sign == 0, noise, noise.abs_() * sign)
-    return noise_by_id
-
-
-def _without_constant(value: Any) -> Any:
-    """Return an input, with noise added if all its entries are equal: all-zero inputs would hide a wrong cut."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
-        return value
-    if bool((value != value.flatten()[0]).any()):
-        return value
-    noise = 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).abs()
-    return value + noise.to(value.device, value.dtype) * torch.where(value < 0, -1, 1)
-
-
-def _without_limits(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with infinity in place of limits of its dtype, which would make the other values negligible."""
-    if not value.is_floating_point():
-        return value
-    limits = value.double().abs() >= LIMIT
-    return value if bool(limits.all()) else torch.where(limits, value.sign() * torch.inf, value)
-
-
-def distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Return the largest difference relative to the largest reference value, over all outputs.
-
-    For integer and boolean outputs (classes, masks), the difference is the fraction of entries that differ. The result
-    is NaN if there are no outputs, an output contains NaN, or the reference has no finite value. It is infinite if
-    shapes differ.
-    """
-    pairs = list(zip(reference, found, strict=False))
-    if not reference and not found:
-        return float("nan")
-    if len(reference) != len(found) or any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    largest = 0.0
-    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in pairs):
-        if a.numel():
-            if a.is_floating_point() or a.is_complex():
-                if not a.isfinite().any():  # equal infinities are ignored below, so nothing would be compared
-                    return float("nan")
-                finite = ~((a == b) & a.isinf())  # equal infinities, as in masked attention scores, differ by NaN
-                difference = float(torch.where(finite, a - b, 0).abs().max())
-                difference /= max(float(torch.where(finite, a, 0).abs().max()), 1e-300)
-            else:
-                difference = float((a != b).double().mean())
-            if math.isnan(difference):
-                return float("nan")
-            largest = max(largest, difference)
-    return largest
-
-
-def power(masked: list[torch.Tensor], dense: list[torch.Tensor]) -> float:
-    """Return the largest difference of two runs relative to the largest value of both runs, over all outputs.
-
-    The result is from 0 to 2. Two entries differ by 1 if only one of them is finite, and are equal if neither is.
-    """
-    largest = 0.0
-    for a, b in ((_without_limits(a), _without_limits(b)) for a, b in zip(masked, dense, strict=True)):
-        if not a.numel():
-            continue
-        if not (a.is_floating_point() or a.is_complex()):
-            largest = max(largest, float((a != b).double().mean()))
-            continue
-        finite = a.isfinite() & b.isfinite()
-        scale = max(float(torch.where(finite, value, 0).abs().max()) for value in (a, b))
-        difference = float(torch.where(finite, a - b, 0).abs().max()) / scale if scale else 0.0
-        largest = max(largest, difference, float((a.isfinite() != b.isfinite()).any()))
-    return largest
