@@ -137,7 +137,6 @@ REFUSED = [
     ("inputs/0/dtype", "__class__", "inputs[0].dtype: one of"),
     ("inputs/0/high", 2**70, "inputs[0].high: a whole number from 0 to 9,223,372,036,854,775,807 is expected"),
     ("inputs/0/high", 3, "inputs[0].high is 3; 0 is the largest for float32"),
-    ("inputs/0/name", "other", "cannot be applied"),
     ("inputs", [ENTRY, ENTRY], "cannot be applied"),
     ("inputs", [ENTRY | {"name": "x"}] * 2, "two inputs of the same name, 'x'"),
     ("inputs", [], "does not store its example inputs"),

@@ -11,6 +11,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host, map_arrays
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
+from kirsch.data.inputs import named_arrays
 from kirsch.distillation.checks import few
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.masks import next_labels, shift_logits
@@ -297,7 +298,7 @@ def _evaluated(
 ) -> list[EvaluatedBatch]:
     """Return the predictions of a teacher for the samples of a batch; empty if the batch has no targets."""
     indices = _evenly_spaced(len(batch))
-    inputs = _rows(batch.inputs, indices)
+    inputs = map_arrays(lambda part: part[indices] if hasattr(part, "shape") else part, batch.inputs)
     outputs = framework.inference.predict(teacher, inputs)
     if not np.isfinite(outputs).all():
         if _contain_nan(inputs):
@@ -313,16 +314,9 @@ def _evaluated(
     return [evaluated_batch(outputs, labeled, objective, declared_outputs(objective, index))]
 
 
-def _rows(inputs: Any, indices: NDArray[np.int64]) -> Any:
-    """Return the inputs of some samples; inputs that are not arrays are returned unchanged."""
-    return ops.map_arrays(lambda part: part[indices] if hasattr(part, "shape") else part, inputs)
-
-
 def _contain_nan(inputs: Any) -> bool:
     """Return whether an array of the inputs has a NaN."""
-    found: list[bool] = []
-    ops.map_arrays(lambda part: found.append(bool(np.isnan(host(part)).any())), inputs)
-    return any(found)
+    return any(bool(np.isnan(host(part)).any()) for part in named_arrays(inputs).values())
 
 
 def evaluated_batch(

@@ -7,8 +7,8 @@ KINDS = {
     "kv group": "the query heads that share one key and value head, together with this head",
     "head in kv group": "the query heads with the same position in each kv group",
     "head": (
-        "an index of an axis that two activations share and that their product keeps, such as the heads of queries and "
-        "keys"
+        "an index of an axis that two activations share and that their product does not sum over, such as the heads of "
+        "queries and keys"
     ),
     "head dim": (
         "the same index inside every head: the product of queries and keys sums over it, or it is an index of the "

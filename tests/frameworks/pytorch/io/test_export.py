@@ -192,7 +192,7 @@ def test_the_export_names_unsupported_operations_as_the_trace_does(model, inputs
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"x": torch.tensor(2.0)}, r"x is a tensor without axes\. Give tensors whose first axis is the batch"),
+        ({"input": torch.tensor(2.0)}, r"input is a tensor without axes\. Give tensors whose first axis is the batch"),
         (
             (torch.zeros(2, 3), torch.tensor(1.0)),
             r"Input 1 is a tensor without axes\. Give tensors whose first",

@@ -189,7 +189,10 @@ def test_resuming_with_another_model_raises_an_error():
         ({"optimizer": "adamw"}, "optimizer is 'adamw', and was 'sgd'"),
         ({"ema_decay": 0.9}, "ema_decay is 0.9, and was None"),
         ({"seed": 4, "learning_rate": 0.5}, "learning_rate is 0.5, and was 0.1; seed is 4, and was 0"),
-        ({"milestones": (0.2,)}, r"milestones is \[0\.2\], and was \[0\.5, 0\.75\]"),
+        (
+            {"schedule": "multistep", "milestones": (0.2,)},
+            r"schedule is 'multistep', and was 'cosine'; milestones is \[0\.2\], and was \[0\.5, 0\.75\]",
+        ),
         ({"epochs": 5}, "epochs is 5, and was 3"),
     ],
 )
