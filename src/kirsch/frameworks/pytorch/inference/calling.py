@@ -74,7 +74,7 @@ def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, 
 def by_position(model: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
     """Return the arguments with a single keyword argument as the first positional one if `forward` lacks its name.
 
-    A loader may call the input "image" or "x" whatever its name in the model.
+    A loader may name its only input "image" although the argument of the model is `x`.
     """
     parameters = _parameters(model) if len(options) == 1 and not args else None
     known = {p.name for p in parameters or [] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
