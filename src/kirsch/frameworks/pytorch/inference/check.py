@@ -39,7 +39,7 @@ def check_runs(model: nn.Module, inputs: Any, *, training: bool = False) -> None
         raise _error_of_layout(model, given, error) or error from error.__cause__
     except KirschError:
         raise
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the code of the model can raise any exception
         raise not_running(model, inputs, error) from error
 
 
@@ -114,7 +114,7 @@ def _error_of_layout(model: nn.Module, inputs: Any, error: KirschError) -> Kirsc
 
     try:
         _run(model, tree_map(channels_first, inputs), training=False)
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises: the order of the axes is not the cause
+    except Exception:  # noqa: BLE001 - the code of the model can raise any exception: the order of the axes is not the cause
         return None
     return type(error)(
         f"{type(model).__name__} takes images with channels first, (N, C, H, W); its inputs are {summary(inputs)}, "

@@ -131,7 +131,7 @@ def _outputs_or_none(model: nn.Module, args: Any, options: Any) -> list[torch.Te
     """Return the outputs; an empty list if the model raises an exception."""
     try:
         return repeatable(model, args, options)
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+    except Exception:  # noqa: BLE001 - the code of the model can raise any exception
         return []
 
 

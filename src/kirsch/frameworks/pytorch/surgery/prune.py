@@ -69,7 +69,7 @@ def verify_cut(
         raise VerificationError(error.what, f"{error.why}{turned}", fix) from error
     except KirschError:
         raise
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the code of the model can raise any exception
         traced = graph.traced
         both = Call(traced.args, traced.options) if traced.args and traced.options else None
         check_runs(model, both or traced.options or traced.args)  # raises an error if the inputs are the cause

@@ -277,7 +277,7 @@ class Search:
                 return None
             try:
                 self._trials[key] = sizes(build(self.model, changes, "meta"))
-            except Exception as error:  # noqa: BLE001 - whatever the model's own code raises if numbers do not fit
+            except Exception as error:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
                 self._trials[key] = error
         found = self._trials[key]
         return None if isinstance(found, Exception) else found
@@ -301,7 +301,7 @@ class Search:
         """Return names of built tensors that are not stored; None if the build fails or lacks a stored name."""
         try:
             names = set(build(self.model, changes, "meta").state_dict())
-        except Exception:  # noqa: BLE001 - whatever the model's own code raises if numbers do not fit
+        except Exception:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
             return None
         return names - self.names if self.names <= names else None
 

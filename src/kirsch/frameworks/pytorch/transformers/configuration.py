@@ -249,7 +249,7 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
                 return "the forward of the pruned model reads its configuration"
             if distance(before, outputs(built)) != 0:
                 return _cause(copied, built, differs)
-        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+        except Exception as error:  # noqa: BLE001 - the code of the model can raise any exception
             return error_text(error).rstrip(".")
     return ""
 

@@ -123,7 +123,7 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
     dtype = torch.float64
     try:
         verification = _compare(pruned, original, graph, removal, dtype)
-    except Exception as failure:  # whatever the model's own code raises
+    except Exception as failure:  # the code of the model can raise any exception
         if lacks_memory(failure):
             raise
         dtype = torch.float32
@@ -182,7 +182,7 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
     traced: Traced = graph.traced
     try:
         run(copy_of(model).train(), traced.args, traced.options)
-    except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+    except Exception as error:  # noqa: BLE001 - the code of the model can raise any exception
         return error
     return None
 
@@ -210,7 +210,7 @@ def _compare_activated(
     for seed, factor in [(seed, sign * factor) for seed, factor in enumerate(NOISE_FACTORS, 1) for sign in (1, -1)]:
         try:
             verification = _compare(pruned, original, graph, removal, dtype, noise_of(original, factor, seed))
-        except Exception as error:  # whatever the model's own code raises for such parameters
+        except Exception as error:  # the code of the model can raise any exception for such parameters
             if lacks_memory(error):
                 raise
             continue
