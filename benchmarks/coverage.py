@@ -53,7 +53,10 @@ ROOT = Path(__file__).parents[1]
 LISTS = {"tuned": MODELS, "others": OTHERS}
 LIMIT = 1800
 PEER_LIMIT = 120
-"""Time limits of the process of a model, with Kirsch and with the peer, in seconds. The slowest model takes 9 minutes."""
+"""Time limits of the process of a model, with Kirsch and with the peer, in seconds.
+
+The slowest model takes 9 minutes on an idle machine.
+"""
 
 
 def coverage_row(recipe: Recipe) -> dict[str, Any]:
