@@ -11,6 +11,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.mutual import distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError
+from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import Training
 
 N, D, K = 40, 6, 3
@@ -105,3 +106,15 @@ def test_a_branch_in_a_submodule_is_found():
 @pytest.mark.parametrize("form", [auxiliary_after_logits, as_a_dict])
 def test_further_outputs_after_the_logits_and_named_logits_are_accepted(call, form):
     CALLS[call](Branching(form))
+
+
+def test_the_check_of_the_outputs_does_not_copy_the_parameters():
+    """A copy of a large model may not fit into memory."""
+
+    class Large(nn.Parameter):
+        def __deepcopy__(self, memo):
+            raise MemoryError
+
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].weight = Large(model[0].weight.detach())
+    framework_of(model).inference.check_training_outputs(model, torch.zeros(2, 4))

@@ -68,7 +68,7 @@ def check_training_outputs(model: nn.Module, inputs: Any) -> None:
             logits.
     """
     args, options = arguments(tensors(inputs, model))
-    copy = copy_of(model)
+    copy = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})  # parameters need no copy
     with torch.random.fork_rng(), torch.no_grad(), inference(copy):
         expected = logits_of(called(copy, *copied((args, options))))
         set_modes([(module, not type(module).__module__.startswith("torch.nn.")) for module in copy.modules()])
