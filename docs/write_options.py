@@ -45,7 +45,7 @@ Each option is defined once, with its type, default and description, and is used
 """
 PLAN = """\
 Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`. In Python, `kirsch.plan` also
-takes `data`, the batches on which the importance of residual blocks is measured; a job uses its training part.
+takes `data` and `loss`, for importances that run the model and for residual blocks; a job uses its training part.
 """
 SECTIONS = {DataSection: "data", ModelSection: "teacher and student", JobGoal: "goal", Step: "steps"}
 TYPES = {

@@ -161,8 +161,14 @@ def job() -> dict[str, Any]:
     return {"model": brightness_model(), "data": kirsch.DataSet("brightness", part, part, part, ("a", "b", "c"))}
 
 
+def calibration() -> dict[str, Any]:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+    return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
+
+
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
+    ("docs/importances.md", "Importances"): calibration,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses.detection import detection_response, detr
-from kirsch.distillation.losses.labels import hard_label
 from kirsch.distillation.losses.maps import channel_wise
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.inference.predict import logits_of
 from kirsch.frameworks.training import Training, TrainingHooks
+from kirsch.tasks.label_losses import hard_label
 
 K, N = 3, 12
 NEGLIGIBLE_STEP = Training(epochs=1, learning_rate=1e-12, schedule="constant", weight_decay=0.0)

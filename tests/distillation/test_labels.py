@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from distillation.golden import y, z_s
 from kirsch.distillation.distill import fit
-from kirsch.distillation.losses.labels import LABEL_LOSSES, binary_label, hard_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.errors import DataError, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Training
+from kirsch.tasks.label_losses import LABEL_LOSSES, binary_label, hard_label, squared_error
 
 N, K = z_s.shape
 LOGITS = np.random.default_rng(0).standard_normal((3, 4, 5))

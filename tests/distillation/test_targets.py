@@ -11,11 +11,11 @@ from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.losses import hard_label
-from kirsch.distillation.losses.labels import binary_label, squared_error
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError, KirschError, ShapeError
 from kirsch.frameworks.training import Training, TrainingHooks
+from kirsch.tasks.label_losses import binary_label, squared_error
 
 N, D, K = 40, 4, 3
 ONCE = Training(epochs=1, learning_rate=0.05, schedule="constant")

@@ -151,7 +151,10 @@ def test_blocks_that_are_ranked_by_running_the_model_need_data(inputs, importanc
 
 def test_the_option_data_is_refused_unless_kinds_is_block(inputs):
     graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
-    with pytest.raises(UsageError, match=r"`data` of kirsch\.plan has no effect: only blocks are ranked on data"):
+    with pytest.raises(
+        UsageError,
+        match=r"`data` of kirsch\.plan has no effect\. The importance 'magnitude' is computed from the weights alone",
+    ):
         kirsch.plan(graph, Goal(macs=0.5), data=inputs)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_sets import data_set, split
-from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.outputs import are_probabilities
 from kirsch.measurement.statistics import Paired, rate
 from kirsch.tasks import TASKS, Classification
 from kirsch.tasks.classification import PredictionSummary, accuracy, calibration, confusion, lost_classes, paired
+from kirsch.tasks.label_losses import LABEL_LOSSES
 
 
 def logits_of(predicted, classes=3):

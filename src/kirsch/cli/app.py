@@ -145,7 +145,7 @@ BlockData = Annotated[
     str,
     typer.Option(
         "--data",
-        help="With --kinds block: data source, as in a recipe, to rank blocks on. Default: random example inputs.",
+        help="Data source, as in a recipe, for importances that run the model. Blocks: default random example inputs.",
         metavar="SOURCE",
     ),
 ]

@@ -82,8 +82,8 @@ class PlanRequest:
     Args:
         macs, parameters: the goal; see `Goal`.
         options: options of `kirsch.plan` whose flags are given.
-        data: name or reference of a data source, as in `data.source` of a recipe; blocks are ranked on its training
-            samples. "": blocks are ranked on the example inputs.
+        data: name or reference of a data source, as in `data.source` of a recipe, for importances that run the model.
+            "": none; blocks are ranked on the example inputs.
         seed: seed of the plan and of the data.
     """
 
@@ -112,7 +112,12 @@ class PlanRequest:
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
             from_numpy = loaded.framework.inference.from_numpy
-            data = [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
+            of_blocks = self.options.get("kinds") == [BLOCK]
+            data = (
+                [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
+                if of_blocks
+                else source.first_samples(CALIBRATION)
+            )
         goal = Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})

@@ -142,6 +142,9 @@ batches (inputs, labels)."""
 Data = Annotated[Any, Kind("training data", _is_data, _give_data)]
 """Batches that can be iterated over in each epoch."""
 
+Calibration = Annotated[Any, Kind("calibration data", lambda value: has_arrays(value) or _is_data(value), _give_data)]
+"""Batches of inputs, or of inputs and labels, or one such batch."""
+
 Build = Annotated[
     Callable[[], Any],
     Kind("a function that builds the model", lambda value: not is_model(value), lambda _: "Give lambda: MyModel(...)."),

@@ -14,7 +14,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Labeled
 from kirsch.data.arrays import host
 from kirsch.data.augment import Augment, Seeded
-from kirsch.data.batches import ArrayData, SeededData
+from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of
 from kirsch.data.inputs import (
     capitalized,
     converted,
@@ -32,8 +32,6 @@ from kirsch.references import is_valid_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from kirsch.data.batches import Batch
 
 
 @checked
@@ -194,6 +192,20 @@ class DataSet:
             return [rows(self.train.inputs, slice(count))]
         batches: list[Any] = self.train.first_inputs(count)
         self._check_inputs_of_loader(batches[0])
+        return batches
+
+    def first_samples(self, count: int) -> list[Batch]:
+        """Return the first training samples with their labels, in one or more batches, without augmentation.
+
+        A loader determines their order, augmentation and batches.
+        """
+        if not self.is_stream:
+            return [Batch(rows(self.train.inputs, slice(count)), self.train.labels[:count])]
+        batches: list[Batch] = []
+        for batch in batches_of(self.train.loader, self.train.name):
+            batches.append(batch)
+            if sum(map(len, batches)) >= count:
+                break
         return batches
 
     def check_first(self, batch: Batch) -> None:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
-from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.masks import BatchMasks
 from kirsch.distillation.targets import check_labels
@@ -16,6 +15,7 @@ from kirsch.distillation.term import at
 from kirsch.errors import UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.training import LossOutput, require_labels
+from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

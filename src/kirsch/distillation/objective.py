@@ -9,13 +9,13 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
-from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import LOSSES
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.term import Number, Ramp, Term, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
 from kirsch.tables import Part, Piece, Printable
+from kirsch.tasks.label_losses import LABEL_LOSSES
 
 NUMBERS = ("weight", "temperature", "label_weight")
 """Fields that may be a `Ramp`."""

@@ -8,10 +8,10 @@ import numpy as np
 
 from kirsch.data.arrays import host
 from kirsch.data.structure import summary
-from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
 from kirsch.distillation.term import ends
 from kirsch.errors import DataError, UsageError
+from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,7 +1,7 @@
 """Protocols that a framework package implements.
 
-A `Framework` has one object for each of the five protocols `Analysis`, `Surgery`, `Features`, `TrainingLoop` and
-`Inference`. `AdaptedStudent` and `Exportable` are objects that methods of these protocols return.
+A `Framework` has one object for each of the six protocols `Analysis`, `Calibration`, `Surgery`, `Features`,
+`TrainingLoop` and `Inference`. `AdaptedStudent` and `Exportable` are objects that methods of these protocols return.
 
 `model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
 adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Tracing
     from kirsch.graph.inputs import Input
+    from kirsch.graph.labels import Labels
     from kirsch.graph.plan import Plan
     from kirsch.graph.verification import Verification
     from kirsch.registry import Registry
@@ -46,6 +48,52 @@ class Analysis(Protocol):
 
     def inputs_like(self, specification: Sequence[Input], model: Any) -> Any:
         """Return random inputs of the structure, shapes and types that a plan stores, on the device of a model."""
+
+
+class Calibration(Protocol):
+    """Runs of a traced model on calibration data, in inference mode. `graph.model` is the model.
+
+    `batch` is a batch of inputs with targets, and `loss` a function of the model's logits and the targets. Arrays by
+    parameter are arrays of the framework; tied parameters are listed once.
+    """
+
+    def outputs(self, graph: Graph, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
+        """Return the floating outputs; the blocks named in `without` return their input unchanged."""
+
+    def block_features(self, graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
+        """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
+
+    def reads(self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any], None]) -> None:
+        """Call `see(name, axis, labels, x)` for each product of a weight with activations.
+
+        `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
+        channels (None if they are frozen), and `x` the activations, shape (positions, channels).
+        """
+
+    def patches(
+        self, graph: Graph, inputs: Any, names: Collection[str], see: Callable[[str, int, Labels, int, Any], None]
+    ) -> None:
+        """Call `see(name, axis, labels, groups, x)` for each product of one of the named weights with activations.
+
+        `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
+        layer reads, shape (outputs, channels, kernel size).
+        """
+
+    def weights(self, graph: Graph) -> dict[str, Any]:
+        """Return the parameters by path, without gradient."""
+
+    def gradients(self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any]) -> dict[str, Any]:
+        """Return the gradient of the loss for each parameter, also for frozen parameters."""
+
+    def hessian_products(
+        self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the product of the Hessian of the loss with a vector, which has an array for each parameter."""
+
+    def loss_without(
+        self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], keep: NDArray[np.bool_]
+    ) -> float:
+        """Return the loss after the removal of the components for which `keep` is False."""
 
 
 class Surgery(Protocol):
@@ -308,16 +356,18 @@ class Inference(Protocol):
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework: its name, one object for each of the five protocols, and its built-in models.
+    """A framework: its name, one object for each of the six protocols, and its built-in models.
 
     Args:
         name: name of the framework.
-        analysis, surgery, features, training, inference: implementations, such as modules with these functions.
+        analysis, calibration, surgery, features, training, inference: implementations, such as modules with these
+            functions.
         models: functions that build the built-in models, by names such as "digits:teacher".
     """
 
     name: str
     analysis: Analysis
+    calibration: Calibration
     surgery: Surgery
     features: Features
     training: TrainingLoop

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from kirsch.graph.rigid import code_constraints
 from kirsch.tables import Printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -77,16 +77,6 @@ class Tracing:
     as_graph: bool = False
 
 
-class ModelRunner(Protocol):
-    """Runs the traced model with its present weights on inputs of the same structure as the example inputs."""
-
-    def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-        """Return the floating outputs; the blocks named in `without` return their input unchanged."""
-
-    def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
-
-
 @dataclass(frozen=True, eq=False)
 class Graph(Printable):
     """Dependency graph of a traced model: groups of units that can be removed, and the cost of each choice.
@@ -102,7 +92,7 @@ class Graph(Printable):
         fits: function that returns whether a model is the traced object, with the same parameters.
         blocks: paths of the residual blocks, i.e. modules that can be replaced by the identity.
         module_outputs: function that returns, by module path, the tensors that each module returns, with labels.
-        runner: runs the model with and without its blocks; None for a graph built by hand.
+        model: the traced model, for importances that run it; None for a graph built by hand.
         tracing: the options of the trace.
         traced: the framework's own record of the trace.
     """
@@ -118,7 +108,7 @@ class Graph(Printable):
     fits: Callable[[Any], bool]
     blocks: tuple[str, ...] = ()
     module_outputs: Callable[[], Mapping[str, Sequence[Tensor]]] = field(repr=False, default=dict)
-    runner: ModelRunner | None = field(repr=False, default=None)
+    model: Any = field(repr=False, default=None)
     tracing: Tracing = field(default_factory=Tracing)
     traced: Any = field(repr=False, default=None)
 
@@ -192,6 +182,18 @@ class Graph(Printable):
                 seen.add(id(tensor))
                 axes.update({(name, axis): labels for axis, labels in enumerate(tensor.axes) if labels is not None})
         return axes
+
+    def axes_with(self, group: Group, mark: str) -> list[ParameterAxis]:
+        """Return the parameter axes of a group that an operation uses in a role, a mark of `kirsch.graph.facts`."""
+        marked = np.zeros(self.facts.count, bool)
+        for labels in self.facts.marks.get(mark, ()):
+            marked[labels] = True
+        marked[0] = False
+        return [key for key in group.footprint if marked[self.axes[key]].any()]
+
+    def reading_axes(self, group: Group) -> list[ParameterAxis]:
+        """Return the axes of weights over which a layer sums products of weights and units of a group."""
+        return self.axes_with(group, "contracted")
 
     @property
     def groups(self) -> tuple[Group, ...]:

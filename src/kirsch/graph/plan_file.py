@@ -89,6 +89,7 @@ PLAN = record(
             {},
             {
                 "importance": text(1),
+                "loss": text(),
                 "norm": one_of((1, 2)),
                 "ranking": one_of(("global", "local")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),

@@ -9,6 +9,7 @@ import numpy as np
 from kirsch import figures
 from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Plan, Skip
+from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.obstacles import reachable
 from kirsch.pruning.selection import matches, named_parameters, unknown_layer
 from kirsch.registry import Registry
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.graph import Graph, ModelRunner
+    from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal
     from kirsch.pruning.options import PlanOptions
 
@@ -30,7 +31,7 @@ class BlockImportance(Protocol):
         """Return a finite number for the path of each block of the graph, larger for blocks that should be kept.
 
         Args:
-            graph: `graph.runner` runs the model.
+            graph: the graph of the model.
             batches: calibration inputs, each in the form of the example inputs.
             seed: seed of importances that draw random numbers.
         """
@@ -57,7 +58,7 @@ def influence(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, f
         distances[path].append(1 - cosine.ravel())
 
     for batch in batches:
-        _runner(graph).passed(batch, record)
+        calibration_of(graph).block_features(graph, batch, record)
     return {path: float(np.concatenate(values).mean()) for path, values in distances.items()}
 
 
@@ -71,10 +72,10 @@ def change(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, floa
     _check_data(batches, "change")
     squared_change, squared_norm = dict.fromkeys(graph.blocks, 0.0), 0.0
     for batch in batches:
-        full = _runner(graph).outputs(batch)
+        full = calibration_of(graph).outputs(graph, batch)
         squared_norm += sum(float((out**2).sum()) for out in full)
         for path in graph.blocks:
-            without = _runner(graph).outputs(batch, [path])
+            without = calibration_of(graph).outputs(graph, batch, [path])
             squared_change[path] += sum(float(((a - b) ** 2).sum()) for a, b in zip(full, without, strict=True))
     tiny = np.finfo(float).tiny
     return {path: float(np.sqrt(total / max(squared_norm, tiny))) for path, total in squared_change.items()}
@@ -169,12 +170,6 @@ def _check_data(batches: Sequence[Any], importance: str) -> None:
             f"`data` of kirsch.plan is missing: the importance {importance!r} of blocks runs the model.",
             fix="Give calibration inputs in the form of the example inputs, or a list of such batches.",
         )
-
-
-def _runner(graph: Graph) -> ModelRunner:
-    if graph.runner is None:
-        raise UsageError("This graph cannot run its model.", "The graph was not created by kirsch.trace.")
-    return graph.runner
 
 
 def _removable(graph: Graph, exclude: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
-from kirsch.data.annotations import Inputs
+from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, NumericError, PlanError, UsageError, listing
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
 from kirsch.pruning.exclusion import exclusion_notes
-from kirsch.pruning.importance import IMPORTANCES
+from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
+from kirsch.pruning.importance.calibration import batches_for, loss_of
+from kirsch.pruning.importance.statistics import Statistics
 from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few_units, unused_notes, width_notes
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
@@ -23,7 +26,7 @@ from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -39,8 +42,9 @@ def plan(
     graph: Graph,
     goal: Goal,
     *,
-    data: Inputs | None = None,
-    importance: str | None = None,
+    data: Calibration | None = None,
+    importance: str | Callable[..., Any] | Mapping[str, Any] | None = None,
+    loss: str | Callable[..., Any] = "cross-entropy",
     norm: Norm = 2,
     ranking: Ranking = "global",
     round_to: RoundTo = "auto",
@@ -58,11 +62,18 @@ def plan(
     Args:
         graph: result of `kirsch.trace`.
         goal: fractions of the original cost.
-        data: only for kinds="block": calibration inputs in the form of the example inputs, or a list of such batches.
-        importance: name of the importance that ranks the units: "magnitude" (the default) or "random". For
-            kinds="block": "influence" (the default; one minus the cosine similarity of a block's input and output),
-            "change" (change of the model's outputs when the block is removed; one run per block) or "random".
-        norm: 1 or 2, the norm of "magnitude".
+        data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
+            (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
+            a list of such batches.
+        importance: name of the importance that ranks the units. From the weights: "magnitude" (the default), "lamp",
+            "fpgm", "bn_scale", "random". From inputs: "activation", "apoz", "wanda", "flap", "thinet". From inputs and
+            labels: "taylor", "fisher", "taylor_weights", "snip", "grasp", "hessian", "leave_one_out". Or a function
+            (graph, group) → scores of the units, or a dict of scores by group name. For kinds="block": "influence" (the
+            default; one minus the cosine similarity of a block's input and output), "change" (change of the model's
+            outputs when the block is removed; one run per block) or "random".
+        loss: loss for importances from labels: "cross-entropy", "binary", "squared-error"; "next-token" for causal
+            language models, whose labels are their input tokens; or a function (logits, labels) → mean over samples.
+        norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "local" removes the same fraction of each group.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
@@ -96,7 +107,8 @@ def plan(
             or `data` is missing for blocks.
     """
     options = PlanOptions(
-        importance=importance,
+        importance=importance if importance is None or isinstance(importance, str) else importance_of(importance).name,
+        loss=loss if isinstance(loss, str) else "given function",
         norm=norm,
         ranking=ranking,
         round_to=round_to,
@@ -118,12 +130,10 @@ def plan(
         )
     if options.of_blocks:
         return plan_blocks(graph, goal, options, data)
-    if data is not None:
-        raise UsageError(
-            "`data` of kirsch.plan has no effect: only blocks are ranked on data.",
-            fix="Give kinds='block', or remove `data`.",
-        )
-    return _plan_units(graph, goal, options)
+    chosen = importance_of(options.importance_name if importance is None else importance)
+    batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
+    statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
+    return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics))
 
 
 def _check_importance(options: PlanOptions) -> None:
@@ -143,9 +153,12 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
-def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
+def _plan_units(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> Plan:
     """Return the units to remove from the layers of a model."""
-    scores = _ScoreCache(graph, options)
+    # A goal that is out of reach is found before the importances are computed, which may run the model.
+    least = _least(graph, goal, options, _equal_scores)
+    if not goal.met_by(least.cost, graph.cost):
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
     for fineness in range(finest(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
         counts = chooser.least()
@@ -212,16 +225,17 @@ def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
 class _ScoreCache:
     """Importance of each unit of each group, computed once per group."""
 
-    def __init__(self, graph: Graph, options: PlanOptions) -> None:
-        self._graph = graph
-        self._options = options
+    def __init__(
+        self, graph: Graph, options: PlanOptions, importance: Importance, statistics: Statistics | None
+    ) -> None:
+        self._graph, self._importance = graph, importance
+        self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
         self._cache: dict[str, NDArray[np.float64]] = {}
 
     def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
         """Return the importance of each unit, divided by the weight of its kind."""
         if group.name not in self._cache:
-            own = self._options
-            self._cache[group.name] = _importance_scores(self._graph, group, own.importance_name, own.norm, own.seed)
+            self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
         return self._cache[group.name] / options.kind_weights[group.kind]
 
 
@@ -238,20 +252,23 @@ def _removals(
     return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
 
 
-def _importance_scores(graph: Graph, group: Group, importance: str, norm: int, seed: int) -> NDArray[np.float64]:
+def _importance_scores(
+    graph: Graph, group: Group, importance: Importance, settings: dict[str, Any]
+) -> NDArray[np.float64]:
     """Return one finite number per unit."""
     with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
-        scores = np.asarray(IMPORTANCES[importance](graph, group, norm=norm, seed=seed))
-    if scores.shape == (group.size,) and not np.isfinite(scores).all():
+        scores = np.asarray(importance(graph, group, **settings))
+    numbers = scores.dtype.kind in "fiu"
+    if scores.shape == (group.size,) and numbers and not np.isfinite(scores).all():
         _refuse_not_finite(graph, group)
-    if scores.shape != (group.size,) or not np.isfinite(scores).all():
+    if scores.shape != (group.size,) or not numbers or not np.isfinite(scores).all():
+        wrong = "" if not numbers or np.isfinite(scores).all() else " with NaN or infinity"
         raise UsageError(
-            f"The importance {importance!r} returns no usable scores for {group.name!r}.",
-            f"Expected {group.size} finite numbers, found shape {scores.shape}"
-            f"{'' if np.isfinite(scores).all() else ' with NaN or infinity'}.",
-            "Check the weights of this layer.",
+            f"The importance {importance.name!r} returns no usable scores for {group.name!r}.",
+            f"Expected {group.size} finite numbers, found {scores.dtype} of shape {scores.shape}{wrong}.",
+            "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data.",
         )
-    return scores
+    return scores.astype(np.float64)
 
 
 def _refuse_not_finite(graph: Graph, group: Group) -> None:

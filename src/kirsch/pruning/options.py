@@ -11,6 +11,7 @@ from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.options import Options
+from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 
 Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["global", "local"]
@@ -21,7 +22,7 @@ KindNames = Annotated[
 Kinds: TypeAlias = KindNames | Mapping[str, Annotated[float, Between(0)]] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
-ONLY_OF_UNITS = ("norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
 
 
@@ -35,11 +36,20 @@ class PlanOptions(Options):
     importance: str | None = Field(
         None,
         description=(
-            'score that ranks the units: "magnitude" (default) or "random"; for residual blocks "influence" (default), '
-            '"change" or "random"'
+            'score that ranks the units; from weights: "magnitude" (default), "lamp", "fpgm", "bn_scale", "random"; '
+            'from inputs: "activation", "apoz", "wanda", "flap", "thinet"; from inputs and labels: "taylor", "fisher", '
+            '"taylor_weights", "snip", "grasp", "hessian", "leave_one_out"; for blocks: "influence" (default), '
+            '"change", "random"'
         ),
     )
-    norm: Norm = Field(2, description='norm that the importance "magnitude" uses, 1 or 2')
+    loss: str = Field(
+        "cross-entropy",
+        description=(
+            'loss for importances from labels: "cross-entropy", "binary", "squared-error", or "next-token" for causal '
+            "language models"
+        ),
+    )
+    norm: Norm = Field(2, description='norm that the importances "magnitude" and "lamp" use, 1 or 2')
     ranking: Ranking = Field(
         "global", description="rank the units of all layers together (global), or of each group by itself (local)"
     )
@@ -62,7 +72,7 @@ class PlanOptions(Options):
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description='seed of the importance "random"')
+    seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.
@@ -77,12 +87,8 @@ class PlanOptions(Options):
         for kind in self.round_to if isinstance(self.round_to, Mapping) else ():
             if kind not in KINDS:
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
-        if self.importance == "random" and self.norm != type(self).model_fields["norm"].default:
-            raise UsageError(
-                "`norm` has no effect with importance='random'.",
-                "It is the norm of the weights that the importance 'magnitude' compares.",
-                "Remove `norm`, or use importance='magnitude'.",
-            )
+        if not self.of_blocks and self.importance_name in IMPORTANCES:
+            self._check_importance(importance_of(self.importance_name))
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
@@ -92,6 +98,16 @@ class PlanOptions(Options):
                 "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
                 "plan with the other kinds.",
             )
+
+    def _check_importance(self, importance: Importance) -> None:
+        """Raise a UsageError for an option that the importance does not use."""
+        used = {"norm": "norm" in importance.options, "loss": importance.needs == "labels"}
+        for name, is_used in used.items():
+            if not is_used and getattr(self, name) != type(self).model_fields[name].default:
+                raise UsageError(
+                    f"`{name}` has no effect with importance={importance.name!r}.",
+                    fix=f"Remove `{name}`, or use an importance that depends on it.",
+                )
 
     def _check_blocks(self) -> None:
         fields = type(self).model_fields

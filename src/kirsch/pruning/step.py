@@ -16,11 +16,13 @@ from kirsch.frameworks.trace import trace
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.importance import importance_of
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
-CALIBRATION = 256
-"""Number of training samples on which residual blocks are ranked."""
+CALIBRATION, PREVIEW = 256, 8
+"""Number of training samples on which units and residual blocks are ranked; and units before the job starts."""
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
@@ -50,7 +52,9 @@ class Prune(PlanOptions, Step):
     goal: PlanGoal | None = Field(
         None, description="limits, as fractions of the model before this step; null: the goal of the job"
     )
-    seed: Seed | None = Field(None, description='seed of the importance "random"; null: the seed of the recipe')  # type: ignore[assignment]
+    seed: Seed | None = Field(
+        None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
+    )  # type: ignore[assignment]
 
     def identity(self, job: Job) -> str:
         """Return the options, and the goal of the job if the step has none."""
@@ -58,7 +62,7 @@ class Prune(PlanOptions, Step):
 
     def preview(self, job: Job) -> None:
         """Check that a plan reaches the goal, and remove units, without verification."""
-        _, plan = self._plan(job)
+        _, plan = self._plan(job, PREVIEW)
         job.plans[job.key] = plan
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
@@ -77,20 +81,22 @@ class Prune(PlanOptions, Step):
             )
         return own
 
-    def _plan(self, job: Job) -> tuple[Graph, Plan]:
-        """Return the graph of the model of a job, and the plan of this step for it."""
+    def _plan(self, job: Job, samples: int = CALIBRATION) -> tuple[Graph, Plan]:
+        """Return the graph of the model of a job, and the plan of this step from a number of training samples."""
         goal = self.goal_in(job.goal, job.key)
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
-        data = [inference.from_numpy(batch) for batch in self._calibration(job)] if self.of_blocks else None
-        return graph, choose(graph, goal, data=data, **options)
+        if self.of_blocks:
+            options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
+        elif importance_of(self.importance_name).needs != "weights":
+            options["data"] = self._calibration(job, job.data.first_samples, samples)
+        return graph, choose(graph, goal, **options)
 
-    def _calibration(self, job: Job) -> Any:
-        """Return the batches on which blocks are ranked; a shuffling loader gives the same samples each time."""
-        training = framework_of(job.model).training
-        return training.seeded(lambda: job.data.first_inputs(CALIBRATION), job.seed)
+    def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
+        """Return the first training samples; a shuffling loader gives the same samples each time."""
+        return framework_of(job.model).training.seeded(lambda: read(samples), job.seed)
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""

@@ -6,25 +6,27 @@ def test_my_importance(check):
     check(my_importance)
 ```
 
-`WEIGHT_IMPORTANCE_CHECKS` are additional checks for importances that depend on the weights alone; importances with
-random numbers, such as "random", cannot pass them.
+`PERMUTATION_CHECKS` are additional checks for importances that do not draw random numbers. Importances that need data
+are run on random images, with the squared error as loss.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.frameworks.find import pytorch
+from kirsch import ops
+from kirsch.data.batches import Batch
+from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.trace import trace
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
-from kirsch.pruning.importance import IMPORTANCES
+from kirsch.pruning.importance import importance_of
+from kirsch.pruning.importance.statistics import Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -82,8 +84,11 @@ def check_plan_removes_exactly_the_lowest_scores(importance: Importance) -> None
     """`kirsch.plan` removes the units with the lowest scores of each group."""
     graph = trace(_residual(), _image())
     scores = _scores(importance, graph)
-    with _registered(importance) as name:
-        found = plan(graph, Goal(macs=0.5), importance=name, round_to=1)
+    options: dict[str, Any] = {}
+    if importance_of(importance).needs != "weights":
+        options["data"], loss = _calibration(graph)
+        options |= {"loss": loss} if importance_of(importance).needs == "labels" else {}
+    found = plan(graph, Goal(macs=0.5), importance=importance, round_to=1, **options)
     assert found.groups, "the plan removes no units"
     for removal in found.groups:
         removed = np.isin(np.arange(removal.size), removal.removed)
@@ -115,12 +120,13 @@ def check_scores_are_permuted_with_the_units(importance: Importance) -> None:
         before, after = _scores(importance, graph), _scores(importance, trace(permuted, _image()))
         for name, order in orders.items():
             # 1e-5: weights are float32, and the order of summation differs
-            assert np.allclose(after[name], before[name][order], rtol=1e-5, atol=1e-12), (
+            rounding = 1e-6 * np.abs(before[name]).max()
+            assert np.allclose(after[name], before[name][order], rtol=1e-5, atol=rounding + 1e-12), (
                 f"the permuted units of {name!r} have the scores {after[name]}; expected {before[name][order]}"
             )
 
 
-WEIGHT_IMPORTANCE_CHECKS: tuple[Callable[[Importance], None], ...] = (check_scores_are_permuted_with_the_units,)
+PERMUTATION_CHECKS: tuple[Callable[[Importance], None], ...] = (check_scores_are_permuted_with_the_units,)
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -180,16 +186,32 @@ def _residual() -> Any:
 # ------------------------------------------------------------------------------------------------ assertions
 
 
-def _scores(importance: Importance, graph: Graph) -> dict[str, NDArray[np.float64]]:
-    return {group.name: np.asarray(importance(graph, group, norm=2, seed=0)) for group in graph.groups}
+def _calibration(graph: Graph) -> tuple[list[tuple[Any, Any]], Callable[[Any, Any], Any]]:
+    """Return calibration batches with targets of the shape of the outputs, and their squared error."""
+    random = np.random.default_rng(1)
+    inference = pytorch().inference
+    images = inference.from_numpy(random.standard_normal((6, *_image().shape[1:])).astype(np.float32))
+    outputs = framework_of(graph.model).inference.infer(graph.model, images)
+    targets = inference.from_numpy(random.standard_normal(tuple(outputs.shape)).astype(np.float32))
+    return [(images, targets)], lambda student, target: ops.mean((student - target) ** 2)
+
+
+def _scores(importance: Importance, graph: Graph, norm: int = 2) -> dict[str, NDArray[np.float64]]:
+    """Return the scores of each group."""
+    chosen, statistics = importance_of(importance), None
+    if chosen.needs != "weights":
+        batches, loss = _calibration(graph)
+        statistics = Statistics(graph, [Batch(*pair) for pair in batches], loss)
+    return {group.name: chosen(graph, group, norm=norm, seed=0, statistics=statistics) for group in graph.groups}
 
 
 def _assert_one_finite_score_per_unit(importance: Importance, graph: Graph, *, layers: int) -> None:
     """Check the scores of all groups; one group must couple at least this number of layers."""
     assert max(len(group.layers) for group in graph.groups) >= layers, "the test network has fewer coupled layers"
+    found = {norm: _scores(importance, graph, norm) for norm in (1, 2)}
     for group in graph.groups:
         for norm in (1, 2):
-            scores = np.asarray(importance(graph, group, norm=norm, seed=0))
+            scores = found[norm][group.name]
             assert scores.shape == (group.size,), (
                 f"{group.name!r} has {group.size} units; the scores have shape {scores.shape}"
             )
@@ -200,17 +222,6 @@ def _random_state() -> tuple[bytes, int, bytes]:
     """Return the global random state of numpy and of PyTorch."""
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state is checked
     return state["state"]["key"].tobytes(), state["state"]["pos"], _torch().get_rng_state().numpy().tobytes()
-
-
-@contextmanager
-def _registered(importance: Importance) -> Iterator[str]:
-    """Register an importance under a temporary name, since plans take importances by name."""
-    name = f"under test: {id(importance)}"
-    IMPORTANCES.register(name)(importance)
-    try:
-        yield name
-    finally:
-        del IMPORTANCES._objects[name]  # noqa: SLF001 - a registry has no public way to remove a name
 
 
 def _permute(model: Any, graph: Graph, group: Group, order: NDArray[np.int64]) -> None:

@@ -18,9 +18,9 @@ from kirsch.distillation.losses import (
     tokens,
     top_k,
 )
-from kirsch.distillation.losses.labels import LABEL_LOSSES, hard_label
 from kirsch.distillation.losses.logits import soft_target
 from kirsch.distillation.losses.loss import LOSSES, Loss, check_same_shape, loss
+from kirsch.tasks.label_losses import LABEL_LOSSES, hard_label
 
 __all__ = [
     "LABEL_LOSSES",

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from kirsch import ops
-from kirsch.distillation.losses.labels import check_labels
 from kirsch.distillation.losses.logits import check_temperature, softened, standardized
 from kirsch.distillation.losses.loss import check_same_shape, loss
 from kirsch.errors import UsageError
+from kirsch.tasks.label_losses import check_labels
 
 
 @loss("dkd")

@@ -20,14 +20,13 @@ from torch import nn
 
 from kirsch.frameworks.pytorch.analysis.program import name_of, shapes_of
 from kirsch.frameworks.pytorch.analysis.regions import exits, regions
-from kirsch.frameworks.pytorch.inference.predict import arguments_of, inference, run
+from kirsch.frameworks.pytorch.inference.predict import inference, run
 from kirsch.frameworks.pytorch.modules.interpreted import Part, part_in, tapped
 from kirsch.frameworks.pytorch.modules.submodule import part_of, shared_with_rest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from numpy.typing import NDArray
     from torch.fx import Node
 
     from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls
@@ -246,46 +245,12 @@ def _in_list(model: nn.Module, path: str) -> bool:
     return isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in parent}) == 1
 
 
-class BlockRunner:
-    """Implements `kirsch.graph.graph.ModelRunner`.
-
-    Args:
-        whole: the model that is run.
-        model: the part of `whole` that was traced, or `whole` itself.
-        blocks: the residual blocks of `model`.
-    """
-
-    def __init__(self, whole: nn.Module, model: nn.Module, blocks: Collection[ResidualBlock]) -> None:
-        self._whole = whole
-        self._model = model
-        self._blocks = {block.path: block for block in blocks}
-
-    def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-        """Return the floating outputs with some blocks replaced by their inputs."""
-        with skipping(self._model, [self._blocks[path] for path in without]):
-            outputs = repeatable(self._whole, *arguments_of(self._whole, inputs))
-        return [value.double().cpu().numpy() for value in outputs if value.is_floating_point()]
-
-    def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """Call `see` with the path, input and output of each block; arrays of shape (..., features)."""
-
-        def features_last(value: torch.Tensor, axis: int | None) -> NDArray[Any]:
-            value = value.flatten(1) if axis is None else value.movedim(axis, -1)
-            return value.detach().double().cpu().numpy()
-
-        def tap(block: ResidualBlock, entry: torch.Tensor, out: torch.Tensor) -> None:
-            see(block.path, *(features_last(value, block.features) for value in (entry, out)))
-
-        with _tapped(self._model, self._blocks.values(), tap):
-            repeatable(self._whole, *arguments_of(self._whole, inputs))
-
-
 Tap = Callable[[ResidualBlock, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Function of a block, its entry and its output that returns a new output, or None to keep the output."""
 
 
 @contextlib.contextmanager
-def _tapped(model: nn.Module, blocks: Collection[ResidualBlock], tap: Tap) -> Iterator[None]:
+def tapped_blocks(model: nn.Module, blocks: Collection[ResidualBlock], tap: Tap) -> Iterator[None]:
     """Call `tap` at the end of each of these blocks whenever the model runs."""
 
     def hook(block: ResidualBlock) -> Any:
@@ -312,7 +277,7 @@ def _tapped(model: nn.Module, blocks: Collection[ResidualBlock], tap: Tap) -> It
 
 def skipping(model: nn.Module, blocks: Collection[ResidualBlock]) -> contextlib.AbstractContextManager[None]:
     """Return a context in which these blocks of the model return their inputs."""
-    return _tapped(model, blocks, lambda _, entry, __: entry)
+    return tapped_blocks(model, blocks, lambda _, entry, __: entry)
 
 
 def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
 from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_scaling
-from kirsch.frameworks.pytorch.analysis.blocks import BlockRunner
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification
@@ -110,7 +109,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
         module_outputs=functools.cache(lambda: module_outputs(traced.states)),
-        runner=BlockRunner(whole, model, traced.blocks),
+        model=whole,
         tracing=tracing,
         traced=traced,
     )

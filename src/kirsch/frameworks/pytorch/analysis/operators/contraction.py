@@ -32,6 +32,9 @@ def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], resul
         _mark(op, operands, result)
     sizes: dict[str, tuple[int, Axis]] = {}
     for tensor, tensor_letters in operands:
+        for letter, axis in zip(tensor_letters, tensor.axes, strict=True) if op.is_weight(tensor) else ():
+            if letter not in result:
+                op.facts.mark(axis, "contracted")
         for letter, size, axis in zip(tensor_letters, tensor.shape, tensor.axes, strict=True):
             if size > 1 and sizes.get(letter, (1, None))[1] is None:
                 sizes[letter] = size, axis
@@ -149,6 +152,7 @@ def _grouped(op: OperationContext) -> Tensor | list[Tensor]:
     op.facts.reduce(groups)
     op.facts.mark(groups, "expert")
     op.facts.mark(weight.axes[1], "into linear")
+    op.facts.mark(weight.axes[1], "contracted")
     op.facts.mark(weight.axes[2], "out of linear")
     out = relations.relate(op.facts, [(x, "SI"), (weight, "GIO")], "SO", op.shape)
     factors = [axis for axis in (x.axes[0], *weight.axes[1:]) if axis is not None]
@@ -192,7 +196,8 @@ def _convolution(op: OperationContext) -> Tensor:
     relations.freeze(op.facts, [x], "a convolution slides along the axis", spatial)
     for dim in range(2, rank + 2):
         op.facts.freeze(weight.axes[dim], "the axis is a kernel axis", boundary=True)
-    op.facts.mark(weight.axes[0] if transposed else weight.axes[1], "into convolution")
+    for use in ("into convolution", "contracted"):
+        op.facts.mark(weight.axes[0] if transposed else weight.axes[1], use)
     channels = _channels(op, x.axes[at], x.shape[at], weight, transposed=transposed)
     if bias is not None:
         channels = op.facts.equate(channels, bias.axes[0])

@@ -29,6 +29,8 @@ def _per_channel_norm(op: OperationContext) -> Tensor:
     if not running:  # weight standardization applies this operator to weights, whose other axes have labels
         others = [dim for dim in range(len(x.shape)) if dim != 1]
         relations.freeze(op.facts, [x], "a normalization computes its statistics over the axis", others)
+    if op.name != "instance_norm" and isinstance(op.args[1], Tensor) and op.is_weight(op.args[1]):
+        op.facts.mark(op.args[1].axes[0], "batch norm scale")
     parameters = [(t, letters(x)[1]) for t in op.args[1:5] if isinstance(t, Tensor)]
     out = relations.relate(op.facts, [(x, letters(x)), *parameters], letters(x), op.shape)
     op.mark_activated(out)

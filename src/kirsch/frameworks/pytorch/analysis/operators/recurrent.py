@@ -46,6 +46,7 @@ def _recurrent(op: OperationContext) -> list[Tensor]:
             if projected:
                 output, hidden = facts.equate(output, own[-1].axes[0]), facts.equate(hidden, own[-1].axes[1])
             for weight in (from_input, from_state, *own[each - projected :]):
+                facts.mark(weight.axes[1], "contracted")
                 facts.cost("macs", np.prod(x.shape[:-1]), weight.axes)
         if not projected:
             output = hidden = facts.equate(output, hidden)
@@ -72,6 +73,7 @@ def _cell(op: OperationContext) -> list[Tensor]:
         op.facts.equate(hidden, tensor.axes[-1])
     op.facts.mark(hidden, "recurrent unit")
     for weight in weights[:2]:
+        op.facts.mark(weight.axes[1], "contracted")
         op.facts.cost("macs", x.shape[0], weight.axes)
     return [Tensor.of(shape, [None, hidden]) for shape in op.shapes]
 

@@ -1,0 +1,7 @@
+"""`Calibration` of PyTorch, see `kirsch.frameworks.protocols`."""
+
+from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
+from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
+from kirsch.frameworks.pytorch.calibration.reads import patches, reads
+
+__all__ = ["block_features", "gradients", "hessian_products", "loss_without", "outputs", "patches", "reads", "weights"]

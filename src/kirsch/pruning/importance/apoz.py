@@ -1,0 +1,29 @@
+"""Fraction of activations that are not zero (APoZ)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kirsch.pruning.importance.importance import importance, mean_per_unit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.group import Group
+    from kirsch.pruning.importance.statistics import Statistics
+
+
+@importance("apoz", needs="inputs")
+def apoz(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:
+    """Return the fraction of the activations of each unit that are not 0 where weights read them.
+
+    This is one minus the average percentage of zeros. It is a fraction in every layer, so the scores of all layers can
+    be compared. Without ReLU, no activation is exactly 0, and all units are equal.
+
+    Source: Hu et al. 2016, arXiv:1607.03250, equation 1.
+    """
+    shares = [mean_per_unit(graph, group, read.labels, read.share_of_nonzero) for read in statistics.reads(group)]
+    return np.asarray(np.mean(shares, axis=0))

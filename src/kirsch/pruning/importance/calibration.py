@@ -1,0 +1,119 @@
+"""Calibration batches, and the loss whose change importances estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch.data.annotations import has_arrays
+from kirsch.data.arrays import host
+from kirsch.data.batches import Batch, SeededData, batches_of
+from kirsch.errors import DataError, UnknownNameError, UsageError
+from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
+
+if TYPE_CHECKING:
+    from kirsch.pruning.importance.importance import Importance
+    from kirsch.pruning.importance.statistics import Loss
+
+NEXT_TOKEN = "next-token"  # noqa: S105 - not a password
+"""The cross-entropy of a causal language model: the logits at position i belong to the label at position i + 1."""
+
+
+@dataclass(frozen=True)
+class CalibrationBatches:
+    """Calibration data as batches that can be iterated over several times.
+
+    Args:
+        data: a loader, `ArrayData`, a list of batches, or one batch.
+        importance: the importance that uses the batches, for messages.
+        next_token: whether the labels are those of a causal language model.
+    """
+
+    data: Any
+    importance: Importance
+    next_token: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        for number, batch in enumerate(self._batches(), start=1):
+            if self.importance.needs == "labels":
+                self._check_labels(batch, number)
+            yield batch
+        if not number:
+            raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
+
+    def _batches(self) -> Iterator[Batch]:
+        if isinstance(self.data, SeededData):
+            yield from self.data.epoch(0, 0)
+        elif isinstance(self.data, list) or not has_arrays(self.data):
+            yield from batches_of(self.data, "`data`")
+        else:
+            yield Batch.of(self.data)
+
+    def _check_labels(self, batch: Batch, number: int) -> None:
+        if batch.targets is None:
+            raise DataError(
+                f"Batch {number} of `data` has no labels.",
+                f"The importance {self.importance.name!r} is computed from the loss on labels.",
+                "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
+            )
+        tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
+        if tokens is None or self.next_token or tuple(tokens.shape) != tuple(batch.targets.shape):
+            return
+        labels = host(batch.targets)
+        if np.array_equal(labels, np.where(labels == IGNORED, labels, host(tokens))):
+            raise UsageError(
+                "The labels are the tokens of the inputs themselves.",
+                "A causal language model predicts the next token, and the loss does not shift the labels.",
+                f'Give loss="{NEXT_TOKEN}".',
+            )
+
+
+def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatches | None:
+    """Return the batches for an importance; None if it is computed from the weights alone.
+
+    Raises:
+        UsageError: data is missing, has no effect, or can be iterated over only once.
+    """
+    if importance.needs == "weights":
+        if data is not None:
+            raise UsageError(
+                "`data` of kirsch.plan has no effect.",
+                f"The importance {importance.name!r} is computed from the weights alone.",
+                "Remove `data`, or give an importance that uses it, such as 'taylor' or 'wanda'.",
+            )
+        return None
+    if data is None:
+        wanted = "(inputs, labels)" if importance.needs == "labels" else "inputs"
+        raise UsageError(
+            f"`data` of kirsch.plan is missing: the importance {importance.name!r} runs the model.",
+            fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice. "
+            "On the command line, give --data SOURCE.",
+        )
+    if isinstance(data, Iterator):
+        raise UsageError(
+            f"`data` of kirsch.plan is a {type(data).__name__}, which can be iterated over only once.",
+            fix="Give a DataLoader, or a list: list(data).",
+        )
+    return CalibrationBatches(data, importance, loss == NEXT_TOKEN)
+
+
+def loss_of(loss: Any) -> Loss:
+    """Return the function of logits and labels for a name, or the function itself.
+
+    Raises:
+        UnknownNameError: there is no loss of this name.
+    """
+    if callable(loss):
+        given: Loss = loss
+        return given
+    if loss == NEXT_TOKEN:
+        cross_entropy = LABEL_LOSSES["cross-entropy"]
+        return lambda logits, labels: cross_entropy(logits[:, :-1], labels[:, 1:])
+    if loss not in LABEL_LOSSES:
+        raise UnknownNameError("loss", loss, [*LABEL_LOSSES, NEXT_TOKEN])
+    found: Loss = LABEL_LOSSES[loss]
+    return found

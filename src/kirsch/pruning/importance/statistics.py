@@ -1,0 +1,274 @@
+"""Statistics of calibration data, from which importances are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kirsch import ops
+from kirsch.data.arrays import host
+from kirsch.data.batches import Batch
+from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.frameworks.find import framework_of
+from kirsch.pruning.importance.activations import Read, contribution_products, read_statistics
+from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from kirsch.frameworks.protocols import Calibration
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.group import Group, ParameterAxis
+
+Loss = Callable[[Any, Any], Any]
+"""Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
+
+HESSIAN_SAMPLES = 8
+"""Number of random vectors from which the diagonal of the Hessian is estimated for each batch."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Derivatives of the loss of single samples for the gate of each unit.
+
+    The gate of a unit is a factor, with value 1, by which the unit is multiplied.
+
+    Minus the derivative is the change of the loss when the unit is removed, to first order. Arrays have shape (units,).
+
+    Args:
+        mean_absolute: mean over the samples of the absolute value.
+        mean_square: mean over the samples of the square.
+    """
+
+    mean_absolute: NDArray[np.float64]
+    mean_square: NDArray[np.float64]
+
+
+class Statistics:
+    """Statistics of calibration data. Each is computed for all groups in one pass over the data, when first used.
+
+    The derivative for the gate of a unit is the sum of w · ∂L/∂w over the weights that read the unit. This equals the
+    sum of a · ∂L/∂a over the values a of the unit where they are read, after normalization and activation; it is exact
+    for all layers that multiply the unit with a weight. Units that no weight reads, such as the index of queries and
+    keys inside a head, are gated by the weights that produce them, on average over these weights.
+
+    Args:
+        graph: graph of the model.
+        batches: calibration batches, which are iterated over several times.
+        loss: loss of a batch, the mean over its samples; None if only inputs are used.
+        seed: seed of the random vectors of the Hessian.
+    """
+
+    def __init__(self, graph: Graph, batches: Iterable[Batch], loss: Loss | None = None, seed: int = 0) -> None:
+        self._graph, self._batches, self._seed = graph, batches, seed
+        self._loss = loss
+        self._calibration = calibration_of(graph)
+        self._readers = {group.name: _gating_axes(graph, group) for group in graph.groups}
+
+    # ------------------------------------------------------------------------------------------------ derivatives
+
+    def gates(self, group: Group) -> Gates:
+        """Return the derivatives for the gates of a group."""
+        return self._gates[group.name]
+
+    @cached_property
+    def _gates(self) -> dict[str, Gates]:
+        groups, samples = self._graph.groups, 0
+        absolute = {group.name: np.zeros(group.size) for group in groups}
+        square = {group.name: np.zeros(group.size) for group in groups}
+        weights = self._calibration.weights(self._graph)
+        for sample in self._samples():
+            samples += 1
+            gradients = self._calibration.gradients(self._graph, sample, self._required_loss)
+            products = {name: weights[name] * gradient for name, gradient in gradients.items()}
+            for group in groups:
+                gate = self._per_unit(group, products)
+                absolute[group.name] += np.abs(gate)
+                square[group.name] += gate**2
+        self._check_samples(samples)
+        return {g.name: Gates(absolute[g.name] / samples, square[g.name] / samples) for g in groups}
+
+    def first_order(self, group: Group, power: int) -> NDArray[np.float64]:
+        """Return the sum over the weights that read each unit of |w · ∂L/∂w|^power; L is the mean loss."""
+        products = self._products_with(self._mean_gradient)
+        return self._per_unit(group, {name: ops.abs(value) ** power for name, value in products.items()})
+
+    def gradient_flow(self, group: Group) -> NDArray[np.float64]:
+        """Return the sum over the weights that read each unit of w · (H g): Hessian times gradient of the loss."""
+        return self._per_unit(group, self._products_with(self._hessian_gradient))
+
+    def second_order(self, group: Group) -> NDArray[np.float64]:
+        """Return the sum over the weights that read each unit of w² · ∂²L/∂w², with estimated second derivatives."""
+        weights = self._calibration.weights(self._graph)
+        return self._per_unit(group, {name: weights[name] ** 2 * h for name, h in self._hessian_diagonal.items()})
+
+    def loss_changes(self, group: Group) -> NDArray[np.float64]:
+        """Return the change of the mean loss when a unit is removed from the model, for each unit of a group."""
+        before = self._mean_loss(self._graph.keep({}))
+        return np.array([self._mean_loss(self._graph.keep({group.name: (u,)})) - before for u in range(group.size)])
+
+    @cached_property
+    def _mean_gradient(self) -> dict[str, Any]:
+        return self._mean_over_batches(
+            lambda batch: self._calibration.gradients(self._graph, batch, self._required_loss)
+        )
+
+    @cached_property
+    def _hessian_gradient(self) -> dict[str, Any]:
+        direction = self._mean_gradient
+        return self._mean_over_batches(
+            lambda batch: self._calibration.hessian_products(self._graph, batch, self._required_loss, direction)
+        )
+
+    @cached_property
+    def _hessian_diagonal(self) -> dict[str, Any]:
+        """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator)."""
+        random = np.random.default_rng(self._seed)
+        gating = {name for axes, _ in self._readers.values() for name, _ in axes}  # others would only add noise
+        weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
+
+        def estimate(batch: Batch) -> dict[str, Any]:
+            total: dict[str, Any] = {}
+            for _ in range(HESSIAN_SAMPLES):
+                signs = {
+                    name: ops.convert_to_tensor(random.choice([-1.0, 1.0], tuple(value.shape)), like=value)
+                    for name, value in weights.items()
+                }
+                products = self._calibration.hessian_products(self._graph, batch, self._required_loss, signs)
+                for name, product in products.items():
+                    term = signs[name] * product / HESSIAN_SAMPLES
+                    total[name] = total[name] + term if name in total else term
+            return total
+
+        return self._mean_over_batches(estimate)
+
+    # ------------------------------------------------------------------------------------------------ activations
+
+    def reads(self, group: Group) -> list[Read]:
+        """Return the statistics of the activations of a group where weights read them.
+
+        Raises:
+            UsageError: no weight reads the units of the group.
+        """
+        found = [self._reads[name] for name, _ in self._graph.reading_axes(group) if name in self._reads]
+        found = found or [
+            read for read in self._reads.values() if (unit_of_index(self._graph, group, read.labels) >= 0).any()
+        ]
+        if not found:
+            raise UsageError(
+                f"The activations of {group.name!r} are not known.",
+                "No weight of the model is multiplied with them.",
+                f"Exclude the layer, exclude={group.name!r}, or use another importance.",
+            )
+        return found
+
+    def contribution_products(self, group: Group) -> list[NDArray[np.float64]]:
+        """Return the products of the contributions of the units to each layer that reads them, shape (units, units).
+
+        See `kirsch.pruning.importance.activations.contribution_products`. Runs the model on all batches.
+        """
+        names = [read.name for read in self.reads(group)]
+        found = []
+        for labels, products in contribution_products(self._graph, self._calibration, self._batches, names):
+            rows = np.stack([sum_per_unit(self._graph, group, labels, row) for row in products])
+            found.append(np.stack([sum_per_unit(self._graph, group, labels, column) for column in rows.T]))
+        return found
+
+    @cached_property
+    def _reads(self) -> dict[str, Read]:
+        return read_statistics(self._graph, self._calibration, self._batches)
+
+    # ------------------------------------------------------------------------------------------------ helpers
+
+    @property
+    def _required_loss(self) -> Loss:
+        if self._loss is None:
+            raise UsageError("The statistics have no loss.", fix="Give `loss` to kirsch.plan.")
+        return self._loss
+
+    def _samples(self) -> Iterator[Batch]:
+        """Yield each sample of each batch as a batch."""
+        for batch in self._batches:
+            for index in range(len(batch)):
+                yield Batch(*(_row(part, index, len(batch)) for part in (batch.inputs, batch.targets)))
+
+    def _check_samples(self, samples: int) -> None:
+        if not samples:
+            raise DataError("`data` of kirsch.plan has no samples.", fix="Give at least one batch.")
+
+    def _mean_over_batches(self, compute: Callable[[Batch], dict[str, Any]]) -> dict[str, Any]:
+        """Return the mean over the samples of arrays that are means over the samples of a batch."""
+        total: dict[str, Any] = {}
+        samples = 0
+        for batch in self._batches:
+            samples += len(batch)
+            for name, value in compute(batch).items():
+                total[name] = total[name] + value * len(batch) if name in total else value * len(batch)
+        self._check_samples(samples)
+        return {name: value / samples for name, value in total.items()}
+
+    def _mean_loss(self, keep: NDArray[np.bool_]) -> float:
+        samples = sum(map(len, self._batches))
+        self._check_samples(samples)
+        losses = [
+            len(batch) * self._calibration.loss_without(self._graph, batch, self._required_loss, keep)
+            for batch in self._batches
+        ]
+        return float(sum(losses)) / samples
+
+    def _products_with(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        weights = self._calibration.weights(self._graph)
+        return {name: weights[name] * array for name, array in arrays.items()}
+
+    def _per_unit(self, group: Group, products: Mapping[str, Any]) -> NDArray[np.float64]:
+        """Return the sum of the products over the entries of each unit in the weights that gate the group."""
+        axes, share = self._readers[group.name]
+        total = np.zeros(group.size)
+        for name, axis in axes:
+            others = tuple(other for other in range(len(products[name].shape)) if other != axis)
+            sums = host(ops.sum(products[name], others) if others else products[name]).astype(np.float64)
+            if not np.isfinite(sums).all():
+                raise NumericError(
+                    f"The derivative of the loss for {name!r} is NaN or infinite.",
+                    "Its units cannot be ranked.",
+                    "Check the weights of the model and the calibration data.",
+                )
+            total += sum_per_unit(self._graph, group, self._graph.axes[name, axis], sums)
+        return total * share
+
+
+def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
+    """Return the parameter axes whose products are summed for the gate of a unit, and a factor of the sum."""
+    reading = graph.reading_axes(group)
+    if reading:
+        return reading, 1.0
+    parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
+    weights = [key for key in parameters if len(graph.tensors[key[0]].shape) > 1]
+    return parameters, 1 / max(len(weights), 1)
+
+
+def _row(part: Any, index: int, samples: int) -> Any:
+    """Return one sample of nested arrays; arrays without an axis of samples are returned unchanged."""
+    if isinstance(part, dict):
+        return {name: _row(value, index, samples) for name, value in part.items()}
+    if isinstance(part, (tuple, list)):
+        return tuple(_row(value, index, samples) for value in part)
+    shape = tuple(getattr(part, "shape", ()))
+    return part[index : index + 1] if shape[:1] == (samples,) else part
+
+
+def calibration_of(graph: Graph) -> Calibration:
+    """Return the object that runs the model of a graph.
+
+    Raises:
+        UsageError: the graph has no model.
+    """
+    if graph.model is None:
+        raise UsageError("This graph cannot run its model.", "The graph was not created by kirsch.trace.")
+    return framework_of(graph.model).calibration

@@ -1,0 +1,90 @@
+"""Importances of single weights: "taylor_weights", "snip", "grasp" and "hessian", and the exact "leave_one_out"."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch.nn import functional as F
+
+from kirsch.pruning.importance import IMPORTANCES, statistics
+
+
+def loss_of_weights(model, labels, name):
+    """Return the function weight → mean loss, and the weight."""
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(weight):
+        return F.cross_entropy(torch.func.functional_call(model, {**weights, name: weight}, model.inputs), labels)
+
+    return loss, weights[name]
+
+
+def inner_scores(name, graph, of_batches):
+    group = next(group for group in graph.groups if group.name == "inner")
+    return IMPORTANCES[name](graph, group, statistics=of_batches)
+
+
+def test_first_order_scores_are_sums_of_products_with_the_gradient(residual, graph_of, statistics_of, labels):
+    loss, weight = loss_of_weights(residual, labels, "outer.weight")
+    products = weight * torch.func.grad(loss)(weight)
+    graph = graph_of(residual)
+    of_batches = statistics_of(graph, 5)
+    squares = (products**2).sum((0, 2, 3)).numpy()
+    np.testing.assert_allclose(inner_scores("taylor_weights", graph, of_batches), squares, rtol=1e-9)
+    np.testing.assert_allclose(inner_scores("snip", graph, of_batches), products.abs().sum((0, 2, 3)), rtol=1e-9)
+
+
+def test_grasp_is_the_product_with_hessian_and_gradient(residual, graph_of, statistics_of, labels):
+    graph, names = graph_of(residual), [name for name, _ in residual.named_parameters()]
+    weights = {name: value.detach() for name, value in residual.named_parameters()}
+
+    def loss(*values):
+        return F.cross_entropy(
+            torch.func.functional_call(residual, dict(zip(names, values, strict=True)), residual.inputs), labels
+        )
+
+    values = tuple(weights.values())
+    gradient = torch.autograd.functional.vjp(loss, values)[1]
+    product = dict(zip(names, torch.autograd.functional.vhp(loss, values, gradient)[1], strict=True))
+    expected = (weights["outer.weight"] * product["outer.weight"]).sum((0, 2, 3)).numpy()
+    np.testing.assert_allclose(inner_scores("grasp", graph, statistics_of(graph, 5)), expected, rtol=1e-9)
+
+
+def test_hessian_estimates_the_second_derivatives(monkeypatch, residual, graph_of, statistics_of, labels):
+    loss, weight = loss_of_weights(residual, labels, "outer.weight")
+    diagonal = torch.autograd.functional.hessian(loss, weight).reshape(30, 30).diagonal().reshape(weight.shape)
+    expected = (weight**2 * diagonal).sum((0, 2, 3)).numpy() / 2
+    graph = graph_of(residual)
+    monkeypatch.setattr(statistics, "HESSIAN_SAMPLES", 200)
+    found = inner_scores("hessian", graph, statistics_of(graph))
+    np.testing.assert_allclose(found, expected, atol=0.5 * expected.max())  # an estimate from 200 random vectors
+    assert np.corrcoef(found, expected)[0, 1] > 0.95
+
+
+def test_leave_one_out_is_the_change_of_the_loss_without_the_unit(residual, graph_of, statistics_of, labels):
+    loss, weight = loss_of_weights(residual, labels, "outer.weight")
+    expected = []
+    for unit in range(5):
+        without = weight.clone()
+        without[:, unit] = 0
+        expected.append(float(loss(without) - loss(weight)))
+    graph = graph_of(residual)
+    np.testing.assert_allclose(inner_scores("leave_one_out", graph, statistics_of(graph, 5)), expected, rtol=1e-9)
+
+
+def test_taylor_and_fisher_rank_units_of_a_trained_network_like_the_exact_change(
+    residual, graph_of, statistics_of, labels
+):
+    optimizer = torch.optim.Adam(residual.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(residual(residual.inputs), labels).backward()
+        optimizer.step()
+    graph = graph_of(residual)
+    exact, *estimates = (
+        np.concatenate([IMPORTANCES[name](graph, group, statistics=statistics_of(graph)) for group in graph.groups])
+        for name in ("leave_one_out", "taylor", "fisher")
+    )
+    for estimate in estimates:
+        assert spearmanr(exact, estimate).statistic > 0.4
