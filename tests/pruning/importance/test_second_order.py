@@ -73,18 +73,24 @@ def test_leave_one_out_is_the_change_of_the_loss_without_the_unit(residual, grap
     np.testing.assert_allclose(inner_scores("leave_one_out", graph, statistics_of(graph, 5)), expected, rtol=1e-9)
 
 
-def test_taylor_and_fisher_rank_units_of_a_trained_network_like_the_exact_change(
-    residual, graph_of, statistics_of, labels
+def test_taylor_and_fisher_rank_units_of_trained_networks_like_the_exact_change(
+    residual_of, graph_of, statistics_of, labels
 ):
-    optimizer = torch.optim.Adam(residual.parameters(), 0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(residual(residual.inputs), labels).backward()
-        optimizer.step()
-    graph = graph_of(residual)
-    exact, *estimates = (
-        np.concatenate([IMPORTANCES[name](graph, group, statistics=statistics_of(graph)) for group in graph.groups])
-        for name in ("leave_one_out", "taylor", "fisher")
-    )
-    for estimate in estimates:
-        assert spearmanr(exact, estimate).statistic > 0.4
+    correlations = []
+    for seed in range(6):
+        model = residual_of(seed)
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(model.inputs), labels).backward()
+            optimizer.step()
+        graph = graph_of(model)
+        of_all = statistics_of(graph)
+        exact, *estimates = (
+            np.concatenate([IMPORTANCES[name](graph, group, statistics=of_all) for group in graph.groups])
+            for name in ("leave_one_out", "taylor", "fisher", "magnitude")
+        )
+        correlations.append([spearmanr(exact, estimate).statistic for estimate in estimates])
+    taylor, fisher, magnitude = np.mean(correlations, 0)
+    assert taylor > max(0.65, magnitude)
+    assert fisher > max(0.65, magnitude)
