@@ -13,13 +13,13 @@ from kirsch.data.arrays import host, map_arrays
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.data.inputs import named_arrays
 from kirsch.distillation.checks import few
-from kirsch.distillation.masks import next_labels, shift_logits
 from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
 from kirsch.tasks.classification import PredictionSummary
 from kirsch.tasks.label_losses import IGNORED
+from kirsch.tasks.next_token import next_labels, shift_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,43 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kirsch import ops
+from kirsch.tasks.next_token import next_labels, predicted_tokens, shift_logits
 
 if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import BoundTerm
-
-
-def shift_logits(logits: Any) -> Any:
-    """Return the values of all positions but the last, whose output predicts no token of the sequence."""
-    return logits[:, :-1]
-
-
-def shift_labels(labels: Any) -> Any:
-    """Return the values of all positions but the first: in a causal model, position i predicts the token at i + 1."""
-    return labels[:, 1:]
-
-
-def predicted_tokens(mask: Any) -> Any:
-    """Return the mask of the positions whose next token is predicted, shape (N, L - 1), from the mask of the tokens.
-
-    Neither the position nor the next token may be padding.
-    """
-    return (shift_logits(mask) != 0) & (shift_labels(mask) != 0)
-
-
-def next_labels(labels: Any, inputs: Any, ignore_index: int) -> Any:
-    """Return the label of each position of a causal model but the last; those from or at padding are ignored.
-
-    Args:
-        labels: one label for each token, shape (N, L), of the same library as the inputs.
-        inputs: the inputs; a dict may have an `attention_mask`, shape (N, L), nonzero where a token is not padding.
-        ignore_index: the label of ignored positions.
-    """
-    labels, mask = shift_labels(labels), inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None:
-        return labels
-    return ops.where(ops.expand_mask(predicted_tokens(mask), labels), labels, ignore_index)
 
 
 class BatchMasks:

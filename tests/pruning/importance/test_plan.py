@@ -109,10 +109,17 @@ def test_missing_and_unusable_scores_of_the_user_are_named(graph):
         plan(graph, importance=lambda _graph, group, batch: np.ones(group.size))
 
 
-def test_next_token_shifts_logits_and_labels():
+def test_next_token_shifts_logits_and_labels_and_leaves_out_padding():
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(loss_of("next-token")(logits, tokens), expected)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    [found] = batches_for(importance_of("taylor"), [batch], "next-token")
+    losses = [
+        F.cross_entropy(logits[row, start:-1], tokens[row, start + 1 :], reduction="none")
+        for row, start in enumerate((0, 2))
+    ]
+    loss = loss_of("next-token")(logits, torch.from_numpy(found.targets))
+    torch.testing.assert_close(loss, torch.cat(losses).mean())
 
 
 def test_tokens_as_labels_without_a_shift_are_refused():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kirsch.data.annotations import has_arrays
-from kirsch.data.arrays import host
+from kirsch.data.arrays import host, map_arrays
 from kirsch.data.batches import Batch, SeededData, batches_of
 from kirsch.errors import DataError, UnknownNameError, UsageError
 from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
+from kirsch.tasks.next_token import next_labels, shift_logits
 
 if TYPE_CHECKING:
     from kirsch.pruning.importance.importance import Importance
@@ -29,7 +30,8 @@ class CalibrationBatches:
     Args:
         data: a loader, `ArrayData`, a list of batches, or one batch.
         importance: the importance that uses the batches, for messages.
-        next_token: whether the labels are those of a causal language model.
+        next_token: whether the labels are the tokens of a causal language model. The labels of the batches are then
+            those that the positions predict, shape (N, L - 1), and padding has no label.
     """
 
     data: Any
@@ -41,7 +43,9 @@ class CalibrationBatches:
         for number, batch in enumerate(self._batches(), start=1):
             if self.importance.needs == "labels":
                 self._check_labels(batch, number)
-            yield batch
+                yield _predicted(batch) if self.next_token else batch
+            else:
+                yield batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
 
@@ -70,6 +74,12 @@ class CalibrationBatches:
                 "A causal language model predicts the next token, and the loss does not shift the labels.",
                 f'Give loss="{NEXT_TOKEN}".',
             )
+
+
+def _predicted(batch: Batch) -> Batch:
+    """Return a batch with the labels that the positions of a causal language model predict."""
+    labels = next_labels(host(batch.targets), map_arrays(host, batch.inputs), IGNORED)
+    return replace(batch, targets=labels)
 
 
 def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatches | None:
@@ -104,6 +114,8 @@ def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatc
 def loss_of(loss: Any) -> Loss:
     """Return the function of logits and labels for a name, or the function itself.
 
+    For "next-token", the labels are those of `CalibrationBatches`.
+
     Raises:
         UnknownNameError: there is no loss of this name.
     """
@@ -112,7 +124,7 @@ def loss_of(loss: Any) -> Loss:
         return given
     if loss == NEXT_TOKEN:
         cross_entropy = LABEL_LOSSES["cross-entropy"]
-        return lambda logits, labels: cross_entropy(logits[:, :-1], labels[:, 1:])
+        return lambda logits, labels: cross_entropy(shift_logits(logits), labels)
     if loss not in LABEL_LOSSES:
         raise UnknownNameError("loss", loss, [*LABEL_LOSSES, NEXT_TOKEN])
     found: Loss = LABEL_LOSSES[loss]
