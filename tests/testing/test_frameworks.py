@@ -68,6 +68,7 @@ def changed(model):
 
 
 INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch().training
+CALIBRATION = pytorch().calibration
 
 
 def changing_predict(model, inputs, *, batch_size=256):
@@ -96,6 +97,18 @@ def uncut(model, plan, graph, *, verify):
 
 def unverified(model, plan, graph, *, verify):
     return pytorch().surgery.prune(model, plan, graph, verify=False)
+
+
+def doubled(function):
+    return lambda *args: {name: 2 * value for name, value in function(*args).items()}
+
+
+def without_the_first_sample(function):
+    def observe(graph, inputs, *names_and_see):
+        *names, see = names_and_see
+        function(graph, inputs, *names, lambda *args: see(*args[:-1], args[-1][1:]))
+
+    return observe
 
 
 FAULTS = [
@@ -155,6 +168,39 @@ FAULTS = [
         "check_pruned_model_is_verified_and_costs_what_the_plan_says",
         planted("surgery", prune=unverified),
         "no verification",
+    ),
+    (
+        "check_gradients_predict_the_change_of_loss_and_gradient",
+        planted("calibration", gradients=doubled(CALIBRATION.gradients)),
+        "the loss changes by",
+    ),
+    (
+        "check_gradients_predict_the_change_of_loss_and_gradient",
+        planted("calibration", hessian_products=doubled(CALIBRATION.hessian_products)),
+        "the products with the Hessian",
+    ),
+    (
+        "check_loss_without_units_is_that_of_the_pruned_model",
+        planted(
+            "calibration",
+            loss_without=lambda graph, batch, loss, keep: CALIBRATION.loss_without(graph, batch, loss, keep | True),
+        ),
+        "the loss is",
+    ),
+    (
+        "check_activations_belong_to_weights_and_samples",
+        planted("calibration", reads=without_the_first_sample(CALIBRATION.reads)),
+        "positions of 24 samples",
+    ),
+    (
+        "check_activations_belong_to_weights_and_samples",
+        planted("calibration", patches=without_the_first_sample(CALIBRATION.patches)),
+        "the patches of",
+    ),
+    (
+        "check_activations_belong_to_weights_and_samples",
+        planted("calibration", outputs=lambda graph, inputs: CALIBRATION.outputs(graph, 2 * inputs)),
+        "the outputs",
     ),
     (
         "check_features_have_the_shape_of_their_layer",

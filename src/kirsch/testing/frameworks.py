@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from kirsch.data.arrays import host
 from kirsch.data.batches import ArrayData, Batch
@@ -28,17 +29,22 @@ from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.graph import Tracing
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
+from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
     from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import Trained
+    from kirsch.graph.graph import Graph
 
 ROUNDING = 1e-5
 """Tolerance for sums in float32 in another order, relative to the largest value."""
+
+APPROXIMATE = 0.05
+"""Tolerance for differences in place of derivatives, relative to the norm."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,102 @@ def check_pruned_model_is_verified_and_costs_what_the_plan_says(example: Framewo
     assert framework.inference.fingerprint(model) == before, "prune changes the original"
 
 
+def check_gradients_predict_the_change_of_loss_and_gradient(example: FrameworkExample) -> None:
+    """A small step along the gradient changes the loss by step · gradient, and the gradient by Hessian · step."""
+    calibration, model = example.framework.calibration, example.model()
+    graph, batch = _traced(example, model), Batch(example.inputs, example.labels)
+    gradient = calibration.gradients(graph, batch, _cross_entropy)
+    product = calibration.hessian_products(graph, batch, _cross_entropy, gradient)
+    assert set(gradient) == set(graph.parameters), "gradients and parameters have different names"
+    arrays = {name: host(value).astype(np.float64) for name, value in gradient.items()}
+    square = sum(float((value**2).sum()) for value in arrays.values())
+    step = 1e-4 / square**0.5  # the gradient jumps where a ReLU changes its sign, so the step is small
+    losses, gradients = [], []
+    for sign in (1, -1):
+        moved = _moved(example, model, {name: sign * step * value for name, value in arrays.items()})
+        graph = _traced(example, moved)
+        losses.append(calibration.loss_without(graph, batch, _cross_entropy, graph.keep({})))
+        gradients.append(calibration.gradients(graph, batch, _cross_entropy))
+    change = (losses[0] - losses[1]) / (2 * step)
+    assert abs(change - square) < APPROXIMATE * square, f"the loss changes by {change}, the gradient says {square}"
+    changes = {name: (host(gradients[0][name]) - host(gradients[1][name])) / (2 * step) for name in arrays}
+    error, norm = (
+        sum(float((value**2).sum()) for value in values) ** 0.5
+        for values in ((changes[name] - host(product[name]) for name in arrays), changes.values())
+    )
+    assert error < APPROXIMATE * norm, f"the products with the Hessian have an error of {error} (norm {norm})"
+
+
+def check_loss_without_units_is_that_of_the_pruned_model(example: FrameworkExample) -> None:
+    """`loss_without` returns the loss of the pruned model, and does not change the model."""
+    framework, model = example.framework, example.model()
+    graph, batch = _traced(example, model), Batch(example.inputs, example.labels)
+    chosen, before = plan(graph, Goal(macs=0.6)), framework.inference.fingerprint(model)
+    pruned, _ = framework.surgery.prune(model, chosen, graph, verify=False)
+    for each, keep in ((model, graph.keep({})), (pruned, chosen.keep(graph))):
+        found = framework.calibration.loss_without(graph, batch, _cross_entropy, keep)
+        logits = framework.inference.predict(each, example.inputs)
+        expected = float(_cross_entropy(logits, example.labels))
+        assert abs(found - expected) < ROUNDING * abs(expected), f"the loss is {found}, the model has {expected}"
+    assert framework.inference.fingerprint(model) == before, "loss_without changes the model"
+
+
+def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -> None:
+    """`reads` and `patches` pass the activations of each sample for each channel of a weight."""
+    calibration, model = example.framework.calibration, example.model()
+    graph = _traced(example, model)
+    outputs = calibration.outputs(graph, example.inputs)
+    _assert_close(outputs[0], example.framework.inference.predict(model, example.inputs), "the outputs")
+    sums = []
+    for inputs in (example.inputs, example.inputs[::2], example.inputs[1::2]):
+        found: dict[str, NDArray[np.float64]] = {}
+
+        def see(name: str, axis: int, labels: Any, x: Any, found: Any = found, samples: int = len(inputs)) -> None:
+            if labels is None:
+                return
+            assert len(x) % samples == 0, f"{name!r} reads {len(x)} positions of {samples} samples"
+            assert x.shape[1] == len(labels), f"{name!r} reads {x.shape[1]} channels with {len(labels)} labels"
+            assert x.shape[1] % graph.tensors[name].shape[axis] == 0, f"axis {axis} of {name!r} has another size"
+            found[name] = host(x).astype(np.float64).sum(0)
+
+        calibration.reads(graph, inputs, see)
+        assert found, "no weight reads activations"
+        sums.append(found)
+    for name, whole in sums[0].items():
+        _assert_close(sums[1][name] + sums[2][name], whole, f"the activations of {name!r} in two halves")
+
+    def see_patches(name: str, axis: int, labels: Any, groups: int, x: Any) -> None:
+        assert x.shape[1] == len(labels), f"{name!r} has patches of {x.shape[1]} channels with {len(labels)} labels"
+        columns, size = x.shape[1] // groups * x.shape[2], graph.tensors[name].shape[axis]
+        assert columns % size == 0, f"axis {axis} of {name!r} has size {size}, the patches have {columns} columns"
+        if x.shape[2] == 1:
+            _assert_close(host(x).sum((0, 2)), sums[0][name], f"the patches of {name!r}")
+
+    calibration.patches(graph, example.inputs, list(sums[0]), see_patches)
+
+
+def _traced(example: FrameworkExample, model: Any) -> Graph:
+    inputs = example.framework.inference.from_numpy(example.inputs[:1])
+    return example.framework.analysis.trace(model, inputs, Tracing())
+
+
+def _cross_entropy(logits: Any, labels: Any) -> Any:
+    return LABEL_LOSSES["cross-entropy"](logits, labels)
+
+
+def _moved(example: FrameworkExample, model: Any, steps: Mapping[str, NDArray[np.float64]]) -> Any:
+    """Return a model whose weights are those of another model plus steps."""
+    moved = example.model()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        example.framework.inference.save_weights(model, path)
+        weights = load_file(path)
+        changed = {name: (weights[name] + step).astype(weights[name].dtype) for name, step in steps.items()}
+        save_file({**weights, **changed}, path)
+        example.framework.inference.load_weights(moved, path)
+    return moved
+
+
 def check_features_have_the_shape_of_their_layer(example: FrameworkExample) -> None:
     """The feature of a layer has the output shape of the layer, and a capture returns the same values."""
     features, model, layers = example.framework.features, example.model(), (example.layer,)
@@ -232,6 +334,9 @@ FRAMEWORK_CHECKS = (
     check_exportable_model_equals_the_model,
     check_counted_cost_is_that_of_the_graph,
     check_pruned_model_is_verified_and_costs_what_the_plan_says,
+    check_gradients_predict_the_change_of_loss_and_gradient,
+    check_loss_without_units_is_that_of_the_pruned_model,
+    check_activations_belong_to_weights_and_samples,
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
     check_training_is_reproducible_and_lowers_the_loss,
