@@ -106,7 +106,7 @@ def doubled(function):
 def without_the_first_sample(function):
     def observe(graph, inputs, *names_and_see):
         *names, see = names_and_see
-        function(graph, inputs, *names, lambda *args: see(*args[:-1], args[-1][1:]))
+        function(graph, inputs, *names, lambda *args: see(*args[:-2], args[-2][1:], args[-1]))
 
     return observe
 

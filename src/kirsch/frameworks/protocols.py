@@ -63,20 +63,25 @@ class Calibration(Protocol):
     def block_features(self, graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
         """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
 
-    def reads(self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any], None]) -> None:
-        """Call `see(name, axis, labels, x)` for each product of a weight with activations.
+    def reads(self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]) -> None:
+        """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations.
 
         `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
-        channels (None if they are frozen), and `x` the activations, shape (positions, channels).
+        channels (None if they are frozen), and `x` the activations, shape (positions, channels). If the weight is a
+        stack of the weights of experts, `experts` is the index on its axis 0 for each position; else None.
         """
 
     def patches(
-        self, graph: Graph, inputs: Any, names: Collection[str], see: Callable[[str, int, Labels, int, Any], None]
+        self,
+        graph: Graph,
+        inputs: Any,
+        names: Collection[str],
+        see: Callable[[str, int, Labels | None, int, Any, Any], None],
     ) -> None:
-        """Call `see(name, axis, labels, groups, x)` for each product of one of the named weights with activations.
+        """Call `see(name, axis, labels, groups, x, experts)` for each product of a named weight with activations.
 
         `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
-        layer reads, shape (outputs, channels, kernel size).
+        layer reads, shape (outputs, channels, kernel size). The other arguments are those of `reads`.
         """
 
     def weights(self, graph: Graph) -> dict[str, Any]:

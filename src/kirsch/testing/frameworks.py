@@ -222,7 +222,9 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
     for inputs in (example.inputs, example.inputs[::2], example.inputs[1::2]):
         found: dict[str, NDArray[np.float64]] = {}
 
-        def see(name: str, axis: int, labels: Any, x: Any, found: Any = found, samples: int = len(inputs)) -> None:
+        def see(
+            name: str, axis: int, labels: Any, x: Any, _: Any, found: Any = found, samples: int = len(inputs)
+        ) -> None:
             if labels is None:
                 return
             assert len(x) % samples == 0, f"{name!r} reads {len(x)} positions of {samples} samples"
@@ -236,7 +238,7 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
     for name, whole in sums[0].items():
         _assert_close(sums[1][name] + sums[2][name], whole, f"the activations of {name!r} in two halves")
 
-    def see_patches(name: str, axis: int, labels: Any, groups: int, x: Any) -> None:
+    def see_patches(name: str, axis: int, labels: Any, groups: int, x: Any, _: Any) -> None:
         assert x.shape[1] == len(labels), f"{name!r} has patches of {x.shape[1]} channels with {len(labels)} labels"
         columns, size = x.shape[1] // groups * x.shape[2], graph.tensors[name].shape[axis]
         assert columns % size == 0, f"axis {axis} of {name!r} has size {size}, the patches have {columns} columns"

@@ -9,7 +9,7 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.errors import NumericError
+from kirsch.errors import NumericError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Read:
-    """Statistics of the activations that one weight reads, over all positions of all samples; arrays (channels,).
+    """Statistics of the activations that one weight reads, over all positions of all samples.
+
+    Arrays have the shape (channels,). If the weight is a stack of the weights of experts, they have one value for each
+    channel of each expert, shape (experts · channels,); the activations of positions that an expert does not process
+    are 0.
 
     Args:
         name, axis: the weight, and the axis over which its products with the activations are summed.
@@ -32,6 +36,7 @@ class Read:
         count: number of positions.
         total, absolute, squares, nonzero: sums over the positions of x, |x|, x², and the number of values that are
             not 0.
+        experts: labels of the experts; None for other weights.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Read:
     absolute: NDArray[np.float64]
     squares: NDArray[np.float64]
     nonzero: NDArray[np.float64]
+    experts: Labels | None = None
 
     @property
     def mean_absolute(self) -> NDArray[np.float64]:
@@ -71,62 +77,106 @@ def read_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Ba
 
     Raises:
         NumericError: an activation is NaN or infinite.
+        UsageError: padding cannot be left out.
     """
     found: dict[str, Read] = {}
     for batch in batches:
-        masks = _masks(batch)
+        padding = Padding(batch)
 
-        def see(name: str, axis: int, labels: Labels | None, x: Any, masks: list[Any] = masks) -> None:
-            if labels is None:
+        def see(name: str, axis: int, labels: Labels | None, x: Any, experts: Any, padding: Padding = padding) -> None:
+            if labels is None and experts is None:
                 return
-            x = _unpadded(x, masks)
-            x = ops.upcast(x)
-            total, absolute, squares = (host(ops.sum(value, 0)).astype(np.float64) for value in (x, ops.abs(x), x * x))
-            if not np.isfinite(squares).all():
+            x = ops.upcast(padding.left_out(name, x, experts))
+            sums = _sums(x) if experts is None else _sums_by_expert(x, host(experts), graph.tensors[name].shape[0])
+            if not np.isfinite(sums).all():
                 raise NumericError(
                     f"The activations that {name!r} reads contain NaN or infinity.",
                     "The units cannot be ranked.",
                     "Check the weights of the model and the calibration data.",
                 )
-            nonzero = host(ops.count_nonzero(x, 0)).astype(np.float64)
-            new = Read(name, axis, labels, x.shape[0], total, absolute, squares, nonzero)
-            old = found.get(name)
-            found[name] = new if old is None else _added(old, new)
+            if name in found:
+                _add(found[name], x.shape[0], sums)
+            else:
+                of_channels, of_experts = _labels(graph, name, labels, x.shape[1], experts)
+                found[name] = Read(name, axis, of_channels, x.shape[0], sums[0], sums[1], sums[2], sums[3], of_experts)
 
         calibration.reads(graph, batch.inputs, see)
     return found
 
 
-def _added(first: Read, second: Read) -> Read:
-    return Read(
-        first.name,
-        first.axis,
-        first.labels,
-        first.count + second.count,
-        first.total + second.total,
-        first.absolute + second.absolute,
-        first.squares + second.squares,
-        first.nonzero + second.nonzero,
-    )
+def _sums(x: Any) -> NDArray[np.float64]:
+    """Return the sums over the positions of x, |x| and x², and the number of values that are not 0, (4, channels)."""
+    sums = (ops.sum(x, 0), ops.sum(ops.abs(x), 0), ops.sum(x * x, 0), ops.count_nonzero(x, 0))
+    return np.stack([host(values).astype(np.float64) for values in sums])
 
 
-def _masks(batch: Batch) -> list[Any]:
-    """Return the masks of positions in the inputs of a batch, flat, True where a position counts."""
-    inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
-    names = ("attention_mask", "decoder_attention_mask")
-    masks = [host(inputs[name]) != 0 for name in names if inputs.get(name) is not None]
-    return [mask.ravel() for mask in masks if mask.ndim == len("NL") and not mask.all()]
+def _sums_by_expert(x: Any, experts: NDArray[np.int64], number: int) -> NDArray[np.float64]:
+    """Return the sums of `_sums` over the positions of each expert, shape (4, experts · channels)."""
+    sums = np.zeros((4, number, x.shape[1]))
+    for expert in np.unique(experts):
+        sums[:, expert] = _sums(x[experts == expert])
+    return sums.reshape(len(sums), -1)
 
 
-def _unpadded(x: Any, masks: list[Any]) -> Any:
-    """Return the rows of x that a mask of as many positions keeps."""
-    mask = next((mask for mask in masks if len(mask) == x.shape[0]), None)
-    return x if mask is None else x[mask]
+def _labels(
+    graph: Graph, name: str, labels: Labels | None, channels: int, experts: Any
+) -> tuple[Labels, Labels | None]:
+    """Return the labels of the channels and of the experts for each value of a `Read`."""
+    if labels is None:
+        labels = np.zeros(channels, np.int64)  # the label 0 is frozen
+    if experts is None:
+        return labels, None
+    of_experts = graph.axes.get((name, 0), np.zeros(graph.tensors[name].shape[0], np.int64))
+    return np.tile(labels, len(of_experts)), np.repeat(of_experts, channels)
+
+
+def _add(read: Read, count: int, sums: NDArray[np.float64]) -> None:
+    read.count += count
+    read.total += sums[0]
+    read.absolute += sums[1]
+    read.squares += sums[2]
+    read.nonzero += sums[3]
+
+
+class Padding:
+    """Padding in the inputs of a batch, which an `attention_mask` or `decoder_attention_mask` marks with 0."""
+
+    def __init__(self, batch: Batch) -> None:
+        inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
+        masks = [host(inputs[name]) != 0 for name in MASKS if inputs.get(name) is not None]
+        self._masks = [mask.ravel() for mask in masks if mask.ndim == len("NL")]
+        self._exists = not all(mask.all() for mask in self._masks)
+        shapes = [tuple(getattr(value, "shape", ())) for value in inputs.values()]
+        self._lengths = {len(batch), *(shape[0] * shape[1] for shape in shapes if len(shape) > 1)}
+
+    def left_out(self, name: str, x: Any, experts: Any) -> Any:
+        """Return the positions of x that are not padding.
+
+        Raises:
+            UsageError: it is not known which positions are padding.
+        """
+        if not self._exists:
+            return x
+        mask = next((mask for mask in self._masks if len(mask) == x.shape[0]), None)
+        if experts is not None or (mask is None and x.shape[0] not in self._lengths):
+            what = "experts process tokens in another order" if experts is not None else "it reads other positions"
+            raise UsageError(
+                f"Padding cannot be left out of the activations that {name!r} reads.",
+                f"The mask has {len(self._masks[0])} positions, and {what}.",
+                "Give batches without padding, such as one sequence for each batch.",
+            )
+        return x if mask is None else x[mask]
+
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+"""Names of inputs that are 0 where a token is padding."""
 
 
 def column_sums(graph: Graph, read: Read, power: int) -> NDArray[np.float64]:
-    """Return the sum of |w|^power over the weights that multiply each channel, shape (channels,)."""
+    """Return the sum of |w|^power over the weights that multiply each value of a `Read`."""
     powers = np.abs(graph.values(read.name).astype(np.float64)) ** power
+    if read.experts is not None:  # (experts, ...)
+        return np.asarray(powers.sum(3 - read.axis).ravel())
     groups = len(read.labels) // powers.shape[read.axis]  # a convolution with groups: (output channels, columns, ...)
     if groups == 1:
         return np.asarray(powers.sum(tuple(other for other in range(powers.ndim) if other != read.axis)))
@@ -154,43 +204,73 @@ def contribution_products(
 
     Returns:
         For each layer, the labels of the channels, and the products, shape (channels, channels), relative to the sum of
-        the squares of the outputs.
+        the squares of the outputs. For the stacked weights of experts also the labels of the experts, and the products
+        of their contributions; each output is that of one expert.
     """
-    grams: dict[str, Any] = {}  # name → sum of the products of the activations that the layer reads
+    grams: dict[tuple[str, int | None], Any] = {}  # sums of the products of the activations that a layer reads
     layers: dict[str, tuple[Labels, int]] = {}
     for batch in batches:
-        masks, most = _masks(batch), SAMPLED * len(batch)
+        padding, most = Padding(batch), SAMPLED * len(batch)
 
         def see(
-            name: str, axis: int, labels: Labels, groups: int, x: Any, masks: Any = masks, most: int = most
+            name: str,
+            axis: int,
+            labels: Labels | None,
+            groups: int,
+            x: Any,
+            experts: Any,
+            padding: Padding = padding,
+            most: int = most,
         ) -> None:
-            x = ops.upcast(_unpadded(x, masks))
-            x = x[:: max(1, x.shape[0] // most)]
-            rows = ops.reshape(x, (x.shape[0], groups, -1))
-            gram = ops.einsum("pgi,pgj->gij", rows, rows)
-            grams[name] = grams[name] + gram if name in grams else gram
-            layers[name] = labels, axis
+            x = ops.upcast(padding.left_out(name, x, experts))
+            stride = max(1, x.shape[0] // most)
+            x, experts = x[::stride], None if experts is None else host(experts)[::stride]
+            layers[name] = _labels(graph, name, labels, x.shape[1], None)[0], axis
+            for expert in [None] if experts is None else np.unique(experts).tolist():
+                part = x if expert is None else x[experts == expert]
+                rows = ops.reshape(part, (part.shape[0], groups, -1))
+                gram, key = ops.einsum("pgi,pgj->gij", rows, rows), (name, expert)
+                grams[key] = grams[key] + gram if key in grams else gram
 
         calibration.patches(graph, batch.inputs, names, see)
-    return [(layers[name][0], _products(graph, name, *layers[name], host(gram))) for name, gram in grams.items()]
+    found = []
+    for name, (labels, axis) in layers.items():
+        weight = graph.values(name).astype(np.float64)
+        of_layer = {expert: host(gram).astype(np.float64) for (key, expert), gram in grams.items() if key == name}
+        if None in of_layer:
+            found.append((labels, _relative(_products(weight, axis, len(labels), of_layer[None]))))
+            continue
+        products = {e: _products(weight[e], axis - 1, len(labels), gram) for e, gram in of_layer.items()}
+        energies = np.array([products[e].sum() if e in products else 0.0 for e in range(len(weight))])
+        found.append((labels, _relative(np.sum(list(products.values()), axis=0))))
+        if (name, 0) in graph.axes:
+            found.append((graph.axes[name, 0], _relative(np.diag(energies))))
+    return found
 
 
-def _products(graph: Graph, name: str, labels: Labels, axis: int, gram: NDArray[Any]) -> NDArray[np.float64]:
+def _relative(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return products relative to the sum of the squares of the outputs, which is the sum of all products."""
+    energy = products.sum()
+    return products / energy if energy > 0 else products
+
+
+def _products(weight: NDArray[np.float64], axis: int, channels: int, gram: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the products of the contributions of the channels of one layer; see `contribution_products`.
 
-    `gram`: products of activations, shape (groups, columns, columns). The columns of a channel, one for each position
-    of the kernel, follow each other.
+    Args:
+        weight, axis: the weight, and the axis over which its products with the activations are summed.
+        channels: number of channels, of all groups.
+        gram: products of activations, shape (groups, columns, columns). The columns of a channel, one for each position
+            of the kernel, follow each other.
     """
     groups, columns = gram.shape[:2]
-    channels = len(labels) // groups
-    weight = graph.values(name).astype(np.float64)
+    size = channels // groups
     # Axis 0 is that of a product x @ W, or of a transposed convolution.
-    rows = weight.reshape(groups, -1, columns) if axis else weight.reshape(groups, channels, -1).swapaxes(1, 2)
-    products = gram.astype(np.float64) * (rows.swapaxes(1, 2) @ rows)
-    blocks = products.reshape(groups, channels, columns // channels, channels, columns // channels).sum((2, 4))
-    result = np.zeros((len(labels), len(labels)))
+    rows = weight.reshape(groups, -1, columns) if axis else weight.reshape(groups, size, -1).swapaxes(1, 2)
+    products = gram * (rows.swapaxes(1, 2) @ rows)
+    blocks = products.reshape(groups, size, columns // size, size, columns // size).sum((2, 4))
+    result = np.zeros((channels, channels))
     for group, block in enumerate(blocks):
-        part = slice(group * channels, (group + 1) * channels)
+        part = slice(group * size, (group + 1) * size)
         result[part, part] = block
-    energy = result.sum()
-    return result / energy if energy > 0 else result
+    return result

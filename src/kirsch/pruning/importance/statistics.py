@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Calibration
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group, ParameterAxis
+    from kirsch.graph.labels import Labels
 
 Loss = Callable[[Any, Any], Any]
 """Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
@@ -153,12 +154,17 @@ class Statistics:
     def reads(self, group: Group) -> list[Read]:
         """Return the statistics of the activations of a group where weights read them.
 
+        The activations of an expert are those that its weights read.
+
         Raises:
             UsageError: no weight reads the units of the group.
         """
         found = [self._reads[name] for name, _ in self._graph.reading_axes(group) if name in self._reads]
+        found = found or [read for read in self._reads.values() if self._occurs(group, read.labels)]
         found = found or [
-            read for read in self._reads.values() if (unit_of_index(self._graph, group, read.labels) >= 0).any()
+            replace(read, labels=read.experts)
+            for read in self._reads.values()
+            if read.experts is not None and self._occurs(group, read.experts)
         ]
         if not found:
             raise UsageError(
@@ -176,9 +182,13 @@ class Statistics:
         names = [read.name for read in self.reads(group)]
         found = []
         for labels, products in contribution_products(self._graph, self._calibration, self._batches, names):
-            rows = np.stack([sum_per_unit(self._graph, group, labels, row) for row in products])
-            found.append(np.stack([sum_per_unit(self._graph, group, labels, column) for column in rows.T]))
+            if self._occurs(group, labels):
+                rows = np.stack([sum_per_unit(self._graph, group, labels, row) for row in products])
+                found.append(np.stack([sum_per_unit(self._graph, group, labels, column) for column in rows.T]))
         return found
+
+    def _occurs(self, group: Group, labels: Labels) -> bool:
+        return bool((unit_of_index(self._graph, group, labels) >= 0).any())
 
     @cached_property
     def _reads(self) -> dict[str, Read]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kirsch.frameworks.pytorch.analysis.count import GROUPED
 from kirsch.frameworks.pytorch.analysis.program import name_of
 from kirsch.frameworks.pytorch.inference.predict import arguments_of, copied, inference, tensors
 from kirsch.frameworks.pytorch.modules.submodule import part_of
@@ -21,21 +22,32 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.labels import Labels
 
-    SeePatches = Callable[[str, int, Labels, int, Any], None]
+    See = Callable[[str, int, Labels | None, Any, Any], None]
+    SeePatches = Callable[[str, int, Labels | None, int, Any, Any], None]
 
 aten = torch.ops.aten
 
+_STACK = 3
+"""Number of axes of a stack of weight matrices."""
+
 
 class _Storage(NamedTuple):
-    """A weight by the memory that it occupies."""
+    """A weight by the memory that it occupies.
+
+    Args:
+        name: path of the weight.
+        strides, shape: strides and shape of the weight, or of the copy of those of its slices that `experts` lists.
+        experts: index on axis 0 of the weight for each slice of the copy; None for the weight itself.
+    """
 
     name: str
     strides: tuple[int, ...]
     shape: tuple[int, ...]
+    experts: torch.Tensor | None = None
 
 
-def reads(graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any], None]) -> None:
-    """Call `see(name, axis, labels, x)` for each product of a weight with activations in a run of the model.
+def reads(graph: Graph, inputs: Any, see: See) -> None:
+    """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations in a run of the model.
 
     The model runs in inference mode, without gradient.
 
@@ -43,31 +55,31 @@ def reads(graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any
         graph: graph of the model.
         inputs: inputs of one batch.
         see: called with the path of the weight; the axis over which the product is summed; the labels of the channels,
-            None if they are frozen; and the activations, shape (positions, channels). The positions are those of the
-            samples, tokens and pixels, in this order. A convolution with several groups has more channels than the axis
-            of its weight.
+            None if they are frozen; the activations, shape (positions, channels); and, for the stacked weights of
+            experts, the index on axis 0 of the weight for each position, else None. The positions are those of the
+            samples, tokens and pixels, in this order, or in any order for experts. A convolution with several groups
+            has more channels than the axis of its weight.
     """
     labels = _ChannelLabels(graph)
-    _observe(graph, inputs, lambda product: see(product.name, product.axis, labels(product), product.positions()))
+    _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
 def patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
-    """Call `see(name, axis, labels, groups, x)` for each product of one of the named weights with activations.
+    """Call `see(name, axis, labels, groups, x, experts)` for each product of one of the named weights with activations.
 
     Args:
         graph, inputs: see `reads`.
         names: paths of weights.
         see: called with the path of the weight, the axis over which the product is summed, the labels of the channels,
-            the number of groups of a convolution (else 1), and the activations that each output of the layer reads,
-            shape (outputs, channels, kernel size). For a transposed convolution, an activation is read by several
-            outputs; it is passed once, with kernel size 1.
+            the number of groups of a convolution (else 1), the activations that each output of the layer reads,
+            shape (outputs, channels, kernel size), and the experts of `reads`. For a transposed convolution, an
+            activation is read by several outputs; it is passed once, with kernel size 1.
     """
     labels = _ChannelLabels(graph)
 
     def observe(product: _Product) -> None:
-        found = labels(product) if product.name in names else None
-        if found is not None:
-            see(product.name, product.axis, found, product.groups, product.patches())
+        if product.name in names:
+            see(product.name, product.axis, labels(product), product.groups, product.patches(), product.experts)
 
     _observe(graph, inputs, observe)
 
@@ -117,6 +129,7 @@ class _Product:
         kernel: sizes of the kernel of a convolution, else empty.
         convolution: the further arguments of a convolution that is not transposed; None for other products.
         groups: number of groups of a convolution, else 1.
+        experts: index on axis 0 of a stack of weights for each position; None for other weights.
     """
 
     name: str
@@ -125,6 +138,7 @@ class _Product:
     kernel: tuple[int, ...] = ()
     convolution: dict[str, Any] | None = None
     groups: int = 1
+    experts: torch.Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -153,6 +167,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
     def __init__(self, weights: dict[int, _Storage], observe: Callable[[_Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights, self._observe = weights, observe
+        self._copies: list[torch.Tensor] = []  # kept, so that no other tensor gets their addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
@@ -162,7 +177,12 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             self._product(args[0], args[1])
         elif name in (aten.addmm, aten.baddbmm):
             self._product(args[1], args[2])
-        return func(*args, **(kwargs or {}))
+        elif any(name is getattr(namespace, grouped, None) for namespace, grouped in GROUPED):
+            self._grouped_product(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {})["offs"])  # noqa: PLR2004
+        result = func(*args, **(kwargs or {}))
+        if name is aten.index:
+            self._selection(args[0], args[1], result)
+        return result
 
     def _weight(self, tensor: torch.Tensor) -> _Storage | None:
         return self._weights.get(tensor.untyped_storage().data_ptr())
@@ -180,8 +200,46 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             found = self._weight(weight)
             if found is None:
                 continue
-            size, stride = weight.shape[dim], weight.stride(dim)
-            axes = [a for a, s in enumerate(found.strides) if s == stride and found.shape[a] == size]
-            if axes:
-                self._observe(_Product(found.name, axes[0], x))
+            axis = _axis_of(found, weight, dim)
+            if axis is not None:
+                self._observe(_Product(found.name, axis, x, experts=_experts(found, weight, x)))
             return
+
+    def _grouped_product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> None:
+        """Observe the product of each row of x with the matrix of its group; `ends` are the ends of the groups."""
+        found = self._weight(weight)
+        axis = None if found is None or weight.dim() != _STACK else _axis_of(found, weight, -2)
+        if found is not None and axis is not None:
+            rows = torch.arange(int(ends[-1]), device=ends.device, dtype=ends.dtype)
+            experts = torch.searchsorted(ends, rows, right=True)
+            self._observe(_Product(found.name, axis, x[: len(rows)], experts=experts))
+
+    def _selection(self, weight: torch.Tensor, indices: Any, copy: torch.Tensor) -> None:
+        """Register the copy of those slices of a stack of weights that a tensor of indices selects."""
+        found = self._weight(weight)
+        if found is None or found.experts is not None or len(found.shape) != _STACK or len(indices) != 1:
+            return
+        if weight.shape == found.shape and indices[0].dim() == 1 and indices[0].dtype != torch.bool:
+            stored = _Storage(found.name, copy.stride(), tuple(copy.shape), indices[0])
+            self._weights[copy.untyped_storage().data_ptr()] = stored
+            self._copies.append(copy)
+
+
+def _axis_of(weight: _Storage, operand: torch.Tensor, dim: int) -> int | None:
+    """Return the axis of a weight that is the given dimension of an operand, which is a view of the weight."""
+    size, stride = operand.shape[dim], operand.stride(dim)
+    axes = [a for a, s in enumerate(weight.strides) if s == stride and weight.shape[a] == size]
+    return axes[0] if axes else None
+
+
+def _experts(weight: _Storage, operand: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """Return the index on axis 0 of a stack of weights for each row of x that is multiplied with the operand."""
+    if len(weight.shape) != _STACK:
+        return None
+    rows = x.shape[:-1].numel()
+    if operand.dim() < _STACK:  # one matrix of the stack, or a part of it
+        return torch.full((rows,), operand.storage_offset() // weight.strides[0])
+    if _axis_of(weight, operand, 0) != 0:
+        return None
+    experts = torch.arange(weight.shape[0]) if weight.experts is None else weight.experts
+    return experts.repeat_interleave(rows // len(experts))
