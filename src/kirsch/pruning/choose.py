@@ -23,14 +23,13 @@ from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
-from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
+from kirsch.pruning.selection import finest, multiple, ranked_together, removable_groups, tied_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from kirsch.graph.cost import Cost
     from kirsch.graph.group import Group
 
     Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
@@ -74,7 +73,9 @@ def plan(
         loss: loss for importances from labels: "cross-entropy", "binary", "squared-error"; "next-token" for causal
             language models, whose labels are their input tokens; or a function (logits, labels) → mean over samples.
         norm: 1 or 2, the norm of "magnitude" and "lamp".
-        ranking: "global" ranks all units together; "local" removes the same fraction of each group.
+        ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
+            goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
+            class of groups that occur in layers of the same types and connections (Fang et al. 2024, arXiv:2407.04616).
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -161,10 +162,11 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCa
         raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
     for fineness in range(finest(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
+        classes = ranked_together(graph, [candidate.groups for candidate in chooser.candidates], options)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
-            counts = chooser.refine(chooser.descend(local=options.ranking == "local"))
-            if _distance_to_goal(goal, chooser.price(counts), graph.cost) <= CLOSE:
+            counts = chooser.search(classes, CLOSE)
+            if chooser.distance(counts) <= CLOSE:
                 break
     after = chooser.price(counts)
     if not goal.met_by(after, graph.cost):
@@ -200,12 +202,13 @@ def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fin
     groups = removable_groups(graph, options)
     candidates = [
         Candidate(
-            [groups[index] for index in indices],
-            [scores(groups[index], options) for index in indices],
-            multiple(groups[indices[0]], options, fineness),
+            tied,
+            [scores(group, options) for group in tied],
+            multiple(tied[0], options, fineness),
             options.min_keep,
+            _unit_cost(graph, goal, tied) if options.ranking == "per_cost" else 1.0,
         )
-        for indices in tied_groups(groups, options)
+        for tied in ([groups[index] for index in indices] for indices in tied_groups(groups, options))
     ]
     return Chooser(graph, goal, candidates)
 
@@ -233,10 +236,29 @@ class _ScoreCache:
         self._cache: dict[str, NDArray[np.float64]] = {}
 
     def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
-        """Return the importance of each unit, divided by the weight of its kind."""
+        """Return the importance of each unit, divided by the weight of its kind.
+
+        Raises:
+            UsageError: an importance is negative, and the ranking divides it by a cost.
+        """
         if group.name not in self._cache:
             self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
-        return self._cache[group.name] / options.kind_weights[group.kind]
+        scores = self._cache[group.name]
+        if options.ranking == "per_cost" and (scores < 0).any():
+            raise UsageError(
+                f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
+                'The ranking "per_cost" divides importances by costs, which has no meaning for negative numbers.',
+                "Use another ranking, or an importance that is not negative, such as 'taylor'.",
+            )
+        return scores / options.kind_weights[group.kind]
+
+
+def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
+    """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
+    without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
+    fractions = goal.fractions(without, graph.cost)
+    cost = sum(1 - value for value, _ in fractions.values()) / sum(group.size for group in groups)
+    return max(cost, np.finfo(float).eps)
 
 
 def _removals(
@@ -280,11 +302,6 @@ def _refuse_not_finite(graph: Graph, group: Group) -> None:
                 "Its units cannot be ranked, and the outputs of the model are not finite.",
                 "Give a model with finite weights, such as an earlier checkpoint.",
             )
-
-
-def _distance_to_goal(goal: Goal, after: Cost, before: Cost) -> float:
-    """Return the distance from a cost up to the nearest limit, as a fraction of the original."""
-    return min(limit - value for value, limit in goal.fractions(after, before).values())
 
 
 def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:

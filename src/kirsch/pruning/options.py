@@ -14,7 +14,7 @@ from kirsch.options import Options
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local"]
+Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -51,7 +51,11 @@ class PlanOptions(Options):
     )
     norm: Norm = Field(2, description='norm that the importances "magnitude" and "lamp" use, 1 or 2')
     ranking: Ranking = Field(
-        "global", description="rank the units of all layers together (global), or of each group by itself (local)"
+        "global",
+        description=(
+            "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
+            "(local), or of each class of groups with the same layers and connections (isomorphic)"
+        ),
     )
     round_to: RoundTo = Field(
         "auto",

@@ -28,12 +28,14 @@ class Candidate:
         group_scores: importance of the units of each group.
         multiple: the number of kept units of each group is a multiple of this number.
         min_keep: fraction of each group that is always kept.
+        unit_cost: number by which importances are divided for the ranking.
     """
 
     groups: Sequence[Group]
     group_scores: Sequence[NDArray[np.float64]]
     multiple: int
     min_keep: float
+    unit_cost: float = 1.0
 
     @property
     def size(self) -> int:
@@ -47,9 +49,9 @@ class Candidate:
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
-        """Importance of the first, second, ... unit to be removed, as the mean over the groups."""
+        """Importance of the first, second, ... unit to be removed, as the mean over the groups, divided by the cost."""
         scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.group_scores], axis=0)
-        return scores
+        return scores / self.unit_cost
 
     @cached_property
     def _removal_order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -125,23 +127,68 @@ class Chooser:
             counts[best] = self.candidates[best].allowed(counts[best] - 1)
         return counts
 
-    def descend(self, *, local: bool) -> list[int]:
+    def search(self, classes: Sequence[Sequence[int]] | None, close: float) -> list[int]:
+        """Return a choice that meets the goal, if possible with a distance to the goal of at most `close`.
+
+        The units of some groups may cost so much that the threshold of a ranking jumps over the goal. Then fewer units
+        are removed from one group, and more from the others, as long as the choice comes closer to the goal and the
+        removed units are less important in sum.
+
+        Args:
+            classes: see `descend`.
+            close: distance to the goal, as a fraction of the original cost.
+        """
+        limits = [candidate.steps[-1] for candidate in self.candidates]
+        best = self.refine(self.descend(classes, limits))
+        while self.distance(best) > close:
+            trials = []
+            for index in (index for index, count in enumerate(best) if count):
+                fewer = self.candidates[index].allowed(best[index] - 1)
+                changed = [*limits[:index], fewer, *limits[index + 1 :]]
+                trial = self.descend(classes, changed)
+                if self.fits(trial):
+                    trials.append((self.refine(trial), changed))
+            closer = [trial for trial in trials if self.distance(trial[0]) < self.distance(best)]
+            chosen, limits = min(closer, key=lambda trial: self.removed_importance(trial[0]), default=(best, limits))
+            if self.removed_importance(chosen) >= self.removed_importance(best):
+                break
+            best = chosen
+        return best
+
+    def removed_importance(self, counts: Sequence[int]) -> float:
+        """Return the sum of the importances of the removed units."""
+        pairs = zip(self.candidates, counts, strict=True)
+        return float(sum(c.scores[:count].sum() * c.unit_cost * len(c.groups) for c, count in pairs))
+
+    def distance(self, counts: Sequence[int]) -> float:
+        """Return the distance from a choice up to the nearest limit of the goal, as a fraction of the original cost."""
+        fractions = self._goal.fractions(self.price(counts), self._graph.cost)
+        return min(limit - value for value, limit in fractions.values())
+
+    def descend(self, classes: Sequence[Sequence[int]] | None, limits: Sequence[int]) -> list[int]:
         """Return the choice with the lowest threshold that meets the goal, found by bisection.
 
         Args:
-            local: if true, a threshold is the largest fraction of each group that is removed; otherwise it is the
-                largest importance of the removed units.
+            classes: lists of indices of candidates. The threshold is the fraction of the units of each list that is
+                removed, the least important first. None: the threshold is the largest importance of the removed units.
+            limits: largest number of removed units of each candidate.
         """
-        if local:
-            thresholds: list[float] = sorted({n / c.size for c in self.candidates for n in c.steps})
-
-            def choice(index: int) -> list[int]:
-                return self.repaired([c.allowed(int(thresholds[index] * c.size + 1e-9)) for c in self.candidates])
-        else:
+        if classes is None:
             thresholds = sorted(score for candidate in self.candidates for score in candidate.scores.tolist())
 
-            def choice(index: int) -> list[int]:
-                return self.repaired([c.allowed(int((c.scores <= thresholds[index]).sum())) for c in self.candidates])
+            def counts(threshold: float) -> list[int]:
+                return [int((c.scores <= threshold).sum()) for c in self.candidates]
+        else:
+            orders = [self._removal_order_of(indices) for indices in classes]
+            thresholds = sorted({n / len(order) for order in orders for n in range(len(order) + 1)})
+
+            def counts(threshold: float) -> list[int]:
+                removed = [order[: int(threshold * len(order) + 1e-9)] for order in orders]
+                return [int(n) for n in np.bincount(np.concatenate(removed), minlength=len(self.candidates))]
+
+        def choice(index: int) -> list[int]:
+            most = [min(pair) for pair in zip(counts(thresholds[index]), limits, strict=True)]
+            return self.repaired([c.allowed(count) for c, count in zip(self.candidates, most, strict=True)])
 
         low, high = 0, len(thresholds) - 1
         while low < high:
@@ -151,6 +198,12 @@ class Chooser:
             else:
                 low = middle + 1
         return choice(high)
+
+    def _removal_order_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Return the index of the candidate of each unit of some candidates, the least important unit first."""
+        scores = np.concatenate([self.candidates[index].scores for index in indices])
+        owners = np.concatenate([np.full(self.candidates[index].size, index) for index in indices])
+        return owners[np.argsort(scores, kind="stable")]
 
     def refine(self, counts: list[int]) -> list[int]:
         """Restore units as long as the goal is met, the most important first."""

@@ -53,6 +53,34 @@ def tied_groups(groups: Sequence[Group], options: PlanOptions) -> list[list[int]
     return list(classes.values())
 
 
+def ranked_together(graph: Graph, groups: Sequence[Sequence[Group]], options: PlanOptions) -> list[list[int]] | None:
+    """Return lists of indices of candidates, for rankings that remove the same fraction of each list; else None.
+
+    Args:
+        graph: graph of the model.
+        groups: the tied groups of each candidate.
+        options: options of the plan.
+    """
+    if options.ranking == "local":
+        return [[index] for index in range(len(groups))]
+    if options.ranking != "isomorphic":
+        return None
+    classes: dict[object, list[int]] = {}
+    for index, tied in enumerate(groups):
+        classes.setdefault(_structure(graph, tied[0]), []).append(index)
+    return list(classes.values())
+
+
+def _structure(graph: Graph, group: Group) -> tuple[str, tuple[tuple[int, int, bool], ...]]:
+    """Return the kind of a group, and the number of axes, the axis and the role of each parameter axis in it.
+
+    Groups with equal results occur in layers of the same types that are connected in the same way; sizes may differ.
+    """
+    reading = set(graph.reading_axes(group))
+    roles = [(len(graph.tensors[name].shape), axis, (name, axis) in reading) for name, axis in group.footprint]
+    return group.kind, tuple(sorted(roles))
+
+
 def finest(options: PlanOptions) -> int:
     """Return how many times the multiples that round_to="auto" chooses may be halved to come closer to the goal."""
     return 0 if isinstance(options.round_to, int) else 2

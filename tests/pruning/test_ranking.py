@@ -1,0 +1,113 @@
+"""Rankings of the units of several layers: "global", "local", "isomorphic" and "per_cost"."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import UsageError
+from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.selection import ranked_together
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.outer(self.inner(x).relu())
+
+
+def network():
+    """Return a network with inner channels of three blocks, two plain layers, and channels between the blocks."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        Block(8, 16),
+        Block(8, 32),
+        Block(8, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 20),
+        nn.ReLU(),
+        nn.Linear(20, 10),
+        nn.ReLU(),
+        nn.Linear(10, 4),
+    )
+
+
+@pytest.fixture
+def graph():
+    return kirsch.trace(network(), IMAGES)
+
+
+def removed(plan):
+    return {removal.name: len(removal.removed) for removal in plan.groups}
+
+
+def scores_of(graph, means):
+    """Return scores of all groups, with the mean 1 or that of `means`."""
+    random = np.random.default_rng(0)
+    return {group.name: means.get(group.name, 1.0) * random.uniform(0.5, 1.5, group.size) for group in graph.groups}
+
+
+def test_groups_of_the_same_kind_and_connections_are_ranked_together(graph):
+    groups = [[group] for group in graph.groups]
+    classes = ranked_together(graph, groups, PlanOptions(ranking="isomorphic"))
+    named = {tuple(graph.groups[index].name for index in indices) for indices in classes}
+    assert named == {("0",), ("1.inner", "2.inner", "3.inner"), ("6", "8")}
+    assert ranked_together(graph, groups, PlanOptions(ranking="local")) == [[index] for index in range(6)]
+    assert ranked_together(graph, groups, PlanOptions()) is None
+
+
+def test_isomorphic_removes_the_same_fraction_of_each_class(graph):
+    scores = scores_of(graph, {"1.inner": 0.1})  # the inner channels of the first block are less important
+    goal = kirsch.Goal(parameters=0.5)
+    plan = kirsch.plan(graph, goal, importance=scores, ranking="isomorphic", round_to=1, min_keep=0.01)
+    counts = removed(plan)
+    inner = sum(counts.get(f"{block}.inner", 0) for block in (1, 2, 3)) / (16 + 32 + 64)
+    assert abs(inner - counts["0"] / 8) < 1 / 8  # one unit of the first layer
+    assert counts["1.inner"] == 15  # all that may be removed
+    removed_scores = [np.sort(scores[name])[counts[name] - 1] for name in ("2.inner", "3.inner")]
+    kept_scores = [np.sort(scores[name])[counts[name]] for name in ("2.inner", "3.inner")]
+    assert max(removed_scores) <= min(kept_scores)
+
+
+def test_per_cost_prefers_units_of_high_cost(graph):
+    equal = {group.name: np.ones(group.size) for group in graph.groups}
+    goal = kirsch.Goal(macs=0.7)
+    counts = removed(kirsch.plan(graph, goal, importance=equal, ranking="per_cost", round_to=1, min_keep=0.01))
+    costs = {cost.group.name: cost.macs / cost.group.size for cost in graph.group_costs()}
+    first, second, *_ = sorted(costs, key=costs.get, reverse=True)
+    assert set(counts) <= {first, second}  # the second, where a unit of the first is more than remains to the goal
+    assert counts[first] >= 2
+
+
+def test_per_cost_keeps_the_order_within_a_group(graph):
+    scores = scores_of(graph, {})
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.6), importance=scores, ranking="per_cost", round_to=1)
+    for removal in plan.groups:
+        order = np.argsort(scores[removal.name])
+        assert set(removal.removed) == set(order[: len(removal.removed)].tolist())
+
+
+def test_per_cost_refuses_negative_importances(graph):
+    scores = {group.name: np.full(group.size, -1.0) for group in graph.groups}
+    with pytest.raises(UsageError, match=r"is negative for units of '0'.*Use another ranking"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.6), importance=scores, ranking="per_cost")
+
+
+@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic", "per_cost"])
+@pytest.mark.parametrize("goal", [kirsch.Goal(macs=0.5), kirsch.Goal(parameters=0.4, macs=0.6)])
+def test_goals_are_met_within_one_percent(graph, ranking, goal):
+    plan = kirsch.plan(graph, goal, ranking=ranking, round_to=1, min_keep=0.01)
+    reached = goal.fractions(plan.after, plan.before)
+    assert all(value <= limit for value, limit in reached.values())
+    assert min(limit - value for value, limit in reached.values()) < 0.01
