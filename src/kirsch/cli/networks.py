@@ -106,8 +106,13 @@ class PlanRequest:
 
     def plan(self, loaded: LoadedModel) -> Plan:
         """Return the plan for a model. Its `method["weights"]` describes the weights that ranked the units."""
-        if self.macs is None and self.parameters is None:
-            raise UsageError("The goal is missing.", "A plan needs a limit of the cost.", "Give a limit: --macs 0.5.")
+        no_goal = self.macs is None and self.parameters is None
+        if no_goal and not self.options.get("keep"):
+            raise UsageError(
+                "The goal is missing.",
+                "A plan needs a limit of the cost, or widths by hand.",
+                "Give a limit: --macs 0.5; or a width: --keep 'layer4.*=0.5'.",
+            )
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
@@ -118,7 +123,7 @@ class PlanRequest:
                 if of_blocks
                 else source.first_samples(CALIBRATION)
             )
-        goal = Goal(macs=self.macs, parameters=self.parameters)
+        goal = None if no_goal else Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
 

@@ -39,7 +39,8 @@ def _flag(name: str) -> inspect.Parameter:
     kind: Any
     if kinds & {Sequence, Mapping}:
         kind = list[str]
-        text += "; may be repeated" + ", also as KIND=NUMBER" * (Mapping in kinds)
+        text += "; may be repeated"
+        text += f"{', also' * (kinds != {Mapping})} as {_key(name)}=NUMBER" if Mapping in kinds else ""
     else:
         (kind,) = kinds
     # The default is None, so that a flag with the default of the option is known to be given.
@@ -68,16 +69,28 @@ def _value(name: str, value: Any) -> Any:
     kinds, flag = _types(PlanOptions.model_fields[name].annotation), f"--{name.replace('_', '-')}"
     if Mapping in kinds and any("=" in text for text in value):
         pairs = [text.rpartition("=") for text in value]
-        return {kind: _number(number, f"{flag} {text}") for text, (kind, _, number) in zip(value, pairs, strict=True)}
+        return {key: _number(number, text, name) for text, (key, _, number) in zip(value, pairs, strict=True)}
     if Sequence in kinds:
         return value
     if len(value) > 1:
-        raise UsageError(f"{flag} is given {len(value)} times.", fix=f"Give one value, or {flag} KIND=NUMBER.")
+        raise UsageError(f"{flag} is given {len(value)} times.", fix=f"Give one value, or {flag} {_key(name)}=NUMBER.")
+    if kinds == {Mapping}:
+        raise UsageError(f"{flag} {value[0]}: the number is missing.", fix=f"Write {flag} {_EXAMPLES[name]}.")
     return int(value[0]) if value[0].isascii() and value[0].isdigit() else value[0]  # `kirsch.plan` checks other texts
 
 
-def _number(text: str, origin: str) -> float:
+_EXAMPLES = {"kinds": "head=2", "round_to": "head=2", "keep": "layer4.*=0.5"}
+"""Example of a value of the form KEY=NUMBER for each flag that takes such values."""
+
+
+def _key(name: str) -> str:
+    return "LAYER" if name == "keep" else "KIND"
+
+
+def _number(text: str, given: str, name: str) -> float:
     try:
         return int(text) if text.isascii() and text.isdigit() else float(text)
     except ValueError:
-        raise UsageError(f"{origin}: {text!r} is not a number.", fix="Write KIND=NUMBER, such as head=2.") from None
+        flag = f"--{name.replace('_', '-')}"
+        fix = f"Write {_key(name)}=NUMBER, such as {_EXAMPLES[name]}."
+        raise UsageError(f"{flag} {given}: {text!r} is not a number.", fix=fix) from None

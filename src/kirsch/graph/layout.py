@@ -245,6 +245,8 @@ def method_text(method: Mapping[str, Any], *, of_blocks: bool) -> str:
         parts += [method["ranking"]] if "ranking" in method else []
         parts += ["round widths" if round_to == "auto" else f"widths in steps of {round_to}"]
         parts += ["uniform"] if method.get("uniform") else []
+    if method.get("keep"):
+        parts += [f"by hand {', '.join(f'{layer}={amount}' for layer, amount in method['keep'].items())}"]
     for option, words in (("exclude", "without"), ("keep_outputs", "all outputs of")):
         parts += [f"{words} {', '.join(method[option])}"] if method.get(option) else []
     return ", ".join(parts)

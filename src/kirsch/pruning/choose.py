@@ -15,13 +15,14 @@ from kirsch.errors import GoalError, NumericError, PlanError, UsageError, listin
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
+from kirsch.pruning.by_hand import kept_units, tied_number
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.statistics import Statistics
 from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few_units, unused_notes, width_notes
 from kirsch.pruning.obstacles import Least, unreachable
-from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
+from kirsch.pruning.options import Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import finest, multiple, ranked_together, removable_groups, tied_groups
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @checked
 def plan(
     graph: Graph,
-    goal: Goal,
+    goal: Goal | None = None,
     *,
     data: Calibration | None = None,
     importance: str | Callable[..., Any] | Mapping[str, Any] | None = None,
@@ -50,6 +51,7 @@ def plan(
     kinds: Kinds = None,
     uniform: bool = False,
     min_keep: MinKeep = 0.1,
+    keep: Keep = None,
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
@@ -60,7 +62,7 @@ def plan(
 
     Args:
         graph: result of `kirsch.trace`.
-        goal: fractions of the original cost.
+        goal: fractions of the original cost. None: only the units that `keep` names are removed.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
             (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
             a list of such batches.
@@ -89,6 +91,10 @@ def plan(
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
+        keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
+            them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
+            name of a group. The least important units of these layers are removed; the goal, if there is one, is
+            reached with the other layers. `round_to` and `min_keep` do not apply to these layers.
         exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
             The units that these layers read are kept, too. For kinds="block", the blocks that are named, or that
             contain a named layer, are kept.
@@ -116,12 +122,15 @@ def plan(
         kinds=kinds,
         uniform=uniform,
         min_keep=min_keep,
+        keep=keep,
         exclude=exclude,
         keep_outputs=keep_outputs,
         seed=seed,
     )
     _check_importance(options)
-    if not graph.cost.macs and goal.parameters is None:
+    if goal is None and not options.keep:
+        raise UsageError("The goal is missing.", fix="Give a goal, kirsch.Goal(macs=0.5), or widths by hand in `keep`.")
+    if goal is not None and not graph.cost.macs and goal.parameters is None:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
             f"{graph.model_name} has no MACs{'' if graph.cost.parameters else ' and no parameters'}.",
@@ -129,7 +138,7 @@ def plan(
             if graph.cost.parameters
             else "Give a model that has layers with parameters to prune.",
         )
-    if options.of_blocks:
+    if options.of_blocks and goal is not None:
         return plan_blocks(graph, goal, options, data)
     chosen = importance_of(options.importance_name if importance is None else importance)
     batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
@@ -154,8 +163,40 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
-def _plan_units(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> Plan:
+def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _ScoreCache) -> Plan:
     """Return the units to remove from the layers of a model."""
+    if goal is None:
+        chooser = _chooser(graph, None, options, scores.get, 0)
+        counts = chooser.given()
+    else:
+        chooser, counts = _search(graph, goal, options, scores)
+    name = options.importance_name
+    reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
+    _check_constants(graph, chooser.keep(counts))
+    chosen = Plan(
+        fingerprint=graph.fingerprint,
+        model=graph.model_name,
+        groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
+        before=graph.cost,
+        after=chooser.price(counts),
+        goal={} if goal is None else goal.to_dict(),
+        method=options.to_dict(),
+        inputs=graph.inputs,
+        tracing=graph.tracing,
+        graph=graph,
+    )
+    notes = (
+        landing_note(chosen),
+        *width_notes(chosen),
+        *unused_notes(chosen, graph),
+        *absent_kind_notes(graph, options),
+        *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
+    )
+    return replace(chosen, notes=tuple(note for note in notes if note))
+
+
+def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> tuple[Chooser, list[int]]:
+    """Return the number of units to remove from each candidate, so that the goal is met."""
     # A goal that is out of reach is found before the importances are computed, which may run the model.
     least = _least(graph, goal, options, _equal_scores)
     if not goal.met_by(least.cost, graph.cost):
@@ -168,52 +209,34 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCa
             counts = chooser.search(classes, CLOSE)
             if chooser.distance(counts) <= CLOSE:
                 break
-    after = chooser.price(counts)
-    if not goal.met_by(after, graph.cost):
+    if not goal.met_by(chooser.price(counts), graph.cost):
         raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
-    name = options.importance_name
-    reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
-    _check_constants(graph, chooser.keep(counts))
-    chosen = Plan(
-        fingerprint=graph.fingerprint,
-        model=graph.model_name,
-        groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
-        before=graph.cost,
-        after=after,
-        goal=goal.to_dict(),
-        method=options.to_dict(),
-        inputs=graph.inputs,
-        tracing=graph.tracing,
-        graph=graph,
-    )
-    exclusions = exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    notes = (
-        landing_note(chosen),
-        *width_notes(chosen),
-        *unused_notes(chosen, graph),
-        *absent_kind_notes(graph, options),
-        *exclusions,
-    )
-    return replace(chosen, notes=tuple(note for note in notes if note))
+    return chooser, counts
 
 
-def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
-    """Return the search over the groups that the options allow to change."""
-    groups = removable_groups(graph, options)
-    candidates = [
-        Candidate(
-            tied,
-            [scores(group, options) for group in tied],
-            multiple(tied[0], options, fineness),
-            options.min_keep,
-            _unit_cost(graph, goal, tied) if options.ranking == "per_cost" else 1.0,
+def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
+    """Return the search over the groups that the options allow to change. Without goal, `keep` names the groups."""
+    groups, by_hand = removable_groups(graph, options), kept_units(graph, options)
+    candidates = []
+    for indices in tied_groups(groups, options):
+        tied = [groups[index] for index in indices]
+        kept = tied_number(tied, by_hand)
+        if kept == tied[0].size or (kept is None and goal is None):
+            continue
+        candidates.append(
+            Candidate(
+                tied,
+                [scores(group, options) for group in tied],
+                multiple(tied[0], options, fineness),
+                options.min_keep,
+                _unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
+                kept,
+            )
         )
-        for tied in ([groups[index] for index in indices] for indices in tied_groups(groups, options))
-    ]
     return Chooser(graph, goal, candidates)
 
 
-def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Least:
+def _least(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores) -> Least:
     """Return the least cost that plans with these options reach."""
     chooser = _chooser(graph, goal, options, scores, finest(options))
     counts = chooser.least()

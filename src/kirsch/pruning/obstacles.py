@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kirsch import figures
 from kirsch.errors import GoalError, KirschError
 from kirsch.graph.cost import WORDS
+from kirsch.pruning.by_hand import kept_units
 from kirsch.pruning.selection import exclusions
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class _CauseFinder:
         self._options = options
         self._weights = options.kind_weights
         self._exclusions = exclusions(graph, options)
+        self._by_hand = kept_units(graph, options)
         self._touching: dict[int, list[tuple[str, str]]] = {}  # tensor → (name, kind) of the groups on it
         for group in graph.groups:
             for name in dict.fromkeys(name for name, _ in group.footprint):
@@ -149,6 +151,8 @@ class _CauseFinder:
             patterns = dict.fromkeys(pattern for why in found if why.option == option for pattern in why.patterns)
             setting = f"{option}={list(patterns)!r}"
             return f"which {setting} keeps unchanged" if option == "exclude" else f"whose units {setting} keeps"
+        if any(name in self._by_hand for name, _ in groups):
+            return "whose width `keep` sets"
         if groups:
             uniform = ", uniform=True" if options.uniform else ""
             return f"cut as far as min_keep={options.min_keep:g}, round_to={options.round_to!r}{uniform} allow"
@@ -195,6 +199,7 @@ def _families(options: PlanOptions, graph: Graph) -> Iterator[Iterator[ChangedOp
     """Yield the changes of each option that restricts the plan, the smallest change first."""
     yield _more_kinds(options, graph)
     yield _fewer_excluded(options)
+    yield _fewer_by_hand(options)
     yield iter([ChangedOptions("uniform=False", options.changed(uniform=False))] if options.uniform else [])
     yield (ChangedOptions(f"round_to={n}", options.changed(round_to=n)) for n in _finer(options))
     default = type(options).model_fields["min_keep"].default
@@ -242,6 +247,16 @@ def _fewer_excluded(options: PlanOptions) -> Iterator[ChangedOptions]:
             yield ChangedOptions(f"{option}=[]", options.changed(**{option: ()}))
     if options.exclude and options.keep_outputs:
         yield ChangedOptions("exclude=[] and keep_outputs=[]", options.changed(exclude=(), keep_outputs=()))
+
+
+def _fewer_by_hand(options: PlanOptions) -> Iterator[ChangedOptions]:
+    """Yield `keep` without each of its patterns, and without all of them."""
+    given = options.keep or {}
+    for pattern in list(given)[:MAX_PATTERNS]:
+        rest = {other: amount for other, amount in given.items() if other != pattern}
+        yield ChangedOptions(f"keep without {pattern!r}", options.changed(keep=rest))
+    if len(given) > 1:
+        yield ChangedOptions("keep=None", options.changed(keep=None))
 
 
 def _joined(options: PlanOptions, changes: Sequence[ChangedOptions]) -> ChangedOptions:

@@ -20,9 +20,15 @@ KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
 ]
 Kinds: TypeAlias = KindNames | Mapping[str, Annotated[float, Between(0)]] | None
+Amount = Annotated[
+    Annotated[int, Between(1)] | Annotated[float, Between(0, 1, exclusive="least")],
+    Fix("Give a number of units, such as 48, or a fraction, such as 0.5 or 1.0."),
+]
+"""A number of units, or a fraction of the units of a group."""
+Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
-ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
 
 
@@ -74,6 +80,13 @@ class PlanOptions(Options):
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
+    keep: Keep = Field(
+        None,
+        description=(
+            "a dict from layer (a path, a glob pattern, or the name of a group) to the number of its output units that "
+            "are kept, or the fraction of them; the goal then applies to the other layers"
+        ),
+    )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
     seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')

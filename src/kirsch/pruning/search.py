@@ -29,6 +29,7 @@ class Candidate:
         multiple: the number of kept units of each group is a multiple of this number.
         min_keep: fraction of each group that is always kept.
         unit_cost: number by which importances are divided for the ranking.
+        kept: number of kept units, if it is given.
     """
 
     groups: Sequence[Group]
@@ -36,6 +37,7 @@ class Candidate:
     multiple: int
     min_keep: float
     unit_cost: float = 1.0
+    kept: int | None = None
 
     @property
     def size(self) -> int:
@@ -69,20 +71,25 @@ class Candidate:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Allowed numbers of removed units: 0, and those that leave a multiple of `multiple`, at least `min_keep`."""
+        """Allowed numbers of removed units: 0, and those that leave a multiple of `multiple`, at least `min_keep`.
+
+        If the number of kept units is given, only this number is allowed.
+        """
+        if self.kept is not None:
+            return [self.size - self.kept]
         fewest = max(1, int(np.ceil(self.min_keep * self.size)))
         return [0] + [n for n in range(1, self.size - fewest + 1) if (self.size - n) % self.multiple == 0]
 
     def allowed(self, most: int) -> int:
-        """Return the largest allowed number of removed units up to `most`."""
+        """Return the largest allowed number of removed units up to `most`, or the smallest one."""
         steps = self.steps
-        return steps[int(np.searchsorted(steps, most, side="right")) - 1]
+        return steps[max(0, int(np.searchsorted(steps, most, side="right")) - 1)]
 
 
 class Chooser:
     """Search over choices. A choice is the number of removed units of each candidate."""
 
-    def __init__(self, graph: Graph, goal: Goal, candidates: list[Candidate]) -> None:
+    def __init__(self, graph: Graph, goal: Goal | None, candidates: list[Candidate]) -> None:
         self._graph = graph
         self._goal = goal
         self.candidates = candidates
@@ -103,8 +110,12 @@ class Chooser:
         return self._prices[key]
 
     def fits(self, counts: Sequence[int]) -> bool:
-        """Return whether a choice meets the goal."""
-        return self._goal.met_by(self.price(counts), self._graph.cost)
+        """Return whether a choice meets the goal, if there is one."""
+        return self._goal is None or self._goal.met_by(self.price(counts), self._graph.cost)
+
+    def given(self) -> list[int]:
+        """Return the choice that only removes the units of the candidates whose number of kept units is given."""
+        return [0 if candidate.kept is None else candidate.steps[0] for candidate in self.candidates]
 
     def least(self) -> list[int]:
         """Return the choice that removes all units that may be removed."""
@@ -121,8 +132,10 @@ class Chooser:
             sharing = [
                 index
                 for index, candidate in enumerate(self.candidates)
-                if counts[index] and any(axis in group.footprint for group in candidate.groups)
+                if counts[index] and candidate.kept is None and any(axis in g.footprint for g in candidate.groups)
             ]
+            if not sharing:  # the caller reports the axis
+                break
             best = max(sharing, key=lambda index: float(self.candidates[index].scores[counts[index] - 1]))
             counts[best] = self.candidates[best].allowed(counts[best] - 1)
         return counts
@@ -142,7 +155,7 @@ class Chooser:
         best = self.refine(self.descend(classes, limits))
         while self.distance(best) > close:
             trials = []
-            for index in (index for index, count in enumerate(best) if count):
+            for index in (i for i, c in enumerate(self.candidates) if best[i] and c.kept is None):
                 fewer = self.candidates[index].allowed(best[index] - 1)
                 changed = [*limits[:index], fewer, *limits[index + 1 :]]
                 trial = self.descend(classes, changed)
@@ -162,6 +175,8 @@ class Chooser:
 
     def distance(self, counts: Sequence[int]) -> float:
         """Return the distance from a choice up to the nearest limit of the goal, as a fraction of the original cost."""
+        if self._goal is None:
+            return 0.0
         fractions = self._goal.fractions(self.price(counts), self._graph.cost)
         return min(limit - value for value, limit in fractions.values())
 
@@ -215,7 +230,7 @@ class Chooser:
                 candidate, count = self.candidates[index], counts[index]
                 fewer = candidate.allowed(count - 1) if count else 0
                 trial = [*counts[:index], fewer, *counts[index + 1 :]]
-                if not count or not self.fits(trial):
+                if fewer == count or not self.fits(trial):
                     active.discard(index)
                     continue
                 score = float(candidate.scores[fewer:count].mean())

@@ -66,14 +66,14 @@ class Prune(PlanOptions, Step):
         job.plans[job.key] = plan
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
-    def goal_in(self, goal: JobGoal, key: str) -> Goal:
-        """Return the goal of this step, or the limits of the job's `goal` if the step has none.
+    def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
+        """Return the goal of this step, or the limits of the job's `goal` if the step has none; None for `keep` alone.
 
         Raises:
-            UsageError: neither the step nor the job limits the cost.
+            UsageError: neither the step nor the job limits the cost, and no widths are given by hand.
         """
         own = self.goal or goal.cost
-        if own is None:
+        if own is None and not self.keep:
             raise UsageError(
                 f"The step {key!r} has no goal.",
                 "Neither the step nor the job limits macs or parameters.",
