@@ -75,6 +75,8 @@ def public_calls(folder):
                 "graph": graph,
                 "goal": goal,
                 "importance": "magnitude",
+                "loss": "cross-entropy",
+                "keep": None,
                 "ranking": "global",
                 "round_to": "auto",
                 "exclude": (),

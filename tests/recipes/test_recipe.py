@@ -346,8 +346,8 @@ def test_invalid_override_is_refused_with_the_form(change):
             "prune.gaol.macs=1",
             (
                 "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. "
-                "Known: importance, norm, ranking, round_to, kinds, uniform, min_keep, exclude, keep_outputs, seed, "
-                "goal. Did you mean 'goal'?"
+                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, min_keep, keep, exclude, "
+                "keep_outputs, seed, goal. Did you mean 'goal'?"
             ),
         ),
         ("student={}", "--set student={}: student.model: this key is required"),
