@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,9 +167,22 @@ def calibration() -> dict[str, Any]:
     return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
 
 
+def stages() -> dict[str, Any]:
+    layers = {
+        "layer3": nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        "layer4": nn.Sequential(OrderedDict([("0", nn.Sequential(OrderedDict(conv1=nn.Conv2d(16, 64, 3))))])),
+        "tail": nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "fc1": nn.Linear(64, 16),
+        "act": nn.ReLU(),
+        "fc": nn.Linear(16, 4),
+    }
+    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), torch.randn(1, 3, 12, 12))}
+
+
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
+    ("docs/allocation.md", "Widths by hand"): stages,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,
