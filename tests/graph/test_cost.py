@@ -15,7 +15,7 @@ LABELS = st.lists(st.integers(0, 7), min_size=1, max_size=6).map(np.array)
 TERMS = st.lists(
     st.builds(
         CostTerm,
-        st.sampled_from(["parameters", "macs", "activations"]),
+        st.sampled_from(["parameters", "macs", "activations", "size"]),
         st.sampled_from(["a", "b"]),
         st.integers(0, 9).map(float),
         st.lists(LABELS, max_size=3).map(tuple),
@@ -78,12 +78,24 @@ def test_costs_are_rounded_after_they_are_summed():
 
 
 def test_the_json_of_a_cost_has_all_fields():
-    assert Cost(1, 2, 3).to_dict() == {"parameters": 1, "macs": 2, "activations": 3}
+    expected = {"parameters": 1, "macs": 2, "activations": 3, "size": 4, "memory": 5}
+    assert Cost(1, 2, 3, 4, 5).to_dict() == expected
+
+
+def test_memory_is_the_largest_sum_of_tensors_that_exist_at_the_same_time():
+    channels = np.arange(4)
+    lives = {(0, 1): 10.0, (1, 2): 20.0, (2, 5): 5.0, (4, 5): 21.0}
+    prices = model(*(CostTerm("memory", str(life), size, (channels,), life) for life, size in lives.items()))
+    whole, half = np.ones(8, bool), np.arange(8) % 2 == 0
+    assert prices.price(whole).memory == 4 * 30
+    assert prices.price(half).memory == 2 * 30
+    assert prices.shares(whole, "memory") == {"(0, 1)": 40, "(1, 2)": 80}
+    assert model(CostTerm("size", "a", 3.0, (channels,))).shares(half, "size") == {"a": 6}
 
 
 @given(TERMS, KEEP)
 def test_a_cost_is_the_sum_of_products_of_kept_counts(terms, keep):
-    expected = {"parameters": 0, "macs": 0, "activations": 0}
+    expected = {"parameters": 0, "macs": 0, "activations": 0, "size": 0, "memory": 0}
     for term in terms:
         expected[term.quantity] += int(term.coefficient) * int(np.prod([keep[labels].sum() for labels in term.factors]))
     prices = model(*terms)

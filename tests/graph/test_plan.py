@@ -93,7 +93,8 @@ def test_a_plan_is_equal_after_a_round_trip_through_json(original):
 
 
 def test_the_json_of_a_plan_has_all_fields_and_is_not_escaped():
-    text = Plan("f", "Netz für Größe", (removal(),), Cost(32, 25, 7), Cost(20, 15, 7), goal={"macs": 0.5}).to_json()
+    before, after = Cost(32, 25, 7, 128, 40), Cost(20, 15, 7)
+    text = Plan("f", "Netz für Größe", (removal(),), before, after, goal={"macs": 0.5}).to_json()
     assert "Netz für Größe" in text
     assert json.loads(text) == {
         "kirsch_plan": 1,
@@ -103,8 +104,8 @@ def test_the_json_of_a_plan_has_all_fields_and_is_not_escaped():
         "groups": [{"name": "first", "kind": "channel", "size": 5, "removed": [0], "reason": "by hand"}],
         "blocks": [],
         "cost": {
-            "before": {"parameters": 32, "macs": 25, "activations": 7},
-            "after": {"parameters": 20, "macs": 15, "activations": 7},
+            "before": {"parameters": 32, "macs": 25, "activations": 7, "size": 128, "memory": 40},
+            "after": {"parameters": 20, "macs": 15, "activations": 7, "size": 0, "memory": 0},
         },
         "inputs": [],
         "tracing": {"outputs": [], "decisions": "refuse", "module": "", "softmax": "freeze", "as_graph": False},
@@ -258,7 +259,9 @@ def test_a_goal_that_is_missed_by_little_is_shown_with_as_many_digits_as_differ(
 
 
 def test_the_error_for_an_unknown_goal_lists_the_known_goals():
-    with pytest.raises(UsageError, match=r"has no argument 'mac'\. Known: macs, parameters\. Did you mean 'macs'\?"):
+    with pytest.raises(
+        UsageError, match=r"has no argument 'mac'\. Known: macs, parameters, size, memory\. Did you mean 'macs'\?"
+    ):
         Goal(mac=0.5)
 
 

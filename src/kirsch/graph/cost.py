@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
-WORDS = {"macs": "MACs", "parameters": "parameters"}
+WORDS = {
+    "macs": "MACs",
+    "parameters": "parameters",
+    "size": "bytes of the weights",
+    "memory": "bytes of the activations",
+}
 """Costs that a goal can limit, and their names in texts."""
 
 
@@ -34,11 +39,16 @@ class Cost:
         macs: multiply-accumulates of convolutions, linear layers and matrix products.
         activations: number of elements of the outputs of all operations; of an operation with several outputs, only the
             first is counted.
+        size: bytes of the parameters and buffers, as in a file of the weights.
+        memory: peak memory of the activations: the largest number of bytes of inputs and results of operations that
+            exist at the same time, if each is freed after the operation that reads it last, and none is overwritten.
     """
 
     parameters: int
     macs: int
     activations: int
+    size: int = 0
+    memory: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """Return the cost as JSON."""
@@ -103,6 +113,9 @@ class CostModel:
         self._coefficient = np.array([term.coefficient for term in terms], float)
         self._quantity = np.array([term.quantity for term in terms])
         self._owner = [term.owner for term in terms]
+        self._stored = self._quantity == "memory"
+        lives = np.array([term.life for term in terms], np.int64).reshape(-1, 2)[self._stored]
+        self._first, self._after_last = lives[:, 0], lives[:, 1] + 1
         self._flat = np.concatenate([*arrays, np.zeros(0, np.int64)])
         self._start = np.cumsum([0, *(len(array) for array in arrays[:-1])]) if arrays else np.zeros(0, np.int64)
 
@@ -117,10 +130,35 @@ class CostModel:
         if without:
             prefixes = tuple(f"{path}." for path in without)
             costs[[f"{owner}.".startswith(prefixes) for owner in self._owner]] = 0
-        parameters, macs, activations = (
-            round(float(costs[self._quantity == quantity].sum())) for quantity in ("parameters", "macs", "activations")
+        parameters, macs, activations, size = (
+            round(float(costs[self._quantity == quantity].sum()))
+            for quantity in ("parameters", "macs", "activations", "size")
         )
-        return Cost(parameters, macs, activations)
+        return Cost(parameters, macs, activations, size, round(float(self._memory(costs).max(initial=0))))
+
+    def _memory(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the bytes of the tensors that exist during each operation, from the costs of all terms."""
+        change = np.zeros(self._after_last.max(initial=0) + 1)
+        np.add.at(change, self._first, costs[self._stored])
+        np.add.at(change, self._after_last, -costs[self._stored])
+        return np.cumsum(change)
+
+    def shares(self, keep: NDArray[np.bool_], quantity: str) -> dict[str, int]:
+        """Return a cost of each module in the pruned model; of "memory" the bytes at the operation that needs most.
+
+        Args:
+            keep: mask of the components that stay, bool of shape (components,).
+            quantity: name of a cost in `WORDS`.
+        """
+        costs = self._term_costs(keep)
+        counted = self._quantity == quantity
+        if quantity == "memory" and counted.any():
+            peak = int(self._memory(costs).argmax())
+            counted[np.flatnonzero(counted)] = (self._first <= peak) & (peak < self._after_last)
+        shares: dict[str, int] = {}
+        for index in np.flatnonzero(counted).tolist():
+            shares[self._owner[index]] = shares.get(self._owner[index], 0) + round(float(costs[index]))
+        return shares
 
     def by_owner(self, keep: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:
         """Return the parameters and MACs of each module in the pruned model.
@@ -133,6 +171,8 @@ class CostModel:
         """
         owners: dict[str, tuple[int, int]] = {}
         for owner, quantity, value in zip(self._owner, self._quantity, self._term_costs(keep).tolist(), strict=True):
+            if quantity not in ("parameters", "macs", "activations"):
+                continue
             parameters, macs = owners.get(owner, (0, 0))
             owners[owner] = (
                 parameters + (round(value) if quantity == "parameters" else 0),

@@ -107,16 +107,19 @@ class CostTerm:
     """A cost: `coefficient` times the product, over `factors`, of the numbers of kept labels.
 
     Args:
-        quantity: "parameters", "macs" or "activations".
+        quantity: "parameters", "macs", "activations", "size" or "memory"; see `kirsch.graph.cost.Cost`.
         owner: path of the module that the cost belongs to.
-        coefficient: product of the sizes of the axes without labels.
+        coefficient: product of the sizes of the axes without labels; for "size" and "memory", times the bytes of a
+            number.
         factors: label arrays of the other axes.
+        life: for "memory", the positions of the operations that write a tensor first and read it last.
     """
 
     quantity: str
     owner: str
     coefficient: float
     factors: tuple[Labels, ...]
+    life: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -248,13 +251,20 @@ class Facts:
         if axis is not None:
             self.floors.append((axis, least))
 
-    def cost(self, quantity: str, coefficient: float, factors: Sequence[Axis], owner: str = "") -> None:
+    def cost(
+        self,
+        quantity: str,
+        coefficient: float,
+        factors: Sequence[Axis],
+        owner: str = "",
+        life: tuple[int, int] = (0, 0),
+    ) -> None:
         """Record a cost. `coefficient` must include the sizes of axes without labels; `owner` defaults to the module.
 
         For the arguments see `CostTerm`.
         """
         labeled = tuple(axis for axis in factors if axis is not None)
-        self.terms.append(CostTerm(quantity, owner or self.operation.module, float(coefficient), labeled))
+        self.terms.append(CostTerm(quantity, owner or self.operation.module, float(coefficient), labeled, life))
 
     def split(self, cells: Labels, kind: str) -> tuple[Axis, ...]:
         """Return the labels of the new axes after a reshape (C) -> (A, B, ...).

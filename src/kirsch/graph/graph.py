@@ -12,7 +12,7 @@ import numpy as np
 
 from kirsch.arguments import checked
 from kirsch.graph import constants, coupling, layout
-from kirsch.graph.cost import WORDS, Cost, CostModel, GroupCost
+from kirsch.graph.cost import Cost, CostModel, GroupCost
 from kirsch.graph.explain import explain
 from kirsch.graph.group import find_groups
 from kirsch.graph.inputs import InputSpec, tensors
@@ -163,7 +163,7 @@ class Graph(Printable):
         """
         counted = np.zeros(len(solved.frozen), bool)
         for term in self.facts.terms:
-            if term.quantity in WORDS:
+            if term.quantity in ("parameters", "macs"):
                 for labels in term.factors:
                     counted[solved.component[labels]] = True
         return tuple(group for group in groups if counted[group.components].any())

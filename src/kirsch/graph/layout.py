@@ -91,7 +91,7 @@ def graph_parts(
     parts: list[Part] = [[Piece(model, "strong"), Piece(size)], []]
     if groups:
         parts += [_tree(groups), []]
-        if any(sum(getattr(group, name) for group in groups) > getattr(cost, name) for name in WORDS):
+        if any(sum(getattr(group, name) for group in groups) > getattr(cost, name) for name in ("parameters", "macs")):
             parts += [[Piece(OVERLAP, "faint")], []]
     else:
         parts += [[Piece("no groups", "warning"), Piece("  no unit of this model can be removed")], []]
@@ -214,7 +214,8 @@ def cost_table(before: Cost, after: Cost, goal: Mapping[str, float]) -> Table:
     """Return the cost before and after, with the remaining share and the goal."""
     rows: list[list[Cell]] = []
     old, new = before.to_dict(), after.to_dict()
-    for key, name in (("parameters", "parameters"), ("macs", "MACs"), ("activations", "activations")):
+    names = {"parameters": "parameters", "macs": "MACs", "activations": "activations"}
+    for key, name in (names | {key: WORDS[key] for key in goal}).items():
         share = figures.percent(new[key] / max(old[key], 1))
         row: list[Cell] = [
             name,

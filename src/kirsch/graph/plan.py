@@ -48,6 +48,9 @@ class Goal(Printable):
             and below 1.
         parameters: largest number of parameters of the pruned model, as a fraction of that of the original; above 0 and
             below 1.
+        size: largest number of bytes of the parameters and buffers, as in a file of the weights; above 0 and below 1.
+        memory: largest peak memory of the activations for the example inputs; above 0 and below 1. See
+            `kirsch.graph.cost.Cost`.
 
     Raises:
         GoalError: both limits are None, or a fraction is out of range.
@@ -57,6 +60,8 @@ class Goal(Printable):
 
     macs: float | None = None
     parameters: float | None = None
+    size: float | None = None
+    memory: float | None = None
 
     @staticmethod
     def refuse_argument(name: str) -> GoalError | None:
@@ -66,10 +71,11 @@ class Goal(Printable):
         return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.parameters is None:
+        limits = self.to_dict()
+        if not limits:
             raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or parameters=0.5.")
-        for name, value in (("macs", self.macs), ("parameters", self.parameters)):
-            if value is not None and not (math.isfinite(value) and 0 < value < 1):
+        for name, value in limits.items():
+            if not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(
                     f"The goal {name}={value} is out of range.",
                     "A goal is a fraction of the original, between 0 and 1 (exclusive).",
@@ -83,12 +89,10 @@ class Goal(Printable):
 
     def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
         """Return for each limit (cost as a fraction of the original, largest fraction allowed), keyed by its name."""
-        fractions = {}
-        if self.macs is not None:
-            fractions["macs"] = (cost.macs / max(original.macs, 1), self.macs)
-        if self.parameters is not None:
-            fractions["parameters"] = (cost.parameters / max(original.parameters, 1), self.parameters)
-        return fractions
+        return {
+            name: (getattr(cost, name) / max(getattr(original, name), 1), limit)
+            for name, limit in self.to_dict().items()
+        }
 
     def met_by(self, cost: Cost, original: Cost) -> bool:
         """Return whether a cost is within every limit."""
@@ -105,9 +109,8 @@ class Goal(Printable):
 
     def to_dict(self) -> dict[str, float]:
         """Return the limits as JSON."""
-        return {
-            name: value for name, value in (("macs", self.macs), ("parameters", self.parameters)) if value is not None
-        }
+        limits = {name: getattr(self, name) for name in WORDS}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from kirsch import strict_json
 from kirsch.errors import PlanError
 from kirsch.graph import inputs
+from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import DECISIONS, SOFTMAX
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.json_schema import (
@@ -79,12 +80,14 @@ def _input(value: Any, path: str) -> Any:
 
 NESTED = record({"name": text(), "kind": one_of(inputs.CONTAINERS), "items": array(_input)})
 _PLANNED = (*KINDS, BLOCK)
-COST = record(dict.fromkeys(("parameters", "macs", "activations"), integer(0)))
+COST = record(
+    dict.fromkeys(("parameters", "macs", "activations"), integer(0)), dict.fromkeys(("size", "memory"), integer(0))
+)
 PLAN = record(
     {
         "kirsch_plan": one_of((VERSION,)),
         "model": record({"class": text(1), "fingerprint": _fingerprint, "parameters": integer(0)}),
-        "goal": record({}, dict.fromkeys(("macs", "parameters"), number(above=0, below=1))),
+        "goal": record({}, dict.fromkeys(WORDS, number(above=0, below=1))),
         "method": record(
             {},
             {

@@ -53,7 +53,7 @@ def _cost_of(graph: Graph, least: Least, otherwise: Least) -> str:
         return "does not change the least cost that can be reached"
     more = f" and {len(by_macs) - LAYERS} more" if len(by_macs) > LAYERS else ""
     shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in by_macs[:LAYERS])
-    words = {name: word for name, word in WORDS.items() if getattr(graph.cost, name)}
+    words = {name: WORDS[name] for name in ("macs", "parameters") if getattr(graph.cost, name)}
     least_shares, shares = (
         {word: getattr(cost, name) / getattr(graph.cost, name) for name, word in words.items()}
         for cost in (least.cost, otherwise.cost)

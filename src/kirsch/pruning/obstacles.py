@@ -100,12 +100,12 @@ def _causes(graph: Graph, goal: Goal, options: PlanOptions, least: Least) -> lis
     """Return the layers with most of the remaining cost, their shares of the original, and the reasons."""
     fractions = goal.fractions(least.cost, graph.cost)
     missed = max(fractions, key=lambda name: fractions[name][0] - fractions[name][1])
-    index, word, total = int(missed == "macs"), WORDS[missed], getattr(graph.cost, missed)
+    word, total = WORDS[missed], getattr(graph.cost, missed)
     costs_by_cause: dict[str, dict[str, int]] = {}
     explain = _CauseFinder(graph, options)
-    for owner, costs in graph.prices.by_owner(least.keep).items():
-        if costs[index]:
-            costs_by_cause.setdefault(explain(owner), {})[owner] = costs[index]
+    for owner, cost in graph.prices.shares(least.keep, missed).items():
+        if cost:
+            costs_by_cause.setdefault(explain(owner), {})[owner] = cost
     largest = sorted(costs_by_cause.items(), key=lambda item: -sum(item[1].values()))[:MAX_SHOWN]
     return [
         f"{sum(owners.values()) / total:.1%} of the {word} in {_layer_list(owners, total)}, {cause}"

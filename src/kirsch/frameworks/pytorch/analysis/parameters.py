@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 
 def add_costs(model: nn.Module, facts: Facts, tensors: dict[str, Tensor]) -> None:
-    """Record each parameter as a cost of its module."""
-    for name, _ in model.named_parameters():
-        tensor = tensors[name]
-        constant = 1
-        for size, axis in zip(tensor.shape, tensor.axes, strict=True):
-            constant *= size if axis is None else 1
-        facts.cost("parameters", constant, tensor.axes, owner=name.rpartition(".")[0])
+    """Record the number of each parameter, and the bytes of each parameter and buffer, as costs of their module."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        tensor, owner = tensors[name], name.rpartition(".")[0]
+        constant = math.prod(size for size, axis in zip(tensor.shape, tensor.axes, strict=True) if axis is None)
+        if name in parameters:
+            facts.cost("parameters", constant, tensor.axes, owner)
+        facts.cost("size", constant * value.element_size(), tensor.axes, owner)
 
 
 def freeze_unused(unused: set[int], facts: Facts, tensors: dict[str, Tensor]) -> None:

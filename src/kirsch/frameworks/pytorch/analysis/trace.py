@@ -22,6 +22,7 @@ from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Comparison, TracedInt
+from kirsch.frameworks.pytorch.analysis.memory import add_memory
 from kirsch.frameworks.pytorch.analysis.node_call import call_of
 from kirsch.frameworks.pytorch.analysis.operation import OperationContext
 from kirsch.frameworks.pytorch.analysis.parameters import (
@@ -160,6 +161,8 @@ def _walk(
         walk.visit(node)
     selected = frozenset(index for index, name in outputs.items() if name in selected_names)
     walk.freeze_outputs(outputs, selected)
+    if not training:
+        add_memory(program, walk.states, walk.weights, {node: _module(node) for node in walk.states}, facts)
     if not tracing.as_graph:
         walk.pin_numbers()
     modules = not training and not tracing.as_graph
@@ -215,7 +218,12 @@ def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
 
 
 class _Walk:
-    """Visits the nodes in order; `states` maps each node to the labels of its result."""
+    """Visits the nodes in order.
+
+    Attributes:
+        states: node → labels of its result.
+        weights: nodes that are computed from parameters and constants only.
+    """
 
     def __init__(
         self,
@@ -241,7 +249,7 @@ class _Walk:
         self._outputs: list[Any] = []
         self._index: dict[Node, int] = {}
         self._batch = batch
-        self._weights: set[Node] = set()  # computed from parameters and constants only
+        self.weights: set[Node] = set()
         self._by_call: dict[int, list[Any]] = {}
         self._tied: dict[int, set[int]] = {}  # number of a call → its integers that a rule has tied to an axis
         self._origin: dict[int, Operation] = {}  # the first operation of each call
@@ -256,8 +264,8 @@ class _Walk:
             self.states[node] = self.states[source][item]  # type: ignore[index]
             if source in self._causes:
                 self._causes[node] = self._causes[source]  # type: ignore[index]
-            if source in self._weights:
-                self._weights.add(node)
+            if source in self.weights:
+                self.weights.add(node)
         elif node.op == "call_function":
             self.states[node] = self._operation(node)
         elif node.op == "output":
@@ -269,7 +277,7 @@ class _Walk:
 
     def _input(self, node: Node) -> Tensor | None:
         if node.name in self._slots or node.name in self._constants:
-            self._weights.add(node)
+            self.weights.add(node)
         if node.name in self._slots:
             return self._tensors[self._slots[node.name]]
         value = node.meta.get("val")
@@ -296,9 +304,9 @@ class _Walk:
             call = call_of(node)
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
-        weights = {id(self.states[source]) for source in inputs if source in self._weights}
-        if inputs and self._weights.issuperset(inputs):
-            self._weights.add(node)
+        weights = {id(self.states[source]) for source in inputs if source in self.weights}
+        if inputs and self.weights.issuperset(inputs):
+            self.weights.add(node)
         op = OperationContext(
             facts,
             name_of(node).removeprefix("aten."),
@@ -352,7 +360,7 @@ class _Walk:
         for layer in layers or []:
             for source, axis in zip(layer.all_input_nodes[1:], (1, 0), strict=False):
                 weight = self.states[source]
-                if isinstance(weight, Tensor) and source in self._weights and len(weight.axes) > 1:
+                if isinstance(weight, Tensor) and source in self.weights and len(weight.axes) > 1:
                     name = name_of(layer).rpartition(".")[2]
                     into = axis if name == "linear" else len(weight.axes) - 2
                     self._facts.mark(weight.axes[into], "into sum")

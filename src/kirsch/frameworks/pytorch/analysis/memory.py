@@ -1,0 +1,68 @@
+"""Memory of the activations: which tensors exist during each operation."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from kirsch.graph.labels import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch.export import ExportedProgram
+    from torch.fx import Node
+
+    from kirsch.graph.facts import Facts
+
+
+def add_memory(
+    program: ExportedProgram,
+    states: Mapping[Node, Any],
+    weights: Collection[Node],
+    owners: Mapping[Node, str],
+    facts: Facts,
+) -> None:
+    """Record the bytes of each tensor and the operations between which it exists, as costs of the kind "memory".
+
+    A view, such as the result of a reshape, has no memory of its own; the tensor exists until its last view is read.
+
+    Args:
+        program: the operations.
+        states: labels of the results of each operation.
+        weights: operations that only depend on parameters and constants; they are not activations.
+        owners: path of the module of each operation.
+        facts: receives the costs.
+    """
+    first: dict[Node, int] = {}
+    last: dict[Node, int] = {}
+    holder: dict[Node, Node] = {}  # operation → operation whose result holds its memory
+    for position, node in enumerate(program.graph.nodes):
+        inputs = node.all_input_nodes
+        holder[node] = holder[inputs[0]] if inputs and _is_view(node) else node
+        first[node] = last[node] = position
+        for source in inputs:
+            last[holder[source]] = position
+    for node, start in first.items():
+        if holder[node] is not node or node in weights or node.op == "output":
+            continue
+        arrays = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
+        labeled = [state for state in tree_leaves(states.get(node)) if isinstance(state, Tensor)]
+        for state, value in zip(labeled, arrays, strict=False):
+            constant = math.prod(size for size, axis in zip(state.shape, state.axes, strict=True) if axis is None)
+            life = start, last[node]
+            facts.cost("memory", constant * value.element_size(), state.axes, owners.get(node, ""), life)
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments:
+        return False
+    alias = schema.arguments[0].alias_info
+    return (alias is not None and not alias.is_write) or schema.name == "aten::_unsafe_view"

@@ -1,0 +1,96 @@
+"""Goals on the bytes of the weights and the peak memory of the activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kirsch
+from kirsch.errors import GoalError
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+class Residual(nn.Module):
+    """A residual block, whose input exists until the sum."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.inner, self.norm, self.outer = (
+            nn.Conv2d(width, hidden, 1),
+            nn.BatchNorm2d(hidden),
+            nn.Conv2d(hidden, width, 1),
+        )
+
+    def forward(self, x):
+        return x + self.outer(self.norm(self.inner(x)).relu())
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        Residual(16, 48),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 40),
+        nn.ReLU(),
+        nn.Linear(40, 4),
+    ).eval()
+
+
+def test_size_is_the_bytes_of_parameters_and_buffers():
+    model = network().half()
+    graph = kirsch.trace(model, IMAGES.half())
+    tensors = [*model.parameters(), *model.buffers()]
+    assert graph.cost.size == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_memory_is_that_of_the_tensors_that_exist_at_the_same_time():
+    graph = kirsch.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(1, 4))
+    assert graph.cost.memory == (8 + 8) * 4  # input and output of the ReLU
+    graph = kirsch.trace(network(), IMAGES)
+    pixels = 2 * 16 * 16
+    assert graph.cost.memory == (16 + 48 + 48) * pixels * 4  # input of the block, input and output of an inner layer
+
+
+def test_views_have_no_memory_of_their_own():
+    class Reshaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 2)
+
+        def forward(self, x):
+            first, second = x.transpose(0, 1).reshape(4, 16).split(8, dim=1)
+            return self.layer(first) + second.sum()
+
+    # The transposed input is copied by the reshape. The copy exists until its second part is read.
+    assert kirsch.trace(Reshaped(), torch.randn(8, 8)).cost.memory == (64 + 64) * 4
+
+
+@pytest.mark.parametrize("goal", [{"size": 0.5}, {"memory": 0.6}, {"macs": 0.6, "memory": 0.7, "size": 0.8}])
+def test_the_goal_is_met_within_one_percent_and_by_the_pruned_model(goal):
+    model, target = network(), kirsch.Goal(**goal)
+    plan = kirsch.plan(kirsch.trace(model, IMAGES), target, round_to=1)
+    reached = target.fractions(plan.after, plan.before)
+    assert all(value <= limit for value, limit in reached.values())
+    assert min(limit - value for value, limit in reached.values()) < 0.01
+    assert kirsch.trace(kirsch.prune(model, plan), IMAGES).cost == plan.after
+    assert kirsch.Plan.from_json(plan.to_json()).after == plan.after
+
+
+def test_an_unreachable_memory_goal_names_the_layers_at_the_peak():
+    graph = kirsch.trace(network(), IMAGES)
+    with pytest.raises(
+        GoalError, match=r"memory 10% is requested.*of the bytes of the activations in `1\.inner`"
+    ):
+        kirsch.plan(graph, kirsch.Goal(memory=0.1), kinds=["channel"], exclude="1.inner")
+
+
+def test_a_printed_plan_has_a_row_for_each_limit():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGES), kirsch.Goal(size=0.6, memory=0.9))
+    text = str(plan)
+    assert "bytes of the weights" in text
+    assert "goal met: ≤ 60 %" in text
+    assert "bytes of the activations" in text
