@@ -82,9 +82,7 @@ def test_the_goal_is_met_within_one_percent_and_by_the_pruned_model(goal):
 
 def test_an_unreachable_memory_goal_names_the_layers_at_the_peak():
     graph = kirsch.trace(network(), IMAGES)
-    with pytest.raises(
-        GoalError, match=r"memory 10% is requested.*of the bytes of the activations in `1\.inner`"
-    ):
+    with pytest.raises(GoalError, match=r"memory 10% is requested.*of the bytes of the activations in `1\.inner`"):
         kirsch.plan(graph, kirsch.Goal(memory=0.1), kinds=["channel"], exclude="1.inner")
 
 

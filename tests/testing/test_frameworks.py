@@ -189,12 +189,12 @@ FAULTS = [
     ),
     (
         "check_activations_belong_to_weights_and_samples",
-        planted("calibration", reads=without_the_first_sample(CALIBRATION.reads)),
+        planted("calibration", weight_inputs=without_the_first_sample(CALIBRATION.weight_inputs)),
         "positions of 24 samples",
     ),
     (
         "check_activations_belong_to_weights_and_samples",
-        planted("calibration", patches=without_the_first_sample(CALIBRATION.patches)),
+        planted("calibration", weight_input_patches=without_the_first_sample(CALIBRATION.weight_input_patches)),
         "the patches of",
     ),
     (

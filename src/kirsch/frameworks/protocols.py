@@ -63,7 +63,9 @@ class Calibration(Protocol):
     def block_features(self, graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
         """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
 
-    def reads(self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]) -> None:
+    def weight_inputs(
+        self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]
+    ) -> None:
         """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations.
 
         `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
@@ -71,7 +73,7 @@ class Calibration(Protocol):
         stack of the weights of experts, `experts` is the index on its axis 0 for each position; else None.
         """
 
-    def patches(
+    def weight_input_patches(
         self,
         graph: Graph,
         inputs: Any,
@@ -81,7 +83,7 @@ class Calibration(Protocol):
         """Call `see(name, axis, labels, groups, x, experts)` for each product of a named weight with activations.
 
         `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
-        layer reads, shape (outputs, channels, kernel size). The other arguments are those of `reads`.
+        layer reads, shape (outputs, channels, kernel size). The other arguments are those of `weight_inputs`.
         """
 
     def weights(self, graph: Graph) -> dict[str, Any]:

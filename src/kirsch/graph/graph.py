@@ -191,7 +191,7 @@ class Graph(Printable):
         marked[0] = False
         return [key for key in group.footprint if marked[self.axes[key]].any()]
 
-    def reading_axes(self, group: Group) -> list[ParameterAxis]:
+    def input_axes(self, group: Group) -> list[ParameterAxis]:
         """Return the axes of weights over which a layer sums products of weights and units of a group."""
         return self.axes_with(group, "contracted")
 

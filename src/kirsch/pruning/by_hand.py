@@ -85,7 +85,7 @@ def _produced_by(graph: Graph, path: str, groups: Sequence[Group], least_axes: i
     """Return the groups whose units are outputs of a layer, by its parameters with at least some number of axes."""
     found = []
     for group in groups:
-        reading = set(graph.reading_axes(group))
+        reading = set(graph.input_axes(group))
         for name, axis in group.footprint:
             own = name in graph.parameters and name.rpartition(".")[0] == path
             if own and (name, axis) not in reading and len(graph.tensors[name].shape) >= least_axes:

@@ -76,7 +76,7 @@ def _structure(graph: Graph, group: Group) -> tuple[str, tuple[tuple[int, int, b
 
     Groups with equal results occur in layers of the same types that are connected in the same way; sizes may differ.
     """
-    reading = set(graph.reading_axes(group))
+    reading = set(graph.input_axes(group))
     roles = [(len(graph.tensors[name].shape), axis, (name, axis) in reading) for name, axis in group.footprint]
     return group.kind, tuple(sorted(roles))
 

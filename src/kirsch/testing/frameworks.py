@@ -213,7 +213,7 @@ def check_loss_without_units_is_that_of_the_pruned_model(example: FrameworkExamp
 
 
 def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -> None:
-    """`reads` and `patches` pass the activations of each sample for each channel of a weight."""
+    """`weight_inputs` and `weight_input_patches` pass the activations of each sample for each channel of a weight."""
     calibration, model = example.framework.calibration, example.model()
     graph = _traced(example, model)
     outputs = calibration.outputs(graph, example.inputs)
@@ -232,7 +232,7 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
             assert x.shape[1] % graph.tensors[name].shape[axis] == 0, f"axis {axis} of {name!r} has another size"
             found[name] = host(x).astype(np.float64).sum(0)
 
-        calibration.reads(graph, inputs, see)
+        calibration.weight_inputs(graph, inputs, see)
         assert found, "no weight reads activations"
         sums.append(found)
     for name, whole in sums[0].items():
@@ -245,7 +245,7 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
         if x.shape[2] == 1:
             _assert_close(host(x).sum((0, 2)), sums[0][name], f"the patches of {name!r}")
 
-    calibration.patches(graph, example.inputs, list(sums[0]), see_patches)
+    calibration.weight_input_patches(graph, example.inputs, list(sums[0]), see_patches)
 
 
 def _traced(example: FrameworkExample, model: Any) -> Graph:

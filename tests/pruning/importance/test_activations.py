@@ -78,8 +78,8 @@ def test_a_grouped_convolution_is_read_with_the_weights_of_each_group():
     images = torch.ones(2, 1, 3, 3, dtype=torch.float64)
     graph = trace(model, images)
     statistics = Statistics(graph, [Batch(images)])
-    read = statistics.reads(graph.groups[0])[0]
-    np.testing.assert_allclose(read.mean_absolute, [1, 2, 3, 4])
+    inputs = statistics.of_inputs(graph.groups[0])[0]
+    np.testing.assert_allclose(inputs.mean_absolute, [1, 2, 3, 4])
     weight = model[1].weight.detach().abs().squeeze().numpy()  # (6, 2): rows 0 to 2 read channels 0 and 1
     products = np.array([1, 2, 3, 4]) * np.concatenate([weight[:3].sum(0), weight[3:].sum(0)])
     for group in graph.groups:

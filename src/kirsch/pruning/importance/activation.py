@@ -25,5 +25,5 @@ def activation(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray
 
     Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2.
     """
-    means = [mean_per_unit(graph, group, read.labels, read.mean_absolute) for read in statistics.reads(group)]
+    means = [mean_per_unit(graph, group, inputs.labels, inputs.mean_absolute) for inputs in statistics.of_inputs(group)]
     return np.asarray(np.mean([relative_to_mean(values) for values in means], axis=0))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Read:
+class InputStatistics:
     """Statistics of the activations that one weight reads, over all positions of all samples.
 
     Arrays have the shape (channels,). If the weight is a stack of the weights of experts, they have one value for each
@@ -70,7 +70,7 @@ class Read:
         return self.nonzero / self.count
 
 
-def read_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Batch]) -> dict[str, Read]:
+def input_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Batch]) -> dict[str, InputStatistics]:
     """Return the statistics of the activations that each weight reads, by the path of the weight.
 
     Positions that an attention mask marks as padding do not count. Memory does not grow with the number of batches.
@@ -79,7 +79,7 @@ def read_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Ba
         NumericError: an activation is NaN or infinite.
         UsageError: padding cannot be left out.
     """
-    found: dict[str, Read] = {}
+    found: dict[str, InputStatistics] = {}
     for batch in batches:
         padding = Padding(batch)
 
@@ -98,9 +98,11 @@ def read_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Ba
                 _add(found[name], x.shape[0], sums)
             else:
                 of_channels, of_experts = _labels(graph, name, labels, x.shape[1], experts)
-                found[name] = Read(name, axis, of_channels, x.shape[0], sums[0], sums[1], sums[2], sums[3], of_experts)
+                found[name] = InputStatistics(
+                    name, axis, of_channels, x.shape[0], sums[0], sums[1], sums[2], sums[3], of_experts
+                )
 
-        calibration.reads(graph, batch.inputs, see)
+        calibration.weight_inputs(graph, batch.inputs, see)
     return found
 
 
@@ -121,7 +123,7 @@ def _sums_by_expert(x: Any, experts: NDArray[np.int64], number: int) -> NDArray[
 def _labels(
     graph: Graph, name: str, labels: Labels | None, channels: int, experts: Any
 ) -> tuple[Labels, Labels | None]:
-    """Return the labels of the channels and of the experts for each value of a `Read`."""
+    """Return the labels of the channels and of the experts for each value of `InputStatistics`."""
     if labels is None:
         labels = np.zeros(channels, np.int64)  # the label 0 is frozen
     if experts is None:
@@ -130,12 +132,12 @@ def _labels(
     return np.tile(labels, len(of_experts)), np.repeat(of_experts, channels)
 
 
-def _add(read: Read, count: int, sums: NDArray[np.float64]) -> None:
-    read.count += count
-    read.total += sums[0]
-    read.absolute += sums[1]
-    read.squares += sums[2]
-    read.nonzero += sums[3]
+def _add(inputs: InputStatistics, count: int, sums: NDArray[np.float64]) -> None:
+    inputs.count += count
+    inputs.total += sums[0]
+    inputs.absolute += sums[1]
+    inputs.squares += sums[2]
+    inputs.nonzero += sums[3]
 
 
 class Padding:
@@ -172,14 +174,16 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 """Names of inputs that are 0 where a token is padding."""
 
 
-def column_sums(graph: Graph, read: Read, power: int) -> NDArray[np.float64]:
-    """Return the sum of |w|^power over the weights that multiply each value of a `Read`."""
-    powers = np.abs(graph.values(read.name).astype(np.float64)) ** power
-    if read.experts is not None:  # (experts, ...)
-        return np.asarray(powers.sum(3 - read.axis).ravel())
-    groups = len(read.labels) // powers.shape[read.axis]  # a convolution with groups: (output channels, columns, ...)
+def column_sums(graph: Graph, inputs: InputStatistics, power: int) -> NDArray[np.float64]:
+    """Return the sum of |w|^power over the weights that multiply each value of `InputStatistics`."""
+    powers = np.abs(graph.values(inputs.name).astype(np.float64)) ** power
+    if inputs.experts is not None:  # (experts, ...)
+        return np.asarray(powers.sum(3 - inputs.axis).ravel())
+    groups = (
+        len(inputs.labels) // powers.shape[inputs.axis]
+    )  # a convolution with groups: (output channels, columns, ...)
     if groups == 1:
-        return np.asarray(powers.sum(tuple(other for other in range(powers.ndim) if other != read.axis)))
+        return np.asarray(powers.sum(tuple(other for other in range(powers.ndim) if other != inputs.axis)))
     by_group = powers.reshape(groups, -1, powers.shape[1], int(np.prod(powers.shape[2:])))
     return np.asarray(by_group.sum((1, 3)).ravel())
 
@@ -232,7 +236,7 @@ def contribution_products(
                 gram, key = ops.einsum("pgi,pgj->gij", rows, rows), (name, expert)
                 grams[key] = grams[key] + gram if key in grams else gram
 
-        calibration.patches(graph, batch.inputs, names, see)
+        calibration.weight_input_patches(graph, batch.inputs, names, see)
     found = []
     for name, (labels, axis) in layers.items():
         weight = graph.values(name).astype(np.float64)

@@ -25,5 +25,7 @@ def apoz(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.fl
 
     Source: Hu et al. 2016, arXiv:1607.03250, equation 1.
     """
-    shares = [mean_per_unit(graph, group, read.labels, read.share_of_nonzero) for read in statistics.reads(group)]
+    shares = [
+        mean_per_unit(graph, group, inputs.labels, inputs.share_of_nonzero) for inputs in statistics.of_inputs(group)
+    ]
     return np.asarray(np.mean(shares, axis=0))

@@ -28,8 +28,8 @@ def flap(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.fl
     Source: An et al. 2024, arXiv:2312.11983, equations 4 and 5.
     """
     scores = []
-    for read in statistics.reads(group):
-        values = sum_per_unit(graph, group, read.labels, read.variance * column_sums(graph, read, 2))
+    for inputs in statistics.of_inputs(group):
+        values = sum_per_unit(graph, group, inputs.labels, inputs.variance * column_sums(graph, inputs, 2))
         deviation = values.std()
         scores.append((values - values.mean()) / (deviation if deviation > 0 else 1.0))
     return np.asarray(np.mean(scores, axis=0))

@@ -25,7 +25,7 @@ def fpgm(graph: Graph, group: Group) -> NDArray[np.float64]:
 
     Source: He et al. 2019, arXiv:1811.00250, section 3.3.
     """
-    reading = set(graph.reading_axes(group))
+    reading = set(graph.input_axes(group))
     keys = weight_axes(graph, group)
     keys = [key for key in keys if key not in reading] or keys
     total = np.zeros(group.size)

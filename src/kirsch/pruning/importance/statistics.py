@@ -14,7 +14,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import Read, contribution_products, read_statistics
+from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Statistics:
 
     # ------------------------------------------------------------------------------------------------ activations
 
-    def reads(self, group: Group) -> list[Read]:
+    def of_inputs(self, group: Group) -> list[InputStatistics]:
         """Return the statistics of the activations of a group where weights read them.
 
         The activations of an expert are those that its weights read.
@@ -159,12 +159,12 @@ class Statistics:
         Raises:
             UsageError: no weight reads the units of the group.
         """
-        found = [self._reads[name] for name, _ in self._graph.reading_axes(group) if name in self._reads]
-        found = found or [read for read in self._reads.values() if self._occurs(group, read.labels)]
+        found = [self._of_inputs[name] for name, _ in self._graph.input_axes(group) if name in self._of_inputs]
+        found = found or [inputs for inputs in self._of_inputs.values() if self._occurs(group, inputs.labels)]
         found = found or [
-            replace(read, labels=read.experts)
-            for read in self._reads.values()
-            if read.experts is not None and self._occurs(group, read.experts)
+            replace(inputs, labels=inputs.experts)
+            for inputs in self._of_inputs.values()
+            if inputs.experts is not None and self._occurs(group, inputs.experts)
         ]
         if not found:
             raise UsageError(
@@ -179,7 +179,7 @@ class Statistics:
 
         See `kirsch.pruning.importance.activations.contribution_products`. Runs the model on all batches.
         """
-        names = [read.name for read in self.reads(group)]
+        names = [inputs.name for inputs in self.of_inputs(group)]
         found = []
         for labels, products in contribution_products(self._graph, self._calibration, self._batches, names):
             if self._occurs(group, labels):
@@ -191,8 +191,8 @@ class Statistics:
         return bool((unit_of_index(self._graph, group, labels) >= 0).any())
 
     @cached_property
-    def _reads(self) -> dict[str, Read]:
-        return read_statistics(self._graph, self._calibration, self._batches)
+    def _of_inputs(self) -> dict[str, InputStatistics]:
+        return input_statistics(self._graph, self._calibration, self._batches)
 
     # ------------------------------------------------------------------------------------------------ helpers
 
@@ -255,7 +255,7 @@ class Statistics:
 
 def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
     """Return the parameter axes whose products are summed for the gate of a unit, and a factor of the sum."""
-    reading = graph.reading_axes(group)
+    reading = graph.input_axes(group)
     if reading:
         return reading, 1.0
     parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]

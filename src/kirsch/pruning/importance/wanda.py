@@ -28,7 +28,7 @@ def wanda(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.f
         arXiv:2312.11983.
     """
     scores = []
-    for read in statistics.reads(group):
-        products = read.root_mean_square * column_sums(graph, read, 1)
-        scores.append(relative_to_mean(sum_per_unit(graph, group, read.labels, products)))
+    for inputs in statistics.of_inputs(group):
+        products = inputs.root_mean_square * column_sums(graph, inputs, 1)
+        scores.append(relative_to_mean(sum_per_unit(graph, group, inputs.labels, products)))
     return np.asarray(np.mean(scores, axis=0))

@@ -2,6 +2,15 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
-from kirsch.frameworks.pytorch.calibration.reads import patches, reads
+from kirsch.frameworks.pytorch.calibration.weight_inputs import weight_input_patches, weight_inputs
 
-__all__ = ["block_features", "gradients", "hessian_products", "loss_without", "outputs", "patches", "reads", "weights"]
+__all__ = [
+    "block_features",
+    "gradients",
+    "hessian_products",
+    "loss_without",
+    "outputs",
+    "weight_input_patches",
+    "weight_inputs",
+    "weights",
+]

@@ -46,7 +46,7 @@ class _Storage(NamedTuple):
     experts: torch.Tensor | None = None
 
 
-def reads(graph: Graph, inputs: Any, see: See) -> None:
+def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
     """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations in a run of the model.
 
     The model runs in inference mode, without gradient.
@@ -64,15 +64,15 @@ def reads(graph: Graph, inputs: Any, see: See) -> None:
     _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
-def patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
+def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
     """Call `see(name, axis, labels, groups, x, experts)` for each product of one of the named weights with activations.
 
     Args:
-        graph, inputs: see `reads`.
+        graph, inputs: see `weight_inputs`.
         names: paths of weights.
         see: called with the path of the weight, the axis over which the product is summed, the labels of the channels,
             the number of groups of a convolution (else 1), the activations that each output of the layer reads,
-            shape (outputs, channels, kernel size), and the experts of `reads`. For a transposed convolution, an
+            shape (outputs, channels, kernel size), and the experts of `weight_inputs`. For a transposed convolution, an
             activation is read by several outputs; it is passed once, with kernel size 1.
     """
     labels = _ChannelLabels(graph)
