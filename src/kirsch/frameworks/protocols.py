@@ -83,7 +83,8 @@ class Calibration(Protocol):
         """Call `see(name, axis, labels, groups, x, experts)` for each product of a named weight with activations.
 
         `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
-        layer reads, shape (outputs, channels, kernel size). The other arguments are those of `weight_inputs`.
+        layer reads, shape (outputs, channels, kernel size), of one sample at a time for a kernel larger than 1. The
+        other arguments are those of `weight_inputs`.
         """
 
     def weights(self, graph: Graph) -> dict[str, Any]:

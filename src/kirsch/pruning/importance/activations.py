@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.frameworks.protocols import Calibration
     from kirsch.graph.graph import Graph
+    from kirsch.graph.group import ParameterAxis
     from kirsch.graph.labels import Labels
 
 
@@ -33,45 +34,76 @@ class InputStatistics:
     Args:
         name, axis: the weight, and the axis over which its products with the activations are summed.
         labels: labels of the channels.
-        count: number of positions.
-        total, absolute, squares, nonzero: sums over the positions of x, |x|, x², and the number of values that are
+        positions: number of positions, of all experts together.
+        count: number of positions of each value.
+        total, absolute, squares, nonzero: sums over these positions of x, |x|, x², and the number of values that are
             not 0.
+        centered: sums over these positions of the squared difference from their mean.
         experts: labels of the experts; None for other weights.
     """
 
     name: str
     axis: int
     labels: Labels
-    count: int
+    positions: int
+    count: NDArray[np.float64]
     total: NDArray[np.float64]
     absolute: NDArray[np.float64]
     squares: NDArray[np.float64]
     nonzero: NDArray[np.float64]
+    centered: NDArray[np.float64]
     experts: Labels | None = None
 
     @property
     def mean_absolute(self) -> NDArray[np.float64]:
         """Mean of |x| of each channel."""
-        return self.absolute / self.count
+        return self.absolute / self.positions
 
     @property
     def root_mean_square(self) -> NDArray[np.float64]:
         """Root of the mean of x² of each channel."""
-        return np.asarray(np.sqrt(self.squares / self.count))
+        return np.asarray(np.sqrt(self.squares / self.positions))
 
     @property
     def variance(self) -> NDArray[np.float64]:
         """Variance of each channel over the positions."""
-        return np.maximum(self.squares / self.count - (self.total / self.count) ** 2, 0)
+        others = self.positions - self.count  # with activation 0
+        return (self.centered + _between(self.count, self.total, others, np.zeros_like(self.total))) / self.positions
 
     @property
     def share_of_nonzero(self) -> NDArray[np.float64]:
         """Fraction of the values of each channel that are not 0."""
-        return self.nonzero / self.count
+        return self.nonzero / self.positions
+
+    def add(self, positions: int, sums: NDArray[np.float64]) -> None:
+        """Add the sums of further positions, as `_sums` returns them."""
+        count, total, absolute, squares, nonzero, centered = sums
+        self.centered += centered + _between(self.count, self.total, count, total)
+        self.positions += positions
+        self.count += count
+        self.total += total
+        self.absolute += absolute
+        self.squares += squares
+        self.nonzero += nonzero
 
 
-def input_statistics(graph: Graph, calibration: Calibration, batches: Iterable[Batch]) -> dict[str, InputStatistics]:
-    """Return the statistics of the activations that each weight reads, by the path of the weight.
+def _between(
+    count: NDArray[np.float64], total: NDArray[np.float64], others: NDArray[np.float64], other: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the squared differences from the common mean that two sets add to those from their own means.
+
+    Args:
+        count, total: number and sum of the values of the first set.
+        others, other: number and sum of the values of the second set.
+    """
+    difference = total / np.maximum(count, 1) - other / np.maximum(others, 1)
+    return np.asarray(difference**2 * count * others / np.maximum(count + others, 1))
+
+
+def input_statistics(
+    graph: Graph, calibration: Calibration, batches: Iterable[Batch]
+) -> dict[tuple[str, int], InputStatistics]:
+    """Return the statistics of the activations that each weight reads, by weight and summed axis.
 
     Positions that an attention mask marks as padding do not count. Memory does not grow with the number of batches.
 
@@ -79,7 +111,7 @@ def input_statistics(graph: Graph, calibration: Calibration, batches: Iterable[B
         NumericError: an activation is NaN or infinite.
         UsageError: padding cannot be left out.
     """
-    found: dict[str, InputStatistics] = {}
+    found: dict[ParameterAxis, InputStatistics] = {}
     for batch in batches:
         padding = Padding(batch)
 
@@ -94,27 +126,29 @@ def input_statistics(graph: Graph, calibration: Calibration, batches: Iterable[B
                     "The units cannot be ranked.",
                     "Check the weights of the model and the calibration data.",
                 )
-            if name in found:
-                _add(found[name], x.shape[0], sums)
+            key = name, axis
+            if key in found:
+                found[key].add(x.shape[0], sums)
             else:
                 of_channels, of_experts = _labels(graph, name, labels, x.shape[1], experts)
-                found[name] = InputStatistics(
-                    name, axis, of_channels, x.shape[0], sums[0], sums[1], sums[2], sums[3], of_experts
-                )
+                found[key] = InputStatistics(name, axis, of_channels, x.shape[0], *sums, experts=of_experts)
 
         calibration.weight_inputs(graph, batch.inputs, see)
     return found
 
 
 def _sums(x: Any) -> NDArray[np.float64]:
-    """Return the sums over the positions of x, |x| and x², and the number of values that are not 0, (4, channels)."""
-    sums = (ops.sum(x, 0), ops.sum(ops.abs(x), 0), ops.sum(x * x, 0), ops.count_nonzero(x, 0))
-    return np.stack([host(values).astype(np.float64) for values in sums])
+    """Return the number of positions, and the sums of `InputStatistics` over them, shape (6, channels)."""
+    total = ops.sum(x, 0)
+    centered = x - total / max(x.shape[0], 1)
+    sums = (total, ops.sum(ops.abs(x), 0), ops.sum(x * x, 0), ops.count_nonzero(x, 0), ops.sum(centered * centered, 0))
+    arrays = [host(values).astype(np.float64) for values in sums]
+    return np.stack([np.full_like(arrays[0], x.shape[0]), *arrays])
 
 
 def _sums_by_expert(x: Any, experts: NDArray[np.int64], number: int) -> NDArray[np.float64]:
-    """Return the sums of `_sums` over the positions of each expert, shape (4, experts · channels)."""
-    sums = np.zeros((4, number, x.shape[1]))
+    """Return the sums of `_sums` over the positions of each expert, shape (6, experts · channels)."""
+    sums = np.zeros((6, number, x.shape[1]))
     for expert in np.unique(experts):
         sums[:, expert] = _sums(x[experts == expert])
     return sums.reshape(len(sums), -1)
@@ -130,14 +164,6 @@ def _labels(
         return labels, None
     of_experts = graph.axes.get((name, 0), np.zeros(graph.tensors[name].shape[0], np.int64))
     return np.tile(labels, len(of_experts)), np.repeat(of_experts, channels)
-
-
-def _add(inputs: InputStatistics, count: int, sums: NDArray[np.float64]) -> None:
-    inputs.count += count
-    inputs.total += sums[0]
-    inputs.absolute += sums[1]
-    inputs.squares += sums[2]
-    inputs.nonzero += sums[3]
 
 
 class Padding:
@@ -189,7 +215,10 @@ def column_sums(graph: Graph, inputs: InputStatistics, power: int) -> NDArray[np
 
 
 SAMPLED = 64
-"""Largest number of outputs of a layer per sample whose errors are computed; the others are left out evenly."""
+"""Largest number of outputs of a layer per sample whose errors are computed; they are drawn at random."""
+
+MOST_COLUMNS = 10_000
+"""Largest number of inputs of an output of a layer for `contribution_products`, which stores a square matrix."""
 
 
 def contribution_products(
@@ -211,10 +240,11 @@ def contribution_products(
         the squares of the outputs. For the stacked weights of experts also the labels of the experts, and the products
         of their contributions; each output is that of one expert.
     """
-    grams: dict[tuple[str, int | None], Any] = {}  # sums of the products of the activations that a layer reads
-    layers: dict[str, tuple[Labels, int]] = {}
+    grams: dict[tuple[tuple[str, int], int | None], Any] = {}  # sums of products of the activations that a layer reads
+    layers: dict[tuple[str, int], Labels] = {}
+    random = np.random.default_rng(0)
     for batch in batches:
-        padding, most = Padding(batch), SAMPLED * len(batch)
+        padding = Padding(batch)
 
         def see(
             name: str,
@@ -224,23 +254,25 @@ def contribution_products(
             x: Any,
             experts: Any,
             padding: Padding = padding,
-            most: int = most,
+            samples: int = len(batch),
         ) -> None:
+            _check_columns(name, x.shape[1] * x.shape[2] // groups)
             x = ops.upcast(padding.left_out(name, x, experts))
-            stride = max(1, x.shape[0] // most)
-            x, experts = x[::stride], None if experts is None else host(experts)[::stride]
-            layers[name] = _labels(graph, name, labels, x.shape[1], None)[0], axis
+            most = SAMPLED * (1 if x.shape[2] > 1 else samples)  # a convolution passes one sample at a time
+            chosen = np.sort(random.permutation(x.shape[0])[:most])
+            x, experts = x[chosen], None if experts is None else host(experts)[chosen]
+            layers[name, axis] = _labels(graph, name, labels, x.shape[1], None)[0]
             for expert in [None] if experts is None else np.unique(experts).tolist():
                 part = x if expert is None else x[experts == expert]
                 rows = ops.reshape(part, (part.shape[0], groups, -1))
-                gram, key = ops.einsum("pgi,pgj->gij", rows, rows), (name, expert)
+                gram, key = ops.einsum("pgi,pgj->gij", rows, rows), ((name, axis), expert)
                 grams[key] = grams[key] + gram if key in grams else gram
 
         calibration.weight_input_patches(graph, batch.inputs, names, see)
     found = []
-    for name, (labels, axis) in layers.items():
+    for (name, axis), labels in layers.items():
         weight = graph.values(name).astype(np.float64)
-        of_layer = {expert: host(gram).astype(np.float64) for (key, expert), gram in grams.items() if key == name}
+        of_layer = {expert: host(g).astype(np.float64) for (key, expert), g in grams.items() if key == (name, axis)}
         if None in of_layer:
             found.append((labels, _relative(_products(weight, axis, len(labels), of_layer[None]))))
             continue
@@ -250,6 +282,15 @@ def contribution_products(
         if (name, 0) in graph.axes:
             found.append((graph.axes[name, 0], _relative(np.diag(energies))))
     return found
+
+
+def _check_columns(name: str, columns: int) -> None:
+    if columns > MOST_COLUMNS:
+        raise UsageError(
+            f"The errors of the outputs of {name!r} need a matrix of {columns:,} × {columns:,} numbers.",
+            f"At most {MOST_COLUMNS:,} inputs of an output are supported.",
+            "Exclude the layer before it, or use another importance, such as 'wanda'.",
+        )
 
 
 def _relative(products: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -159,7 +159,7 @@ class Statistics:
         Raises:
             UsageError: no weight reads the units of the group.
         """
-        found = [self._of_inputs[name] for name, _ in self._graph.input_axes(group) if name in self._of_inputs]
+        found = [self._of_inputs[key] for key in self._graph.input_axes(group) if key in self._of_inputs]
         found = found or [inputs for inputs in self._of_inputs.values() if self._occurs(group, inputs.labels)]
         found = found or [
             replace(inputs, labels=inputs.experts)
@@ -173,6 +173,11 @@ class Statistics:
                 f"Exclude the layer, exclude={group.name!r}, or use another importance.",
             )
         return found
+
+    @cached_property
+    def has_zeros(self) -> bool:
+        """Whether an activation of a unit is 0 in some position."""
+        return any((inputs.nonzero < inputs.positions).any() for inputs in self._of_inputs.values())
 
     def contribution_products(self, group: Group) -> list[NDArray[np.float64]]:
         """Return the products of the contributions of the units to each layer that reads them, shape (units, units).
@@ -191,7 +196,7 @@ class Statistics:
         return bool((unit_of_index(self._graph, group, labels) >= 0).any())
 
     @cached_property
-    def _of_inputs(self) -> dict[str, InputStatistics]:
+    def _of_inputs(self) -> dict[ParameterAxis, InputStatistics]:
         return input_statistics(self._graph, self._calibration, self._batches)
 
     # ------------------------------------------------------------------------------------------------ helpers

@@ -34,7 +34,7 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """
     args, options = arguments_of(model, example_inputs)
     counter = _counter()
-    with inference(model), torch.no_grad(), torch.random.fork_rng(), _plain_kernels(), counter:
+    with inference(model), torch.no_grad(), torch.random.fork_rng(), plain_kernels(), counter:
         model(*args, **options)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
@@ -45,7 +45,7 @@ def macs_of(node: Node) -> int:
     mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
     counter = _counter()
     try:
-        with torch.no_grad(), mode, _plain_kernels(), counter:
+        with torch.no_grad(), mode, plain_kernels(), counter:
             node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
     except Exception:  # noqa: BLE001 - an operator that cannot run without values, such as a higher-order one
         return 0
@@ -87,7 +87,8 @@ class _NoModuleTracker:
 
 
 @contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
+def plain_kernels() -> Iterator[None]:
+    """Compute attention and recurrent layers by separate matrix products within the block, not by fused kernels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

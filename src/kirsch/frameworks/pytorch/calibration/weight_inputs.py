@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kirsch.frameworks.pytorch.analysis.count import GROUPED
+from kirsch.frameworks.pytorch.analysis.count import GROUPED, plain_kernels
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.inference.predict import arguments_of, copied, inference, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, called, copied, inference, tensors
 from kirsch.frameworks.pytorch.modules.submodule import part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.labels import Labels
@@ -36,14 +35,26 @@ class _Storage(NamedTuple):
 
     Args:
         name: path of the weight.
+        offset: position of its first number in the memory.
         strides, shape: strides and shape of the weight, or of the copy of those of its slices that `experts` lists.
         experts: index on axis 0 of the weight for each slice of the copy; None for the weight itself.
     """
 
     name: str
+    offset: int
     strides: tuple[int, ...]
     shape: tuple[int, ...]
     experts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, value: torch.Tensor, experts: torch.Tensor | None = None) -> Self:
+        """Return the memory of a weight, or of a copy of its slices."""
+        return cls(name, value.storage_offset(), value.stride(), tuple(value.shape), experts)
+
+    def contains(self, view: torch.Tensor) -> bool:
+        """Return whether a view of the memory begins in the weight."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset <= view.storage_offset() <= self.offset + last
 
 
 def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
@@ -72,31 +83,35 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
         names: paths of weights.
         see: called with the path of the weight, the axis over which the product is summed, the labels of the channels,
             the number of groups of a convolution (else 1), the activations that each output of the layer reads,
-            shape (outputs, channels, kernel size), and the experts of `weight_inputs`. For a transposed convolution, an
-            activation is read by several outputs; it is passed once, with kernel size 1.
+            shape (outputs, channels, kernel size), and the experts of `weight_inputs`. It is called once for each
+            sample, if the kernel of a convolution is larger than 1. For a transposed convolution, an activation is read
+            by several outputs; it is passed once, with kernel size 1.
     """
     labels = _ChannelLabels(graph)
 
     def observe(product: _Product) -> None:
-        if product.name in names:
-            see(product.name, product.axis, labels(product), product.groups, product.patches(), product.experts)
+        for x in product.patches() if product.name in names else ():
+            see(product.name, product.axis, labels(product), product.groups, x, product.experts)
 
     _observe(graph, inputs, observe)
 
 
 def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> None:
     """Run the model, and call `observe` for each product of a weight with activations."""
-    weights: dict[int, _Storage] = {}
+    weights: dict[int, list[_Storage]] = {}
     for name, value in part_of(graph.model, graph.tracing.module).named_parameters():
         if value.dim() > 1:
-            weights.setdefault(value.untyped_storage().data_ptr(), _Storage(name, value.stride(), tuple(value.shape)))
+            weights.setdefault(value.untyped_storage().data_ptr(), []).append(_Storage.of(name, value))
     args, options = arguments_of(graph.model, copied(tensors(inputs, graph.model)))
-    with warnings.catch_warnings(), inference(graph.model), torch.no_grad(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")  # PyTorch warns when the settings of another vendor are read
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # a fused recurrent layer hides its products
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_Observer(weights, observe))
-        graph.model(*args, **options)
+    # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
+    with (
+        inference(graph.model),
+        torch.no_grad(),
+        plain_kernels(),
+        torch.backends.cudnn.flags(enabled=False),
+        _Observer(weights, observe),
+    ):
+        called(graph.model, args, options)
 
 
 class _ChannelLabels:
@@ -149,25 +164,29 @@ class _Product:
         x = self.x.movedim(1, -1) if self.kernel else self.x
         return x.flatten(0, -2)
 
-    def patches(self) -> torch.Tensor:
-        """Return the activations that each output reads, shape (outputs, channels, kernel size)."""
+    def patches(self) -> Iterator[torch.Tensor]:
+        """Yield the activations that each output reads, shape (outputs, channels, kernel size).
+
+        A convolution with a kernel larger than 1 yields the outputs of one sample at a time, to save memory.
+        """
         if self.convolution is None or math.prod(self.kernel) == 1:
-            return self.positions()[:, :, None]
+            yield self.positions()[:, :, None]
+            return
         x, kernel, options = self.x, self.kernel, self.convolution
         if len(kernel) == 1:  # `unfold` takes images
             x, kernel = x[:, :, None], (1, *kernel)
             options = {name: (1 - (name == "padding"), *value) for name, value in options.items()}
-        columns = torch.nn.functional.unfold(x, kernel, **options)  # (N, channels * kernel size, outputs)
-        return columns.mT.reshape(-1, x.shape[1], math.prod(kernel))
+        for image in x.split(1):
+            columns = torch.nn.functional.unfold(image, kernel, **options)  # (1, channels * kernel size, outputs)
+            yield columns.mT.reshape(-1, x.shape[1], math.prod(kernel))
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
     """Calls `observe` for each product of a weight with activations."""
 
-    def __init__(self, weights: dict[int, _Storage], observe: Callable[[_Product], None]) -> None:
+    def __init__(self, weights: dict[int, list[_Storage]], observe: Callable[[_Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights, self._observe = weights, observe
-        self._copies: list[torch.Tensor] = []  # kept, so that no other tensor gets their addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
@@ -185,7 +204,8 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         return result
 
     def _weight(self, tensor: torch.Tensor) -> _Storage | None:
-        return self._weights.get(tensor.untyped_storage().data_ptr())
+        stored = self._weights.get(tensor.untyped_storage().data_ptr(), ())
+        return next((weight for weight in stored if weight.contains(tensor)), None)
 
     def _convolution(self, x: Any, weight: Any, _: Any, stride: Any, padding: Any, dilation: Any, *others: Any) -> None:
         found = self._weight(weight)
@@ -195,10 +215,10 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             self._observe(_Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
 
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Observe the product of two (batches of) matrices of which one is a weight."""
+        """Observe the product of two (batches of) matrices of which exactly one is a weight."""
         for weight, x, dim in ((second, first, -2), (first, second.mT, -1)):
             found = self._weight(weight)
-            if found is None:
+            if found is None or self._weight(x) is not None:
                 continue
             axis = _axis_of(found, weight, dim)
             if axis is not None:
@@ -220,9 +240,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if found is None or found.experts is not None or len(found.shape) != _STACK or len(indices) != 1:
             return
         if weight.shape == found.shape and indices[0].dim() == 1 and indices[0].dtype != torch.bool:
-            stored = _Storage(found.name, copy.stride(), tuple(copy.shape), indices[0])
-            self._weights[copy.untyped_storage().data_ptr()] = stored
-            self._copies.append(copy)
+            memory = copy.untyped_storage()
+            self._weights[memory.data_ptr()] = [_Storage.of(found.name, copy, indices[0])]
+            weakref.finalize(memory, self._weights.pop, memory.data_ptr(), None)
 
 
 def _axis_of(weight: _Storage, operand: torch.Tensor, dim: int) -> int | None:
@@ -234,11 +254,11 @@ def _axis_of(weight: _Storage, operand: torch.Tensor, dim: int) -> int | None:
 
 def _experts(weight: _Storage, operand: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """Return the index on axis 0 of a stack of weights for each row of x that is multiplied with the operand."""
-    if len(weight.shape) != _STACK:
+    if len(weight.shape) != _STACK or {_axis_of(weight, operand, dim) for dim in (-2, -1)} != {1, 2}:
         return None
     rows = x.shape[:-1].numel()
-    if operand.dim() < _STACK:  # one matrix of the stack, or a part of it
-        return torch.full((rows,), operand.storage_offset() // weight.strides[0])
+    if operand.dim() < _STACK:  # one matrix of the stack
+        return torch.full((rows,), (operand.storage_offset() - weight.offset) // weight.strides[0])
     if _axis_of(weight, operand, 0) != 0:
         return None
     experts = torch.arange(weight.shape[0]) if weight.experts is None else weight.experts
