@@ -92,3 +92,14 @@ def test_a_printed_plan_has_a_row_for_each_limit():
     assert "bytes of the weights" in text
     assert "goal met: ≤ 60 %" in text
     assert "bytes of the activations" in text
+
+
+def test_the_memory_of_a_model_without_a_block_is_predicted():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), *(Residual(16, 24 + 8 * index) for index in range(3)), nn.Flatten()
+    ).eval()
+    graph = kirsch.trace(model, IMAGES)
+    for block in graph.blocks:
+        without = graph.prices.price(graph.keep({}), [block])
+        smaller = nn.Sequential(*(layer for index, layer in enumerate(model) if str(index) != block))
+        assert without == kirsch.trace(smaller, IMAGES).cost

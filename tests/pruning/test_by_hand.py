@@ -76,7 +76,7 @@ def test_one_is_a_number_and_one_point_zero_a_fraction(graph):
 
 
 def test_uniform_ties_the_widths(graph):
-    with pytest.raises(UsageError, match=r"different widths of 'stage\.1', 'stage\.3', and uniform=True"):
+    with pytest.raises(UsageError, match=r"the same width for 'stage\.1', 'stage\.3', and uniform=True"):
         kirsch.plan(graph, keep={"stage.1": 12}, uniform=True)
     assert kept(kirsch.plan(graph, keep={"stage.*": 12}, uniform=True)) == {"stage.1": 12, "stage.3": 12}
 
@@ -137,6 +137,7 @@ def test_a_layer_with_several_kinds_of_units_needs_a_kind_or_a_group():
         kirsch.plan(graph, keep={"query": 0.5})
     plan = kirsch.plan(graph, keep={"query": 1}, kinds=["head"])
     assert [(removal.kind, len(removal.removed)) for removal in plan.groups] == [("head", 1)]
+    assert [removal.kind for removal in kirsch.plan(graph, keep={"query#1": 1}).groups] == ["head"]
     group = next(group for group in graph.groups if group.kind == "head dim" and "#" in group.name)
     plan = kirsch.plan(graph, keep={group.name: 3})
     assert [(removal.name, len(removal.removed)) for removal in plan.groups] == [(group.name, 1)]

@@ -59,7 +59,7 @@ def scores_of(graph, means):
 
 
 def test_groups_of_the_same_kind_and_connections_are_ranked_together(graph):
-    groups = [[group] for group in graph.groups]
+    groups = {index: [group] for index, group in enumerate(graph.groups)}
     classes = ranked_together(graph, groups, PlanOptions(ranking="isomorphic"))
     named = {tuple(graph.groups[index].name for index in indices) for indices in classes}
     assert named == {("0",), ("1.inner", "2.inner", "3.inner"), ("6", "8")}
@@ -100,8 +100,13 @@ def test_per_cost_keeps_the_order_within_a_group(graph):
 
 def test_per_cost_refuses_negative_importances(graph):
     scores = {group.name: np.full(group.size, -1.0) for group in graph.groups}
-    with pytest.raises(UsageError, match=r"is negative for units of '0'.*Use another ranking"):
-        kirsch.plan(graph, kirsch.Goal(macs=0.6), importance=scores, ranking="per_cost")
+    goal = kirsch.Goal(macs=0.6)
+    with pytest.raises(UsageError, match=r"is negative for units of '0'.*Use neither of them"):
+        kirsch.plan(graph, goal, importance=scores, ranking="per_cost")
+    with pytest.raises(UsageError, match=r"is negative for units of '0'.*the weights in `kinds`"):
+        kirsch.plan(graph, goal, importance=scores, kinds={"channel": 2.0})
+    with pytest.raises(UsageError, match=r'ranking="per_cost" cannot be used with importance=\'flap\''):
+        kirsch.plan(graph, goal, importance="flap", ranking="per_cost")  # before data is missing
 
 
 @pytest.mark.parametrize("ranking", ["global", "local", "isomorphic", "per_cost"])

@@ -121,7 +121,7 @@ class PlanRequest:
             data = (
                 [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
                 if of_blocks
-                else source.first_samples(CALIBRATION)
+                else source.calibration_batches(CALIBRATION)
             )
         goal = None if no_goal else Goal(macs=self.macs, parameters=self.parameters)
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)

@@ -194,13 +194,17 @@ class DataSet:
         self._check_inputs_of_loader(batches[0])
         return batches
 
-    def first_samples(self, count: int) -> list[Batch]:
-        """Return the first training samples with their labels, in one or more batches, without augmentation.
+    def calibration_batches(self, count: int, batch_size: int = 32) -> list[Batch]:
+        """Return training samples with their labels, without augmentation.
 
-        A loader determines their order, augmentation and batches.
+        Samples in memory are evenly spread over the training part, which may be sorted by class. The first batches of a
+        loader are returned, until they have enough samples.
         """
         if not self.is_stream:
-            return [Batch(rows(self.train.inputs, slice(count)), self.train.labels[:count])]
+            size = len(self.train.labels)
+            chosen = np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(np.int64))
+            parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+            return [Batch(rows(self.train.inputs, part), self.train.labels[part]) for part in parts]
         batches: list[Batch] = []
         for batch in batches_of(self.train.loader, self.train.name):
             batches.append(batch)

@@ -124,22 +124,38 @@ class CostModel:
 
         Args:
             keep: mask of the components that stay, bool of shape (components,).
-            without: paths of the modules that are removed.
+            without: paths of the modules that are removed, and that return their inputs.
         """
-        costs = self._term_costs(keep)
+        costs, first = self._term_costs(keep), self._first
         if without:
-            prefixes = tuple(f"{path}." for path in without)
-            costs[[f"{owner}.".startswith(prefixes) for owner in self._owner]] = 0
+            removed = np.array([f"{owner}.".startswith(tuple(f"{path}." for path in without)) for owner in self._owner])
+            passed = [self._output_of(path) for path in without]
+            first = first.copy()
+            for index in (index for index in passed if index is not None):
+                removed[np.flatnonzero(self._stored)[index]] = False
+                first[index] += 1  # until then, the input of the module is counted by itself
+            costs[removed] = 0
         parameters, macs, activations, size = (
             round(float(costs[self._quantity == quantity].sum()))
             for quantity in ("parameters", "macs", "activations", "size")
         )
-        return Cost(parameters, macs, activations, size, round(float(self._memory(costs).max(initial=0))))
+        return Cost(parameters, macs, activations, size, round(float(self._memory(costs, first).max(initial=0))))
 
-    def _memory(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the bytes of the tensors that exist during each operation, from the costs of all terms."""
+    def _output_of(self, path: str) -> int | None:
+        """Return the index among the tensors in memory of the output of a module: the one that is read last."""
+        owners = np.array(self._owner)[self._stored]
+        inside = [index for index, owner in enumerate(owners) if f"{owner}.".startswith(f"{path}.")]
+        return max(inside, key=lambda index: int(self._after_last[index]), default=None)
+
+    def _memory(self, costs: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the bytes of the tensors that exist during each operation.
+
+        Args:
+            costs: costs of all terms.
+            first: position of the operation that writes each tensor.
+        """
         change = np.zeros(self._after_last.max(initial=0) + 1)
-        np.add.at(change, self._first, costs[self._stored])
+        np.add.at(change, first, costs[self._stored])
         np.add.at(change, self._after_last, -costs[self._stored])
         return np.cumsum(change)
 
@@ -153,7 +169,7 @@ class CostModel:
         costs = self._term_costs(keep)
         counted = self._quantity == quantity
         if quantity == "memory" and counted.any():
-            peak = int(self._memory(costs).argmax())
+            peak = int(self._memory(costs, self._first).argmax())
             counted[np.flatnonzero(counted)] = (self._first <= peak) & (peak < self._after_last)
         shares: dict[str, int] = {}
         for index in np.flatnonzero(counted).tolist():

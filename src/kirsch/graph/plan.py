@@ -53,7 +53,7 @@ class Goal(Printable):
             `kirsch.graph.cost.Cost`.
 
     Raises:
-        GoalError: both limits are None, or a fraction is out of range.
+        GoalError: all limits are None, or a fraction is out of range.
     """
 
     made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"

@@ -80,9 +80,7 @@ def _input(value: Any, path: str) -> Any:
 
 NESTED = record({"name": text(), "kind": one_of(inputs.CONTAINERS), "items": array(_input)})
 _PLANNED = (*KINDS, BLOCK)
-COST = record(
-    dict.fromkeys(("parameters", "macs", "activations"), integer(0)), dict.fromkeys(("size", "memory"), integer(0))
-)
+COST = record(dict.fromkeys(("parameters", "macs", "activations", "size", "memory"), integer(0)))
 PLAN = record(
     {
         "kirsch_plan": one_of((VERSION,)),

@@ -51,11 +51,13 @@ def _has_wildcard(pattern: str) -> bool:
 
 def _groups(graph: Graph, pattern: str, options: PlanOptions, amount: float) -> list[str]:
     """Return the names of the groups that a pattern names."""
-    named = [group.name for group in graph.groups if group.name == pattern]
+    named = [group.name for group in graph.groups if group.name == pattern.removesuffix("#1")]
     if named and "#" in pattern:
         return named
     owners = {name.rpartition(".")[0] for name in graph.parameters}
     paths = [path for path in sorted(owners) if fnmatch.fnmatchcase(path, pattern)]
+    if not paths and named:  # a parameter of the model itself
+        return named
     if not paths:
         raise unknown_layer(pattern, {*owners, *(group.name for group in graph.groups)} - {""}, "keep")
     weights = options.kind_weights
@@ -65,11 +67,12 @@ def _groups(graph: Graph, pattern: str, options: PlanOptions, amount: float) -> 
         produced = {path: _produced_by(graph, path, groups, least_axes=1) for path in paths}
     several = next((path for path, found in produced.items() if len(found) > 1), None)
     if several is not None:
-        kinds = ", ".join(f"{group.name!r} ({group.kind})" for group in produced[several])
+        numbered = {g.name: g.name if "#" in g.name else f"{g.name}#1" for g in produced[several]}
+        kinds = ", ".join(f"{numbered[group.name]!r} ({group.kind})" for group in produced[several])
         raise UsageError(
             f"`keep` names {several!r}, whose outputs have several kinds of units.",
             f"They are the groups {kinds}.",
-            "Name a group with #, or give `kinds`, so that one kind remains.",
+            "Name one of these groups, or give `kinds`, so that one kind remains.",
         )
     found = list(dict.fromkeys(group.name for groups in produced.values() for group in groups))
     if not found and amount != 1.0:
@@ -85,7 +88,7 @@ def _produced_by(graph: Graph, path: str, groups: Sequence[Group], least_axes: i
     """Return the groups whose units are outputs of a layer, by its parameters with at least some number of axes."""
     found = []
     for group in groups:
-        reading = set(graph.input_axes(group))
+        reading = set(graph.input_axes(group)) - set(graph.axes_with(group, "embedded"))
         for name, axis in group.footprint:
             own = name in graph.parameters and name.rpartition(".")[0] == path
             if own and (name, axis) not in reading and len(graph.tensors[name].shape) >= least_axes:
@@ -134,7 +137,7 @@ def tied_number(groups: Sequence[Group], kept: dict[str, int]) -> int | None:
     if len(numbers) > 1:
         names = ", ".join(repr(group.name) for group in groups)
         raise UsageError(
-            f"`keep` sets different widths of {names}, and uniform=True keeps them equal.",
+            f"`keep` does not set the same width for {names}, and uniform=True keeps them equal.",
             fix="Give the same number for all of them, or remove `uniform`.",
         )
     return numbers.pop()

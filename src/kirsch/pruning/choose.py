@@ -11,7 +11,7 @@ import numpy as np
 from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
-from kirsch.errors import GoalError, NumericError, PlanError, UsageError, listing
+from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
@@ -77,7 +77,7 @@ def plan(
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
             goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
-            class of groups that occur in layers of the same types and connections (Fang et al. 2024, arXiv:2407.04616).
+            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -100,7 +100,7 @@ def plan(
             contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
-        seed: seed of the importance "random".
+        seed: seed of the importances "random" and "hessian".
 
     Returns:
         A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
@@ -110,8 +110,10 @@ def plan(
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
             further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
-        UsageError: an option is out of range or has no effect with these `kinds`, `kinds` names blocks and other kinds,
-            or `data` is missing for blocks.
+        UsageError: an option is out of range or has no effect with the others, `kinds` names blocks and other kinds, or
+            `data` is missing or cannot be used.
+        DataError: the data has no samples or labels.
+        NumericError: a weight, an activation or a gradient is not finite.
     """
     options = PlanOptions(
         importance=importance if importance is None or isinstance(importance, str) else importance_of(importance).name,
@@ -130,7 +132,7 @@ def plan(
     _check_importance(options)
     if goal is None and not options.keep:
         raise UsageError("The goal is missing.", fix="Give a goal, kirsch.Goal(macs=0.5), or widths by hand in `keep`.")
-    if goal is not None and not graph.cost.macs and goal.parameters is None:
+    if goal is not None and not graph.cost.macs and list(goal.to_dict()) == ["macs"]:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
             f"{graph.model_name} has no MACs{'' if graph.cost.parameters else ' and no parameters'}.",
@@ -141,9 +143,20 @@ def plan(
     if options.of_blocks and goal is not None:
         return plan_blocks(graph, goal, options, data)
     chosen = importance_of(options.importance_name if importance is None else importance)
+    options.check_importance(chosen)
+    if isinstance(importance, Mapping):
+        _check_groups(graph, importance)
     batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
     statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
     return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics))
+
+
+def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
+    """Raise an UnknownNameError for scores of a group that the model does not have."""
+    known = [group.name for group in graph.groups]
+    unknown = next((name for name in scores if name not in known), None)
+    if unknown is not None:
+        raise UnknownNameError("group", unknown, known, argument="importance")
 
 
 def _check_importance(options: PlanOptions) -> None:
@@ -200,17 +213,18 @@ def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache)
     # A goal that is out of reach is found before the importances are computed, which may run the model.
     least = _least(graph, goal, options, _equal_scores)
     if not goal.met_by(least.cost, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
     for fineness in range(finest(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
-        classes = ranked_together(graph, [candidate.groups for candidate in chooser.candidates], options)
+        free = [index for index, candidate in enumerate(chooser.candidates) if candidate.kept is None]
+        classes = ranked_together(graph, {index: chooser.candidates[index].groups for index in free}, options)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
             counts = chooser.search(classes, CLOSE)
             if chooser.distance(counts) <= CLOSE:
                 break
     if not goal.met_by(chooser.price(counts), graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, scores.get))
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
     return chooser, counts
 
 
@@ -266,14 +280,15 @@ class _ScoreCache:
         """
         if group.name not in self._cache:
             self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
-        scores = self._cache[group.name]
-        if options.ranking == "per_cost" and (scores < 0).any():
+        scores, weight = self._cache[group.name], options.kind_weights[group.kind]
+        if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
             raise UsageError(
                 f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
-                'The ranking "per_cost" divides importances by costs, which has no meaning for negative numbers.',
-                "Use another ranking, or an importance that is not negative, such as 'taylor'.",
+                'ranking="per_cost" and the weights in `kinds` divide importances. This has no meaning for negative '
+                "numbers.",
+                "Use neither of them, or an importance that is not negative, such as 'taylor'.",
             )
-        return scores / options.kind_weights[group.kind]
+        return scores / weight
 
 
 def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:

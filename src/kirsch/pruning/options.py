@@ -60,7 +60,7 @@ class PlanOptions(Options):
         "global",
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
-            "(local), or of each class of groups with the same layers and connections (isomorphic)"
+            "(local), or of each class of groups in layers of the same types (isomorphic)"
         ),
     )
     round_to: RoundTo = Field(
@@ -105,7 +105,7 @@ class PlanOptions(Options):
             if kind not in KINDS:
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
-            self._check_importance(importance_of(self.importance_name))
+            self.check_importance(importance_of(self.importance_name))
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
@@ -116,9 +116,16 @@ class PlanOptions(Options):
                 "plan with the other kinds.",
             )
 
-    def _check_importance(self, importance: Importance) -> None:
-        """Raise a UsageError for an option that the importance does not use."""
-        used = {"norm": "norm" in importance.options, "loss": importance.needs == "labels"}
+    def check_importance(self, importance: Importance) -> None:
+        """Raise a UsageError for an option that the importance does not use, or that does not fit it."""
+        if self.ranking == "per_cost" and importance.signed:
+            raise UsageError(
+                f'ranking="per_cost" cannot be used with importance={importance.name!r}.',
+                "It divides importances by costs, which has no meaning for negative importances.",
+                "Use another ranking, or an importance that is not negative, such as 'taylor'.",
+            )
+        used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
+        used["loss"] &= importance.needs != "inputs" or importance.name not in IMPORTANCES
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(

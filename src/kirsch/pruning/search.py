@@ -152,15 +152,15 @@ class Chooser:
             close: distance to the goal, as a fraction of the original cost.
         """
         limits = [candidate.steps[-1] for candidate in self.candidates]
-        best = self.refine(self.descend(classes, limits))
+        best = self.refine(*self.descend(classes, limits))
         while self.distance(best) > close:
             trials = []
             for index in (i for i, c in enumerate(self.candidates) if best[i] and c.kept is None):
                 fewer = self.candidates[index].allowed(best[index] - 1)
                 changed = [*limits[:index], fewer, *limits[index + 1 :]]
-                trial = self.descend(classes, changed)
+                trial, fewest = self.descend(classes, changed)
                 if self.fits(trial):
-                    trials.append((self.refine(trial), changed))
+                    trials.append((self.refine(trial, fewest), changed))
             closer = [trial for trial in trials if self.distance(trial[0]) < self.distance(best)]
             chosen, limits = min(closer, key=lambda trial: self.removed_importance(trial[0]), default=(best, limits))
             if self.removed_importance(chosen) >= self.removed_importance(best):
@@ -169,9 +169,10 @@ class Chooser:
         return best
 
     def removed_importance(self, counts: Sequence[int]) -> float:
-        """Return the sum of the importances of the removed units."""
+        """Return the sum of the importances of the removed units, relative to the lowest one if it is negative."""
+        lowest = min(0.0, *(float(candidate.scores[0]) for candidate in self.candidates))
         pairs = zip(self.candidates, counts, strict=True)
-        return float(sum(c.scores[:count].sum() * c.unit_cost * len(c.groups) for c, count in pairs))
+        return float(sum((c.scores[:count] - lowest).sum() * c.unit_cost * len(c.groups) for c, count in pairs))
 
     def distance(self, counts: Sequence[int]) -> float:
         """Return the distance from a choice up to the nearest limit of the goal, as a fraction of the original cost."""
@@ -180,13 +181,17 @@ class Chooser:
         fractions = self._goal.fractions(self.price(counts), self._graph.cost)
         return min(limit - value for value, limit in fractions.values())
 
-    def descend(self, classes: Sequence[Sequence[int]] | None, limits: Sequence[int]) -> list[int]:
+    def descend(self, classes: Sequence[Sequence[int]] | None, limits: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the choice with the lowest threshold that meets the goal, found by bisection.
 
         Args:
             classes: lists of indices of candidates. The threshold is the fraction of the units of each list that is
                 removed, the least important first. None: the threshold is the largest importance of the removed units.
             limits: largest number of removed units of each candidate.
+
+        Returns:
+            The choice, and the smallest numbers of removed units to which units may be restored: those of the next
+            lower threshold, so that the same fraction of each list is removed; 0 without lists.
         """
         if classes is None:
             thresholds = sorted(score for candidate in self.candidates for score in candidate.scores.tolist())
@@ -212,7 +217,9 @@ class Chooser:
                 high = middle
             else:
                 low = middle + 1
-        return choice(high)
+        found = choice(high)
+        lower = choice(high - 1) if classes is not None and high else [0] * len(found)
+        return found, [min(pair) for pair in zip(lower, found, strict=True)]
 
     def _removal_order_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """Return the index of the candidate of each unit of some candidates, the least important unit first."""
@@ -220,8 +227,13 @@ class Chooser:
         owners = np.concatenate([np.full(self.candidates[index].size, index) for index in indices])
         return owners[np.argsort(scores, kind="stable")]
 
-    def refine(self, counts: list[int]) -> list[int]:
-        """Restore units as long as the goal is met, the most important first."""
+    def refine(self, counts: Sequence[int], fewest: Sequence[int]) -> list[int]:
+        """Restore units as long as the goal is met, the most important first.
+
+        Args:
+            counts: a choice.
+            fewest: smallest number of removed units of each candidate.
+        """
         counts = list(counts)
         active = set(range(len(counts)))
         while active:
@@ -230,7 +242,7 @@ class Chooser:
                 candidate, count = self.candidates[index], counts[index]
                 fewer = candidate.allowed(count - 1) if count else 0
                 trial = [*counts[:index], fewer, *counts[index + 1 :]]
-                if fewer == count or not self.fits(trial):
+                if fewer == count or fewer < fewest[index] or not self.fits(trial):
                     active.discard(index)
                     continue
                 score = float(candidate.scores[fewer:count].mean())

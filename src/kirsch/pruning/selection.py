@@ -53,32 +53,38 @@ def tied_groups(groups: Sequence[Group], options: PlanOptions) -> list[list[int]
     return list(classes.values())
 
 
-def ranked_together(graph: Graph, groups: Sequence[Sequence[Group]], options: PlanOptions) -> list[list[int]] | None:
+def ranked_together(
+    graph: Graph, groups: Mapping[int, Sequence[Group]], options: PlanOptions
+) -> list[list[int]] | None:
     """Return lists of indices of candidates, for rankings that remove the same fraction of each list; else None.
 
     Args:
         graph: graph of the model.
-        groups: the tied groups of each candidate.
+        groups: index of each candidate whose width is not given → its tied groups.
         options: options of the plan.
     """
     if options.ranking == "local":
-        return [[index] for index in range(len(groups))]
+        return [[index] for index in groups]
     if options.ranking != "isomorphic":
         return None
     classes: dict[object, list[int]] = {}
-    for index, tied in enumerate(groups):
-        classes.setdefault(_structure(graph, tied[0]), []).append(index)
+    for index, tied in groups.items():
+        classes.setdefault(tuple(sorted({_structure(graph, group) for group in tied})), []).append(index)
     return list(classes.values())
 
 
-def _structure(graph: Graph, group: Group) -> tuple[str, tuple[tuple[int, int, bool], ...]]:
-    """Return the kind of a group, and the number of axes, the axis and the role of each parameter axis in it.
+def _structure(graph: Graph, group: Group) -> tuple[str, tuple[tuple[object, ...], ...]]:
+    """Return the kind of a group, and the number of axes, the axis and the roles of each parameter axis in it.
 
-    Groups with equal results occur in layers of the same types that are connected in the same way; sizes may differ.
+    Groups with equal results occur in layers of the same types; sizes may differ. That these layers are connected in
+    the same way is not compared.
     """
-    reading = set(graph.input_axes(group))
-    roles = [(len(graph.tensors[name].shape), axis, (name, axis) in reading) for name, axis in group.footprint]
-    return group.kind, tuple(sorted(roles))
+    roles = {mark: set(graph.axes_with(group, mark)) for mark in graph.facts.marks}
+    axes = [
+        (len(graph.tensors[name].shape), axis, *sorted(mark for mark, keys in roles.items() if (name, axis) in keys))
+        for name, axis in group.footprint
+    ]
+    return group.kind, tuple(sorted(axes))
 
 
 def finest(options: PlanOptions) -> int:

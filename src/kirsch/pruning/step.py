@@ -91,11 +91,11 @@ class Prune(PlanOptions, Step):
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
         elif importance_of(self.importance_name).needs != "weights":
-            options["data"] = self._calibration(job, job.data.first_samples, samples)
+            options["data"] = self._calibration(job, job.data.calibration_batches, samples)
         return graph, choose(graph, goal, **options)
 
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
-        """Return the first training samples; a shuffling loader gives the same samples each time."""
+        """Return training samples; a shuffling loader gives the same samples each time."""
         return framework_of(job.model).training.seeded(lambda: read(samples), job.seed)
 
     def run(self, job: Job, folder: Path) -> Record:

@@ -64,5 +64,5 @@ def test_bn_scale_is_the_mean_absolute_scale_of_the_batch_normalizations(residua
 def test_bn_scale_names_a_group_without_batch_normalization(residual, graph_of):
     graph = graph_of(residual)
     inner = next(group for group in graph.groups if group.name == "inner")
-    with pytest.raises(UsageError, match=r"\"bn_scale\" cannot rank the units of 'inner'.*exclude='inner'"):
+    with pytest.raises(UsageError, match=r"\"bn_scale\" cannot rank the units of 'inner'.*exclude=\['inner'\]"):
         IMPORTANCES["bn_scale"](graph, inner)

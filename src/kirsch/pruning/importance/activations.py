@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,14 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.errors import NumericError, UsageError
+from kirsch.data.batches import Batch
+from kirsch.errors import DataError, NumericError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from kirsch.data.batches import Batch
     from kirsch.frameworks.protocols import Calibration
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import ParameterAxis
@@ -112,8 +113,7 @@ def input_statistics(
         UsageError: padding cannot be left out.
     """
     found: dict[ParameterAxis, InputStatistics] = {}
-    for batch in batches:
-        padding = Padding(batch)
+    for batch, padding in without_padding(batches):
 
         def see(name: str, axis: int, labels: Labels | None, x: Any, experts: Any, padding: Padding = padding) -> None:
             if labels is None and experts is None:
@@ -131,7 +131,10 @@ def input_statistics(
                 found[key].add(x.shape[0], sums)
             else:
                 of_channels, of_experts = _labels(graph, name, labels, x.shape[1], experts)
-                found[key] = InputStatistics(name, axis, of_channels, x.shape[0], *sums, experts=of_experts)
+                count, total, absolute, squares, nonzero, centered = sums
+                found[key] = InputStatistics(
+                    name, axis, of_channels, x.shape[0], count, total, absolute, squares, nonzero, centered, of_experts
+                )
 
         calibration.weight_inputs(graph, batch.inputs, see)
     return found
@@ -166,34 +169,75 @@ def _labels(
     return np.tile(labels, len(of_experts)), np.repeat(of_experts, channels)
 
 
+def samples_of(batch: Batch) -> Iterator[Batch]:
+    """Yield each sample of a batch as a batch.
+
+    Raises:
+        DataError: an array cannot be divided by samples.
+    """
+    number = len(batch)
+    for index in range(number):
+        yield batch if number == 1 else Batch(*(_row(part, index, number) for part in (batch.inputs, batch.targets)))
+
+
+def _row(part: Any, index: int, samples: int) -> Any:
+    """Return one sample of nested arrays; arrays with one row for all samples are returned unchanged."""
+    if isinstance(part, Mapping):
+        return {name: _row(value, index, samples) for name, value in part.items()}
+    if isinstance(part, (tuple, list)):
+        return tuple(_row(value, index, samples) for value in part)
+    shape = tuple(getattr(part, "shape", ()))
+    if shape[:1] not in ((), (1,), (samples,)):
+        raise DataError(
+            f"An input has shape {shape}, and the batch has {samples} samples.",
+            "The importance runs the model on each sample by itself.",
+            "Give arrays with the samples on the first axis, or batches of one sample.",
+        )
+    return part[index : index + 1] if shape[:1] == (samples,) else part
+
+
 class Padding:
     """Padding in the inputs of a batch, which an `attention_mask` or `decoder_attention_mask` marks with 0."""
 
     def __init__(self, batch: Batch) -> None:
-        inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
+        inputs = batch.inputs if isinstance(batch.inputs, Mapping) else {}
         masks = [host(inputs[name]) != 0 for name in MASKS if inputs.get(name) is not None]
         self._masks = [mask.ravel() for mask in masks if mask.ndim == len("NL")]
-        self._exists = not all(mask.all() for mask in self._masks)
+        self.exists = not all(mask.all() for mask in self._masks)
         shapes = [tuple(getattr(value, "shape", ())) for value in inputs.values()]
-        self._lengths = {len(batch), *(shape[0] * shape[1] for shape in shapes if len(shape) > 1)}
+        self._lengths = {shape[1] for shape in shapes if len(shape) > 1}
+        self._pooled: set[str] = set()  # weights that have read one position
 
     def left_out(self, name: str, x: Any, experts: Any) -> Any:
-        """Return the positions of x that are not padding.
+        """Return the positions of x, of one sample, that are not padding.
 
         Raises:
             UsageError: it is not known which positions are padding.
         """
-        if not self._exists:
+        if not self.exists:
             return x
-        mask = next((mask for mask in self._masks if len(mask) == x.shape[0]), None)
-        if experts is not None or (mask is None and x.shape[0] not in self._lengths):
-            what = "experts process tokens in another order" if experts is not None else "it reads other positions"
+        masks = [mask for mask in self._masks if len(mask) == x.shape[0]]
+        differ = any((mask != masks[0]).any() for mask in masks)
+        again = x.shape[0] == 1 and name in self._pooled  # a recurrent layer reads one position after another
+        if x.shape[0] == 1:
+            self._pooled.add(name)
+        if experts is not None or differ or again or not (masks or x.shape[0] == 1 or x.shape[0] in self._lengths):
             raise UsageError(
                 f"Padding cannot be left out of the activations that {name!r} reads.",
-                f"The mask has {len(self._masks[0])} positions, and {what}.",
+                "It is not known which of the positions are padding.",
                 "Give batches without padding, such as one sequence for each batch.",
             )
-        return x if mask is None else x[mask]
+        return x[masks[0]] if masks else x
+
+
+def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Padding]]:
+    """Yield the batches with their padding, and each sample of a batch with padding by itself.
+
+    The positions of a single sample are in the order of its tokens, whichever axis of a layer holds the samples.
+    """
+    for batch in batches:
+        for part in samples_of(batch) if Padding(batch).exists else (batch,):
+            yield part, Padding(part)
 
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -243,8 +287,7 @@ def contribution_products(
     grams: dict[tuple[tuple[str, int], int | None], Any] = {}  # sums of products of the activations that a layer reads
     layers: dict[tuple[str, int], Labels] = {}
     random = np.random.default_rng(0)
-    for batch in batches:
-        padding = Padding(batch)
+    for batch, padding in without_padding(batches):
 
         def see(
             name: str,

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group
 
 
+SCALE = "batch norm scale"
+"""Role of the scale of a batch normalization."""
+
+SHOWN = 5
+"""Largest number of groups that an error names."""
+
+
 @importance("bn_scale")
 def bn_scale(graph: Graph, group: Group) -> NDArray[np.float64]:
     """Return the mean |γ| of the batch normalizations of each unit.
@@ -28,12 +35,14 @@ def bn_scale(graph: Graph, group: Group) -> NDArray[np.float64]:
 
     Source: Liu et al. 2017, arXiv:1708.06519, section 3.2.
     """
-    keys = graph.axes_with(group, "batch norm scale")
+    keys = graph.axes_with(group, SCALE)
     if not keys:
+        without = [other.name for other in graph.groups if not graph.axes_with(other, SCALE)]
+        more = f" and {len(without) - SHOWN} more" if len(without) > SHOWN else ""
         raise UsageError(
-            f'The importance "bn_scale" cannot rank the units of {group.name!r}.',
+            f'The importance "bn_scale" cannot rank the units of {", ".join(map(repr, without[:SHOWN]))}{more}.',
             "No batch normalization with a scale is applied to them.",
-            f"Exclude the layer, exclude={group.name!r}, or use another importance.",
+            f"Exclude these layers, exclude={without}, or use another importance.",
         )
     total = np.zeros(group.size)
     for key in keys:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kirsch.data.annotations import has_arrays
-from kirsch.data.arrays import host, map_arrays
+from kirsch.data.arrays import host
 from kirsch.data.batches import Batch, SeededData, batches_of
 from kirsch.errors import DataError, UnknownNameError, UsageError
 from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
@@ -30,20 +30,20 @@ class CalibrationBatches:
     Args:
         data: a loader, `ArrayData`, a list of batches, or one batch.
         importance: the importance that uses the batches, for messages.
-        next_token: whether the labels are the tokens of a causal language model. The labels of the batches are then
-            those that the positions predict, shape (N, L - 1), and padding has no label.
+        loss: name of the loss, or a function. For "next-token", the labels of the batches are those that the positions
+            predict, shape (N, L - 1), and padding has no label.
     """
 
     data: Any
     importance: Importance
-    next_token: bool
+    loss: Any
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
         for number, batch in enumerate(self._batches(), start=1):
             if self.importance.needs == "labels":
                 self._check_labels(batch, number)
-                yield _predicted(batch) if self.next_token else batch
+                yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
             else:
                 yield batch
         if not number:
@@ -65,7 +65,8 @@ class CalibrationBatches:
                 "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
             )
         tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
-        if tokens is None or self.next_token or tuple(tokens.shape) != tuple(batch.targets.shape):
+        unshifted = isinstance(self.loss, str) and self.loss != NEXT_TOKEN
+        if tokens is None or not unshifted or tuple(tokens.shape) != tuple(batch.targets.shape):
             return
         labels = host(batch.targets)
         if np.array_equal(labels, np.where(labels == IGNORED, labels, host(tokens))):
@@ -76,10 +77,18 @@ class CalibrationBatches:
             )
 
 
-def _predicted(batch: Batch) -> Batch:
+def _predicted(batch: Batch, number: int) -> Batch:
     """Return a batch with the labels that the positions of a causal language model predict."""
-    labels = next_labels(host(batch.targets), map_arrays(host, batch.inputs), IGNORED)
-    return replace(batch, targets=labels)
+    labels = host(batch.targets)
+    if labels.ndim != len("NL"):
+        raise DataError(
+            f"The labels of batch {number} of `data` have shape {labels.shape}.",
+            f'loss="{NEXT_TOKEN}" needs one label for each token, shape (samples, tokens).',
+            "Give the tokens of the inputs as labels.",
+        )
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    inputs = {} if mask is None else {"attention_mask": host(mask)}
+    return replace(batch, targets=next_labels(labels, inputs, IGNORED))
 
 
 def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatches | None:
@@ -108,7 +117,7 @@ def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatc
             f"`data` of kirsch.plan is a {type(data).__name__}, which can be iterated over only once.",
             fix="Give a DataLoader, or a list: list(data).",
         )
-    return CalibrationBatches(data, importance, loss == NEXT_TOKEN)
+    return CalibrationBatches(data, importance, loss)
 
 
 def loss_of(loss: Any) -> Loss:

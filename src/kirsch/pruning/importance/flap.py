@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("flap", needs="inputs")
+@importance("flap", needs="inputs", signed=True)
 def flap(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:
     """Return the sum of Var(x) · ‖w‖² over the channels of each unit, standardized over the units of the group.
 

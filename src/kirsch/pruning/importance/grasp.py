@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("grasp", needs="labels")
+@importance("grasp", needs="labels", signed=True)
 def grasp(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return the sum over the weights that read each unit of w · (H g): H is the Hessian, g the gradient of the loss.
 

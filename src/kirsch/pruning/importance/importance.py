@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
+from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.registry import Registry
 
@@ -29,11 +30,19 @@ OPTIONS = ("norm", "seed", "statistics")
 
 
 class Importance(Protocol):
-    """A registered importance: a function of a graph and a group."""
+    """A registered importance: a function of a graph and a group.
+
+    Attributes:
+        name: name of the importance.
+        needs: what it is computed from.
+        options: the keywords that it uses.
+        signed: whether scores are negative for some units of most models.
+    """
 
     name: str
     needs: Needs
     options: tuple[str, ...]
+    signed: bool
     __doc__: str | None
 
     def __call__(
@@ -53,7 +62,9 @@ class Importance(Protocol):
 IMPORTANCES: Registry[Importance] = Registry("importance")
 
 
-def importance(name: str, *, needs: Needs = "weights") -> Callable[[Callable[..., Any]], Importance]:
+def importance(
+    name: str, *, needs: Needs = "weights", signed: bool = False
+) -> Callable[[Callable[..., Any]], Importance]:
     """Decorate a function to register it as an importance.
 
     The function takes a graph, a group, and those of the keywords `OPTIONS` that it names.
@@ -61,18 +72,21 @@ def importance(name: str, *, needs: Needs = "weights") -> Callable[[Callable[...
     Args:
         name: name of the importance in `kirsch.plan`.
         needs: what the importance is computed from; functions that name `statistics` need inputs or labels.
+        signed: whether scores are negative for some units of most models.
 
     Raises:
-        UsageError: the name is taken, or the function has other keywords.
+        UsageError: the name is taken, the function has other keywords, or it names `statistics` and needs only weights.
     """
 
     def register(formula: Callable[..., Any]) -> Importance:
-        return IMPORTANCES.register(name)(as_importance(formula, name, needs))
+        return IMPORTANCES.register(name)(as_importance(formula, name, needs, signed=signed))
 
     return register
 
 
-def as_importance(formula: Callable[..., Any], name: str, needs: Needs = "weights") -> Importance:
+def as_importance(
+    formula: Callable[..., Any], name: str, needs: Needs = "weights", *, signed: bool = False
+) -> Importance:
     """Return a function of a graph and a group, such as one of the user, as an importance; see `importance`.
 
     Raises:
@@ -86,13 +100,18 @@ def as_importance(formula: Callable[..., Any], name: str, needs: Needs = "weight
             f"An importance takes a graph and a group, and may take the keywords {', '.join(OPTIONS)}.",
             "Rename the argument, or bind it with functools.partial.",
         )
+    if "statistics" in options and needs == "weights":
+        raise UsageError(
+            f"The importance {name!r} uses statistics of calibration data, and is registered for weights alone.",
+            fix='Give needs="inputs" or needs="labels".',
+        )
 
     @functools.wraps(formula)
     def compute(graph: Graph, group: Group, **values: Any) -> NDArray[np.float64]:
-        return np.asarray(formula(graph, group, **{name: values[name] for name in options if name in values}))
+        return host(formula(graph, group, **{name: values[name] for name in options if name in values}))
 
     found = cast("Importance", compute)
-    found.name, found.needs, found.options = name, needs, options
+    found.name, found.needs, found.options, found.signed = name, needs, options, signed
     return found
 
 
@@ -108,7 +127,11 @@ def importance_of(choice: Any) -> Importance:
         return found if hasattr(found, "needs") else as_importance(found, choice)
     if isinstance(choice, Mapping):
         return as_importance(lambda _graph, group: _given(choice, group), "given scores")
-    return choice if hasattr(choice, "needs") else as_importance(choice, getattr(choice, "__name__", "given function"))
+    if hasattr(choice, "needs"):
+        return cast("Importance", choice)
+    uses_data = "statistics" in inspect.signature(choice).parameters
+    name = f"given function {getattr(choice, '__name__', '')}".strip()
+    return as_importance(choice, name, "inputs" if uses_data else "weights")
 
 
 def _given(scores: Mapping[str, Any], group: Group) -> Any:

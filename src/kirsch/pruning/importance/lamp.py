@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def lamp(graph: Graph, group: Group, *, norm: int = 2) -> NDArray[np.float64]:
     """Return the squared magnitude of each unit, divided by the sum over the units that are at least as large.
 
-    The magnitude is that of the importance "magnitude". The largest unit of each group has score 1, so a global ranking
-    removes the last unit of a group only after all others. Units of equal magnitude have equal scores.
+    The magnitude is that of the importance "magnitude". A single largest unit of a group has score 1, so a global
+    ranking removes it last. Units of equal magnitude have equal scores.
 
     Source: Lee et al. 2021, arXiv:2010.07611, equation 3, for single weights; here for units.
     """

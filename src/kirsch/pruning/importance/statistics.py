@@ -11,17 +11,18 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.data.batches import Batch
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics
+from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics, samples_of
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
+from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.protocols import Calibration
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group, ParameterAxis
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, Any], Any]
 """Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
 
-HESSIAN_SAMPLES = 8
-"""Number of random vectors from which the diagonal of the Hessian is estimated for each batch."""
+HESSIAN_VECTORS = 32
+"""Number of random vectors from which the diagonal of the Hessian is estimated, over all batches; at least one each."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Gates:
     Args:
         mean_absolute: mean over the samples of the absolute value.
         mean_square: mean over the samples of the square.
+        mean_sum_of_squares: mean over the samples of the sum of (w · ∂L/∂w)² over the weights of the gate.
     """
 
     mean_absolute: NDArray[np.float64]
     mean_square: NDArray[np.float64]
+    mean_sum_of_squares: NDArray[np.float64]
 
 
 class Statistics:
@@ -81,24 +84,23 @@ class Statistics:
     @cached_property
     def _gates(self) -> dict[str, Gates]:
         groups, samples = self._graph.groups, 0
-        absolute = {group.name: np.zeros(group.size) for group in groups}
-        square = {group.name: np.zeros(group.size) for group in groups}
-        weights = self._calibration.weights(self._graph)
+        sums = {group.name: np.zeros((3, group.size)) for group in groups}
+        weights = self._weights
         for sample in self._samples():
             samples += 1
             gradients = self._calibration.gradients(self._graph, sample, self._required_loss)
-            products = {name: weights[name] * gradient for name, gradient in gradients.items()}
+            products = {name: weights[name] * ops.upcast(gradient) for name, gradient in gradients.items()}
+            squares = {name: value * value for name, value in products.items()}
             for group in groups:
                 gate = self._per_unit(group, products)
-                absolute[group.name] += np.abs(gate)
-                square[group.name] += gate**2
+                sums[group.name] += np.stack([np.abs(gate), gate**2, self._per_unit(group, squares)])
         self._check_samples(samples)
-        return {g.name: Gates(absolute[g.name] / samples, square[g.name] / samples) for g in groups}
+        return {name: Gates(*(values / samples)) for name, values in sums.items()}
 
-    def first_order(self, group: Group, power: int) -> NDArray[np.float64]:
-        """Return the sum over the weights that read each unit of |w · ∂L/∂w|^power; L is the mean loss."""
+    def first_order(self, group: Group) -> NDArray[np.float64]:
+        """Return the sum over the weights that read each unit of |w · ∂L/∂w|; L is the mean loss."""
         products = self._products_with(self._mean_gradient)
-        return self._per_unit(group, {name: ops.abs(value) ** power for name, value in products.items()})
+        return self._per_unit(group, {name: ops.abs(value) for name, value in products.items()})
 
     def gradient_flow(self, group: Group) -> NDArray[np.float64]:
         """Return the sum over the weights that read each unit of w · (H g): Hessian times gradient of the loss."""
@@ -106,7 +108,7 @@ class Statistics:
 
     def second_order(self, group: Group) -> NDArray[np.float64]:
         """Return the sum over the weights that read each unit of w² · ∂²L/∂w², with estimated second derivatives."""
-        weights = self._calibration.weights(self._graph)
+        weights = self._weights
         return self._per_unit(group, {name: weights[name] ** 2 * h for name, h in self._hessian_diagonal.items()})
 
     def loss_changes(self, group: Group) -> NDArray[np.float64]:
@@ -134,16 +136,18 @@ class Statistics:
         gating = {name for axes, _ in self._readers.values() for name, _ in axes}  # others would only add noise
         weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
 
+        vectors = max(1, round(HESSIAN_VECTORS / max(1, sum(1 for _ in self._batches))))
+
         def estimate(batch: Batch) -> dict[str, Any]:
             total: dict[str, Any] = {}
-            for _ in range(HESSIAN_SAMPLES):
+            for _ in range(vectors):
                 signs = {
                     name: ops.convert_to_tensor(random.choice([-1.0, 1.0], tuple(value.shape)), like=value)
                     for name, value in weights.items()
                 }
                 products = self._calibration.hessian_products(self._graph, batch, self._required_loss, signs)
                 for name, product in products.items():
-                    term = signs[name] * product / HESSIAN_SAMPLES
+                    term = ops.upcast(signs[name]) * ops.upcast(product) / vectors
                     total[name] = total[name] + term if name in total else term
             return total
 
@@ -202,43 +206,57 @@ class Statistics:
     # ------------------------------------------------------------------------------------------------ helpers
 
     @property
+    def _weights(self) -> dict[str, Any]:
+        return {name: ops.upcast(value) for name, value in self._calibration.weights(self._graph).items()}
+
+    @property
     def _required_loss(self) -> Loss:
         if self._loss is None:
             raise UsageError("The statistics have no loss.", fix="Give `loss` to kirsch.plan.")
         return self._loss
 
     def _samples(self) -> Iterator[Batch]:
-        """Yield each sample of each batch as a batch."""
+        """Yield each sample with a label as a batch."""
         for batch in self._batches:
-            for index in range(len(batch)):
-                yield Batch(*(_row(part, index, len(batch)) for part in (batch.inputs, batch.targets)))
+            for sample in samples_of(batch):
+                if self._labels_in(sample):
+                    yield sample
+
+    def _labels_in(self, batch: Batch) -> int:
+        """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
+        labels = host(batch.targets)
+        return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)
 
     def _check_samples(self, samples: int) -> None:
         if not samples:
-            raise DataError("`data` of kirsch.plan has no samples.", fix="Give at least one batch.")
+            raise DataError("`data` of kirsch.plan has no samples with labels.", fix="Give at least one.")
 
     def _mean_over_batches(self, compute: Callable[[Batch], dict[str, Any]]) -> dict[str, Any]:
-        """Return the mean over the samples of arrays that are means over the samples of a batch."""
+        """Return the mean over all labels of arrays that are means over the labels of a batch."""
         total: dict[str, Any] = {}
-        samples = 0
+        count = 0
         for batch in self._batches:
-            samples += len(batch)
-            for name, value in compute(batch).items():
-                total[name] = total[name] + value * len(batch) if name in total else value * len(batch)
-        self._check_samples(samples)
-        return {name: value / samples for name, value in total.items()}
+            labels = self._labels_in(batch)
+            count += labels
+            for name, value in compute(batch).items() if labels else ():
+                term = ops.upcast(value) * labels
+                total[name] = total[name] + term if name in total else term
+        self._check_samples(count)
+        return {name: value / count for name, value in total.items()}
 
     def _mean_loss(self, keep: NDArray[np.bool_]) -> float:
-        samples = sum(map(len, self._batches))
-        self._check_samples(samples)
-        losses = [
-            len(batch) * self._calibration.loss_without(self._graph, batch, self._required_loss, keep)
-            for batch in self._batches
-        ]
-        return float(sum(losses)) / samples
+        total, count = 0.0, 0
+        for batch in self._batches:
+            labels = self._labels_in(batch)
+            count += labels
+            if labels:
+                loss = self._calibration.loss_without(self._graph, batch, self._required_loss, keep)
+                total += labels * loss
+        self._check_samples(count)
+        return total / count
 
     def _products_with(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        weights = self._calibration.weights(self._graph)
+        weights = self._weights
         return {name: weights[name] * array for name, array in arrays.items()}
 
     def _per_unit(self, group: Group, products: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -266,16 +284,6 @@ def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float
     parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
     weights = [key for key in parameters if len(graph.tensors[key[0]].shape) > 1]
     return parameters, 1 / max(len(weights), 1)
-
-
-def _row(part: Any, index: int, samples: int) -> Any:
-    """Return one sample of nested arrays; arrays without an axis of samples are returned unchanged."""
-    if isinstance(part, dict):
-        return {name: _row(value, index, samples) for name, value in part.items()}
-    if isinstance(part, (tuple, list)):
-        return tuple(_row(value, index, samples) for value in part)
-    shape = tuple(getattr(part, "shape", ()))
-    return part[index : index + 1] if shape[:1] == (samples,) else part
 
 
 def calibration_of(graph: Graph) -> Calibration:

@@ -22,6 +22,7 @@ def taylor(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.
     The change is the derivative of the loss for the gate of the unit, see `Statistics`. It is in units of the loss, so
     the scores of all layers can be compared.
 
-    Source: Molchanov et al. 2017, arXiv:1611.06440, section 2.2.
+    Source: Molchanov et al. 2017, arXiv:1611.06440, section 2.2, with the sum over all positions of a channel in place
+        of the mean, and without the normalization of each layer.
     """
     return statistics.gates(group).mean_absolute

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @importance("taylor_weights", needs="labels")
 def taylor_weights(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
-    """Return the sum over the weights that read each unit of (w · ∂L/∂w)², with the gradient of the mean loss.
+    """Return the mean over samples of the sum of (w · ∂L/∂w)² over the weights that read each unit.
 
-    Each weight is treated as if it were removed alone.
+    Each weight is treated as if it were removed alone. The source takes the mean over batches.
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, equation 9.
     """
-    return statistics.first_order(group, 2)
+    return statistics.gates(group).mean_sum_of_squares

@@ -7,7 +7,6 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from kirsch.graph.labels import Tensor
 
@@ -50,12 +49,18 @@ def add_memory(
     for node, start in first.items():
         if holder[node] is not node or node in weights or node.op == "output":
             continue
-        arrays = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
-        labeled = [state for state in tree_leaves(states.get(node)) if isinstance(state, Tensor)]
-        for state, value in zip(labeled, arrays, strict=False):
-            constant = math.prod(size for size, axis in zip(state.shape, state.axes, strict=True) if axis is None)
+        labeled = states.get(node)
+        for state, value in zip(*map(_sequence, (labeled, node.meta.get("val"))), strict=False):
+            if not isinstance(value, torch.Tensor):
+                continue
+            shaped = state if isinstance(state, Tensor) else Tensor.of(value.shape)  # without labels
+            constant = math.prod(size for size, axis in zip(shaped.shape, shaped.axes, strict=True) if axis is None)
             life = start, last[node]
-            facts.cost("memory", constant * value.element_size(), state.axes, owners.get(node, ""), life)
+            facts.cost("memory", constant * value.element_size(), shaped.axes, owners.get(node, ""), life)
+
+
+def _sequence(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def _is_view(node: Node) -> bool:

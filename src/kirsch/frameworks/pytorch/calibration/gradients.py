@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kirsch.frameworks.pytorch.inference.placement import to_device
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
 
     from kirsch.data.batches import Batch
     from kirsch.graph.graph import Graph
@@ -100,8 +100,9 @@ def _differentiable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(inference(model))
         stack.enter_context(torch.enable_grad())
-        # The recurrent layers of cuDNN have no gradient in inference mode.
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # The recurrent layers of cuDNN have no gradient in inference mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         for parameter in frozen:
             parameter.requires_grad = True
             stack.callback(setattr, parameter, "requires_grad", False)

@@ -49,7 +49,7 @@ class _Storage(NamedTuple):
     @classmethod
     def of(cls, name: str, value: torch.Tensor, experts: torch.Tensor | None = None) -> Self:
         """Return the memory of a weight, or of a copy of its slices."""
-        return cls(name, value.storage_offset(), value.stride(), tuple(value.shape), experts)
+        return cls(name, int(value.storage_offset()), value.stride(), tuple(value.shape), experts)
 
     def contains(self, view: torch.Tensor) -> bool:
         """Return whether a view of the memory begins in the weight."""
@@ -176,7 +176,7 @@ class _Product:
         if len(kernel) == 1:  # `unfold` takes images
             x, kernel = x[:, :, None], (1, *kernel)
             options = {name: (1 - (name == "padding"), *value) for name, value in options.items()}
-        for image in x.split(1):
+        for image in x.unsqueeze(1):
             columns = torch.nn.functional.unfold(image, kernel, **options)  # (1, channels * kernel size, outputs)
             yield columns.mT.reshape(-1, x.shape[1], math.prod(kernel))
 
