@@ -185,11 +185,20 @@ class Graph(Printable):
 
     def axes_with(self, group: Group, mark: str) -> list[ParameterAxis]:
         """Return the parameter axes of a group that an operation uses in a role, a mark of `kirsch.graph.facts`."""
+        return [key for key in group.footprint if self.has_mark(key, mark)]
+
+    def has_mark(self, key: ParameterAxis, mark: str) -> bool:
+        """Return whether an operation uses a parameter axis in a role, a mark of `kirsch.graph.facts`."""
+        labels = self.axes.get(key)
+        return labels is not None and bool(self._marked(mark)[labels].any())
+
+    def _marked(self, mark: str) -> NDArray[np.bool_]:
+        """Return which labels have a mark, bool of shape (labels,)."""
         marked = np.zeros(self.facts.count, bool)
         for labels in self.facts.marks.get(mark, ()):
             marked[labels] = True
         marked[0] = False
-        return [key for key in group.footprint if marked[self.axes[key]].any()]
+        return marked
 
     def input_axes(self, group: Group) -> list[ParameterAxis]:
         """Return the axes of weights over which a layer sums products of weights and units of a group."""

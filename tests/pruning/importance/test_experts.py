@@ -26,7 +26,7 @@ class Mixture(nn.Module):
         self.router, self.run, self.experts = nn.Linear(WIDTH, EXPERTS, bias=False), run, EXPERTS
         self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN))
         self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, WIDTH))
-        self.out = nn.Linear(WIDTH, 3)
+        self.out, self.gates = nn.Linear(WIDTH, 3), None
 
     def route(self, x):
         values, ids = self.router(x).topk(CHOSEN)
@@ -35,6 +35,8 @@ class Mixture(nn.Module):
     def forward(self, x):
         weights, ids = self.route(x)
         outputs = self.run(self, x.repeat_interleave(CHOSEN, 0), ids.reshape(-1))
+        if self.gates is not None:
+            outputs = outputs * self.gates[ids.reshape(-1), None]
         return self.out((outputs.reshape(*ids.shape, -1) * weights).sum(1))
 
 
@@ -125,6 +127,31 @@ def test_hidden_units_of_experts_are_ranked_over_all_experts(run):
     products = np.sqrt((hidden**2).mean(1)) * model.down.detach().abs().sum(2).numpy()
     rtol = 0.02 if run is sorted_by_expert else 1e-5
     np.testing.assert_allclose(found, relative(products.sum(0)), rtol=rtol)
+
+
+@pytest.mark.parametrize("run", [gathered, gathered_transposed])
+def test_selected_weights_of_experts_are_read_like_other_weights(run):
+    model = nn.Sequential(nn.Linear(3, WIDTH), Mixture(run)).eval()
+    graph = trace(model, TOKENS[:6, :3], softmax="kept")
+    before = next(group for group in graph.groups if ("0.weight", 0) in group.footprint)
+    assert set(graph.input_axes(before)) == {("1.router.weight", 1), ("1.up", 1)}
+    assert graph.input_axes(group_of(graph, HIDDEN)) == [("1.down", 1)]
+
+
+@pytest.mark.parametrize("run", [gathered, gathered_transposed])
+def test_taylor_and_fisher_are_derivatives_for_a_gate_of_the_output_of_each_expert(run):
+    model, graph, _ = prepared(run)
+    labels = torch.arange(len(TOKENS)) % 3
+    statistics = Statistics(graph, [Batch(TOKENS, labels)], F.cross_entropy)
+    model.gates = torch.ones(EXPERTS, requires_grad=True)
+    derivatives = [
+        torch.autograd.grad(F.cross_entropy(model(token), label), model.gates)[0]
+        for token, label in zip(TOKENS.split(1), labels.split(1), strict=True)
+    ]
+    model.gates = None
+    derivatives = torch.stack(derivatives).numpy()
+    np.testing.assert_allclose(scores("taylor", EXPERTS, graph, statistics), np.abs(derivatives).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(scores("fisher", EXPERTS, graph, statistics), (derivatives**2).mean(0) / 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("run", [gathered, gathered_transposed])

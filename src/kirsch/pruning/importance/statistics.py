@@ -59,8 +59,9 @@ class Statistics:
 
     The derivative for the gate of a unit is the sum of w · ∂L/∂w over the weights that read the unit. This equals the
     sum of a · ∂L/∂a over the values a of the unit where they are read, after normalization and activation; it is exact
-    for all layers that multiply the unit with a weight. Units that no weight reads, such as the index of queries and
-    keys inside a head, are gated by the weights that produce them, on average over these weights.
+    for all layers that multiply the unit with a weight. The gate of an expert multiplies its output. Units that no
+    weight reads, such as the index of queries and keys inside a head, are gated by the weights that produce them, on
+    average over these weights.
 
     Args:
         graph: graph of the model.
@@ -278,12 +279,37 @@ class Statistics:
 
 def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
     """Return the parameter axes whose products are summed for the gate of a unit, and a factor of the sum."""
-    reading = graph.input_axes(group)
-    if reading:
-        return reading, 1.0
+    found = graph.input_axes(group) or (_last_weights(graph, group) if group.kind == "expert" else [])
+    if found:
+        return found, 1.0
     parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
     weights = [key for key in parameters if len(graph.tensors[key[0]].shape) > 1]
     return parameters, 1 / max(len(weights), 1)
+
+
+def _last_weights(graph: Graph, experts: Group) -> list[ParameterAxis]:
+    """Return the axes of experts in the weights whose products are the outputs of the experts, and in their biases.
+
+    No other weight of the experts reads the outputs of such a weight. Empty if it is not known which weights these are.
+    """
+    component, contracted = graph.coupling.component, "contracted"
+    inputs: dict[str, set[int]] = {}
+    outputs: dict[str, set[int]] = {}
+    for name, _ in experts.footprint:
+        read = [axis for axis in (1, 2) if graph.has_mark((name, axis), contracted)]
+        if name in graph.parameters and len(graph.tensors[name].shape) == len("EIO") and len(read) == 1:
+            inputs[name] = set(component[graph.axes[name, read[0]]].tolist())
+            outputs[name] = set(component[graph.axes.get((name, 3 - read[0]), np.zeros(0, np.int64))].tolist())
+    last = [name for name in outputs if not any(outputs[name] & inputs[other] for other in inputs if other != name)]
+    produced = set().union(*(outputs[name] for name in last))
+    biases = [
+        name
+        for name, _ in experts.footprint
+        if name in graph.parameters
+        and len(graph.tensors[name].shape) == len("EO")
+        and produced & set(component[graph.axes.get((name, 1), np.zeros(0, np.int64))].tolist())
+    ]
+    return [(name, 0) for name in (*last, *biases)]
 
 
 def calibration_of(graph: Graph) -> Calibration:

@@ -42,7 +42,7 @@ def add_memory(
     holder: dict[Node, Node] = {}  # operation → operation whose result holds its memory
     for position, node in enumerate(program.graph.nodes):
         inputs = node.all_input_nodes
-        holder[node] = holder[inputs[0]] if inputs and _is_view(node) else node
+        holder[node] = holder[inputs[0]] if inputs and is_view(node) else node
         first[node] = last[node] = position
         for source in inputs:
             last[holder[source]] = position
@@ -63,7 +63,8 @@ def _sequence(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Return whether the result of an operation has the memory of its first input."""
     if node.target is operator.getitem:
         return True
     schema = getattr(node.target, "_schema", None)

@@ -40,6 +40,8 @@ class OperationContext:
         macs: function that returns the multiply-accumulates of the operation before any cut.
         keeps_scale: function that returns whether an attention can keep its scale when a part of its width is removed.
         is_weight: function that returns whether a tensor is computed from parameters and constants only.
+        is_selection: function that returns whether a tensor consists of matrices that indices select from a weight with
+            three axes, such as those of experts.
         softmax: the option `softmax` of `kirsch.trace`.
         is_residual: function that returns whether an addition is residual.
         batch: number of samples in the example inputs.
@@ -56,6 +58,7 @@ class OperationContext:
     macs: Callable[[], int] = lambda: 0
     keeps_scale: Callable[[Axis], bool] = lambda _: True
     is_weight: Callable[[Tensor], bool] = lambda _: False
+    is_selection: Callable[[Tensor], bool] = lambda _: False
     softmax: str = "freeze"
     is_residual: Callable[[], bool] = lambda: False
     batch: int = 1

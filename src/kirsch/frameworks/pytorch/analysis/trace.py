@@ -22,7 +22,7 @@ from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification
 from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Comparison, TracedInt
-from kirsch.frameworks.pytorch.analysis.memory import add_memory
+from kirsch.frameworks.pytorch.analysis.memory import add_memory, is_view
 from kirsch.frameworks.pytorch.analysis.node_call import call_of
 from kirsch.frameworks.pytorch.analysis.operation import OperationContext
 from kirsch.frameworks.pytorch.analysis.parameters import (
@@ -250,6 +250,7 @@ class _Walk:
         self._index: dict[Node, int] = {}
         self._batch = batch
         self.weights: set[Node] = set()
+        self._selections: set[Node] = set()  # matrices that indices select from a weight, and views of them
         self._by_call: dict[int, list[Any]] = {}
         self._tied: dict[int, set[int]] = {}  # number of a call → its integers that a rule has tied to an axis
         self._origin: dict[int, Operation] = {}  # the first operation of each call
@@ -305,8 +306,11 @@ class _Walk:
         args: Any = map_arg(node.args, self.states.get)
         options: Any = map_arg(node.kwargs, self.states.get)
         weights = {id(self.states[source]) for source in inputs if source in self.weights}
+        selections = {id(self.states[source]) for source in inputs if source in self._selections}
         if inputs and self.weights.issuperset(inputs):
             self.weights.add(node)
+        elif inputs and self._is_selection(node, inputs[0]):
+            self._selections.add(node)
         op = OperationContext(
             facts,
             name_of(node).removeprefix("aten."),
@@ -318,6 +322,7 @@ class _Walk:
             macs=lambda: macs_of(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
             is_weight=lambda tensor: id(tensor) in weights,
+            is_selection=lambda tensor: id(tensor) in selections,
             softmax=self._tracing.softmax,
             tied=self._tied.setdefault(number, set()),
             is_residual=lambda: self._is_residual(node),
@@ -337,6 +342,12 @@ class _Walk:
             self._by_call.setdefault(number, []).append(state)
             self._origin.setdefault(number, facts.operation)
         return state
+
+    def _is_selection(self, node: Node, source: Node) -> bool:
+        if source in self._selections:
+            return is_view(node)
+        shape = getattr(self.states[source], "shape", ())
+        return name_of(node) == "aten.index" and source in self.weights and len(shape) == len("GIO")
 
     def freeze_outputs(self, indices: Iterable[int], selected: Collection[int]) -> None:
         """Freeze the axes of the selected outputs, and the axes into which any output holds indices."""

@@ -30,11 +30,14 @@ def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], resul
     out = relations.relate(op.facts, operands, result, shape)
     if sum(not op.is_weight(tensor) for tensor, _ in operands) > 1:
         _mark(op, operands, result)
-    sizes: dict[str, tuple[int, Axis]] = {}
-    for tensor, tensor_letters in operands:
-        for letter, axis in zip(tensor_letters, tensor.axes, strict=True) if op.is_weight(tensor) else ():
+    weights = [pair for pair in operands if op.is_weight(pair[0]) or op.is_selection(pair[0])]
+    if len(weights) == 1 < len(operands):
+        [(weight, weight_letters)] = weights
+        for letter, axis in zip(weight_letters, weight.axes, strict=True):
             if letter not in result:
                 op.facts.mark(axis, "contracted")
+    sizes: dict[str, tuple[int, Axis]] = {}
+    for tensor, tensor_letters in operands:
         for letter, size, axis in zip(tensor_letters, tensor.shape, tensor.axes, strict=True):
             if size > 1 and sizes.get(letter, (1, None))[1] is None:
                 sizes[letter] = size, axis
