@@ -9,6 +9,12 @@ import torch
 if TYPE_CHECKING:
     from pathlib import Path
 
+STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
+"""Keys of the steps of the recipe."""
+
+NO_EXPORT = ("export=null", "measure=null")
+"""Changes that remove the last two steps, which need ONNX Runtime."""
+
 NETS = '''
 import os
 

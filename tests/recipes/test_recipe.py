@@ -350,6 +350,13 @@ def test_invalid_override_is_refused_with_the_form(change):
                 "goal. Did you mean 'goal'?"
             ),
         ),
+        (
+            "prune.goal.mac=0.5",
+            (
+                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters. Did you mean "
+                "'macs'?"
+            ),
+        ),
         ("student={}", "--set student={}: student.model: this key is required"),
     ],
 )

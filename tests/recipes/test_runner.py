@@ -22,11 +22,7 @@ from kirsch.errors import (
 from kirsch.recipes import integrity, runner
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
-from tiny import flip_bit, same_weights
-
-STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
-NO_EXPORT = ("export=null", "measure=null")
-
+from tiny import NO_EXPORT, STEPS, flip_bit, same_weights
 
 # ------------------------------------------------------------------------------------------------ steps
 
