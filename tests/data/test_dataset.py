@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from data_sets import data_set, split
+from kirsch.data import dataset
 from kirsch.data.batches import ArrayData
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import DataError, UsageError
@@ -227,10 +228,19 @@ def test_test_samples_in_another_part_are_counted():
     first, second = random.normal(size=(2, 6, 3)).astype(np.float32)
     labels = np.arange(6) % 3
     data = data_set(train=Split(first, labels), validation=(second, labels), test=(first[[4, 1, 1]], labels[:3]))
-    assert (data.count_test_samples_in("train"), data.count_test_samples_in("validation")) == (3, 0)
+    assert data.test_samples_in_other_parts() == {"train": 3, "validation": 0}
     pair = Split((first[:, 0], first), labels)
     other = Split((second[:, 0], first), labels)  # the samples differ in one of their inputs
     data = data_set(train=other, validation=pair, test=pair)
-    assert (data.count_test_samples_in("train"), data.count_test_samples_in("validation")) == (0, 6)
+    assert data.test_samples_in_other_parts() == {"train": 0, "validation": 6}
     loader = [(first, labels)]
-    assert data_set(train=loader, test=(first, labels)).count_test_samples_in("train") == 0
+    data = data_set(train=loader, validation=(second, labels), test=(first, labels))
+    assert data.test_samples_in_other_parts() == {"validation": 0}
+
+
+def test_each_part_is_hashed_once_to_find_test_samples_in_other_parts(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(dataset, "_row_hashes", lambda part: hashed.append(part) or [])
+    data = data_set()
+    data.test_samples_in_other_parts()
+    assert hashed == [data.test, data.train, data.validation]

@@ -91,7 +91,7 @@ def test_verify_detects_a_flipped_bit_and_names_the_samples(store_copy, position
 def test_the_error_counts_further_damaged_ranges(store_copy):
     for path in store_copy.glob("view-*"):
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(StoreError, match=r"view-0001-range-000000.bin \(view 1, samples 0 to 7\), and 2 more\. Delete"):
+    with pytest.raises(StoreError, match=r"view-0001-range-000000.bin \(view 1, samples 0 to 7\) and 2 more\. Delete"):
         TeacherStore.open(store_copy).verify()
 
 

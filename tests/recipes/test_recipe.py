@@ -308,7 +308,13 @@ def test_steps_without_options_and_repeated_steps_have_keys():
 
 def test_prune_without_goal_needs_a_goal_of_the_job():
     why = "Neither the step nor the job limits macs or parameters. Give the step or the job a goal, such as macs=0.5."
-    assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
+    problem = f"the step 'prune' has no goal. {why}"
+    assert_refused(VALID, f"line 3: steps[0]: {problem}", changes=("prune.goal=null",))
+    assert_refused(
+        f"{MINIMAL}- prune\n- measure\n",
+        "line 4: steps[1]: the step 'measure' needs a step 'export' before it. Add this step.",
+        f"line 3: steps[0]: {problem}",
+    )
     assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 
 

@@ -209,13 +209,14 @@ class DataSet:
     def _check_inputs_of_loader(self, inputs: Any) -> None:
         require_same_inputs(inputs, f"the train part of {self.name}", self.test.inputs, f"the test part of {self.name}")
 
-    def count_test_samples_in(self, part: str) -> int:
-        """Return the number of test samples whose inputs occur in another part; 0 for a loader."""
-        split = self.in_memory.get(part)
-        if split is None:
-            return 0
-        known = set(_row_hashes(split))
-        return sum(row in known for row in _row_hashes(self.test))
+    def test_samples_in_other_parts(self) -> dict[str, int]:
+        """Return, for each other part in memory, the number of test samples whose inputs occur in it."""
+        rows = _row_hashes(self.test)
+        return {
+            part: sum(map(set(_row_hashes(split)).__contains__, rows))
+            for part, split in self.in_memory.items()
+            if part != "test"
+        }
 
     @cached_property
     def sha256(self) -> str:

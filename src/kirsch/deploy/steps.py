@@ -29,6 +29,9 @@ MODEL = f"{ARTIFACTS}/model.onnx"
 """Exported file in the run folder."""
 
 
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
 @STEPS.register("export")
 class Export(Step):
     """Write the model to a file, and evaluate the file on the test part."""
@@ -37,6 +40,11 @@ class Export(Step):
     changes_model: ClassVar[bool] = False
 
     format: Literal["onnx"] = Field("onnx", description="format of the file")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages of the ONNX exporter; those of other exporters are not known."""
+        return ONNX_PACKAGES if self.format == "onnx" else ()
 
     def seconds(self, job: Job) -> float | None:
         """Return None: the time of an export is between a second and minutes, and known only after an export."""
@@ -95,6 +103,11 @@ class Measure(Step):
                 f"The step {job.key!r} has threads={self.threads}; this machine has {cores} usable cores.",
                 fix="Lower threads.",
             )
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages of the ONNX exporter and of the runtime."""
+        return ONNX_PACKAGES
 
     def seconds(self, job: Job) -> float | None:
         """Return None, as for an export: the models before compression are exported, too."""

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kirsch.distillation.term import BoundTerm
     from kirsch.frameworks.protocols import Features
 
-TOKEN_AXES = len("NLD")
-
 MAX_CURVATURE = 10.0
 """Largest curvature of the terms of `output_terms`, added up.
 
@@ -101,9 +99,14 @@ def output_terms(features: Features, student: Any, teacher: Any, names: Sequence
         weight = 1 / variance
         if gradients[name]:
             weight = min(weight, MAX_CURVATURE / len(variances) / (2 * gradients[name] ** 2))
-        loss = "hidden-mse" if len(of_teacher[name].shape) == TOKEN_AXES else "fitnet"
+        loss = squared_difference_loss(len(of_teacher[name].shape))
         terms.append(Term(loss, float(f"{weight:.3g}"), student_layer=name, name=name))
     return terms
+
+
+def squared_difference_loss(axes: int) -> str:
+    """Return the name of the loss for the mean squared difference of features with this number of axes."""
+    return "hidden-mse" if axes == len("NLD") else "fitnet"
 
 
 def with_further_outputs(

@@ -34,6 +34,11 @@ class Step(Options):
     repeatable: ClassVar[bool] = True
     changes_model: ClassVar[bool] = True
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Optional packages that the step imports. A forecast names those that are not installed."""
+        return ()
+
     def identity(self, job: Job) -> str:
         """Return a text that changes with each part of the recipe on which the result of this step depends."""
         del job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kirsch import figures
 from kirsch.graph.cost import WORDS
 from kirsch.pruning.selection import removable_groups
 
@@ -51,8 +52,7 @@ def _cost_of(graph: Graph, least: Least, otherwise: Least) -> str:
     by_macs = sorted((owner for owner in losses if any(losses[owner])), key=lambda owner: losses[owner][::-1])[::-1]
     if not by_macs:
         return "does not change the least cost that can be reached"
-    more = f" and {len(by_macs) - LAYERS} more" if len(by_macs) > LAYERS else ""
-    shown = ", ".join(f"`{owner or 'the model itself'}`" for owner in by_macs[:LAYERS])
+    shown = figures.listed([f"`{owner or 'the model itself'}`" for owner in by_macs], LAYERS)
     words = {name: word for name, word in WORDS.items() if getattr(graph.cost, name)}
     least_shares, shares = (
         {word: getattr(cost, name) / getattr(graph.cost, name) for name, word in words.items()}
@@ -60,4 +60,4 @@ def _cost_of(graph: Graph, least: Least, otherwise: Least) -> str:
     )
     remain = " and ".join(f"{share:.1%} of the {word}" for word, share in least_shares.items())
     instead = " and ".join(f"{share:.1%}" for share in shares.values())
-    return f"keeps units of the layers {shown}{more}: at least {remain} remain, instead of {instead}"
+    return f"keeps units of the layers {shown}: at least {remain} remain, instead of {instead}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kirsch import figures
 from kirsch.graph.cost import WORDS
 from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
@@ -113,8 +114,7 @@ def width_notes(plan: Plan) -> list[str]:
     ]
     if not unaligned:
         return []
-    more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
-    names = f"{', '.join(unaligned[:3])}{more}"
+    names = figures.listed(unaligned)
     return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
 
 
@@ -143,10 +143,9 @@ def unused_notes(plan: Plan, graph: Graph) -> list[str]:
     if not unused or graph.tracing.as_graph or not any(removal.removed for removal in plan.groups):
         return []
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
-    names = ", ".join(f"`{layer}`" for layer in layers[:3])
-    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""  # noqa: PLR2004 - three are shown
+    names = figures.listed([f"`{layer}`" for layer in layers])
     note = (
-        f"The traced forward pass does not use {names}{more}, whose sizes are kept. Code that uses these layers, such "
+        f"The traced forward pass does not use {names}, whose sizes are kept. Code that uses these layers, such "
         "as a branch for other inputs or another method, can fail on the pruned model, and is not verified. Exclude "
         "the layers whose outputs they read, or give example inputs that use them."
     )

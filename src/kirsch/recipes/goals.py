@@ -96,7 +96,7 @@ def goal_items(job: Job, steps: Mapping[str, Step], first: str, final: str, sign
         items += cost.items(records[cost.key or final], before)
     if goal.max_drop is not None:
         items.append(_drop_item(records[first], records[final], goal.max_drop, significance))
-    if goal.speedup is not None and "measure" in records:
+    if goal.speedup is not None:
         speedup = records["measure"]["race"]["speedups"]["exported"]
         text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(goal.speedup)}×"
         items.append(item("speedup", text, goal.speedup, speedup["value"], met=speedup["value"] >= goal.speedup))

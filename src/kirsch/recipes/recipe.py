@@ -93,9 +93,7 @@ class Recipe(Options):
         elif self.student_is_not_trained and is_random(self.student.model if self.student else None):
             problems.append((("student",), UsageError(NOT_TRAINED, "Its weights are random.", f"{TRAIN_STUDENT}.")))
         problems += self._problems_after_export(names)
-        for key, step in zip(keys_of(names), self.steps, strict=True):
-            if isinstance(step, Prune):
-                step.goal_in(self.goal, key)
+        problems += self._missing_goals(names)
         if self.goal.speedup is not None and "measure" not in names:
             problems.append((("goal",), UsageError("A speedup goal needs the steps export and measure.")))
         if problems:
@@ -132,6 +130,15 @@ class Recipe(Options):
             problem = f"The {subject} the model after the step 'export'."
             why = "The exported file would not be the final model."
             yield ("steps", place), UsageError(problem, why, f"Move 'export' after {late[-1]}.")
+
+    def _missing_goals(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
+        """Yield a problem for each step that prunes without a goal."""
+        for number, (key, step) in enumerate(zip(keys_of(names), self.steps, strict=True)):
+            try:
+                if isinstance(step, Prune):
+                    step.goal_in(self.goal, key)
+            except UsageError as error:
+                yield ("steps", number), error
 
     @field_serializer("steps", when_used="always")
     def _write_steps(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import files, strict_json
 from kirsch.data.sources import load_data
 from kirsch.deploy.steps import MODEL
-from kirsch.errors import KirschError, LoadError, OutputError, UsageError
+from kirsch.errors import NOT_REACHED, KirschError, LoadError, OutputError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.find import framework_of
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
@@ -46,7 +46,7 @@ class Outcome:
     """Result of a run.
 
     Args:
-        exit_code: 0 if all goals are met, 3 if one is missed.
+        exit_code: 0 if all goals are met, `NOT_REACHED` if one is missed.
         folder: run folder.
         metrics: content of metrics.json.
         model: resulting model.
@@ -204,7 +204,7 @@ def run(
             }
         )
         manifest.write(folder)
-    return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.model)
+    return Outcome(0 if metrics["goal"]["met"] else NOT_REACHED, folder, metrics, job.model)
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
@@ -245,11 +245,10 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
 
 def _overlap_notes(data: DataSet) -> list[str]:
     """Return a note for each part that contains test samples."""
-    counts = {part: data.count_test_samples_in(part) for part in ("train", "validation")}
     return [
         f"{count} of the {len(data.test)} test samples of {data.name} are also in its {part} part, so the results on "
         "the test part may be too good. Remove them from one of the parts."
-        for part, count in counts.items()
+        for part, count in data.test_samples_in_other_parts().items()
         if count
     ]
 

@@ -11,7 +11,6 @@ from kirsch.json_schema import Check, anything, array, flag, integer, mapping, n
 if TYPE_CHECKING:
     from pathlib import Path
 
-METRICS = "metrics.json"
 VERSION = 1
 
 

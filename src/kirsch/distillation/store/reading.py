@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kirsch import figures
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
@@ -275,9 +276,8 @@ class TeacherStore:
             if self.specification.digest(file, records) != digest:
                 changed.append(f"{file.path.name} ({file})")
         if changed:
-            more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-            listed = "; ".join(changed[:MAX_LISTED])
-            raise damaged(self.folder, f"The contents of these files do not match their sha256: {listed}{more}")
+            listed = figures.listed(changed, MAX_LISTED, "; ")
+            raise damaged(self.folder, f"The contents of these files do not match their sha256: {listed}")
 
     @checked
     def check(
