@@ -22,7 +22,7 @@ def samples():
 
 
 def batches(batch_size=4):
-    return ArrayData(*samples(), batch_size)
+    return ArrayData(*samples(), batch_size=batch_size)
 
 
 def pairs():

@@ -64,7 +64,7 @@ def objective_of(text: str, *changes: str) -> Objective:
             ),
             Objective(
                 (
-                    Term("kd", 0.9, temperature=Ramp(4.0, 1.0, 10.0, 2.0)),
+                    Term("kd", 0.9, temperature=Ramp(4.0, 1.0, 10.0, after=2.0)),
                     Term("at", 1000.0, student_layer="auto", options={"power": 3}, name="maps"),
                     Term(
                         "fitnet",

@@ -220,8 +220,8 @@ class _Combination:
 @checked
 def ensemble(
     models: Sequence[Model],
-    combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
     *,
+    combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
     activation: Activation = "softmax",
     outputs: Outputs | None = None,
 ) -> Any:

@@ -41,6 +41,7 @@ class Ramp:
     start: float
     end: float
     epochs: float
+    _: KW_ONLY
     after: float = 0.0
 
     def at(self, epoch: float) -> float:

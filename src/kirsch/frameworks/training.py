@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -180,6 +180,7 @@ class TrainingHooks:
 
     made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
 
+    _: KW_ONLY
     validate: Callable[[Any], dict[str, float]] | None = None
     event: Callable[[dict[str, Any]], None] | None = None
     stop: Callable[[], Exception | None] | None = None
