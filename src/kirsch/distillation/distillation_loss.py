@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LABEL = "label"
 """Name of the label loss among the terms of a `LossOutput`, in events and in histories."""
 
-Features = Mapping[str, list[Any]]
+TeacherFeatures = Mapping[str, list[Any]]
 """The teachers' features of each term, by adapter name.
 
 The list has one feature, or one for each teacher if the losses of several teachers are summed.
@@ -60,7 +60,7 @@ class DistillationLoss:
         """Return the terms whose weight is not 0 after `epoch` epochs."""
         return [term for term in self.terms if at(term.weight, epoch)]
 
-    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> Features:
+    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> TeacherFeatures:
         """Return the teachers' features of each active term; the logits of several teachers are combined.
 
         Args:
@@ -82,7 +82,7 @@ class DistillationLoss:
     def __call__(
         self,
         student: Any,
-        features: Features,
+        features: TeacherFeatures,
         batch: Batch,
         epoch: float,
         step_counts: Mapping[str, int] | None = None,
