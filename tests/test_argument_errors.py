@@ -59,7 +59,7 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
         (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStore objects\.$"),
         (lambda: kirsch.Term("kd", options=[]), r"expected a dict from text to any object|Give a dict from text to"),
         (lambda: kirsch.Goal(macs=np.ones(3)), r"is an ndarray of shape \(3,\); expected a number or None\."),
-        (lambda: kirsch.Objective(teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
+        (lambda: kirsch.Objective(combine_teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
         (
             lambda: kirsch.Objective(teacher_outputs=3),
             r"Give 'logits', 'probabilities', a list of 'logits', 'probabilities' or None, or None\.$",

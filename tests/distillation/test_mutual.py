@@ -75,9 +75,9 @@ def test_a_loss_that_trains_the_embedding_of_its_teacher_does_not_train_the_peer
         torch.testing.assert_close(found[index].model[0].weight, alone.model[0].weight, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("way", ["logits", "confidence", "sum"])
-def test_peers_are_combined_like_teachers(way):
-    objective = Objective((Term("kd", 0.5, temperature=2.0),), teachers=way)
+@pytest.mark.parametrize("combine", ["logits", "confidence", "sum"])
+def test_peers_are_combined_like_teachers(combine):
+    objective = Objective((Term("kd", 0.5, temperature=2.0),), combine_teachers=combine)
     students = [linear(seed) for seed in range(3)]
     found = distill_mutually(students, one_batch(), objective=objective, training=ONE_STEP, hooks=QUIET)[1].model
     peers = [students[0], students[2]]

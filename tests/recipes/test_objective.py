@@ -164,8 +164,8 @@ def test_commented_recipe_explains_the_objective_key():
             ],
         ),
         (
-            "  objective: {terms: [{}], teachers: some}",
-            [r"line 4: .*`teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
+            "  objective: {terms: [{}], combine_teachers: some}",
+            [r"line 4: .*`combine_teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",

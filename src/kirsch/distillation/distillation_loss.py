@@ -73,11 +73,11 @@ class DistillationLoss:
         if term.teacher is not None or len(outputs) == 1:
             return [at_layers(outputs[term.teacher or 0], term.teacher_layer)]
         logits = [at_layers(values, term.teacher_layer) for values in outputs]
-        if self.objective.teachers == "sum":
+        if self.objective.combine_teachers == "sum":
             return logits
         axis = ops.channel_axis(logits[0]) if term.loss.takes == "pixels" else -1
         temperature = term.keywords(epoch).get("temperature", 1.0)
-        return [combined(logits, self.objective.teachers, temperature, term.loss.activation, axis)]
+        return [combined(logits, self.objective.combine_teachers, temperature, term.loss.activation, axis)]
 
     def __call__(
         self,

@@ -58,8 +58,8 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. With `teachers="probabilities"`, the gradient of the soft-target loss equals the mean of its
-    gradients for the single peers, as in the paper.
+    `Objective.combine_teachers`. With `combine_teachers="probabilities"`, the gradient of the soft-target loss equals
+    the mean of its gradients for the single peers, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their

@@ -40,9 +40,9 @@ class Objective(Printable):
             per sample, the mean is over all samples. With a label per token or pixel, it is over the labeled positions.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
-        teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
-            mean of their logits; "confidence": the mean of their probabilities, weighted by the confidence of each
-            teacher; "sum": one loss for each teacher, summed.
+        combine_teachers: how several teachers are combined. "probabilities": the mean of their probabilities;
+            "logits": the mean of their logits; "confidence": the mean of their probabilities, weighted by the
+            confidence of each teacher; "sum": one loss for each teacher, summed.
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
             log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
@@ -63,7 +63,7 @@ class Objective(Printable):
     causal: bool = False
     ignore_index: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
-    teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
+    combine_teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
     student_outputs: Outputs | None = None
     teacher_outputs: Outputs | tuple[Outputs | None, ...] | None = None
 
