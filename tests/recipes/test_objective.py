@@ -299,7 +299,7 @@ def uneven(*, noise=0.4):
         wave = np.cos(np.arange(6) * (2 * labels[:, None] + 0.5))[:, None, :, None]
         return Split((wave + noise * random.standard_normal((n, 1, 6, 6))).astype(np.float32), labels)
 
-    return DataSet("uneven", part(80), part(40), part(60), ("often", "rarely"))
+    return DataSet("uneven", part(80), part(40), part(60), classes=("often", "rarely"))
 """
 SHORT = ("export=null", "measure=null", "prune=null", "recover=null", "goal={}", "train.epochs=2")
 

@@ -238,10 +238,10 @@ class MutualStep:
         """Return the counts of the batches, which are the same for all students."""
         return self._steps[0].counts(batches)
 
-    def check(self, batch: Batch) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Refuse targets that the label loss does not take; see `LossFunction`."""
-        warnings = [step.check(batch) for step in self._steps]
-        return warnings[0]  # they are equal
+        warnings = [text for step in self._steps for text in step.check(batch, on_any_device=on_any_device)]
+        return list(dict.fromkeys(warnings))
 
     def balance(self, norms: dict[str, float]) -> dict[str, float]:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""

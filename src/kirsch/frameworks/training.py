@@ -134,8 +134,12 @@ class LossFunction(Protocol):
         is 0.
         """
 
-    def check(self, batch: Batch) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Check the targets of a batch of a loader, if they are on the CPU.
+
+        Args:
+            batch: a training batch.
+            on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Returns:
             Warnings, one sentence each.
