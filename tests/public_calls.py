@@ -31,7 +31,7 @@ def public_calls(folder):
     small = kirsch.prune(model, plan)
     kirsch.save(small, folder / "saved")
     artifact = kirsch.export(model, folder / "model.onnx", example_inputs=x)
-    data = kirsch.ArrayData(x.numpy(), y.numpy(), 4)
+    data = kirsch.ArrayData(x.numpy(), y.numpy(), batch_size=4)
     split = kirsch.Split(x.numpy(), y.numpy())
     parts = {"train": split, "validation": split, "test": split}
     dataset = kirsch.DataSet("data", **parts, classes=("a", "b", "c"))

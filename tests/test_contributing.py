@@ -85,7 +85,7 @@ def test_the_exporter_writes_the_weights_of_the_model(defined, tmp_path):
 def test_the_task_counts_samples_whose_labels_are_all_right(defined):
     task, labels = TASKS["multi-label"](), np.array([[1, 0], [1, 1], [0, 0]])
     part = kirsch.Split(np.zeros((3, 2), np.float32), labels)
-    data = kirsch.DataSet("d", part, part, part, ("a", "b"))
+    data = kirsch.DataSet("d", part, part, part, classes=("a", "b"))
     task.check_data(data)
     right, wrong = np.where(labels, 1.0, -1.0), np.array([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
     task.check_outputs(wrong, data)

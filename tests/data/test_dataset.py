@@ -102,7 +102,7 @@ def test_invalid_class_name_is_refused(classes, sentence):
 
 def test_name_that_is_not_valid_text_is_refused():
     with pytest.raises(DataError, match=r"The data set has the name '\\udce9'\. It is not valid text\."):
-        DataSet("\udce9", split(), split(), split(), ("a", "b", "c"))
+        DataSet("\udce9", split(), split(), split(), classes=("a", "b", "c"))
 
 
 # ------------------------------------------------------------------------------------------------ loaders
@@ -217,7 +217,7 @@ def test_hash_of_a_loader_depends_on_the_name_and_on_the_other_parts():
         data_set(train=loader()).sha256,
         data_set(train=loader(), test=split((0, 2, 1))).sha256,
         data_set().sha256,
-        DataSet("e", loader(), split(), split(), ("a", "b", "c")).sha256,
+        DataSet("e", loader(), split(), split(), classes=("a", "b", "c")).sha256,
     ]
     assert len(set(hashes)) == 4
     assert data_set(train=loader((0, 0, 0))).sha256 == hashes[0]

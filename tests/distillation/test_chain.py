@@ -261,7 +261,7 @@ def test_an_ensemble_returns_the_mean_probabilities_or_logits_of_its_models():
         expected = sum(copy.deepcopy(member).eval()(inputs).softmax(-1) for member in members) / 3
         torch.testing.assert_close(found(inputs).softmax(-1), expected, rtol=1e-10, atol=1e-14)
         logits = sum(copy.deepcopy(member).eval()(inputs) for member in members) / 3
-        torch.testing.assert_close(ensemble(members, "logits")(inputs), logits, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ensemble(members, combine="logits")(inputs), logits, rtol=1e-12, atol=1e-14)
 
 
 def test_a_model_that_modifies_its_inputs_does_not_affect_the_others():
@@ -305,7 +305,7 @@ def test_an_ensemble_without_models_or_with_an_unknown_combination_is_refused():
     with pytest.raises(UsageError, match=r"`models` of kirsch.ensemble is empty"):
         ensemble([])
     with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities', 'logits'"):
-        ensemble(models(), "sum")
+        ensemble(models(), combine="sum")
     five = nn.Linear(D, 5).double()
     with pytest.raises(ShapeError, match="The models of the ensemble have 5, 3 classes"):
         ensemble([five, models()[0]])(torch.from_numpy(samples(N)[0]))

@@ -33,7 +33,10 @@ def test_require_accepts_matching_arguments(store_folder):
     [
         ({"teacher": network(seed=1)}, ["the teacher's weights (teacher_sha256"]),
         ({"data": data(ids=IDS[::-1].copy())}, ["the data (inputs and ids) (data_sha256"]),
-        ({"data": ArrayData(images() + 1, None, 4, AUGMENT, IDS)}, ["the data (inputs and ids) (data_sha256"]),
+        (
+            {"data": ArrayData(images() + 1, None, batch_size=4, augment=AUGMENT, ids=IDS)},
+            ["the data (inputs and ids) (data_sha256"],
+        ),
         (
             {"data": data(Flip())},
             ["the transform (transform: stored Chain(stages=(Crop(padding=1), Flip(probability=0.5), "],

@@ -28,14 +28,14 @@ class Net(nn.Module):
         return self.head(self.conv(x).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("way", ["probabilities", "logits", "confidence", "sum"])
-def test_a_student_can_learn_from_several_teachers(way):
-    objective = Objective((Term("kd", 1.0, temperature=2.0),), teachers=way)
+@pytest.mark.parametrize("combine", ["probabilities", "logits", "confidence", "sum"])
+def test_a_student_can_learn_from_several_teachers(combine):
+    objective = Objective((Term("kd", 1.0, temperature=2.0),), combine_teachers=combine)
     events = []
     found = trained(Net(4), [Net(6), Net(5)], image_data(), objective, hooks=TrainingHooks(event=events.append))
     assert set(found.history[0]["terms"]) == {"label", "kd"}
     texts = [event["text"] for event in events if event["event"] == "warning"]
-    assert any("geometric mean of their probabilities" in text for text in texts) == (way == "logits")
+    assert any("geometric mean of their probabilities" in text for text in texts) == (combine == "logits")
 
 
 TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 0.5]])
@@ -68,28 +68,28 @@ def test_logits_of_each_pixel_are_combined_over_the_class_axis():
 
 
 @pytest.mark.parametrize(
-    ("loss", "way"),  # real-valued outputs do not show how confident a teacher is
+    ("loss", "combine"),  # real-valued outputs do not show how confident a teacher is
     [
-        (loss, way)
+        (loss, combine)
         for loss in ("kd", "binary-kd", "logit-l2")
-        for way in ("probabilities", "confidence", "logits", "sum")
-        if (loss, way) != ("logit-l2", "confidence")
+        for combine in ("probabilities", "confidence", "logits", "sum")
+        if (loss, combine) != ("logit-l2", "confidence")
     ],
 )
-def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, way):
+def test_a_student_that_equals_both_of_its_teachers_has_a_loss_of_0(loss, combine):
     model = Net(4)
-    objective = Objective((Term(loss, 1.0),), label_weight=0.0, teachers=way)
+    objective = Objective((Term(loss, 1.0),), label_weight=0.0, combine_teachers=combine)
     batch = image_data().inputs[:4], image_data().targets[:4]
     warnings = []
     found = Distiller(model, [copy.deepcopy(model)] * 2, objective, batch, warn=warnings.append)
     with found.eval():
         assert float(found(batch).total.detach()) == pytest.approx(0.0, abs=1e-6)
     assert all("geometric mean of their probabilities" in text for text in warnings)
-    assert bool(warnings) == (way == "logits" and loss != "logit-l2")
+    assert bool(warnings) == (combine == "logits" and loss != "logit-l2")
 
 
 def test_the_option_confidence_is_refused_for_losses_on_real_valued_outputs():
-    objective = Objective((Term("logit-l2", 1.0),), teachers="confidence")
+    objective = Objective((Term("logit-l2", 1.0),), combine_teachers="confidence")
     with pytest.raises(UsageError, match="compares real numbers, which do not show how confident"):
         trained(Net(4), [Net(6), Net(5)], image_data(), objective)
 

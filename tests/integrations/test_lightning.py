@@ -18,6 +18,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from reads import RecordReads
 from tiny import assert_weights_close
 
 import_beside("torchvision")  # imported by torchmetrics, which Lightning imports
@@ -118,11 +119,38 @@ def test_batches_and_outputs_are_checked_before_training():
         )
 
 
+class Scaled(Module):
+    """Module with a hook that could change the labels on the device."""
+
+    def on_after_batch_transfer(self, batch, _index):
+        return batch
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_reads_no_values_of_tensors(monkeypatch, accumulate):
+    """Labels are counted and checked before the batch is moved. The first batch of an epoch reads gradient norms."""
+    lines, step = [], Distillation._step
+
+    def recorded(*args):
+        with RecordReads() as reads:
+            loss = step(*args)
+        lines.append(reads.lines)
+        return loss
+
+    monkeypatch.setattr(Distillation, "_step", recorded)
+    options = {"accumulate_grad_batches": accumulate, "limit_val_batches": 1, "val_check_interval": 2}
+    for module, batch_of in ((Module(), None), (Scaled(), None), (Module(), lambda batch: batch)):
+        fit(module, Distillation(net(6, 2), OBJECTIVE, student="model", batch_of=batch_of), **options)
+    assert lines[0]
+    assert lines[1:4] == [[]] * 3
+    assert all(lines[4:])  # the labels may change on the device, so they are counted there
+
+
 def assert_plain(module, before):
     """Check that the module has no hooks, adapters or replaced methods."""
     assert module.state_dict().keys() == before.state_dict().keys()
     assert [name for name, _ in module.named_modules()] == [name for name, _ in before.named_modules()]
-    assert "training_step" not in vars(module)
+    assert not {"training_step", "_on_before_batch_transfer"} & set(vars(module))
     assert_no_hooks(module)
 
 

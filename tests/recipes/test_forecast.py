@@ -197,7 +197,7 @@ LOADED = """
 def loaded():
     data = stripes(seed=0)
     train = [(data.train.inputs[i : i + 16], data.train.labels[i : i + 16]) for i in (0, 16, 32)]
-    return DataSet("loaded", train, data.validation, data.test, data.classes)
+    return DataSet("loaded", train, data.validation, data.test, classes=data.classes)
 """
 
 

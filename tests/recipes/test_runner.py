@@ -297,7 +297,7 @@ def test_a_run_accepts_models_and_data_as_objects(job):
     materials = runner.Materials(
         make_teacher=lambda: runner.build("nets.py:teacher", base=job.base),
         make_student=None,
-        data=DataSet("own", part, part, part, ("a", "b", "c")),
+        data=DataSet("own", part, part, part, classes=("a", "b", "c")),
         origin="here",
     )
     with pytest.raises(Interrupted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -113,6 +113,7 @@ class DataSet:
     train: Labeled
     validation: Labeled
     test: Labeled
+    _: KW_ONLY
     classes: Annotated[
         tuple[str, ...],
         Fix("Give the name of each class, in the order of the models' outputs, such as tuple(map(str, range(10)))."),
@@ -169,7 +170,7 @@ class DataSet:
         """Return the training part in batches: `ArrayData`, or the loader, which has its own batch size."""
         if self.is_stream:
             return self.train.loader
-        return ArrayData(self.train.inputs, self.train.labels, batch_size, self.augment)
+        return ArrayData(self.train.inputs, self.train.labels, batch_size=batch_size, augment=self.augment)
 
     def count_batches(self, batch_size: int) -> int:
         """Return the number of training batches of an epoch."""
@@ -180,7 +181,9 @@ class DataSet:
         if self.is_stream:
             return self.train.first_batches(count)
         end = count * batch_size
-        return ArrayData(rows(self.train.inputs, slice(end)), self.train.labels[:end], batch_size, self.augment)
+        return ArrayData(
+            rows(self.train.inputs, slice(end)), self.train.labels[:end], batch_size=batch_size, augment=self.augment
+        )
 
     def first_inputs(self, count: int) -> list[Any]:
         """Return the inputs of the first training samples, in one or more batches.

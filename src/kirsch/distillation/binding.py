@@ -149,15 +149,15 @@ def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]
             "Only teachers with the same classes can be combined.",
             "Name one of them for the term: teacher=0.",
         )
-    if term.loss.activation == "identity" and objective.teachers == "confidence":
+    if term.loss.activation == "identity" and objective.combine_teachers == "confidence":
         raise UsageError(
             f"The term {term.name!r} compares real numbers, which do not show how confident a teacher is.",
-            fix='Set teachers="probabilities", which averages real numbers, or name one teacher: teacher=0.',
+            fix='Set combine_teachers="probabilities", which averages real numbers, or name one teacher: teacher=0.',
         )
-    if term.adapter is not None and objective.teachers == "sum":
+    if term.adapter is not None and objective.combine_teachers == "sum":
         raise UsageError(
             f"The term {term.name!r} has an adapter for one teacher, but compares with each of {len(logits)} teachers.",
-            fix='Set teachers="probabilities", or name one teacher for the term: teacher=0.',
+            fix='Set combine_teachers="probabilities", or name one teacher for the term: teacher=0.',
         )
 
 

@@ -182,10 +182,11 @@ def warning_of_averaged_logits(objective: Objective, teachers: int) -> list[str]
     The softmax of averaged logits is the normalized geometric mean of the teachers' probabilities.
     """
     activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
-    if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
+    if objective.combine_teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (
         f"The logits of the {teachers} teachers are averaged. This is the geometric mean of their probabilities, in "
-        'which a confident teacher outweighs the others. Set teachers="probabilities" to average the probabilities.'
+        'which a confident teacher outweighs the others. Set combine_teachers="probabilities" to average the '
+        "probabilities."
     )
     return [text]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LABEL = "label"
 """Name of the label loss among the terms of a `LossOutput`, in events and in histories."""
 
-Features = Mapping[str, list[Any]]
+TeacherFeatures = Mapping[str, list[Any]]
 """The teachers' features of each term, by adapter name.
 
 The list has one feature, or one for each teacher if the losses of several teachers are summed.
@@ -60,7 +60,7 @@ class DistillationLoss:
         """Return the terms whose weight is not 0 after `epoch` epochs."""
         return [term for term in self.terms if at(term.weight, epoch)]
 
-    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> Features:
+    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> TeacherFeatures:
         """Return the teachers' features of each active term; the logits of several teachers are combined.
 
         Args:
@@ -73,16 +73,16 @@ class DistillationLoss:
         if term.teacher is not None or len(outputs) == 1:
             return [at_layers(outputs[term.teacher or 0], term.teacher_layer)]
         logits = [at_layers(values, term.teacher_layer) for values in outputs]
-        if self.objective.teachers == "sum":
+        if self.objective.combine_teachers == "sum":
             return logits
         axis = ops.channel_axis(logits[0]) if term.loss.takes == "pixels" else -1
         temperature = term.keywords(epoch).get("temperature", 1.0)
-        return [combined(logits, self.objective.teachers, temperature, term.loss.activation, axis)]
+        return [combined(logits, self.objective.combine_teachers, temperature, term.loss.activation, axis)]
 
     def __call__(
         self,
         student: Any,
-        features: Features,
+        features: TeacherFeatures,
         batch: Batch,
         epoch: float,
         step_counts: Mapping[str, int] | None = None,

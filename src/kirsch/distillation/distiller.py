@@ -169,6 +169,7 @@ class Distiller(Printable):
         epoch: float = 0.0,
         *,
         step_counts: Mapping[str, int] | None = None,
+        batch_counts: Mapping[str, int] | None = None,
         module: Callable[..., Any] | None = None,
     ) -> LossOutput:
         """Run student and teachers on a batch and return the loss; call `.total.backward()`.
@@ -183,6 +184,9 @@ class Distiller(Printable):
             epoch: number of epochs done, for weights and temperatures that change during training.
             step_counts: the result of `counts` for all batches of the optimizer step, for gradient accumulation. The
                 losses of these batches then add up to the loss of one large batch. None: the step has one batch.
+            batch_counts: the result of `counts` for this batch alone. Give it if the batch is on an accelerator, with
+                counts computed before the batch was moved there. None: the batch is counted in this call, which waits
+                for the accelerator if the batch is on one.
             module: the module to run instead of `distiller.module`. In distributed training,
                 `DistributedDataParallel(distiller.module)`.
 
@@ -192,12 +196,10 @@ class Distiller(Printable):
         """
         model = self.module if module is None else module
         converted = Batch.of(batch)
-        # `check` warns if a batch without targets follows one with targets. The warning is ignored here, because a
-        # custom loop may mix such batches on purpose.
-        self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
-        counts = self.step.counts([converted])  # before the batch is moved to the device of the student
+        if batch_counts is None:  # before the batch is moved to the device of the student
+            batch_counts = self._count([converted], first=self.module.training and int(epoch) != self._checked_epoch)
         placed = self._framework.inference.to_device(converted, self.student)
-        output = self.step(model, placed, epoch, step_counts, batch_counts=counts)
+        output = self.step(model, placed, epoch, step_counts, batch_counts=batch_counts)
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
@@ -229,11 +231,23 @@ class Distiller(Printable):
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in the batches of one optimizer step, for `step_counts`.
+        """Return the numbers of samples, labels and positions in batches, for `step_counts` and `batch_counts`.
 
-        In distributed training, sum the counts of all processes by name, and pass the sums as `step_counts`.
+        The targets are checked here, if they are not on an accelerator. In distributed training, sum the counts of all
+        processes by name, and pass the sums as `step_counts`.
+
+        Raises:
+            DataError: the label loss does not take the targets.
         """
-        return self.step.counts([Batch.of(batch) for batch in batches])
+        return self._count([Batch.of(batch) for batch in batches])
+
+    def _count(self, batches: Sequence[Batch], *, first: bool = False) -> dict[str, int]:
+        """Check the targets of batches, and count; `first`: also check targets on an accelerator."""
+        for batch in batches:
+            # `check` warns if a batch without targets follows one with targets. The warning is ignored here, because a
+            # custom loop may mix such batches on purpose.
+            self.step.check(batch, on_any_device=first)
+        return self.step.counts(batches)
 
     def check_labels(self, targets: Any) -> None:
         """Check targets.

@@ -58,8 +58,8 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. With `teachers="probabilities"`, the gradient of the soft-target loss equals the mean of its
-    gradients for the single peers, as in the paper.
+    `Objective.combine_teachers`. With `combine_teachers="probabilities"`, the gradient of the soft-target loss equals
+    the mean of its gradients for the single peers, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their
@@ -238,10 +238,10 @@ class MutualStep:
         """Return the counts of the batches, which are the same for all students."""
         return self._steps[0].counts(batches)
 
-    def check(self, batch: Batch) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Refuse targets that the label loss does not take; see `LossFunction`."""
-        warnings = [step.check(batch) for step in self._steps]
-        return warnings[0]  # they are equal
+        warnings = [text for step in self._steps for text in step.check(batch, on_any_device=on_any_device)]
+        return list(dict.fromkeys(warnings))
 
     def balance(self, norms: dict[str, float]) -> dict[str, float]:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import LOSSES
-from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.term import Number, Ramp, Term, ends, problem
+from kirsch.distillation.presets import PRESETS, kd_fields
+from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT, Number, Ramp, Term, ends, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
 from kirsch.tables import Part, Piece, Printable
@@ -40,9 +40,9 @@ class Objective(Printable):
             per sample, the mean is over all samples. With a label per token or pixel, it is over the labeled positions.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
-        teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
-            mean of their logits; "confidence": the mean of their probabilities, weighted by the confidence of each
-            teacher; "sum": one loss for each teacher, summed.
+        combine_teachers: how several teachers are combined. "probabilities": the mean of their probabilities;
+            "logits": the mean of their logits; "confidence": the mean of their probabilities, weighted by the
+            confidence of each teacher; "sum": one loss for each teacher, summed.
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
             log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
@@ -63,7 +63,7 @@ class Objective(Printable):
     causal: bool = False
     ignore_index: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
-    teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
+    combine_teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
     student_outputs: Outputs | None = None
     teacher_outputs: Outputs | tuple[Outputs | None, ...] | None = None
 
@@ -101,7 +101,7 @@ class Objective(Printable):
 
     @classmethod
     @checked
-    def kd(cls, *, temperature: float = 4.0, weight: float = 0.9) -> Objective:
+    def kd(cls, *, temperature: float = KD_TEMPERATURE, weight: float = KD_WEIGHT) -> Objective:
         """Return weight · soft-target loss + (1 - weight) · label loss, after Hinton et al. 2015.
 
         Args:
@@ -112,7 +112,7 @@ class Objective(Printable):
             raise UsageError(
                 f"The weight of the soft targets is {weight}; expected 0 to 1.", fix="Give a fraction such as 0.9."
             )
-        return cls((Term("kd", weight, temperature=temperature),), label_weight=1 - weight)
+        return cls(**kd_fields(temperature, weight))
 
     @classmethod
     @checked

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.annotations import Regularizer
     from kirsch.data.batches import Batch
-    from kirsch.distillation.distillation_loss import Features as TeacherFeatures
+    from kirsch.distillation.distillation_loss import TeacherFeatures
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
     from kirsch.distillation.term import BoundTerm

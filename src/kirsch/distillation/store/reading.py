@@ -24,7 +24,7 @@ from kirsch.data.augment import sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import record
 from kirsch.distillation.store import specification as spec
-from kirsch.distillation.store.record import LOGITS, SEED, Outputs, TeacherRunner
+from kirsch.distillation.store.record import LOGITS, SEED, OutputFunction, TeacherRunner
 from kirsch.distillation.store.specification import RangeFile, Specification, damaged
 from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.find import framework_of
@@ -286,7 +286,7 @@ class TeacherStore:
         data: ArrayData,
         *,
         samples: Count = 256,
-        outputs: Outputs | None = None,
+        outputs: OutputFunction | None = None,
         batch_size: Count = 256,
     ) -> StoreCheck:
         """Compare stored outputs with current outputs of the teacher, for samples evenly spread over all views.

@@ -43,7 +43,7 @@ data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student_layer="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0)
 balanced = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0, balance="gradient")
-generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, batch_size=8)
 found = []
 for accumulate in (1, 3):
     training = kirsch.Training(epochs=3, learning_rate=0.1, gradient_accumulation_steps=accumulate)

@@ -296,7 +296,10 @@ class _Run:
             raise not_finite(self.module.student, self.last_batch, terms, self.epoch + 1, error.batch) from None
 
     def _sum_over_processes(self, counts: dict[str, int]) -> dict[str, int]:
-        """Return the sums of counts over the processes."""
+        """Return the sums of counts over the processes.
+
+        With several processes, this waits for the accelerator once per step, because the loss is divided by these sums.
+        """
         if self.accelerator.num_processes == 1:
             return counts
         total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=self.accelerator.device), "sum")
