@@ -381,13 +381,13 @@ def _callable(value: Any, hint: Any) -> Any:
     if not callable(value):
         _refuse(value, type_phrase(hint))
     parameters = (get_args(hint) or [...])[0]
-    if parameters is not ... and not takes(value, len(parameters)):
+    if parameters is not ... and not accepts_arguments(value, len(parameters)):
         phrase = f"{type_phrase(hint)} that takes {len(parameters)} argument{'s' * (len(parameters) != 1)}"
         _refuse(value, phrase, close=True)
     return value
 
 
-def takes(function: Callable[..., Any], count: int) -> bool:
+def accepts_arguments(function: Callable[..., Any], count: int) -> bool:
     """Return whether the signature of a callable accepts `count` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)

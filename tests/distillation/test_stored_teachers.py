@@ -10,7 +10,7 @@ from torch import nn
 import kirsch
 from kirsch.data.augment import Noise, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.checks import few
+from kirsch.distillation.checks import first_samples
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
@@ -156,7 +156,7 @@ def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
 
 def test_seeds_stay_with_their_samples_when_a_batch_is_shortened_or_moved_to_a_device():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
-    some = few(batch)
+    some = first_samples(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
     np.testing.assert_array_equal(framework_of(net()).inference.to_device(batch, net()).seeds, batch.seeds)
 

@@ -11,7 +11,7 @@ from torch import nn
 from distillation.examples import image_data, trained
 from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.teachers import combined
+from kirsch.distillation.teachers import combined_logits
 from kirsch.distillation.term import Term
 from kirsch.errors import UsageError
 from kirsch.frameworks.training import TrainingHooks
@@ -44,7 +44,7 @@ TWO = torch.tensor([[0.0, 2.0], [-1.0, 1.0]]), torch.tensor([[3.0, -2.0], [1.0, 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_binary_probabilities_of_teachers_are_averaged_for_each_label(temperature):
-    found = combined(TWO, "probabilities", temperature, "sigmoid")
+    found = combined_logits(TWO, "probabilities", temperature, "sigmoid")
     expected = sum((logits / temperature).sigmoid() for logits in TWO) / 2
     torch.testing.assert_close((found / temperature).sigmoid(), expected)
 
@@ -54,17 +54,17 @@ def test_the_option_confidence_weights_teachers_by_the_entropy_of_each_label():
     entropy = [-(p * p.log() + (1 - p) * (1 - p).log()) for p in probabilities]
     weights = [(-e).exp() for e in entropy]
     expected = sum(w * p for w, p in zip(weights, probabilities, strict=True)) / sum(weights)
-    torch.testing.assert_close(combined(TWO, "confidence", 1.0, "sigmoid").sigmoid(), expected)
+    torch.testing.assert_close(combined_logits(TWO, "confidence", 1.0, "sigmoid").sigmoid(), expected)
 
 
 def test_real_valued_outputs_of_several_teachers_are_averaged():
-    torch.testing.assert_close(combined(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
+    torch.testing.assert_close(combined_logits(TWO, "probabilities", 1.0, "identity"), sum(TWO) / 2)
 
 
 def test_logits_of_each_pixel_are_combined_over_the_class_axis():
     maps = [logits[:, :, None, None].expand(2, 2, 3, 1) for logits in TWO]
-    found = combined(maps, "probabilities", 2.0, axis=1)
-    torch.testing.assert_close(found[:, :, 0, 0], combined(TWO, "probabilities", 2.0))
+    found = combined_logits(maps, "probabilities", 2.0, axis=1)
+    torch.testing.assert_close(found[:, :, 0, 0], combined_logits(TWO, "probabilities", 2.0))
 
 
 @pytest.mark.parametrize(

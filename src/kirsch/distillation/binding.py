@@ -13,7 +13,7 @@ from kirsch.distillation.distillation_loss import top_k_record_loss
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.teachers import holds_top_k
-from kirsch.distillation.term import BoundTerm, ends
+from kirsch.distillation.term import BoundTerm, end_values
 from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks.layers import at_layers, texts
 
@@ -63,7 +63,7 @@ def bind(
         raise UsageError("The objective has terms, and there is no teacher.", fix="Give a teacher, or no terms.")
     layers: list[tuple[int, Any, Any]] = []
     for number, term in enumerate(objective.terms):
-        if not any(ends(term.weight)):
+        if not any(end_values(term.weight)):
             continue
         if recorded is None and not 0 <= (term.teacher or 0) < len(teachers):
             raise UsageError(
@@ -270,7 +270,7 @@ def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]
     """Compute the loss of a term on the values of the dry run, so that wrong shapes raise an error before training."""
     loss = term.loss
     student, teacher = values
-    where = f"{quoted(term.student_layer)} of the student and {quoted(term.teacher_layer)} of the teacher"
+    where = f"{quoted_layers(term.student_layer)} of the student and {quoted_layers(term.teacher_layer)} of the teacher"
     if holds_top_k(teacher):
         top_k_record_loss(term, student, teacher, None, term.keywords(0.0))
         return
@@ -346,6 +346,6 @@ def _shape(values: Any) -> str:
     return " × ".join(str(size) for size in tuple(ops.first_array(values).shape)[1:])
 
 
-def quoted(layers: LayerNames) -> str:
+def quoted_layers(layers: LayerNames) -> str:
     """Return layers as text for an error."""
     return ", ".join(f"`{text}`" for text in texts(layers))

@@ -16,7 +16,7 @@ from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
 from kirsch.distillation.probabilities import NOT_LOGITS, kind_of_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import Teacher, combined, one_or_more
+from kirsch.distillation.teachers import Teacher, combined_logits, one_or_more
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.progress import with_progress
@@ -215,7 +215,7 @@ class _Combination:
                         'Set outputs="probabilities" if all models return them, or remove the last activation.',
                     )
             self.outputs = "logits"
-        return combined(values, self.combine, activation=self.activation)
+        return combined_logits(values, self.combine, activation=self.activation)
 
 
 @checked

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import value_phrase
-from kirsch.arguments import checked, takes
+from kirsch.arguments import accepts_arguments, checked
 from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
     check_runs_on_few,
     check_single_samples,
-    few,
     first_batch,
+    first_samples,
     warning_of_missing_targets,
     warning_of_unknown_entries,
     warnings_of_divided_batches,
@@ -28,7 +28,7 @@ from kirsch.distillation.probabilities import logit_layers, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import Teacher, one_or_more, replayed
+from kirsch.distillation.teachers import Teacher, one_or_more, with_store_views
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import with_progress
@@ -94,7 +94,7 @@ def distill(
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
     if isinstance(teacher, TeacherStore):
-        data = replayed(teacher, data)
+        data = with_store_views(teacher, data)
     first = next(data.epoch(0, 0)) if stored else first_batch(framework.training, data)
     bound = Distiller(
         student, teacher, objective, first, seed=training.seed, regularizers=regularizers, warn=hooks.warn
@@ -155,7 +155,7 @@ def fit(
     training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(model)
     first = first_batch(framework.training, data)
-    targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
+    targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, first_samples(first).inputs
     check_runs_on_few(framework.inference, model, first)
     framework.inference.check_training_outputs(model, inputs)
     shape = tuple(framework.inference.predict(model, inputs).shape[1:])
@@ -200,7 +200,7 @@ def to_validation(validation: Any) -> Any:
     Raises:
         UsageError: the validation is of another type.
     """
-    if callable(validation) and (is_model(validation) or not takes(validation, 1)):
+    if callable(validation) and (is_model(validation) or not accepts_arguments(validation, 1)):
         problem = "a model" if is_model(validation) else f"{value_phrase(validation)}, which does not take one argument"
         raise UsageError(
             f"`validation` is {problem}.",

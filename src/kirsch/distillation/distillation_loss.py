@@ -11,8 +11,8 @@ from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.masks import BatchMasks
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import TOP_K, combined, holds_top_k
-from kirsch.distillation.term import at
+from kirsch.distillation.teachers import TOP_K, combined_logits, holds_top_k
+from kirsch.distillation.term import value_at
 from kirsch.errors import UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.training import LossOutput, require_labels
@@ -58,7 +58,7 @@ class DistillationLoss:
 
     def active(self, epoch: float) -> list[BoundTerm]:
         """Return the terms whose weight is not 0 after `epoch` epochs."""
-        return [term for term in self.terms if at(term.weight, epoch)]
+        return [term for term in self.terms if value_at(term.weight, epoch)]
 
     def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> TeacherFeatures:
         """Return the teachers' features of each active term; the logits of several teachers are combined.
@@ -77,7 +77,7 @@ class DistillationLoss:
             return logits
         axis = ops.channel_axis(logits[0]) if term.loss.takes == "pixels" else -1
         temperature = term.keywords(epoch).get("temperature", 1.0)
-        return [combined(logits, self.objective.combine_teachers, temperature, term.loss.activation, axis)]
+        return [combined_logits(logits, self.objective.combine_teachers, temperature, term.loss.activation, axis)]
 
     def __call__(
         self,
@@ -135,7 +135,7 @@ class DistillationLoss:
                 self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
         for term in self.active(epoch):
             if fraction := fractions[term.mean_over]:
-                weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
+                weight = value_at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
                 with value_checks(of_labels="labels" in term.step_keywords):
                     loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
@@ -153,13 +153,13 @@ class DistillationLoss:
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
         """Return the weight of each term, by name, after `epoch` epochs."""
-        weights = {term.name: at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
-        return {LABEL: at(self.objective.label_weight, epoch), **weights}
+        weights = {term.name: value_at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
+        return {LABEL: value_at(self.objective.label_weight, epoch), **weights}
 
     def _add_label_loss(
         self, terms: dict[str, Any], logits: Any, masks: BatchMasks, epoch: float, fraction: float
     ) -> None:
-        weight, labels = at(self.objective.label_weight, epoch), masks.labels
+        weight, labels = value_at(self.objective.label_weight, epoch), masks.labels
         if not weight or not masks.has_labels:
             return
         logits = masks.shifted(logits)

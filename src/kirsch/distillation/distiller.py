@@ -14,7 +14,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import (
     check_runs_on_few,
-    few,
+    first_samples,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
     warnings_of_softmax_terms,
@@ -98,7 +98,7 @@ class Distiller(Printable):
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
-        samples = few(first)
+        samples = first_samples(first)
         check_runs_on_few(framework.inference, student, first)
         if objective.needs_logits:
             framework.inference.check_training_outputs(student, samples.inputs)

@@ -11,7 +11,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
-from kirsch.distillation.checks import few
+from kirsch.distillation.checks import first_samples
 from kirsch.distillation.term import Term
 from kirsch.frameworks.layers import OUTPUT, texts
 from kirsch.frameworks.predictions import is_prediction
@@ -63,7 +63,7 @@ def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs
         and tuple(values[name].shape[:1]) == (samples,)
         and not any(_computed_from(values[layer], values[name]) for layer in layers)
     ]
-    sources = features.sources_of(model, layers, unrelated, _few(inputs)) if unrelated and layers else []
+    sources = features.sources_of(model, layers, unrelated, _first_samples_of(inputs)) if unrelated and layers else []
     return [name for name in unrelated if name not in sources]
 
 
@@ -93,7 +93,7 @@ def output_terms(features: Features, student: Any, teacher: Any, names: Sequence
         variance = float(((target - target.mean(0)) ** 2).mean())
         if target.shape == tuple(of_student[name].shape) and np.isfinite(variance) and variance > 0:
             variances[name] = variance
-    gradients = features.mean_gradients(student, list(variances), _few(inputs)) if variances else {}
+    gradients = features.mean_gradients(student, list(variances), _first_samples_of(inputs)) if variances else {}
     terms = []
     for name, variance in variances.items():
         weight = 1 / variance
@@ -174,9 +174,9 @@ def _computed_from(layer: Any, output: Any) -> bool:
     )
 
 
-def _few(inputs: Any) -> Any:
+def _first_samples_of(inputs: Any) -> Any:
     """Return the inputs of a few samples, since a run with gradient keeps the outputs of all layers."""
-    return few(Batch(inputs)).inputs
+    return first_samples(Batch(inputs)).inputs
 
 
 def _host(array: Any) -> NDArray[Any]:

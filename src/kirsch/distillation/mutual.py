@@ -16,8 +16,8 @@ from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
     check_runs_on_few,
     check_single_samples,
-    few,
     first_batch,
+    first_samples,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
     warnings_of_divided_batches,
@@ -96,7 +96,7 @@ def distill_mutually(
     _check_students(framework.inference, students)
     _check_terms(objective, len(students))
     first = first_batch(framework.training, data)
-    inputs = few(first).inputs
+    inputs = first_samples(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     warnings = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
     warnings += warning_of_unknown_entries(framework.inference, students[0], first, objective)

@@ -12,7 +12,7 @@ from kirsch.arguments import checked
 from kirsch.distillation.losses.labels import LABEL_LOSSES
 from kirsch.distillation.losses.loss import LOSSES
 from kirsch.distillation.presets import PRESETS, kd_fields
-from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT, Number, Ramp, Term, ends, problem
+from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT, Number, Ramp, Term, end_values, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
 from kirsch.tables import Part, Piece, Printable
@@ -81,10 +81,10 @@ class Objective(Printable):
         problems += [text for text in [problem("label_weight", self.label_weight, least=0)] if text]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; expected at least 0 and below 1")
-        elif self.label_smoothing and not any(ends(self.label_weight)):
+        elif self.label_smoothing and not any(end_values(self.label_weight)):
             problems.append(f"`label_smoothing` is {self.label_smoothing:g} and has no effect with label_weight=0")
         weights = [self.label_weight, *(term.weight for term in self.terms)]
-        if not problems and not any(value for weight in weights for value in ends(weight)):
+        if not problems and not any(value for weight in weights for value in end_values(weight)):
             problems.append("all weights are 0, so there is nothing to learn")
         if problems:
             raise UsageError("The objective is invalid: " + "; ".join(problems) + ".", fix="Change these values.")
@@ -96,8 +96,8 @@ class Objective(Printable):
     @property
     def needs_logits(self) -> bool:
         """Whether the label loss or a term uses the logits of the student or the teacher."""
-        layers = texts([[*term.layers] for term in self.terms if any(ends(term.weight))])
-        return any(ends(self.label_weight)) or "logits" in layers
+        layers = texts([[*term.layers] for term in self.terms if any(end_values(term.weight))])
+        return any(end_values(self.label_weight)) or "logits" in layers
 
     @classmethod
     @checked

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.distillation.losses.loss import get_loss
-from kirsch.distillation.term import ends
+from kirsch.distillation.term import end_values
 from kirsch.errors import UsageError
 from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
@@ -67,11 +67,11 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
 def activations_of(objective: Objective) -> set[Activation]:
     """Return the activations that the losses apply to logits: "softmax", "sigmoid", both or none."""
     activations: set[Activation] = set()
-    if any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
+    if any(end_values(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
         activations.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
         loss = get_loss(term.loss)
-        if any(ends(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
+        if any(end_values(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
             activations.add(loss.activation)
     return activations - {"identity"}
 
@@ -121,7 +121,7 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
 
 
 def _labels_take_logits(objective: Objective) -> bool:
-    return any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS
+    return any(end_values(objective.label_weight)) and objective.label_loss in ACTIVATIONS
 
 
 def logits_converter(

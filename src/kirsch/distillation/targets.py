@@ -10,7 +10,7 @@ from kirsch.data.arrays import host
 from kirsch.data.structure import summary
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
-from kirsch.distillation.term import ends
+from kirsch.distillation.term import end_values
 from kirsch.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ MASK_LEVEL = 255
 
 def uses_labels(objective: Objective) -> bool:
     """Return whether the objective uses the values of the targets."""
-    terms = [term for term in objective.terms if any(ends(term.weight))]
-    return any(ends(objective.label_weight)) or any("labels" in step_arguments(get_loss(t.loss)) for t in terms)
+    terms = [term for term in objective.terms if any(end_values(term.weight))]
+    return any(end_values(objective.label_weight)) or any("labels" in step_arguments(get_loss(t.loss)) for t in terms)
 
 
 def _uses_targets(objective: Objective, targets: NDArray[Any]) -> bool:

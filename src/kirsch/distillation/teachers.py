@@ -136,7 +136,7 @@ def holds_top_k(values: Any) -> bool:
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
-def replayed(store: TeacherStore, data: Any) -> ArrayData:
+def with_store_views(store: TeacherStore, data: Any) -> ArrayData:
     """Return the data with the views and the augmentation seed of a store.
 
     Raises:
@@ -171,7 +171,7 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
 
 
-def combined(
+def combined_logits(
     logits: Sequence[Any],
     combine: str,
     temperature: float = 1.0,

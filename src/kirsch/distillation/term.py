@@ -57,12 +57,12 @@ Number = float | Ramp
 """A constant, or a ramp."""
 
 
-def at(number: Number, epoch: float) -> float:
+def value_at(number: Number, epoch: float) -> float:
     """Return the value of a number after `epoch` epochs."""
     return number.at(epoch) if isinstance(number, Ramp) else float(number)
 
 
-def ends(number: Number) -> tuple[float, ...]:
+def end_values(number: Number) -> tuple[float, ...]:
     """Return the first and the last value of a ramp, or the constant."""
     return (number.start, number.end) if isinstance(number, Ramp) else (number,)
 
@@ -74,7 +74,7 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
             f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; `epochs` must be above 0, and "
             "`after` must be at least 0"
         )
-    for value in ends(number):
+    for value in end_values(number):
         if not isinstance(value, (int, float)):
             return f"{name} is {value!r}; a number is needed, or a Ramp"
         if above is not None and not (math.isfinite(value) and value > above):
@@ -241,7 +241,7 @@ class BoundTerm:
     def keywords(self, epoch: float) -> dict[str, Any]:
         """Return the keywords of the loss after `epoch` epochs."""
         options = dict(self.options)
-        return options if self.temperature is None else {**options, "temperature": at(self.temperature, epoch)}
+        return options if self.temperature is None else {**options, "temperature": value_at(self.temperature, epoch)}
 
     @cached_property
     def step_keywords(self) -> frozenset[str]:

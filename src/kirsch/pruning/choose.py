@@ -20,7 +20,7 @@ from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
-from kirsch.pruning.selection import finest, multiple, removable_groups, tied_groups
+from kirsch.pruning.selection import max_halvings, removable_groups, tied_groups, width_multiple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ def _check_importance(options: PlanOptions) -> None:
 def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
     """Return the units to remove from the layers of a model."""
     scores = _ScoreCache(graph, options)
-    for fineness in range(finest(options) + 1):
+    for fineness in range(max_halvings(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
         counts = chooser.least()
         if goal.met_by(chooser.price(counts), graph.cost):
@@ -189,7 +189,7 @@ def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fin
         Candidate(
             [groups[index] for index in indices],
             [scores(groups[index], options) for index in indices],
-            multiple(groups[indices[0]], options, fineness),
+            width_multiple(groups[indices[0]], options, fineness),
             options.min_keep,
         )
         for indices in tied_groups(groups, options)
@@ -199,7 +199,7 @@ def _chooser(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores, fin
 
 def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Least:
     """Return the least cost that plans with these options reach."""
-    chooser = _chooser(graph, goal, options, scores, finest(options))
+    chooser = _chooser(graph, goal, options, scores, max_halvings(options))
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.options import PlanOptions
 
 ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "round_to=")
-"""Beginnings of the notes on options, by which `renewed` recognizes and keeps them."""
+"""Beginnings of the notes on options, by which `with_recomputed_costs` recognizes and keeps them."""
 
 CLOSE = 0.01
 """A plan that is below its goal by more than this fraction of the original cost gets a note."""
@@ -32,7 +32,7 @@ Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long i
 """
 
 
-def renewed(plan: Plan, graph: Graph) -> Plan:
+def with_recomputed_costs(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
     landing = landing_note(priced)
@@ -42,7 +42,7 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
     return replace(priced, notes=tuple(notes))
 
 
-def changes(stated: Plan, counted: Plan) -> list[str]:
+def change_notes(stated: Plan, counted: Plan) -> list[str]:
     """Return a note for each value that a plan states and that differs from the value computed when it is applied."""
     notes = _cost_changes(stated, counted)
     if stated.model != counted.model:

@@ -14,7 +14,7 @@ from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.pruning.notes import changes, renewed, too_few_units
+from kirsch.pruning.notes import change_notes, too_few_units, with_recomputed_costs
 from kirsch.tables import Line, Part, Piece, Printable, notes
 from kirsch.user_warnings import warn
 
@@ -152,7 +152,7 @@ def rebuilt(model: Any, plan: Plan, example_inputs: Any = None) -> Any:
 def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     """Return the model without the units of a plan that fits the graph."""
     framework = framework_of(model)
-    plan = renewed(stated, graph)
+    plan = with_recomputed_costs(stated, graph)
     keep = plan.keep(graph)
     found = graph.too_small(keep)
     if found is not None:
@@ -183,7 +183,7 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
     if verification is not None and verification.reweighted:
         warning_notes.append(_reweighted_note(verification.reweighted))
-    texts = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
+    texts = [*change_notes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
     texts += [*warning_notes, OPTIMIZER_NOTE]
     if verification is not None and verification.unseen:
         modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)

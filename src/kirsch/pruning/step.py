@@ -106,7 +106,7 @@ class Prune(PlanOptions, Step):
         record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder)}
         record["bytes"] = (folder / PRUNED / "model.safetensors").stat().st_size
         record["verification"] = pruned.verification.to_dict() if pruned.verification else None
-        record["removed"] = removed(graph, plan)
+        record["removed"] = removal_record(graph, plan)
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
         record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
@@ -131,7 +131,7 @@ def _reduction(plan: Plan) -> str:
     return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
 
 
-def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
+def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:
     """Return the units that a plan removes, listed by group and by layer, and the blockers of the graph, as JSON."""
     removals = {removal.name: removal for removal in plan.groups}
     kept = plan.keep(graph)

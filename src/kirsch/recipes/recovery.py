@@ -18,7 +18,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.kept import kept
+from kirsch.pruning.kept import kept_output_channels
 
 if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Features
@@ -82,7 +82,7 @@ def _comparable_layers(
 ) -> dict[str, tuple[Kept, tuple[int, ...]]]:
     """Return kept channels and original shape of each module that both models have, by path, in order of execution."""
     kept_channels, small_shapes = (
-        kept(small, original, example_inputs=inputs),
+        kept_output_channels(small, original, example_inputs=inputs),
         dict(features.shapes(small, inputs)),
     )
     layers = {}

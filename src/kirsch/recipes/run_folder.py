@@ -79,7 +79,7 @@ def no_run(folder: Path) -> LoadError:
 def how_to_continue(folder: Path) -> str:
     """Return the command or the call that continues a run; a run of `kirsch.compress` needs its models and data."""
     try:
-        recipe, _ = stored(folder)
+        recipe, _ = stored_recipe(folder)
     except KirschError:  # another error reports the damage
         return f"kirsch resume {folder}"
     again = f"kirsch.compress with the same arguments and folder={str(folder)!r}"
@@ -104,7 +104,7 @@ def refuse_misplaced(folder: Path) -> None:
         )
 
 
-def stored(folder: Path) -> tuple[Recipe, Path]:
+def stored_recipe(folder: Path) -> tuple[Recipe, Path]:
     """Return the recipe of a run, and the folder that its references are relative to.
 
     Raises:

@@ -218,7 +218,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
     """
     run_folder.require(folder)
     run_folder.refuse_misplaced(folder)
-    recipe, base = run_folder.stored(folder)
+    recipe, base = run_folder.stored_recipe(folder)
     if recipe.teacher.model is None:
         raise LoadError(
             f"{folder} is a run of kirsch.compress.",

@@ -202,7 +202,7 @@ def problem(error: ValueError) -> str:
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}."
 
 
-def damaged(folder: Path, found: str) -> StoreError:
+def damaged_store_error(folder: Path, found: str) -> StoreError:
     """Return the error for a store with damaged files."""
     return StoreError(
         f"The store {folder} is damaged.",

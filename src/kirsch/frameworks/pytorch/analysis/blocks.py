@@ -263,7 +263,7 @@ class BlockRunner:
     def outputs(self, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
         """Return the floating outputs with some blocks replaced by their inputs."""
         with skipping(self._model, [self._blocks[path] for path in without]):
-            outputs = repeatable(self._whole, *arguments_of(self._whole, inputs))
+            outputs = repeatable_outputs(self._whole, *arguments_of(self._whole, inputs))
         return [value.double().cpu().numpy() for value in outputs if value.is_floating_point()]
 
     def passed(self, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
@@ -277,7 +277,7 @@ class BlockRunner:
             see(block.path, *(features_last(value, block.features) for value in (entry, out)))
 
         with _tapped(self._model, self._blocks.values(), tap):
-            repeatable(self._whole, *arguments_of(self._whole, inputs))
+            repeatable_outputs(self._whole, *arguments_of(self._whole, inputs))
 
 
 Tap = Callable[[ResidualBlock, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -315,7 +315,7 @@ def skipping(model: nn.Module, blocks: Collection[ResidualBlock]) -> contextlib.
     return _tapped(model, blocks, lambda _, entry, __: entry)
 
 
-def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+def repeatable_outputs(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
     """Return the outputs in inference mode, with the same random numbers in each call."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with inference(model), torch.random.fork_rng(devices):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from kirsch.data.batches import Batch, SeededData, naming
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, gradient_norms, student_of
-from kirsch.frameworks.pytorch.inference.predict import device_of, inference, on
+from kirsch.frameworks.pytorch.inference.predict import array_to_device, device_of, inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.unsupported import check_trainable
 from kirsch.frameworks.pytorch.training.epoch_losses import TOTAL, EpochLosses, NotFiniteLosses
@@ -220,7 +220,7 @@ class _Run:
             seeds = seeds[rank::processes]
         inputs, targets, ids = (tree_map(take, values) for values in (batch.inputs, batch.targets, batch.ids))
         counts = self.loss.counts([Batch(inputs, targets, ids, batch.view, seeds)])
-        inputs, targets, ids = (tree_map(partial(on, device), values) for values in (inputs, targets, ids))
+        inputs, targets, ids = (tree_map(partial(array_to_device, device), values) for values in (inputs, targets, ids))
         return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:

@@ -17,7 +17,7 @@ from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
-from kirsch.frameworks.pytorch.verification.computed_weights import changed
+from kirsch.frameworks.pytorch.verification.computed_weights import changed_weight_ratios
 from kirsch.frameworks.pytorch.verification.distance import distance, power
 from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
@@ -187,10 +187,14 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
     return None
 
 
-def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
-    """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
+def computed_weight_ratios(
+    original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the modules whose computed weights change for the kept units; see `changed_weight_ratios`."""
     with OneType(dtype):
-        return changed(graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()})
+        return changed_weight_ratios(
+            graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()}
+        )
 
 
 def _compare_activated(
@@ -248,7 +252,7 @@ def _compare(
     del candidate, noise
     with OneType(dtype):
         unseen_modules = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
-        reweighted = computed(original, graph, keep, dtype) if error <= tolerance else {}
+        reweighted = computed_weight_ratios(original, graph, keep, dtype) if error <= tolerance else {}
     return Verification(
         error=error,
         tolerance=tolerance,
