@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kirsch.errors import RecipeError
 from kirsch.frameworks.training import Training
+from kirsch.graph.plan import Goal
 from kirsch.recipes.recipe import BUILTIN, commented, read_recipe, recipe_of
 from kirsch.steps import Distill, Export, Measure, Prune, Recover, Train
 
@@ -300,10 +301,25 @@ def test_step_can_be_removed(change):
 def test_steps_without_options_and_repeated_steps_have_keys():
     recipe = read_recipe(
         f"{MINIMAL}- prune:\n- recover: {{}}\n- prune\n- recover\n- export:\n- measure\n",
-        ["recover-2.epochs=3", "goal.macs=0.5"],
+        ["recover-2.epochs=3", "prune-2.goal.macs=0.7", "goal.macs=0.5"],
     )
     assert list(recipe.all_steps) == ["evaluate", "prune", "recover", "prune-2", "recover-2", "export", "measure"]
-    assert recipe.steps == (Prune(), Recover(), Prune(), Recover(epochs=3), Export(), Measure())
+    second = Prune(goal=Goal(macs=0.7))
+    assert recipe.steps == (Prune(), Recover(), second, Recover(epochs=3), Export(), Measure())
+
+
+@pytest.mark.parametrize("first", ["prune", "prune: {goal: {macs: 0.7}}"])
+def test_a_second_step_prune_needs_a_goal_of_its_own(first):
+    why = (
+        "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
+        "'prune'. The limits of a step are fractions of the model before this step."
+    )
+    fix = "Give the step 'prune-2' a goal, such as macs=0.7."
+    assert_refused(
+        f"{MINIMAL}- {first}\n- recover\n- prune\n",
+        f"line 5: steps[2]: the step 'prune-2' has no goal of its own. {why} {fix}",
+        changes=("goal.macs=0.5",),
+    )
 
 
 def test_prune_without_goal_needs_a_goal_of_the_job():

@@ -48,7 +48,10 @@ class Prune(PlanOptions, Step):
     """
 
     goal: PlanGoal | None = Field(
-        None, description="limits, as fractions of the model before this step; null: the goal of the job"
+        None,
+        description=(
+            "limits, as fractions of the model before this step; null: the goal of the job, for the first step prune"
+        ),
     )
     seed: Seed | None = Field(None, description='seed of the importance "random"; null: the seed of the recipe')  # type: ignore[assignment]
 

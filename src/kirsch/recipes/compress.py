@@ -112,7 +112,7 @@ def compress(
         data: data set with training, validation and test part, in memory or from loaders; for a model with several
             inputs, its inputs are a tuple or dict.
         goal: limits of the pruned model, as fractions of the cost of the model before the first step `Prune`. With
-            `steps`, it applies to each step `Prune` without a goal.
+            `steps`, the first step `Prune` may be without a goal; it then prunes to these limits.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
             pruned.
         steps: steps in order, from `kirsch.steps`, in place of the usual ones: `Distill` (with a student), `Prune`,

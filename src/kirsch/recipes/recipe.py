@@ -109,6 +109,14 @@ class Recipe(Options):
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
+        if isinstance(step, Prune) and step.goal is None and name in before:
+            key = keys_of(names)[-1]
+            yield UsageError(
+                f"The step {key!r} has no goal of its own.",
+                "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
+                f"{name!r}. The limits of a step are fractions of the model before this step.",
+                f"Give the step {key!r} a goal, such as macs=0.7.",
+            )
         other = next(
             (name for name, earlier in zip(before, self.steps, strict=False) if not is_of_teacher(earlier)), ""
         )
