@@ -219,12 +219,15 @@ def _layer_pairs(
     return list(zip(student_layers, teacher_layers, strict=True))
 
 
-def _picked(items: Any, index: int, term: Term, of: str) -> Any:
-    """Return a list with the one stage that the layer "auto[index]" of a term names; `of` completes the error."""
+def _picked(items: Any, index: int, term: Term, owner_phrase: str) -> Any:
+    """Return a list with the one stage that the layer "auto[index]" of a term names.
+
+    The error names the owner of the stages by `owner_phrase`, such as "of the student".
+    """
     if not -len(items) <= index < len(items):
         raise UsageError(
-            f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages {of} is "
-            f"{len(items)}.",
+            f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages "
+            f"{owner_phrase} is {len(items)}.",
             fix="Write the term with layers of the models, such as "
             f'kirsch.Term("{term.loss}", student_layer=..., teacher_layer=...), or with the last stage, "auto[-1]".',
         )

@@ -226,9 +226,17 @@ class MutualStep:
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
             # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
-            features, own = step.loss.features(peers, epoch), _LogitsOfStudent({"logits": logits[index]})
+            teacher_features = step.loss.features(peers, epoch)
+            student_outputs = _LogitsOfStudent({"logits": logits[index]})
             output = step.loss_of(
-                own, features, student, batch, epoch, step_counts, batch_counts, training=module.training
+                student_outputs,
+                teacher_features,
+                student,
+                batch,
+                epoch,
+                step_counts,
+                batch_counts,
+                training=module.training,
             )
             total = total + output.total
             terms |= {_prefixed(index, name): value for name, value in output.terms.items()}

@@ -220,8 +220,8 @@ class _ScoreCache:
     def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
         """Return the importance of each unit, divided by the weight of its kind."""
         if group.name not in self._cache:
-            own = self._options
-            self._cache[group.name] = _importance_scores(self._graph, group, own.importance_name, own.norm, own.seed)
+            importance, norm, seed = self._options.importance_name, self._options.norm, self._options.seed
+            self._cache[group.name] = _importance_scores(self._graph, group, importance, norm, seed)
         return self._cache[group.name] / options.kind_weights[group.kind]
 
 

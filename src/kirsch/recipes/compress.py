@@ -120,9 +120,9 @@ def compress(
             have no effect and are refused.
         distill: options of the training of the student.
         recover: options of the training after pruning; None to leave this training out.
-        objective: `Objective`, or name of a preset, of both trainings. The default "kd" has soft targets and labels;
-            the training after pruning without a student also compares the further outputs of the model, such as the
-            age in {"logits": ..., "age": ...}, with those of the teacher. `Objective.kd()` has no terms for them.
+        objective: `Objective`, or name of a preset, of both trainings. The default "kd" has soft targets and labels.
+            Without a student, the training after pruning also has a term for each further output of the model, such as
+            the age in {"logits": ..., "age": ...}. `Objective.kd()` has no such terms.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
         speedup: smallest allowed speedup over the model.

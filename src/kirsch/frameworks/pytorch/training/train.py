@@ -240,8 +240,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         main = self.accelerator.is_main_process
-        own = [shard.counts for shard in window if main or not shard.replicated]
-        counts = self._sum_over_processes({name: sum(shard[name] for shard in own) for name in window[0].counts})
+        # A replicated shard has the same samples in all processes, so only the main process counts them.
+        shard_counts = [shard.counts for shard in window if main or not shard.replicated]
+        sums = {name: sum(each[name] for each in shard_counts) for name in window[0].counts}
+        counts = self._sum_over_processes(sums)
         require_labels(counts, f"the step at epoch {self.epoch + 1}, batch {self.batch + 1}")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
