@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -219,13 +220,37 @@ def test_the_paths_and_make_targets_on_the_page_exist():
     assert all((ROOT / path).is_file() for path in paths)
 
 
-def test_the_step_of_the_page_runs_in_a_job_and_is_not_repeated_on_resume(defined, tmp_path):
+@pytest.fixture
+def axes():
+    """A model and data: the class of a sample is the axis on which it lies."""
     model = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
     labels = np.arange(12) % 2
     part = kirsch.Split(np.eye(2, dtype=np.float32)[labels], labels)
-    data = kirsch.DataSet("axes", train=part, validation=part, test=part, classes=("first", "second"))
+    return model, kirsch.DataSet("axes", train=part, validation=part, test=part, classes=("first", "second"))
+
+
+def test_a_step_is_run_again_if_its_file_outside_its_folder_was_changed(defined, axes, tmp_path, monkeypatch):
+    kind, file, events = defined["Shrink"], tmp_path / "run" / "factor.txt", []
+    run = kind.run
+
+    def run_and_write(self, job, folder):
+        (job.folder / "factor.txt").write_text("0.5")
+        return run(self, job, folder)
+
+    monkeypatch.setattr(kind, "run", run_and_write)
+    monkeypatch.setattr(kind, "outside_files", lambda *_: {"factor.txt": hashlib.sha256(b"0.5").hexdigest()})
+    for expected, content in (("step_end", "0.5"), ("step_kept", "0.7"), ("step_end", "0.5")):
+        kirsch.compress(*axes, steps=[kind(factor=0.5)], folder=tmp_path / "run", listen=events.append)
+        assert [event["event"] for event in events if event.get("key") == "shrink"][-1] == expected
+        assert file.read_text() == "0.5"
+        file.write_text(content)
+    assert f"The step 'shrink' is run again: {file} is missing or damaged." in [event.get("text") for event in events]
+
+
+def test_the_step_of_the_page_runs_in_a_job_and_is_not_repeated_on_resume(defined, axes, tmp_path):
+    model, data = axes
     events = []
     for _ in range(2):
         found = kirsch.compress(
