@@ -104,7 +104,6 @@ def public_calls(folder):
                 "model_or_artifact": artifact,
                 "example_inputs": x,
                 "data": (x, y),
-                "runtime": "onnxruntime",
                 "threads": 1,
                 "rounds": 6,
             },

@@ -157,7 +157,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         ("version: 1", "line 8: version: expected 2, found 1."),
         (
             "- export: {format: onyx}",
-            "line 8: steps[2].export.format: expected 'onnx', found 'onyx'. Did you mean 'onnx'?",
+            "line 8: steps[2].export.format: there is no exporter 'onyx'. Known: onnx. Did you mean 'onnx'?",
         ),
         ("student: {}", "line 8: student.model: this key is required"),
         ("goal:", "line 8: goal: expected a section with its keys, found None."),

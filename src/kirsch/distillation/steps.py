@@ -391,7 +391,10 @@ def _require_labels(job: Job, first: Batch) -> None:
 
 
 def _label_objective(job: Job, model: str) -> Objective:
-    return dataclasses.replace(Objective.labels(), student_outputs=job.outputs.get(model))
+    """Return the objective of the label loss of the task."""
+    return dataclasses.replace(
+        Objective.labels(), label_loss=job.task.label_loss, student_outputs=job.outputs.get(model)
+    )
 
 
 def _load_weights(model: Any, folder: Path) -> None:

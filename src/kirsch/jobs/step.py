@@ -72,6 +72,14 @@ class Step(Options):
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the results of the finished step from its folder into the job."""
 
+    def outside_files(self, record: Record) -> dict[str, str]:
+        """Return the path in the run folder and the sha256 of each result that lies outside the folder of the step.
+
+        If such a file is missing or has another sha256, the step is run again when the run is continued.
+        """
+        del record
+        return {}
+
 
 STEPS: Registry[type[Step]] = Registry("step")
 

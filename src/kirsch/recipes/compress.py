@@ -17,7 +17,6 @@ from kirsch.arguments import ABBREVIATIONS, checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
-from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
@@ -25,7 +24,7 @@ from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal, MaxDrop
-from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
+from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.manifest import REPORT
@@ -302,8 +301,7 @@ def _artifact(folder: Path) -> Artifact | None:
     if not record.is_file():
         return None
     exported = strict_json.read(record)["artifact"]
-    del exported["usage"]  # code for the report, not a field of `Artifact`
-    return Artifact.of_dict(folder / MODEL, exported)
+    return Artifact.of_dict(folder / ARTIFACTS / exported["file"], exported)
 
 
 def _weights_hash(model: Any) -> str:

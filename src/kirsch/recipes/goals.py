@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
+from kirsch.deploy.steps import RUNTIME
 from kirsch.errors import GoalError
 from kirsch.graph.cost import WORDS
 from kirsch.graph.plan import Goal
@@ -75,7 +76,7 @@ def goal_texts(job: Job, steps: Mapping[str, Step]) -> list[str]:
         texts.append(f"accuracy drop ≤ {figures.points(job.goal.max_drop)} against the teacher")
     if job.goal.speedup is not None:
         measure = next(step for step in steps.values() if isinstance(step, Measure))
-        conditions = f"{measure.runtime}, {figures.counted(measure.threads, 'thread')}"
+        conditions = f"{RUNTIME}, {figures.counted(measure.threads, 'thread')}"
         texts.append(f"speed ≥ {figures.digits(job.goal.speedup)}× that of the teacher ({conditions})")
     return texts
 

@@ -21,7 +21,7 @@ from kirsch.options import FieldsError, Options
 from kirsch.recipes.changes import changes_of
 from kirsch.recipes.models import is_random
 from kirsch.recipes.yaml import dump, read
-from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
+from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ class Recipe(Options):
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
             fix = "Give a student, or use the step recover, which trains the model itself on the teacher."
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
+        exported = next((earlier for earlier in self.steps if isinstance(earlier, Export)), None)
+        if isinstance(step, Measure) and exported is not None and exported.format != "onnx":
+            fix = "Export with format: onnx, or remove this step."
+            yield UsageError(f"The step {name!r} cannot run a file of the format {exported.format!r}.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
         if isinstance(step, Prune) and step.goal is None and name in before:

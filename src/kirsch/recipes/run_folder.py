@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
-from kirsch.deploy.steps import MODEL
+from kirsch.deploy.steps import EXPORTED
 from kirsch.errors import CheckpointError, KirschError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.pruning.step import plan_file
@@ -241,7 +241,7 @@ def _plan_files(steps: Iterable[str]) -> set[str]:
 def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
     """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
     reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
-    reported += (MODEL,) if "export" in steps else ()
+    reported += (EXPORTED,) if "export" in steps else ()
     plans = _plan_files(steps)
     for name, sentence in altered.items():
         derived = name in DERIVED or name in plans or (plans and name.startswith(f"{manifest.PRUNED}/"))
