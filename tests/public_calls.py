@@ -144,7 +144,10 @@ def public_calls(folder):
                 "warn": print,
             },
         ),
-        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "step_counts": None, "module": None}),
+        "Distiller.__call__": (
+            distiller,
+            {"batch": (x, y), "epoch": 0.0, "step_counts": None, "batch_counts": None, "module": None},
+        ),
         "Distiller.counts": (distiller.counts, {"batches": [(x, y)]}),
         "Distiller.check_labels": (distiller.check_labels, {"targets": y}),
         "Distiller.train": (distiller.train, {"mode": True}),

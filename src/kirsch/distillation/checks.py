@@ -132,6 +132,23 @@ def check_runs_on_few(inference: Inference, model: Any, batch: Batch) -> None:
         inference.check_runs(model, samples.inputs)
 
 
+def check_student(inference: Inference, student: Any, first: Batch, objective: Objective) -> tuple[int, ...] | None:
+    """Check that a student runs on the first batch, in inference mode and in training mode.
+
+    Returns:
+        The shape of the logits of one sample; None if the objective does not use logits.
+
+    Raises:
+        KirschError: the student does not run, or its logits in training mode are another output.
+    """
+    check_runs_on_few(inference, student, first)
+    if not objective.needs_logits:
+        return None
+    inputs = first_samples(first).inputs
+    inference.check_training_outputs(student, inputs)
+    return tuple(inference.predict(student, inputs).shape[1:])
+
+
 def warnings_of_divided_batches(objective: Objective, training: Training) -> list[str]:
     """Return a warning for each term whose losses on parts of a batch do not add up, if a step has several batches."""
     return [

@@ -11,12 +11,11 @@ from kirsch.arguments import accepts_arguments, checked
 from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
-    check_runs_on_few,
     check_single_samples,
+    check_student,
     first_batch,
     first_samples,
     warning_of_missing_targets,
-    warning_of_unknown_entries,
     warnings_of_divided_batches,
     warnings_of_unfinished_ramps,
 )
@@ -24,7 +23,7 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import logit_layers, logits_converter
+from kirsch.distillation.probabilities import logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
@@ -116,7 +115,7 @@ def distill(
         emit({"event": "attached", "pairs": bound.rows})
     texts = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
     # If the batches have unknown entries, the Distiller has already warned that there are no targets.
-    if not warning_of_unknown_entries(framework.inference, student, first, objective):
+    if not bound.unknown_entries:
         texts += warning_of_missing_targets(first, objective)
     for text in texts:
         hooks.warn(text)
@@ -156,13 +155,9 @@ def fit(
     framework = framework_of(model)
     first = first_batch(framework.training, data)
     targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, first_samples(first).inputs
-    check_runs_on_few(framework.inference, model, first)
-    framework.inference.check_training_outputs(model, inputs)
-    shape = tuple(framework.inference.predict(model, inputs).shape[1:])
+    shape = check_student(framework.inference, model, first, objective)
     check_labels(targets, shape, objective)
-    logits = logits_converter(
-        framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
-    )
+    logits = logits_converter(framework.features, model, objective, (), inputs)
     check_single_samples(framework.inference, model, data, first)
     for text in warning_of_unused_outputs(framework.features, model, None, objective, (), inputs):
         hooks.warn(text)

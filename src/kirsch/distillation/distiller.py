@@ -14,6 +14,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import (
     check_runs_on_few,
+    check_student,
     first_samples,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
@@ -21,7 +22,7 @@ from kirsch.distillation.checks import (
 )
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
+from kirsch.distillation.probabilities import check_record, logits_converter, logits_converters
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
@@ -73,6 +74,8 @@ class Distiller(Printable):
         module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
         step: the loss function of a batch; a `kirsch.frameworks.training.LossFunction`.
         rows: the layers that are compared, with shapes and adapters.
+        unknown_entries: the warning that the example batch has no targets but entries that the student does not take;
+            empty if there is none.
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
@@ -99,9 +102,7 @@ class Distiller(Printable):
         framework = framework_of(student)
         first = Batch.of(example_batch)
         samples = first_samples(first)
-        check_runs_on_few(framework.inference, student, first)
-        if objective.needs_logits:
-            framework.inference.check_training_outputs(student, samples.inputs)
+        self._logits_shape = check_student(framework.inference, student, first, objective)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
@@ -129,23 +130,19 @@ class Distiller(Printable):
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in warning_of_averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        warnings = warning_of_unknown_entries(framework.inference, student, first, objective)
-        for sentence in warnings + warnings_of_softmax_terms(objective):
+        self.unknown_entries = warning_of_unknown_entries(framework.inference, student, first, objective)
+        for sentence in self.unknown_entries + warnings_of_softmax_terms(objective):
             warn(sentence)
         model = None if teacher is None or isinstance(teacher, TeacherStore) else one_or_more(teacher)[0]
         for sentence in warning_of_unused_outputs(framework.features, student, model, objective, terms, first.inputs):
             warn(sentence)
         self.student = student
-        logits_of_student = logit_layers(objective, terms, None)
         self.module: Any = framework.features.with_adapters(
             student,
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            logits_converter(framework.features, student, objective, logits_of_student, samples.inputs, teacher=None),
-        )
-        self._logits_shape = (
-            tuple(framework.inference.predict(student, samples.inputs).shape[1:]) if objective.needs_logits else None
+            logits_converter(framework.features, student, objective, terms, samples.inputs),
         )
         self.step = DistillationStep(
             framework.features,
@@ -255,8 +252,7 @@ class Distiller(Printable):
         Raises:
             DataError: the label loss does not take the targets.
         """
-        if self._logits_shape is not None:
-            check_labels(targets, self._logits_shape, self._objective)
+        check_labels(targets, self._logits_shape, self._objective)
 
     def parameters(self) -> Iterator[Any]:
         """Return the parameters of student and adapters, for the optimizer."""

@@ -14,8 +14,8 @@ from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
-    check_runs_on_few,
     check_single_samples,
+    check_student,
     first_batch,
     first_samples,
     warning_of_averaged_logits,
@@ -27,7 +27,7 @@ from kirsch.distillation.checks import (
 from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import LogitsConverter, logit_layers, logits_converter
+from kirsch.distillation.probabilities import LogitsConverter, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -104,18 +104,12 @@ def distill_mutually(
     steps, logits = [], []
     for index, student in enumerate(students):
         check_single_samples(framework.inference, student, data, first)
-        check_runs_on_few(framework.inference, student, first)
-        framework.inference.check_training_outputs(student, inputs)
-        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
+        shape = check_student(framework.inference, student, first, objective)
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
         terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
         warnings += warning_of_unused_outputs(framework.features, student, None, objective, terms, inputs)
-        logits.append(
-            logits_converter(
-                framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
-            )
-        )
+        logits.append(logits_converter(framework.features, student, objective, terms, inputs))
         steps.append(
             DistillationStep(framework.features, objective, terms, regularizers=regularizers, logits_shape=shape)
         )

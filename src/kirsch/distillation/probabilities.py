@@ -125,7 +125,13 @@ def _labels_take_logits(objective: Objective) -> bool:
 
 
 def logits_converter(
-    features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
+    features: Features,
+    model: Any,
+    objective: Objective,
+    terms: Sequence[BoundTerm],
+    inputs: Any,
+    *,
+    teacher: int | None = None,
 ) -> LogitsConverter | None:
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
@@ -134,7 +140,7 @@ def logits_converter(
         model: the student, or a teacher.
         objective: may declare the kind of the model's outputs. If it does not, outputs that look like probabilities
             raise an error.
-        layers: the layers at which losses take logits.
+        terms: the bound terms of the objective.
         inputs: a few samples for a dry run.
         teacher: index of the teacher; None for the student.
 
@@ -143,6 +149,7 @@ def logits_converter(
             probabilities but are none, or some losses apply a softmax and others a sigmoid to declared probabilities.
     """
     declared, activations = declared_outputs(objective, teacher), activations_of(objective)
+    layers = logit_layers(objective, terms, teacher)
     if not layers or not activations or declared == "logits":
         return None
     if declared == "probabilities" and len(activations) > 1:
@@ -296,6 +303,6 @@ def logits_converters(
             fix="Give one entry for each teacher, or one value for all.",
         )
     return [
-        logits_converter(features, model, objective, logit_layers(objective, terms, index), inputs, teacher=index)
+        logits_converter(features, model, objective, terms, inputs, teacher=index)
         for index, model in enumerate(teachers)
     ]

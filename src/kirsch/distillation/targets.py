@@ -42,18 +42,20 @@ def _uses_targets(objective: Objective, targets: NDArray[Any]) -> bool:
     )
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> None:
+def check_labels(labels: Any, shape: tuple[int, ...] | None, objective: Objective) -> None:
     """Refuse targets that the label loss does not take.
 
     Args:
         labels: all targets, or those of the first batch; None if there are none.
-        shape: shape of the logits of one sample.
+        shape: shape of the logits of one sample; None leaves the targets unchecked.
         objective: supplies the label loss and the terms.
 
     Raises:
         DataError: the targets have another type or shape or are out of range, or there is nothing to learn from.
         UsageError: the objective is causal, and the logits have no axis of positions.
     """
+    if shape is None:
+        return
     if objective.causal and len(shape) == 1:
         raise UsageError(
             f"The objective is causal, and the student returns logits of shape {shape} per sample.",
