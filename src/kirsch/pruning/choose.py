@@ -205,7 +205,7 @@ def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Le
 
 
 def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
-    """Return the importance 0 for each unit: the least cost hardly depends on which units are removed."""
+    """Return the importance 0 for each unit. The least cost is almost the same for any choice of units."""
     return np.zeros(group.size)
 
 
