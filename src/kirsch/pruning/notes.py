@@ -37,7 +37,7 @@ def renewed(plan: Plan, graph: Graph) -> Plan:
     landing = landing_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
     notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
-    notes += [*unused_notes(priced, graph), *on_options]
+    notes += [*unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
@@ -149,6 +149,20 @@ def unused_notes(plan: Plan, graph: Graph) -> list[str]:
         f"The traced forward pass does not use {names}{more}, whose sizes are kept. Code that uses these layers, such "
         "as a branch for other inputs or another method, can fail on the pruned model, and is not verified. Exclude "
         "the layers whose outputs they read, or give example inputs that use them."
+    )
+    return [note]
+
+
+def uncounted_notes(plan: Plan, graph: Graph) -> list[str]:
+    """Return a note on the operations whose MACs are not in the cost, if the goal of the plan limits the MACs."""
+    if "macs" not in plan.goal or not graph.facts.uncounted:
+        return []
+    operations = graph.facts.uncounted
+    found = list(dict.fromkeys(f"`{op.name}` ({op.source or op.module or 'the model itself'})" for op in operations))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""  # noqa: PLR2004 - three are shown
+    note = (
+        f"The MACs of {', '.join(found[:3])}{more} cannot be counted, and are 0 in the costs. The true cost can be "
+        "higher and miss the goal on MACs. Set a goal on parameters, or measure the latency."
     )
     return [note]
 
