@@ -88,20 +88,27 @@ def missed_notes(plan: Plan) -> list[str]:
 
 def landing_note(plan: Plan) -> str:
     """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
-    if not plan.goal or not plan.groups or "round_to" not in plan.method:
+    if not plan.goal or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
         return ""
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     name, (value, limit) = min(reached.items(), key=lambda item: item[1][1] - item[1][0])
     if limit - value <= CLOSE:
         return ""
+    distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan, name)}"
+
+
+def _landing_reason(plan: Plan, name: str) -> str:
+    """Return why a plan is far below its limit of a cost, and the options that may come closer."""
+    if plan.blocks:
+        return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
     one_unit = f"Removing one unit of a pruned group changes the {WORDS[name]} by more than this distance."
     why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
-    distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {why}{fix}"
+    return f"{why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:
