@@ -333,6 +333,13 @@ def test_the_conditions_of_the_measurement_and_its_omissions_are_listed(page, me
     assert [element.words for element in part.all("li")] == ["Energy.", "Other seeds."]
 
 
+def test_a_note_on_the_measurement_is_shown_once_in_its_section(page, metrics):
+    metrics["measured"]["notes"] = ["The clock was <slow>."]
+    tree = page(metrics)
+    assert tree.words.count("The clock was <slow>.") == 1
+    assert "The clock was <slow>." in section(tree, "Measurement").words
+
+
 def test_one_thread_is_written_in_the_singular(page, metrics):
     metrics["measured"]["threads"] = 1
     assert "onnxruntime 1.32.0, 1 thread, batch" in page(metrics).words
