@@ -210,6 +210,7 @@ def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
     assert table(part, "share of parameters") == [["27.3 %", "reshape (view)", "head net.py:41"]]
     assert "The pruned model is equal to the masked original (rounding)." in part.words
     assert "0.707 of their size" in part.words
+    assert [item.words for item in part.all("li")] == ["MACs are far below the goal of <50 %>."]
 
 
 def test_each_prune_step_has_its_own_section_and_plan(page, metrics):
@@ -220,6 +221,7 @@ def test_each_prune_step_has_its_own_section_and_plan(page, metrics):
             "groups": [first["groups"][1] | {"size": 59, "removed": [4]}],
             "layers": [first["layers"][0] | {"before": 59, "after": 58}],
             "blockers": [],
+            "notes": [],
             "verification": first["verification"] | {"text": "close to the masked original"},
         }
     )
