@@ -138,7 +138,7 @@ def test_a_training_step_reads_no_values_of_tensors(monkeypatch, accumulate):
     monkeypatch.setattr(Distillation, "_step", recorded)
     options = {"accumulate_grad_batches": accumulate, "limit_val_batches": 1, "val_check_interval": 2}
     for module, batch_of in ((Module(), None), (Scaled(), None), (Module(), lambda batch: batch)):
-        fit(module, Distillation(net(6, 2), OBJECTIVE, student="model", batch_of=batch_of), **options)
+        fit(module, Distillation(normalized_network(6, 2), OBJECTIVE, student="model", batch_of=batch_of), **options)
     assert lines[0]
     assert lines[1:4] == [[]] * 3
     assert all(lines[4:])  # the labels may change on the device, so they are counted there

@@ -16,7 +16,15 @@ from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few_units, unused_notes, width_notes
+from kirsch.pruning.notes import (
+    CLOSE,
+    absent_kind_notes,
+    landing_note,
+    too_few_units,
+    uncounted_notes,
+    unused_notes,
+    width_notes,
+)
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
@@ -176,6 +184,7 @@ def _plan_units(graph: Graph, goal: Goal, options: PlanOptions) -> Plan:
         landing_note(chosen),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
+        *uncounted_notes(chosen, graph),
         *absent_kind_notes(graph, options),
         *exclusions,
     )
@@ -205,7 +214,7 @@ def _least(graph: Graph, goal: Goal, options: PlanOptions, scores: Scores) -> Le
 
 
 def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
-    """Return the importance 0 for each unit: the least cost hardly depends on which units are removed."""
+    """Return the importance 0 for each unit. The least cost is almost the same for any choice of units."""
     return np.zeros(group.size)
 
 

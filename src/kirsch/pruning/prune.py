@@ -86,7 +86,8 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
             `save_pretrained` raises an error. Or the weights of kept units changed, because they are computed from all
-            units, as in spectral normalization.
+            units, as in spectral normalization. Or no output depends on some modules for the example inputs, so that
+            the verification cannot detect a wrong removal in these modules.
 
     Raises:
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
@@ -181,17 +182,35 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
-    if verification is not None and verification.reweighted:
-        warning_notes.append(_reweighted_note(verification.reweighted))
     texts = [*change_notes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
-    texts += [*warning_notes, OPTIMIZER_NOTE]
-    if verification is not None and verification.unseen:
+    if verification is not None:
+        warning_notes += _verification_warnings(verification)
+        texts += _undetermined_note(verification)
+    return Pruned(pruned, verification, plan, (*texts, *warning_notes, OPTIMIZER_NOTE), tuple(warning_notes))
+
+
+def _verification_warnings(verification: Verification) -> list[str]:
+    """Return warnings on changed computed weights, and on modules in which a wrong removal is not detected."""
+    found = [_reweighted_note(verification.reweighted)] if verification.reweighted else []
+    if verification.unseen:
         modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
-        texts.append(
+        found.append(
             f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
             "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
         )
-    return Pruned(pruned, verification, plan, tuple(texts), tuple(warning_notes))
+    return found
+
+
+def _undetermined_note(verification: Verification) -> list[str]:
+    """Return a note if the modules in which a wrong removal is not detected could not be determined."""
+    if not verification.undetermined:
+        return []
+    note = (
+        f"Modules without effect on the outputs could not be determined: {verification.undetermined} The verification "
+        "does not detect a wrong removal in such modules. If the memory is not sufficient, give fewer or smaller "
+        "example inputs."
+    )
+    return [note]
 
 
 def _unknown_importance(plan: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.options import PlanOptions
-from kirsch.pruning.prune import prune_with_verification
+from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
 from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Prune(PlanOptions, Step):
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
-        notes = [*plan.notes, *pruned.warnings]
+        notes = [note for note in pruned.notes if note != OPTIMIZER_NOTE]  # the steps make their own optimizers
         for text in notes:
             job.note(text)
         error = pruned.verification.error if pruned.verification else float("nan")

@@ -65,7 +65,7 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
         ],
         "curves": [_curve(key, record["history"]) for key, record in records.items() if record.get("history")],
         "removals": [
-            {"step": key, "verification": record["verification"], **record["removed"]}
+            {"step": key, "verification": record["verification"], "notes": record["notes"], **record["removed"]}
             for key, record in records.items()
             if "removed" in record
         ],

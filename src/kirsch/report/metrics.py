@@ -86,6 +86,7 @@ SCHEMA = _fields(
             groups=array(GROUP),
             layers=array(LAYER),
             blockers=array(BLOCKER),
+            notes=array(text()),
             verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
         )
     ),
