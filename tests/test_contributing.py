@@ -108,7 +108,7 @@ SIGNS = np.random.default_rng(0).normal(size=(48, 2)).astype(np.float32)
 def signs():
     """Data for the task of the page: each of the two labels is the sign of an input."""
     part = kirsch.Split(SIGNS, (SIGNS > 0).astype(np.int64))
-    return kirsch.DataSet("signs", part, part, part, ("first", "second"))
+    return kirsch.DataSet("signs", part, part, part, classes=("first", "second"))
 
 
 def test_the_task_of_the_page_runs_in_a_job(defined, tmp_path):

@@ -239,11 +239,9 @@ class _Run:
         rate = learning_rate(self.training, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        main = self.accelerator.is_main_process
         # A replicated shard has the same samples in all processes, so only the main process counts them.
-        shard_counts = [shard.counts for shard in window if main or not shard.replicated]
-        sums = {name: sum(each[name] for each in shard_counts) for name in window[0].counts}
-        counts = self._sum_over_processes(sums)
+        shard_counts = [shard.counts for shard in window if self.accelerator.is_main_process or not shard.replicated]
+        counts = self._sum_over_processes({name: sum(each[name] for each in shard_counts) for name in window[0].counts})
         require_labels(counts, f"the step at epoch {self.epoch + 1}, batch {self.batch + 1}")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
