@@ -126,7 +126,7 @@ import kirsch
 from kirsch.data.batches import ArrayData
 
 sys.stderr = open(sys.argv[1] + f".{__import__('os').environ['RANK']}.txt", "w")
-data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, batch_size=8)
 training = kirsch.Training(epochs=2)
 kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False, progress=True)
 if sys.stderr.name.endswith(".0.txt"):
@@ -151,7 +151,7 @@ def threads():
 
 # Python calls this function after those that were registered later.
 atexit.register(lambda: np.savez(sys.argv[1], during=during, after=threads()))
-data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, batch_size=8)
 training = kirsch.Training(epochs=1)
 kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False)
 during = threads()
