@@ -105,7 +105,7 @@ def teacher() -> nn.Module:
         framework.inference.load_weights(model, file)
         return model.eval()
     torch.manual_seed(0)
-    data = ArrayData(images().train.inputs, images().train.labels, BATCH, AUGMENT)
+    data = ArrayData(images().train.inputs, images().train.labels, batch_size=BATCH, augment=AUGMENT)
     training = TRAINING.changed(epochs=8)
     model = fit(resnet(), data, training=training, hooks=TrainingHooks(event=print)).model
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,9 @@ teacher_outputs.version = "1"
 def data_and_store() -> tuple[ArrayData, TeacherStore]:
     """Return the students' images, and the teacher's outputs for each view, which are computed once for all runs."""
     train = images().train
-    data = ArrayData(train.inputs[:IMAGES], train.labels[:IMAGES], BATCH, AUGMENT, views=EPOCHS, seed=0)
+    data = ArrayData(
+        train.inputs[:IMAGES], train.labels[:IMAGES], batch_size=BATCH, augment=AUGMENT, views=EPOCHS, seed=0
+    )
     folder = ROOT / "build" / "distillation" / "store"
     build_store(folder, teacher(), data, keep=Dense(), outputs=teacher_outputs, views=EPOCHS, event=print)
     return data, TeacherStore.open(folder)

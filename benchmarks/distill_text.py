@@ -114,7 +114,9 @@ def teacher() -> nn.Module:
         framework.inference.load_weights(model, file)
         return model.eval()
     inputs, labels = encoded("train")
-    model = fit(model, ArrayData(inputs, labels, 64), training=TRAINING, hooks=TrainingHooks(event=print)).model
+    model = fit(
+        model, ArrayData(inputs, labels, batch_size=64), training=TRAINING, hooks=TrainingHooks(event=print)
+    ).model
     file.parent.mkdir(parents=True, exist_ok=True)
     framework.inference.save_weights(model, file)
     return model
@@ -161,7 +163,7 @@ def run(task: str, objective: str, seed: int) -> dict[str, Any]:
     trained = kirsch.distill(
         student,
         teacher(),
-        ArrayData(inputs, labels, 64),
+        ArrayData(inputs, labels, batch_size=64),
         objective=objectives(task)[objective],
         training=training,
         hooks=hooks,

@@ -119,7 +119,9 @@ def measure(pair: str) -> dict[str, float]:
     teacher.eval()
     random = np.random.default_rng(0)
     inputs = random.standard_normal((BATCH * STEPS, 3, 32, 32)).astype(np.float32)
-    data = ArrayData(inputs, random.integers(0, 100, len(inputs)), BATCH, Chain(Crop(4), Flip()), views=1, seed=0)
+    data = ArrayData(
+        inputs, random.integers(0, 100, len(inputs)), batch_size=BATCH, augment=Chain(Crop(4), Flip()), views=1, seed=0
+    )
     training = kirsch.Training(epochs=1, learning_rate=0.01, schedule="constant")
     objective = kirsch.Objective.kd(temperature=4.0, weight=0.9)
     times: dict[str, list[float]] = {}

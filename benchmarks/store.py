@@ -73,7 +73,7 @@ def measure(keep: TopK | Dense, classes: int, samples: int) -> dict[str, Any]:
     torch.manual_seed(0)
     teacher = nn.Linear(WIDTH, classes)
     inputs = np.random.default_rng(0).standard_normal((samples, WIDTH)).astype(np.float32)
-    data = ArrayData(inputs, None, BATCH, Noise(0.1))
+    data = ArrayData(inputs, None, batch_size=BATCH, augment=Noise(0.1))
     with tempfile.TemporaryDirectory() as folder:
         begun = time.process_time()
         build_store(folder, teacher, data, keep=keep, batch_size=BATCH)

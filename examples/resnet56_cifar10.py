@@ -27,7 +27,7 @@ from kirsch.deploy.measure import compare_latencies
 from kirsch.deploy.onnxruntime import OnnxSession
 from kirsch.errors import DataError
 from kirsch.graph import coupling, group
-from kirsch.tasks.classification import accuracy, paired
+from kirsch.tasks.classification import accuracy, compare_paired
 
 if TYPE_CHECKING:
     from kirsch.measurement.statistics import Rate
@@ -79,7 +79,7 @@ def main() -> int:
         for name in models:
             cost = plan.before if name == "original" else plan.after
             print(_row(name, cost, paths[name], accuracy(logits[name], data.test.labels), times))
-    print(f"\n{paired(logits['original'], logits['recovered'], data.test.labels).text}")
+    print(f"\n{compare_paired(logits['original'], logits['recovered'], data.test.labels).text}")
     print(f"{times.runtime}, 1 thread, batch of 1; the original against itself: {figures.ratio(**times.aa.to_dict())}")
     return 0
 

@@ -147,7 +147,7 @@ def brightness_model() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(64, 3))
     training = kirsch.Training(epochs=15, optimizer="adamw", learning_rate=0.01)
-    return kirsch.fit(model, kirsch.ArrayData(*bright_images(), 8), training=training).model
+    return kirsch.fit(model, kirsch.ArrayData(*bright_images(), batch_size=8), training=training).model
 
 
 def loaders() -> dict[str, Any]:
@@ -159,7 +159,10 @@ def loaders() -> dict[str, Any]:
 
 def job() -> dict[str, Any]:
     part = kirsch.Split(*bright_images())
-    return {"model": brightness_model(), "data": kirsch.DataSet("brightness", part, part, part, ("a", "b", "c"))}
+    return {
+        "model": brightness_model(),
+        "data": kirsch.DataSet("brightness", part, part, part, classes=("a", "b", "c")),
+    }
 
 
 def calibration() -> dict[str, Any]:

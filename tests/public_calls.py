@@ -31,7 +31,7 @@ def public_calls(folder):
     small = kirsch.prune(model, plan)
     kirsch.save(small, folder / "saved")
     artifact = kirsch.export(model, folder / "model.onnx", example_inputs=x)
-    data = kirsch.ArrayData(x.numpy(), y.numpy(), 4)
+    data = kirsch.ArrayData(x.numpy(), y.numpy(), batch_size=4)
     split = kirsch.Split(x.numpy(), y.numpy())
     parts = {"train": split, "validation": split, "test": split}
     dataset = kirsch.DataSet("data", **parts, classes=("a", "b", "c"))
@@ -106,7 +106,6 @@ def public_calls(folder):
                 "model_or_artifact": artifact,
                 "example_inputs": x,
                 "data": (x, y),
-                "runtime": "onnxruntime",
                 "threads": 1,
                 "rounds": 6,
             },
@@ -147,7 +146,10 @@ def public_calls(folder):
                 "warn": print,
             },
         ),
-        "Distiller.__call__": (distiller, {"batch": (x, y), "epoch": 0.0, "step_counts": None, "module": None}),
+        "Distiller.__call__": (
+            distiller,
+            {"batch": (x, y), "epoch": 0.0, "step_counts": None, "batch_counts": None, "module": None},
+        ),
         "Distiller.counts": (distiller.counts, {"batches": [(x, y)]}),
         "Distiller.check_labels": (distiller.check_labels, {"targets": y}),
         "Distiller.train": (distiller.train, {"mode": True}),

@@ -14,6 +14,8 @@ import kirsch
 from kirsch.arguments import checked
 from kirsch.errors import UsageError
 
+X = np.zeros((4, 2), np.float32)
+
 
 @checked
 def sizes_of(sizes: dict[str, int], others: list[dict[str, int]], names: tuple[str, ...] = ()) -> Any:
@@ -44,14 +46,20 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
                 r"Write kirsch\.Objective\(\.\.\., label_loss='binary'\)\.$"
             ),
         ),
-        (lambda: kirsch.Objective.kd(4.0), r"Its arguments are temperature, weight\.$"),
+        (lambda: kirsch.Objective.kd(4.0), r"Its arguments are temperature, weight; pass them by name\.$"),
+        (lambda: kirsch.Goal(0.5), r"Its arguments are macs, parameters; pass them by name\.$"),
+        (lambda: kirsch.Ramp(0.0, 1.0, 5.0, 2.0), r"are start, end, epochs, after; pass after by name\.$"),
+        (lambda: kirsch.ensemble([], "logits"), r"; pass combine, activation, outputs by name\.$"),
+        (lambda: kirsch.ArrayData(X, X, 8), r"; pass batch_size, augment, ids, views, seed by name\.$"),
+        (lambda: kirsch.GeneratedData(print, 8, 4), r"; pass batch_size, views, seed by name\.$"),
+        (lambda: kirsch.DataSet("d", X, X, X, ("a", "b")), r"; pass classes, augment by name\.$"),
         (lambda: kirsch.plan(1), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
         (lambda: kirsch.TeacherStore("store"), r"'specification'\. Write kirsch\.TeacherStore\.open\(folder\)"),
         (lambda: kirsch.steps.Prune(norm="1"), r"Prune is '1'; expected 1 or 2\. The default is norm=2\."),
         (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStore objects\.$"),
         (lambda: kirsch.Term("kd", options=[]), r"expected a dict from text to any object|Give a dict from text to"),
         (lambda: kirsch.Goal(macs=np.ones(3)), r"is an ndarray of shape \(3,\); expected a number or None\."),
-        (lambda: kirsch.Objective(teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
+        (lambda: kirsch.Objective(combine_teachers="x"), r"expected 'probabilities', 'logits', 'confidence' or 'sum'"),
         (
             lambda: kirsch.Objective(teacher_outputs=3),
             r"Give 'logits', 'probabilities', a list of 'logits', 'probabilities' or None, or None\.$",

@@ -68,7 +68,7 @@ ACCEPTED = {
     **each("event save validate listen", {"None", "model"}),
     **each("objective training hooks teacher recover distill", {"None"}),
     "validation": {"None", "model"},
-    **each("data resume kinds at step_counts noise student", {"None"}),
+    **each("data resume kinds at batch_counts step_counts noise student", {"None"}),
     **each("augment temperature", {"None"}),
     **each("terms milestones exclude keep_outputs regularizers", {"empty list"}),
     **each("start end after epoch", NUMBERS),

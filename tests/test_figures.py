@@ -184,3 +184,17 @@ def test_an_interval_is_shown_by_half_its_width():
 )
 def test_a_ratio_is_shown_with_its_interval(arguments, text):
     assert figures.ratio(*arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "text"),
+    [
+        ([], {}, ""),
+        (["a"], {}, "a"),
+        (["a", "b", "c"], {}, "a, b, c"),
+        (["a", "b", "c", "d"], {}, "a, b, c and 1 more"),
+        (["a"] * 1003, {"most": 2, "separator": "; "}, "a; a and 1,001 more"),
+    ],
+)
+def test_a_list_shows_the_first_texts_and_the_number_of_the_others(texts, options, text):
+    assert figures.listed(texts, **options) == text

@@ -20,7 +20,8 @@ def modules_of(root):
 def imports_of(modules):
     """Return the names of the modules that each module imports anywhere in its code, by module name.
 
-    Relative imports, and names of modules that are texts in the code (for `importlib`), count, too.
+    Relative imports count, too. So do texts that are the name of a module of the package, since `importlib` may import
+    it. The texts in kirsch/__init__.py, the table of public names, do not count.
     """
     found = {}
     for name, file in modules.items():
@@ -33,10 +34,8 @@ def imports_of(modules):
                 source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                 names = {f"{source}.{alias.name}" for alias in node.names}
                 targets |= names & modules.keys() if names <= modules.keys() else {source, *names}
-            elif isinstance(node, ast.Call) and (
-                getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__")
-            ):
-                targets |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                targets |= {node.value} - {"kirsch"} if name != "kirsch" else set()
         found[name] = targets & modules.keys() - {name}
     return found
 
@@ -60,8 +59,19 @@ def cycle_in(imports):
     return next(filter(None, (search(name, []) for name in sorted(imports))), [])
 
 
+EXCEPTIONS = {
+    # The operations for tensors are imported when the first tensor is used; see docs/design.md.
+    "kirsch.ops.implementation": "kirsch.frameworks.pytorch.ops",
+    # A name in messages, not an import.
+    "kirsch.annotations": "kirsch.steps",
+}
+
+
 def test_no_modules_import_each_other_in_a_cycle():
-    assert cycle_in(imports_of(modules_of(SOURCE))) == []
+    imports = imports_of(modules_of(SOURCE))
+    for module, named in EXCEPTIONS.items():
+        imports[module].remove(named)
+    assert cycle_in(imports) == []
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,7 @@ def test_no_modules_import_each_other_in_a_cycle():
         "from .a import x",
         "import importlib\nimportlib.import_module('kirsch.a')",
         "from importlib import import_module\nimport_module('kirsch.a')",
+        "MODULES = {'torch': 'kirsch.a'}",
         "def f():\n    from kirsch.a import x",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kirsch.a import x",
     ],

@@ -166,6 +166,7 @@ def run_through(stream: io.StringIO, **mode: bool) -> str:
         {"event": "first_batch", "step": "train", "shares": {}},
         EPOCH,
         {"event": "note", "text": "a\nb"},
+        {"event": "warning", "step": "train", "text": "unused"},
         TEACHER,
         PRUNE,
         END,
@@ -178,13 +179,14 @@ def test_a_pipe_gets_one_line_per_epoch_and_step():
     lines = run_through(io.StringIO()).splitlines()
     assert lines[0] == f"kirsch {__version__} · [red] · run <script>"
     assert lines[1] == "goal  [/0]"
-    assert [line.split()[:2] for line in lines[3:7]] == [
+    assert [line.split()[:2] for line in lines[3:8]] == [
         ["train", "epoch"],
         ["note", "a\\nb"],
+        ["warning", "unused"],
         ["1", "train"],
         ["3", "prune"],
     ]
-    assert lines[7:] == [""]  # the command writes the verdict
+    assert lines[8:] == [""]  # the command writes the verdict
 
 
 def test_a_terminal_gets_one_line_per_epoch_and_a_bar():

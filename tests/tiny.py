@@ -9,6 +9,12 @@ import torch
 if TYPE_CHECKING:
     from pathlib import Path
 
+STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
+"""Keys of the steps of the recipe."""
+
+NO_EXPORT = ("export=null", "measure=null")
+"""Changes that remove the last two steps, which need ONNX Runtime."""
+
 NETS = '''
 import os
 
@@ -69,7 +75,7 @@ def stripes(*, seed, classes=("dark", "gray", "light"), name="stripes"):
         wave = np.cos(np.arange(6) * (labels[:, None] + 0.5))[:, None, :, None]
         return Split((wave + noise * random.standard_normal((n, 1, 6, 6))).astype(np.float32), labels)
 
-    return DataSet(name, part(48), part(30), part(60), tuple(classes), louder)
+    return DataSet(name, part(48), part(30), part(60), classes=tuple(classes), augment=louder)
 '''
 
 RECIPE = """

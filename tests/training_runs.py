@@ -22,7 +22,7 @@ def samples():
 
 
 def batches(batch_size=4):
-    return ArrayData(*samples(), batch_size)
+    return ArrayData(*samples(), batch_size=batch_size)
 
 
 def pairs():
@@ -62,7 +62,7 @@ class Loss:
     def counts(self, batches):
         return {"labels": sum(len(batch) for batch in batches)}
 
-    def check(self, batch):
+    def check(self, batch, *, on_any_device=False):
         return []
 
     def balance(self, norms):

@@ -139,7 +139,7 @@ def _call_error(
     if unknown is None:
         made_by = getattr(target, "made_by", "")
         by_constructor = not made_by or made_by.startswith(f"{call}(")
-        fix = f"Its arguments are {', '.join(known)}." if by_constructor else f"Write {made_by}."
+        fix = f"Its arguments are {_names_text(signature, known)}." if by_constructor else f"Write {made_by}."
         return UsageError(f"{call} was called with the wrong arguments: {error}.", fix=fix)
     if maker is not None and unknown in inspect.signature(maker).parameters:
         fix = f"Write {public_name(maker)}(..., {unknown}={_shown(keywords[unknown])})."
@@ -150,6 +150,13 @@ def _call_error(
         listing(known),
         _meant_argument(unknown, keywords[unknown], known, hints) or "Leave it out.",
     )
+
+
+def _names_text(signature: inspect.Signature, known: Sequence[str]) -> str:
+    """Return the names of all arguments, and which of them are passed by name only."""
+    named = [name for name in known if signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY]
+    names = "them" if named == known else ", ".join(named)
+    return ", ".join(known) + (f"; pass {names} by name" if named else "")
 
 
 def _meant_argument(unknown: str, value: Any, known: Sequence[str], hints: Mapping[str, Any]) -> str:
@@ -374,13 +381,13 @@ def _callable(value: Any, hint: Any) -> Any:
     if not callable(value):
         _refuse(value, type_phrase(hint))
     parameters = (get_args(hint) or [...])[0]
-    if parameters is not ... and not takes(value, len(parameters)):
+    if parameters is not ... and not accepts_arguments(value, len(parameters)):
         phrase = f"{type_phrase(hint)} that takes {len(parameters)} argument{'s' * (len(parameters) != 1)}"
         _refuse(value, phrase, close=True)
     return value
 
 
-def takes(function: Callable[..., Any], count: int) -> bool:
+def accepts_arguments(function: Callable[..., Any], count: int) -> bool:
     """Return whether the signature of a callable accepts `count` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)

@@ -36,6 +36,10 @@ MAX_MESSAGE_LENGTH = 400
 """Largest number of characters that are repeated from the message of another error."""
 
 
+NOT_REACHED = 3
+"""Exit code of a command that ends without an error, while a goal is missed or the verified run is not finished."""
+
+
 class KirschError(Exception):
     """Base class of the errors that Kirsch raises on purpose.
 

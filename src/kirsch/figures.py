@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -56,6 +60,12 @@ def points(value: float) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with a noun: "1 group", "2 groups"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """Return the first `most` texts and the number of the others: "a, b, c and 2 more"."""
+    others = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + others
 
 
 def interval(value: float, low: float, high: float) -> str:

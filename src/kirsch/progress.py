@@ -94,7 +94,8 @@ class JobProgress:
         self._output.progress(step_line(event, self._output.width))
 
     def _note(self, event: dict[str, Any]) -> None:
-        self._output.progress([Piece("   "), Piece("note", "warning"), Piece(f"       {event['text']}")])
+        """Show a note or a warning, with the word of the event."""
+        self._output.progress([Piece("   "), Piece(f"{event['event']:<11}", "warning"), Piece(event["text"])])
 
     def _end(self, _event: dict[str, Any]) -> None:
         self._output.progress([])  # the command writes the verdict to the standard output

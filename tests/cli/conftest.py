@@ -96,7 +96,7 @@ def stripes(*, seed):
         noise = random.standard_normal((n, 1, 6, 6))
         return Split((labels[:, None, None, None] - 1 + 0.1 * noise).astype(np.float32), labels)
 
-    return DataSet("stripes", part(96), part(30), part(30), ("dark", "gray", "light"))
+    return DataSet("stripes", part(96), part(30), part(30), classes=("dark", "gray", "light"))
 '''
 
 RECIPE = """

@@ -95,7 +95,7 @@ def failing_stripes(*, seed):
 
 def misnamed_stripes(*, seed):
     data = nets.stripes(seed=seed)
-    return DataSet("stripes", data.train, data.validation, data.test, ("dark", "gr\\udce9y", "light"))
+    return DataSet("stripes", data.train, data.validation, data.test, classes=("dark", "gr\\udce9y", "light"))
 
 
 print("printed at import")

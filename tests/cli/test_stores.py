@@ -135,7 +135,7 @@ def test_build_refuses_a_data_set_whose_training_part_is_a_loader(folder, kirsch
 def loaded(*, seed):
     data = stripes(seed=seed)
     batches = [(data.train.inputs, data.train.labels)]
-    return DataSet("loaded", batches, data.validation, data.test, data.classes)
+    return DataSet("loaded", batches, data.validation, data.test, classes=data.classes)
 """
     (folder / "nets.py").write_text(nets + loaded)
     code, _, err = kirsch("store", "build", "kept", "--model", "nets.py:teacher", "--data", "nets.py:loaded")

@@ -18,7 +18,7 @@ def pair(n):
 
 
 def data(n, batch_size, augment=None):
-    return ArrayData(*pair(n), batch_size, augment)
+    return ArrayData(*pair(n), batch_size=batch_size, augment=augment)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def by_id(data, seed, epoch):
 
 def test_single_array_in_a_dict_is_augmented_like_the_array():
     inputs, targets = pair(4)
-    named, plain = (ArrayData(part, targets, 4, shake).epoch(0, 0) for part in ({"x": inputs}, inputs))
+    named, plain = (
+        ArrayData(part, targets, batch_size=4, augment=shake).epoch(0, 0) for part in ({"x": inputs}, inputs)
+    )
     np.testing.assert_array_equal(next(named).inputs["x"], next(plain).inputs)
 
 
@@ -89,14 +91,14 @@ def test_augmentation_does_not_depend_on_batch_size():
 
 def test_augmentation_follows_the_id_and_not_the_position():
     inputs, labels, ids = np.ones((6, 2), np.float32), np.arange(6), np.array([7, 3, 2**40, -1, 0, 12])
-    some = by_id(ArrayData(inputs, labels, 2, shake, ids), 0, 1)
+    some = by_id(ArrayData(inputs, labels, batch_size=2, augment=shake, ids=ids), 0, 1)
     assert some.keys() == set(ids.tolist())
-    assert by_id(ArrayData(inputs, labels, 3, shake, ids[::-1]), 0, 1) == some
+    assert by_id(ArrayData(inputs, labels, batch_size=3, augment=shake, ids=ids[::-1]), 0, 1) == some
     assert len(set(some.values())) == 6
 
 
 def test_each_epoch_has_a_new_view_unless_views_are_limited():
-    endless, three = data(5, 2, shake), ArrayData(*pair(5), 2, shake, views=3)
+    endless, three = data(5, 2, shake), ArrayData(*pair(5), batch_size=2, augment=shake, views=3)
     views = [by_id(endless, 4, epoch) for epoch in range(6)]
     assert len({view[0] for view in views}) == 6
     assert [by_id(three, 4, epoch) for epoch in range(6)] == views[:3] * 2
@@ -105,12 +107,12 @@ def test_each_epoch_has_a_new_view_unless_views_are_limited():
 
 
 def test_order_differs_between_epochs_with_the_same_view():
-    once = ArrayData(*pair(9), 9, views=1)
+    once = ArrayData(*pair(9), batch_size=9, views=1)
     assert len({tuple(next(once.epoch(0, epoch)).targets) for epoch in range(4)}) == 4
 
 
 def test_data_may_have_no_targets():
-    for batch in ArrayData(pair(5)[0], None, 2, shake).epoch(0, 0):
+    for batch in ArrayData(pair(5)[0], None, batch_size=2, augment=shake).epoch(0, 0):
         assert batch.targets is None
         assert len(batch.inputs) == len(batch.ids)
 
@@ -183,7 +185,7 @@ def test_sample_that_is_not_finite_is_named(value):
 def test_data_print_as_one_line_without_their_values():
     inputs, labels = np.zeros((4, 3), np.float32), np.arange(4) % 2
     shapes = "inputs: float32 of shape (4, 3), targets: int64 of shape (4,)"
-    assert repr(ArrayData(inputs, labels, 2)) == f"<kirsch.ArrayData: 4 samples in batches of 2, {shapes}>"
+    assert repr(ArrayData(inputs, labels, batch_size=2)) == f"<kirsch.ArrayData: 4 samples in batches of 2, {shapes}>"
     assert repr(Batch(inputs, labels)) == f"<kirsch.Batch: 4 samples, {shapes}>"
     assert repr(Batch(inputs)).endswith("targets: none>")
     split = kirsch.Split(inputs, labels)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from data_sets import data_set, split
+from kirsch.data import dataset
 from kirsch.data.batches import ArrayData
 from kirsch.data.dataset import DataSet, Split
 from kirsch.errors import DataError, UsageError
@@ -101,7 +102,7 @@ def test_invalid_class_name_is_refused(classes, sentence):
 
 def test_name_that_is_not_valid_text_is_refused():
     with pytest.raises(DataError, match=r"The data set has the name '\\udce9'\. It is not valid text\."):
-        DataSet("\udce9", split(), split(), split(), ("a", "b", "c"))
+        DataSet("\udce9", split(), split(), split(), classes=("a", "b", "c"))
 
 
 # ------------------------------------------------------------------------------------------------ loaders
@@ -216,7 +217,7 @@ def test_hash_of_a_loader_depends_on_the_name_and_on_the_other_parts():
         data_set(train=loader()).sha256,
         data_set(train=loader(), test=split((0, 2, 1))).sha256,
         data_set().sha256,
-        DataSet("e", loader(), split(), split(), ("a", "b", "c")).sha256,
+        DataSet("e", loader(), split(), split(), classes=("a", "b", "c")).sha256,
     ]
     assert len(set(hashes)) == 4
     assert data_set(train=loader((0, 0, 0))).sha256 == hashes[0]
@@ -227,10 +228,19 @@ def test_test_samples_in_another_part_are_counted():
     first, second = random.normal(size=(2, 6, 3)).astype(np.float32)
     labels = np.arange(6) % 3
     data = data_set(train=Split(first, labels), validation=(second, labels), test=(first[[4, 1, 1]], labels[:3]))
-    assert (data.count_test_samples_in("train"), data.count_test_samples_in("validation")) == (3, 0)
+    assert data.test_samples_in_other_parts() == {"train": 3, "validation": 0}
     pair = Split((first[:, 0], first), labels)
     other = Split((second[:, 0], first), labels)  # the samples differ in one of their inputs
     data = data_set(train=other, validation=pair, test=pair)
-    assert (data.count_test_samples_in("train"), data.count_test_samples_in("validation")) == (0, 6)
+    assert data.test_samples_in_other_parts() == {"train": 0, "validation": 6}
     loader = [(first, labels)]
-    assert data_set(train=loader, test=(first, labels)).count_test_samples_in("train") == 0
+    data = data_set(train=loader, validation=(second, labels), test=(first, labels))
+    assert data.test_samples_in_other_parts() == {"validation": 0}
+
+
+def test_each_part_is_hashed_once_to_find_test_samples_in_other_parts(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(dataset, "_row_hashes", lambda part: hashed.append(part) or [])
+    data = data_set()
+    data.test_samples_in_other_parts()
+    assert hashed == [data.test, data.train, data.validation]

@@ -32,8 +32,8 @@ def test_a_batch_follows_from_seed_epoch_and_its_number():
 
 
 def test_epochs_repeat_after_the_number_of_views_and_the_seed_of_the_data_takes_precedence():
-    data = GeneratedData(normal, 8, 4, views=2, seed=5)
-    assert bits(data.epoch(0, 0)) == bits(data.epoch(1, 2)) == bits(GeneratedData(normal, 8, 4).epoch(5, 0))
+    data = GeneratedData(normal, 8, batch_size=4, views=2, seed=5)
+    assert bits(data.epoch(0, 0)) == bits(data.epoch(1, 2)) == bits(GeneratedData(normal, 8, batch_size=4).epoch(5, 0))
     assert bits(data.epoch(0, 1)) != bits(data.epoch(0, 0))
 
 

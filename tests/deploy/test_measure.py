@@ -186,11 +186,6 @@ def test_a_real_measurement_has_positive_times_in_order(doubling, numbers):
     assert (found.latency.rounds, found.latency.calls > 0) == (6, True)
 
 
-def test_the_error_for_an_unknown_runtime_lists_the_known_runtimes(doubling, numbers):
-    with pytest.raises(UsageError, match=r"`runtime` .* is 'onnx'; expected 'onnxruntime'\. Did you mean"):
-        kirsch.measure(doubling, example_inputs=numbers, runtime="onnx")
-
-
 def test_keyword_inputs_are_measured(doubling, numbers):
     found = kirsch.measure(doubling, example_inputs={"input": numbers}, rounds=6)
     assert found.latency.rounds == 6

@@ -20,7 +20,7 @@ def images(count=N):
 
 
 def data(transform=AUGMENT, ids=IDS, **options):
-    return ArrayData(images(), None, 4, transform, ids, **options)
+    return ArrayData(images(), None, batch_size=4, augment=transform, ids=ids, **options)
 
 
 def network(classes=K, seed=0):

@@ -11,7 +11,7 @@ from bare_arrays import BareArray, values_of
 from distillation.golden import det
 from kirsch import ops
 from kirsch.distillation.losses import LABEL_LOSSES, LOSSES
-from kirsch.distillation.losses.loss import CHANNEL_KINDS
+from kirsch.distillation.losses.loss import CHANNEL_KINDS, step_arguments
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.testing import losses as suite
 
@@ -34,9 +34,11 @@ def bare(monkeypatch):
 def cases(name):
     """Return (student, teacher, options) of a loss: all options of its conformance suite, without and with a mask."""
     loss = LOSSES[name]
-    found = [(*suite._values(loss), options) for options in suite._options(loss)]
-    if "mask" in suite.step_arguments(loss):
-        found += [(student, teacher, {**options, "mask": suite._mask(loss)}) for student, teacher, options in found]
+    found = [(*suite.example_values(loss), options) for options in suite.example_options(loss)]
+    if "mask" in step_arguments(loss):
+        found += [
+            (student, teacher, {**options, "mask": suite.example_mask(loss)}) for student, teacher, options in found
+        ]
     return found
 
 

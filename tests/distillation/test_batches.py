@@ -322,7 +322,7 @@ def test_a_last_batch_of_one_sample_is_refused_before_training_with_batch_normal
 
 @pytest.mark.parametrize(
     "data",
-    [DataLoader(ROWS, 1), DataLoader(ROWS, 1, drop_last=True), ArrayData(X.numpy(), Y.numpy(), 1)],
+    [DataLoader(ROWS, 1), DataLoader(ROWS, 1, drop_last=True), ArrayData(X.numpy(), Y.numpy(), batch_size=1)],
     ids=["a loader", "a loader with drop_last", "an array"],
 )
 def test_batches_of_one_sample_are_refused_before_training_with_batch_normalization(data):
@@ -343,7 +343,11 @@ def test_a_batch_of_one_sample_from_a_loader_without_a_length_is_refused_when_it
 
 
 def test_data_without_a_batch_of_one_sample_is_accepted_with_batch_normalization():
-    for data in (DataLoader(ROWS, 4, drop_last=True), DataLoader(ROWS, 13), ArrayData(X.numpy(), Y.numpy(), 11)):
+    for data in (
+        DataLoader(ROWS, 4, drop_last=True),
+        DataLoader(ROWS, 13),
+        ArrayData(X.numpy(), Y.numpy(), batch_size=11),
+    ):
         assert len(fit(Net(norm=True), data, training=ONCE).history) == ONCE.epochs
 
 

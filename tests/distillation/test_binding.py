@@ -350,7 +350,7 @@ def test_an_adapter_takes_the_combined_teachers():
     one, two = (trained(_seeded(), t, data(), objective).history for t in (teacher, [teacher, teacher]))
     assert two[0]["terms"] == pytest.approx(one[0]["terms"], rel=1e-5)
     with pytest.raises(UsageError, match="has an adapter for one teacher, but compares with each of 2 teachers"):
-        trained(Net(4), [teacher, teacher], data(), Objective.preset("ofa", teachers="sum"))
+        trained(Net(4), [teacher, teacher], data(), Objective.preset("ofa", combine_teachers="sum"))
 
 
 def test_terms_that_need_more_than_the_top_k_logits_of_a_store_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from kirsch.distillation.store import Dense, build_store
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, Interrupted, ShapeError, UnknownNameError, UsageError
 from kirsch.frameworks.training import Training, TrainingHooks
+from training_networks import normalized_network
 from training_runs import equal_weights
 
 N, D, K = 24, 6, 3
@@ -33,19 +34,13 @@ def data():
     return ArrayData(*samples(N), batch_size=6)
 
 
-def build(width=5):
-    layers = nn.Linear(D, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, K)
-    return nn.Sequential(*layers).double()
-
-
-def net(width, seed):
-    torch.manual_seed(seed)
-    return build(width)
+def build(width=5, seed=None):
+    return normalized_network(width, seed, D, nn.ReLU).double()
 
 
 def models():
     """Return a teacher, two assistants and a student, of falling width."""
-    return [net(width, seed) for seed, width in enumerate((12, 9, 6, 3))]
+    return [build(width, seed) for seed, width in enumerate((12, 9, 6, 3))]
 
 
 def without_time(history):
@@ -148,7 +143,9 @@ def test_the_state_of_a_chain_has_no_optimizer_state_of_finished_links():
 
 def test_a_state_of_another_run_or_of_a_longer_chain_is_refused():
     states = []
-    distill(net(3, 1), net(5, 2), data(), training=SHORT, check_teacher=False, hooks=TrainingHooks(save=states.append))
+    distill(
+        build(3, 1), build(5, 2), data(), training=SHORT, check_teacher=False, hooks=TrainingHooks(save=states.append)
+    )
     with pytest.raises(
         CheckpointError, match=r"The checkpoint has no links of a chain; this chain has 3\. .*from the beginning"
     ):
@@ -189,12 +186,12 @@ def test_each_generation_has_new_weights_and_learns_from_the_previous_generation
     state = torch.get_rng_state()
     found = born_again(build, data(), generations=2, training=training, hooks=QUIET)
     assert torch.equal(torch.get_rng_state(), state)
-    first = fit(net(5, 7), data(), training=training)
+    first = fit(build(5, 7), data(), training=training)
     assert equal_weights(found[0].model, first.model)
     teacher = first.model
     for number in (1, 2):
         alone = distill(
-            net(5, 7 + number),
+            build(5, 7 + number),
             teacher,
             data(),
             training=Training(epochs=2, learning_rate=0.1, seed=7 + number),
@@ -206,7 +203,7 @@ def test_each_generation_has_new_weights_and_learns_from_the_previous_generation
 
 
 def test_with_the_option_teacher_the_first_generation_learns_from_this_teacher():
-    teacher = fit(net(5, 3), data(), training=Training(epochs=8)).model
+    teacher = fit(build(5, 3), data(), training=Training(epochs=8)).model
     found = born_again(
         build,
         data(),
@@ -237,7 +234,7 @@ def test_resumed_generations_are_bit_identical_to_uninterrupted_generations():
 
 def test_a_function_build_that_returns_the_same_weights_or_model_twice_is_refused():
     def seeded():
-        return net(5, 0)
+        return build(5, 0)
 
     with pytest.raises(UsageError, match=r"`build` returns the same weights each time\. .*Remove the seed"):
         born_again(seeded, data())
@@ -261,14 +258,14 @@ def test_an_ensemble_returns_the_mean_probabilities_or_logits_of_its_models():
         expected = sum(copy.deepcopy(member).eval()(inputs).softmax(-1) for member in members) / 3
         torch.testing.assert_close(found(inputs).softmax(-1), expected, rtol=1e-10, atol=1e-14)
         logits = sum(copy.deepcopy(member).eval()(inputs) for member in members) / 3
-        torch.testing.assert_close(ensemble(members, "logits")(inputs), logits, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ensemble(members, combine="logits")(inputs), logits, rtol=1e-12, atol=1e-14)
 
 
 def test_a_model_that_modifies_its_inputs_does_not_affect_the_others():
     class Centered(nn.Module):
         def __init__(self, seed):
             super().__init__()
-            self.model = net(5, seed)
+            self.model = build(5, seed)
 
         def forward(self, x):
             x -= 1.0
@@ -286,7 +283,7 @@ def test_an_ensemble_as_teacher_equals_its_models_as_teachers():
     members = models()[:2]
     objective = Objective((Term("kd", 0.5, temperature=1.0),))
     options = {"objective": objective, "training": SHORT, "check_teacher": False}
-    one, several = (distill(net(3, 9), teacher, data(), **options) for teacher in (ensemble(members), members))
+    one, several = (distill(build(3, 9), teacher, data(), **options) for teacher in (ensemble(members), members))
     assert one.history[-1]["loss"] == pytest.approx(several.history[-1]["loss"], rel=1e-9)
 
 
@@ -305,7 +302,7 @@ def test_an_ensemble_without_models_or_with_an_unknown_combination_is_refused():
     with pytest.raises(UsageError, match=r"`models` of kirsch.ensemble is empty"):
         ensemble([])
     with pytest.raises(UsageError, match=r"`combine` .* is 'sum'; expected 'probabilities', 'logits'"):
-        ensemble(models(), "sum")
+        ensemble(models(), combine="sum")
     five = nn.Linear(D, 5).double()
     with pytest.raises(ShapeError, match="The models of the ensemble have 5, 3 classes"):
         ensemble([five, models()[0]])(torch.from_numpy(samples(N)[0]))

@@ -52,7 +52,7 @@ def pixels(*, batch_size=N):
     labels = random.integers(0, K, (N, 6, 5))
     images = (labels[:, None] + 0.1 * random.standard_normal((N, 1, 6, 5))).astype(np.float64)
     labels[random.random(labels.shape) < 0.3] = -100
-    return ArrayData(images, labels, batch_size)
+    return ArrayData(images, labels, batch_size=batch_size)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.distillation_loss import DistillationLoss
 from kirsch.distillation.losses.loss import get_loss
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.step import balanced
+from kirsch.distillation.step import balancing_factors
 from kirsch.distillation.term import BoundTerm, Term
 from kirsch.errors import DataError
 
@@ -96,7 +96,7 @@ def test_an_optimizer_step_without_a_label_raises_an_error():
 
 def test_balanced_factors_make_gradient_norms_proportional_to_the_weights():
     norms, weights = {"label": 2.0, "kd": 30.0, "at": 0.5}, {"label": 1.0, "kd": 3.0, "at": 10.0}
-    factors = balanced(norms, weights, ["kd", "at"])
+    factors = balancing_factors(norms, weights, ["kd", "at"])
     scaled = {name: norms[name] * factors.get(name, 1.0) / weights[name] for name in norms}
     assert scaled == pytest.approx(dict.fromkeys(norms, 2.0))
-    assert balanced({"kd": 3.0, "at": 0.0}, weights, ["kd", "at"]) == {}
+    assert balancing_factors({"kd": 3.0, "at": 0.0}, weights, ["kd", "at"]) == {}

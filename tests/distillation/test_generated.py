@@ -42,7 +42,12 @@ def test_a_student_converges_to_its_teacher_on_generated_inputs():
     teacher = linear(1)
     training = Training(epochs=20, learning_rate=1.0, weight_decay=0.0)
     found = distill(
-        linear(2), teacher, GeneratedData(normal, 128, 32), objective=SOFT, training=training, check_teacher=False
+        linear(2),
+        teacher,
+        GeneratedData(normal, 128, batch_size=32),
+        objective=SOFT,
+        training=training,
+        check_teacher=False,
     ).model
     inputs = np.random.default_rng(0).standard_normal((50, D))
     probabilities, expected = (model(torch.from_numpy(inputs)).softmax(-1) for model in (found, teacher))
@@ -52,7 +57,7 @@ def test_a_student_converges_to_its_teacher_on_generated_inputs():
 def test_a_model_generates_inputs_in_inference_mode_and_does_not_change():
     model = Generator().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    data = GeneratedData(ModelGenerator(model, noise=(2,)), 8, 4)
+    data = GeneratedData(ModelGenerator(model, noise=(2,)), 8, batch_size=4)
     (first, _) = data.epoch(0, 0)
     noise = np.random.default_rng([0, 0, 0]).standard_normal((4, 2), dtype=np.float32)
     with torch.no_grad():
@@ -77,7 +82,7 @@ def test_no_gradient_flows_to_the_generator():
     distill(
         linear(1),
         linear(2),
-        GeneratedData(generate, 8, 4),
+        GeneratedData(generate, 8, batch_size=4),
         objective=SOFT,
         training=Training(epochs=1),
         check_teacher=False,
@@ -86,7 +91,7 @@ def test_no_gradient_flows_to_the_generator():
 
 
 def test_a_generator_can_return_a_dict_of_inputs():
-    data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, 4)
+    data = GeneratedData(lambda count, generator: {"input": generator.standard_normal((count, D))}, 8, batch_size=4)
     torch.manual_seed(0)
     student, teacher = nn.Linear(D, K).double(), nn.Linear(D, K).double()
     found = distill(student, teacher, data, objective=SOFT, training=Training(epochs=1), check_teacher=False)
@@ -95,7 +100,12 @@ def test_a_generator_can_return_a_dict_of_inputs():
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_run(stop_at):
-    data, training, calls, states = GeneratedData(normal, 24, 8), Training(epochs=3, learning_rate=0.1), [], []
+    data, training, calls, states = (
+        GeneratedData(normal, 24, batch_size=8),
+        Training(epochs=3, learning_rate=0.1),
+        [],
+        [],
+    )
 
     def run(**hooks):
         quiet = TrainingHooks(event=lambda event: None, **hooks)

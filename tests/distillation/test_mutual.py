@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from distillation.examples import samples
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.distill import distill, fit
 from kirsch.distillation.losses import hard_label, soft_target
-from kirsch.distillation.mutual import distill_mutually
+from kirsch.distillation.mutual import MutualStep, distill_mutually
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Ramp, Term
 from kirsch.errors import DataError, Interrupted, ShapeError, UsageError
@@ -75,9 +76,18 @@ def test_a_loss_that_trains_the_embedding_of_its_teacher_does_not_train_the_peer
         torch.testing.assert_close(found[index].model[0].weight, alone.model[0].weight, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("way", ["logits", "confidence", "sum"])
-def test_peers_are_combined_like_teachers(way):
-    objective = Objective((Term("kd", 0.5, temperature=2.0),), teachers=way)
+def test_the_warnings_of_all_students_are_merged():
+    def step(*warnings):
+        return SimpleNamespace(check=lambda _batch, *, on_any_device: [*warnings, *["any device"] * on_any_device])
+
+    mutual = MutualStep(None, [step("first"), step("first", "second")], [None, None])
+    assert mutual.check(None) == ["first", "second"]
+    assert mutual.check(None, on_any_device=True) == ["first", "any device", "second"]
+
+
+@pytest.mark.parametrize("combine", ["logits", "confidence", "sum"])
+def test_peers_are_combined_like_teachers(combine):
+    objective = Objective((Term("kd", 0.5, temperature=2.0),), combine_teachers=combine)
     students = [linear(seed) for seed in range(3)]
     found = distill_mutually(students, one_batch(), objective=objective, training=ONE_STEP, hooks=QUIET)[1].model
     peers = [students[0], students[2]]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from kirsch.data.batches import Batch
 from kirsch.distillation.distiller import Distiller
@@ -18,23 +15,9 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.step import TargetCheck
 from kirsch.distillation.term import Term
 from kirsch.errors import DataError
+from reads import RecordReads
 
 N, L, D, K = 6, 5, 4, 3
-READING = {"__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy", "nonzero"}
-
-
-class RecordReads(TorchFunctionMode):
-    """Records the lines of Kirsch that read values of tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in READING:
-            frames = [(Path(f.filename), f.lineno) for f in traceback.extract_stack() if "/src/kirsch/" in f.filename]
-            self.lines += [f"{path.parent.name}/{path.name}:{line}" for path, line in frames[-1:]]
-        return func(*args, **(kwargs or {}))
 
 
 def classifier(seed):
@@ -89,6 +72,28 @@ def second_step(build, objective, inputs, targets):
         with RecordReads() as reads:
             output = distiller.step(distiller.module, batch, 0.0, batch_counts=counts)
     return output, reads.lines
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_distiller_with_given_counts_reads_no_values(case):
+    build, inputs, targets, options = CASES[case]
+    objective = Objective((Term("dkd", 0.5),), label_weight=0.5, **options)
+    labeled, batch = np.maximum(targets, 0), Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    with Distiller(build(0), build(1), objective, (inputs, labeled)) as distiller:
+        distiller((inputs, labeled))  # checks gradients and outputs
+        counts = distiller.counts([(inputs, targets)])
+        steps = {"labels": N, **{name: N * L for name in counts if name != "labels"}}
+        with RecordReads() as reads:
+            found = distiller(batch, step_counts=steps, batch_counts=counts)
+        expected = distiller((inputs, targets), step_counts=steps)
+    assert reads.lines == []
+    assert found.total.item() == expected.total.item()
+
+
+def test_the_counts_of_a_distiller_check_the_targets():
+    distiller = Distiller(classifier(0), classifier(1), Objective.kd(), (INPUTS, LABELS))
+    with distiller, pytest.raises(DataError, match=f"Sample 0 has the label {K}"):
+        distiller.counts([(INPUTS, np.full(N, K))])
 
 
 def test_counting_in_the_step_reads_values():

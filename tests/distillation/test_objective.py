@@ -18,6 +18,7 @@ def test_the_weights_of_kd_sum_to_1():
     found = Objective.kd()
     assert found.terms == (Term("kd", 0.9, temperature=4.0),)
     assert found.label_weight == pytest.approx(0.1)
+    assert Objective.preset("kd") == found
     assert Objective.kd(temperature=2.0, weight=1.0) == Objective((Term("kd", 1.0, temperature=2.0),), label_weight=0.0)
 
 

@@ -205,27 +205,32 @@ def test_a_build_does_not_continue_records_without_a_specification(tmp_path):
 
 
 def test_a_process_ends_without_error_if_another_has_finished_the_build(store_folder, tmp_path, monkeypatch):
+    ran = []
+
     def overtaken(*args):
         monkeypatch.setattr(record, "pack_records", pack_records)
         tiny_store(tmp_path / "s")
+        ran.append("overtaken")
         return pack_records(*args)
 
     monkeypatch.setattr(record, "pack_records", overtaken)
     tiny_store(tmp_path / "s").verify()
+    assert ran == ["overtaken"]
     assert contents(tmp_path / "s") == contents(store_folder)
 
 
 def test_a_missing_temporary_file_is_not_an_error_if_another_process_has_built_the_range(tmp_path, monkeypatch):
-    original = files.write_chunks
+    original, overtaken_ranges = files.write_chunks, []
 
     def overtaken(path, chunks):
-        if path.suffix == ".bin" and path.name.startswith("view"):
-            original(path, chunks)
-            raise OutputError("The temporary file is gone.")
         original(path, chunks)
+        if path.suffix == ".bin" and path.name.startswith("view"):
+            overtaken_ranges.append(path.name)
+            raise OutputError("The temporary file is gone.")
 
     monkeypatch.setattr(files, "write_chunks", overtaken)
     tiny_store(tmp_path / "s").verify()
+    assert overtaken_ranges
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path, monkeypatch):

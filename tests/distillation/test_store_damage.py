@@ -33,7 +33,10 @@ def test_require_accepts_matching_arguments(store_folder):
     [
         ({"teacher": network(seed=1)}, ["the teacher's weights (teacher_sha256"]),
         ({"data": data(ids=IDS[::-1].copy())}, ["the data (inputs and ids) (data_sha256"]),
-        ({"data": ArrayData(images() + 1, None, 4, AUGMENT, IDS)}, ["the data (inputs and ids) (data_sha256"]),
+        (
+            {"data": ArrayData(images() + 1, None, batch_size=4, augment=AUGMENT, ids=IDS)},
+            ["the data (inputs and ids) (data_sha256"],
+        ),
         (
             {"data": data(Flip())},
             ["the transform (transform: stored Chain(stages=(Crop(padding=1), Flip(probability=0.5), "],
@@ -91,7 +94,7 @@ def test_verify_detects_a_flipped_bit_and_names_the_samples(store_copy, position
 def test_the_error_counts_further_damaged_ranges(store_copy):
     for path in store_copy.glob("view-*"):
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(StoreError, match=r"view-0001-range-000000.bin \(view 1, samples 0 to 7\), and 2 more\. Delete"):
+    with pytest.raises(StoreError, match=r"view-0001-range-000000.bin \(view 1, samples 0 to 7\) and 2 more\. Delete"):
         TeacherStore.open(store_copy).verify()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import kirsch
 from kirsch.data.augment import Noise, sample_seeds
 from kirsch.data.batches import ArrayData
-from kirsch.distillation.checks import few
+from kirsch.distillation.checks import first_samples
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.store import Dense, TeacherStore, TopK, build_store
 from kirsch.errors import DataError, NumericError, ShapeError, StoreError, UsageError
@@ -31,7 +31,7 @@ def net(classes=K, seed=0, wide=6):
 
 
 def data(augment=None, targets=LABELS, **options):
-    return ArrayData(INPUTS, targets, 16, augment, **options)
+    return ArrayData(INPUTS, targets, batch_size=16, augment=augment, **options)
 
 
 def learned(student, teacher, given, temperature=1.0, **options):
@@ -75,7 +75,7 @@ def test_the_loss_with_a_store_of_a_language_model_equals_the_loss_with_its_teac
     words = np.random.default_rng(1).integers(0, 300, (8, 6))
     labels = words.copy()
     labels[:, 4:] = -100 if masked else labels[:, 4:]
-    given = ArrayData({"input_ids": words}, labels, 4)
+    given = ArrayData({"input_ids": words}, labels, batch_size=4)
     teacher = Writer(300)
     store = build_store(tmp_path / "store", teacher, given, keep=TopK(300))
     objective = Objective((kirsch.Term("kd", 1.0, temperature=1.0),), label_weight=0.0, causal=True)
@@ -156,7 +156,7 @@ def test_a_store_without_augmentation_refuses_augmented_batches(tmp_path):
 
 def test_seeds_stay_with_their_samples_when_a_batch_is_shortened_or_moved_to_a_device():
     batch = next(data(SHAKEN, seed=5).epoch(0, 0))
-    some = few(batch)
+    some = first_samples(batch)
     np.testing.assert_array_equal(some.seeds, batch.seeds[:8])
     np.testing.assert_array_equal(framework_of(net()).inference.to_device(batch, net()).seeds, batch.seeds)
 
@@ -226,7 +226,7 @@ def test_a_student_with_another_number_of_classes_is_refused_with_a_teacher_and_
 
 def test_a_student_with_another_vocabulary_than_the_teacher_of_a_store_is_refused(tmp_path):
     words = np.random.default_rng(1).integers(0, 20, (8, 6))
-    given = ArrayData({"input_ids": words}, words, 4)
+    given = ArrayData({"input_ids": words}, words, batch_size=4)
     store = build_store(tmp_path / "store", Writer(20), given, keep=TopK(2))
     with pytest.raises(ShapeError, match="The student has a vocabulary of 30, the teacher one of 20"):
         learned(Writer(30), store, given, objective=Objective.preset("causal"))
@@ -248,7 +248,7 @@ class Fixed(nn.Module):
 
 def sorted_rows(count=2000):
     labels = np.sort(np.arange(count) % K)
-    return ArrayData(np.eye(K, dtype=np.float32)[labels], labels, 64)
+    return ArrayData(np.eye(K, dtype=np.float32)[labels], labels, batch_size=64)
 
 
 @pytest.mark.parametrize("keep", [None, TopK(2), Dense()], ids=["live", "top-k", "dense"])

@@ -44,7 +44,10 @@ def in_memory_and_batches(inputs, targets):
     """Return the samples as `ArrayData`, and as batches of which only the last has invalid targets."""
     last = slice(N // 2, None)
     valid = CLASSES if targets.ndim == 1 and targets.dtype.kind != "f" else np.clip(np.nan_to_num(targets), 0, 1)
-    return [ArrayData(inputs, targets, 8), [(inputs[: N // 2], valid[: N // 2]), (inputs[last], targets[last])]]
+    return [
+        ArrayData(inputs, targets, batch_size=8),
+        [(inputs[: N // 2], valid[: N // 2]), (inputs[last], targets[last])],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ binary
@@ -133,9 +136,9 @@ def test_regression_targets_of_another_shape_are_refused():
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.uint64])
 def test_class_numbers_of_any_integer_type_give_the_same_weights(kind):
-    expected = fit(net(), ArrayData(X, CLASSES, 8), training=ONCE).model[0].weight
+    expected = fit(net(), ArrayData(X, CLASSES, batch_size=8), training=ONCE).model[0].weight
     batches = [(X[i : i + 8], CLASSES[i : i + 8]) for i in range(0, N, 8)]
-    narrow = fit(net(), ArrayData(X, CLASSES.astype(kind), 8), training=ONCE).model[0].weight
+    narrow = fit(net(), ArrayData(X, CLASSES.astype(kind), batch_size=8), training=ONCE).model[0].weight
     assert torch.equal(narrow, expected)
     narrow_batches = [(x, y.astype(kind)) for x, y in batches]
     first, second = (fit(net(), data, training=ONCE).model[0].weight for data in (narrow_batches, batches))
@@ -146,7 +149,9 @@ def test_class_156_in_8_bits_is_not_the_ignored_label():
     """156 as uint8 has the same bits as -100, the ignored label, as int8."""
     labels = np.full(N, 156, np.uint8)
     model = net(200)
-    found = fit(model, ArrayData(X, labels, N), training=Training(epochs=1, learning_rate=1e-9)).history[0]["loss"]
+    found = fit(model, ArrayData(X, labels, batch_size=N), training=Training(epochs=1, learning_rate=1e-9)).history[0][
+        "loss"
+    ]
     with torch.no_grad():
         expected = hard_label(model(torch.from_numpy(X)), torch.from_numpy(labels.astype(np.int64)))
     assert found == pytest.approx(float(expected))
@@ -281,7 +286,7 @@ def test_targets_that_no_term_uses_are_not_checked(targets, loader):
         found = distill(
             pixels(1),
             pixels(1, 1),
-            data if loader else ArrayData(x, targets, 8),
+            data if loader else ArrayData(x, targets, batch_size=8),
             objective=objective,
             training=ONCE,
         )
@@ -292,4 +297,4 @@ def test_labels_that_mask_pixels_are_checked_without_a_label_loss():
     x, targets = RANDOM.random((N, 1, 3, 3)), np.zeros((N, 2), int)
     objective = Objective((Term("pixel-kd", 1.0, temperature=1.0),), label_weight=0.0)
     with pytest.raises(DataError, match=r"The targets have shape \(8, 2\)"):
-        distill(pixels(), pixels(seed=1), ArrayData(x, targets, 8), objective=objective, training=ONCE)
+        distill(pixels(), pixels(seed=1), ArrayData(x, targets, batch_size=8), objective=objective, training=ONCE)

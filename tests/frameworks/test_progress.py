@@ -17,14 +17,9 @@ from kirsch.data.batches import ArrayData
 from kirsch.errors import NumericError
 from kirsch.frameworks.training import TrainingHooks
 from terminals import Tty
+from training_networks import tanh_network
 
 EPOCHS = 2
-
-
-def net(width=4, seed=1):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
 
 
 def samples():
@@ -36,7 +31,7 @@ def samples():
 def distilled(**options):
     data = ArrayData(*samples(), batch_size=8)
     arguments = {"training": kirsch.Training(epochs=EPOCHS, learning_rate=0.1), "check_teacher": False} | options
-    return kirsch.distill(net(), net(6, 2), data, **arguments)
+    return kirsch.distill(tanh_network(4, 1), tanh_network(6, 2), data, **arguments)
 
 
 def steps_without_escapes(text):
@@ -121,7 +116,7 @@ def test_the_bar_is_removed_when_training_fails(open_terminal):
 
     data = ArrayData(*samples(), batch_size=4)
     with pytest.raises(NumericError):
-        kirsch.distill(Broken(5, 3), net(6, 2), data, check_teacher=False)
+        kirsch.distill(Broken(5, 3), tanh_network(6, 2), data, check_teacher=False)
     written = terminal.getvalue()
     assert "━" in written
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is shown"
@@ -137,7 +132,7 @@ def test_data_without_a_length_shows_the_number_of_the_batch(open_terminal):
             return iter([(inputs, labels)] * 3)
 
     training = kirsch.Training(epochs=1, schedule="constant")
-    kirsch.distill(net(), net(6, 2), Stream(), training=training, check_teacher=False)
+    kirsch.distill(tanh_network(4, 1), tanh_network(6, 2), Stream(), training=training, check_teacher=False)
     assert "epoch 1/1   batch 1" in steps_without_escapes(terminal.getvalue())
 
 
@@ -183,7 +178,7 @@ def test_a_warning_is_one_line_and_not_a_python_warning(capfd):
 
 def test_a_warning_that_all_models_of_a_chain_give_is_shown_once_and_epochs_name_their_model(capfd):
     late = kirsch.Objective(kirsch.Objective.kd().terms, label_weight=kirsch.Ramp(0.1, 1.0, epochs=9))
-    models = [net(8, 1), net(6, 2), net(4, 3)]
+    models = [tanh_network(8, 1), tanh_network(6, 2), tanh_network(4, 3)]
     data, training = ArrayData(*samples(), batch_size=8), kirsch.Training(epochs=1, learning_rate=0.1)
     kirsch.distill_chain(models, data, objective=late, training=training, check_teacher=False, progress=True)
     starts = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
@@ -193,7 +188,7 @@ def test_a_warning_that_all_models_of_a_chain_give_is_shown_once_and_epochs_name
 def test_mutual_learning_shows_the_accuracy_of_each_student(capfd):
     data, training = ArrayData(*samples(), batch_size=8), kirsch.Training(epochs=1, learning_rate=0.1)
     found = kirsch.distill_mutually(
-        [net(4, 1), net(5, 2)], data, training=training, validation=samples(), progress=True
+        [tanh_network(4, 1), tanh_network(5, 2)], data, training=training, validation=samples(), progress=True
     )
     line = capfd.readouterr().err
     for number, trained in enumerate(found):

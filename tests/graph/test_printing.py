@@ -82,7 +82,7 @@ def test_the_tree_contains_each_group_once(names):
 def test_three_tied_layers_are_named_and_the_others_counted():
     names = ("a.weight", "b.weight", "b.bias", "mix", "c.weight", "d.weight", "e.weight")
     line = shown([GroupCost(Group("a", footprint=tuple((name, 0) for name in names)), 1, 1)])[2]
-    assert line.endswith("with b, mix, c + 2 more")
+    assert line.endswith("with b, mix, c and 2 more")
 
 
 def test_the_tied_layers_of_a_group_do_not_include_the_layer_that_names_the_group():

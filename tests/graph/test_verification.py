@@ -35,8 +35,16 @@ def test_the_text_counts_the_operations_with_statistics_over_the_kept_units():
     )
 
 
+def test_the_text_has_the_comparisons_that_were_left_out():
+    left_out = "training mode: the original raises ValueError: needs targets."
+    assert verification(0.0, not_compared=(left_out,)).text == (
+        "equal to the masked original: error 0e+00, allowed 1e-04; "
+        "not compared: training mode: the original raises ValueError: needs targets"
+    )
+
+
 def test_the_json_of_a_verification_has_all_fields():
-    result = verification(3e-7, statistics=("mean",))
+    result = verification(3e-7, statistics=("mean",), not_compared=("training mode: the original raises ValueError.",))
     assert json.loads(json.dumps(result.to_dict())) == {
         "text": result.text,
         "passed": True,
@@ -47,6 +55,8 @@ def test_the_json_of_a_verification_has_all_fields():
         "statistics": ["mean"],
         "unseen": [],
         "reweighted": {},
+        "not_compared": ["training mode: the original raises ValueError."],
+        "undetermined": "",
     }
 
 

@@ -19,6 +19,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from reads import RecordReads
 from tiny import assert_weights_close
 
 import_beside("torchvision")
@@ -96,6 +97,25 @@ def trainer(folder, student=None, teacher=None, objective=LAYERS, data=None, kin
 
 
 TRAINER_ARGUMENTS = ("optimizers", "compute_loss_func", "model_init", "regularizers", "data_collator")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_reads_no_values_of_tensors(tmp_path, accumulate):
+    """Labels are counted and checked before the batch is moved. The first batch of an epoch reads gradient norms."""
+    lines = []
+
+    class Recorded(DistillationTrainer):
+        def training_step(self, *args, **options):
+            with RecordReads() as reads:
+                loss = super().training_step(*args, **options)
+            lines.append(reads.lines)
+            return loss
+
+    run = trainer(tmp_path, kind=Recorded, max_steps=4 // accumulate, gradient_accumulation_steps=accumulate)
+    run.train()
+    assert lines[0]
+    assert lines[1:] == [[]] * 3
+    assert run.get_train_dataloader().device is None  # the batches are moved in `training_step`
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):

@@ -18,7 +18,9 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import CheckpointError, DataError, MissingExtraError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.io.vision import import_beside
+from reads import RecordReads
 from tiny import assert_weights_close
+from training_networks import normalized_network
 
 import_beside("torchvision")  # imported by torchmetrics, which Lightning imports
 import lightning  # noqa: E402 - see above
@@ -36,13 +38,6 @@ WORDS, LENGTH = 12, 6
 OBJECTIVE = Objective((Term("kd", 0.5, temperature=2.0), Term("fitnet", 0.5, student_layer="1")))
 
 
-def net(width, seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(5, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 3)
-    )  # fmt: skip
-
-
 def token_model(width, seed):
     """Return a model of tokens in float64."""
     torch.manual_seed(seed)
@@ -54,7 +49,7 @@ class Module(lightning.LightningModule):
 
     def __init__(self, model=None, data=None, batch_size=4):
         super().__init__()
-        self.model = net(4, 1) if model is None else model
+        self.model = normalized_network(4, 1) if model is None else model
         self.data, self.batch_size = data or samples(), batch_size
 
     def forward(self, x):
@@ -104,34 +99,65 @@ def fit(module, callback, *, seed=3, ckpt_path=None, **options):
 def test_batches_and_outputs_are_checked_before_training():
     rows = [{"x": x, "label": y} for x, y in samples()]
     module = Module(data=rows)
-    found = Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model")
+    found = Distillation(normalized_network(6, 2), Objective.kd(temperature=2.0), student="model")
     fit(module, found, limit_val_batches=0)
     assert set(found.distiller.shares) == {"label", "kd"}
-    soft = Module(nn.Sequential(net(4, 1), nn.Softmax(-1)))
+    soft = Module(nn.Sequential(normalized_network(4, 1), nn.Softmax(-1)))
     with pytest.raises(UsageError, match="The student, a Sequential, returns probabilities"):
-        fit(soft, Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model"), limit_val_batches=0)
+        fit(
+            soft,
+            Distillation(normalized_network(6, 2), Objective.kd(temperature=2.0), student="model"),
+            limit_val_batches=0,
+        )
     with pytest.raises(DataError, match=r"A batch has one sample, and Sequential normalizes .* drop_last=True"):
         fit(
             Module(batch_size=15),
-            Distillation(net(6, 2), Objective.kd(temperature=2.0), student="model"),
+            Distillation(normalized_network(6, 2), Objective.kd(temperature=2.0), student="model"),
             limit_val_batches=0,
         )
+
+
+class Scaled(Module):
+    """Module with a hook that could change the labels on the device."""
+
+    def on_after_batch_transfer(self, batch, _index):
+        return batch
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_reads_no_values_of_tensors(monkeypatch, accumulate):
+    """Labels are counted and checked before the batch is moved. The first batch of an epoch reads gradient norms."""
+    lines, step = [], Distillation._step
+
+    def recorded(*args):
+        with RecordReads() as reads:
+            loss = step(*args)
+        lines.append(reads.lines)
+        return loss
+
+    monkeypatch.setattr(Distillation, "_step", recorded)
+    options = {"accumulate_grad_batches": accumulate, "limit_val_batches": 1, "val_check_interval": 2}
+    for module, batch_of in ((Module(), None), (Scaled(), None), (Module(), lambda batch: batch)):
+        fit(module, Distillation(normalized_network(6, 2), OBJECTIVE, student="model", batch_of=batch_of), **options)
+    assert lines[0]
+    assert lines[1:4] == [[]] * 3
+    assert all(lines[4:])  # the labels may change on the device, so they are counted there
 
 
 def assert_plain(module, before):
     """Check that the module has no hooks, adapters or replaced methods."""
     assert module.state_dict().keys() == before.state_dict().keys()
     assert [name for name, _ in module.named_modules()] == [name for name, _ in before.named_modules()]
-    assert "training_step" not in vars(module)
+    assert not {"training_step", "_on_before_batch_transfer"} & set(vars(module))
     assert_no_hooks(module)
 
 
 def test_student_and_adapters_are_trained_and_the_module_is_restored(tmp_path):
-    module, callback = Module(), Distillation(net(6, 2), OBJECTIVE, student="model")
+    module, callback = Module(), Distillation(normalized_network(6, 2), OBJECTIVE, student="model")
     run = fit(module, callback, max_epochs=2)
     trained = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
     assert trained == {id(p) for p in callback.distiller.parameters()}
-    fresh = kirsch.Distiller(net(4, 1), net(6, 2), OBJECTIVE, samples()[:4])
+    fresh = kirsch.Distiller(normalized_network(4, 1), normalized_network(6, 2), OBJECTIVE, samples()[:4])
     for before, after in zip(fresh.parameters(), callback.distiller.parameters(), strict=True):
         assert not torch.equal(before, after)
     assert_plain(module, Module())
@@ -149,12 +175,12 @@ def test_step_equals_the_step_of_a_distiller():
     objective = Objective(
         (Term("kd", 0.5, temperature=2.0), Term("fitnet", 0.5, student_layer="model.1")), balance="gradient"
     )
-    module, callback = Module(batch_size=16), Distillation(Module(net(6, 2)), objective)
+    module, callback = Module(batch_size=16), Distillation(Module(normalized_network(6, 2)), objective)
     module.model[3] = nn.Identity()
     fit(module, callback, max_epochs=3)
     expected = Module()
     expected.model[3] = nn.Identity()
-    distiller = kirsch.Distiller(expected, Module(net(6, 2)), objective, samples()[:16]).train()
+    distiller = kirsch.Distiller(expected, Module(normalized_network(6, 2)), objective, samples()[:16]).train()
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(3):
         optimizer.zero_grad()
@@ -171,7 +197,10 @@ def test_resumed_run_is_bitwise_equal(tmp_path):
     runs = []
     for path in (None, str(tmp_path / "epoch=1-step=8.ckpt")):
         keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
-        module, callback = Module(data=list(samples())), Distillation(net(6, 2), objective, student="model")
+        module, callback = (
+            Module(data=list(samples())),
+            Distillation(normalized_network(6, 2), objective, student="model"),
+        )
         module.model[3] = nn.Identity()  # Lightning does not restore the random state
         module.train_dataloader = lambda own=module: torch.utils.data.DataLoader(own.data, batch_size=4)
         fit(module, callback, max_epochs=3, ckpt_path=path, callbacks=[keep],
@@ -206,7 +235,7 @@ def test_bf16_loss_is_close_to_fp32():
     for precision in ("32-true", "bf16-mixed"):
         module = Module(batch_size=16)
         module.model[3] = nn.Identity()
-        run = fit(module, Distillation(net(6, 2), OBJECTIVE, student="model"), precision=precision)
+        run = fit(module, Distillation(normalized_network(6, 2), OBJECTIVE, student="model"), precision=precision)
         losses.append(float(run.callback_metrics["loss"]))
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
@@ -216,7 +245,7 @@ def test_the_function_given_as_batch_of_converts_batches():
     data = [{"pixels": x, "class": y, "name": "a"} for x, y in samples()]
     module = Module(data=data)
     callback = Distillation(
-        net(6, 2), OBJECTIVE, student="model", batch_of=lambda each: (each["pixels"], each["class"])
+        normalized_network(6, 2), OBJECTIVE, student="model", batch_of=lambda each: (each["pixels"], each["class"])
     )
     fit(module, callback, limit_val_batches=0)
     assert set(callback.distiller.shares) == {"label", "kd", "fitnet"}
@@ -227,7 +256,7 @@ def test_module_is_restored_after_an_exception_and_can_be_trained_again():
         def on_train_batch_end(self, *_):
             raise RuntimeError("enough")
 
-    module, callback = Broken(), Distillation(net(6, 2), OBJECTIVE, student="model")
+    module, callback = Broken(), Distillation(normalized_network(6, 2), OBJECTIVE, student="model")
     with pytest.raises(RuntimeError, match="enough"):
         fit(module, callback)
     assert_plain(module, Module())
@@ -246,7 +275,11 @@ def test_checkpoint_without_distillation_is_refused(tmp_path):
     run = fit(Plain(), lightning.Callback())
     run.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(CheckpointError, match=r"has no state of Distillation.*without ckpt_path"):
-        fit(Module(), Distillation(net(6, 2), OBJECTIVE, student="model"), ckpt_path=str(tmp_path / "plain.ckpt"))
+        fit(
+            Module(),
+            Distillation(normalized_network(6, 2), OBJECTIVE, student="model"),
+            ckpt_path=str(tmp_path / "plain.ckpt"),
+        )
 
 
 def test_unsupported_modules_and_loaders_are_refused():
@@ -267,14 +300,17 @@ def test_unsupported_modules_and_loaders_are_refused():
             return {"a": super().train_dataloader(), "b": super().train_dataloader()}
 
     other = Objective((Term("fitnet", 1.0, student_layer="model.1"),))
+    teacher = Module(normalized_network(6, 2))
     for module, options, error, sentence in (
-        (Narrow(), {"teacher": Module(net(6, 2)), "objective": other}, UsageError, r"lacks the adapters.*self\.param"),
+        (Narrow(), {"teacher": teacher, "objective": other}, UsageError, r"lacks the adapters.*self\.param"),
         (Manual(), {}, UsageError, "has manual optimization.*kirsch.Distiller"),
         (Late(), {}, UsageError, "Late has no parameters yet.*in __init__"),
         (Several(), {}, UsageError, "not a single loader.*example_batch"),
         (Module(), {"student": "model2"}, UnknownNameError, "no part of Module named 'model2'.*Did you mean 'model"),
     ):  # fmt: skip
-        callback = Distillation(**{"teacher": net(6, 2), "objective": OBJECTIVE, "student": "", **options})
+        callback = Distillation(
+            **{"teacher": normalized_network(6, 2), "objective": OBJECTIVE, "student": "", **options}
+        )
         with pytest.raises(error, match=sentence):
             fit(module, callback, limit_val_batches=0)
         assert "training_step" not in vars(module)
@@ -289,7 +325,7 @@ def test_step_with_all_targets_masked_is_refused():
 
 def test_model_parallel_strategy_is_refused():
     run = lightning.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[])
-    callback = Distillation(net(6, 2), OBJECTIVE)
+    callback = Distillation(normalized_network(6, 2), OBJECTIVE)
     run._accelerator_connector.strategy = lightning.pytorch.strategies.ModelParallelStrategy()
     with pytest.raises(UsageError, match="would distribute the student with ModelParallelStrategy"):
         callback.setup(run, Module(), "fit")
@@ -331,7 +367,7 @@ def test_two_processes_give_the_parameters_of_one(tmp_path, with_adapter):
     """
 
     def deterministic_net(width, seed):
-        model = net(width, seed).double()
+        model = normalized_network(width, seed).double()
         model[1], model[3] = nn.Tanh(), nn.Identity()
         return model
 

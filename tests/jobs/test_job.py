@@ -28,7 +28,7 @@ def events():
 
 @pytest.fixture
 def job(tmp_path, events):
-    data = DataSet("small", part(), part(3), part(12), ("a", "b", "c"))
+    data = DataSet("small", part(), part(3), part(12), classes=("a", "b", "c"))
     task = TASKS["classification"]()
     return Job(data, task, tmp_path, None, None, JobGoal(), listen=events.append, key="distill", inputs="these")
 

@@ -105,7 +105,26 @@ def test_a_block_with_an_excluded_layer_is_kept(inputs):
     graph = kirsch.trace(nn.Sequential(chain(ROTATION, ROTATION), nn.Linear(2, 2)).eval(), inputs)
     assert plan_blocks(graph, Goal(macs=0.7), inputs, exclude=["0.0.branch"]).without == ("0.1",)
     plan = plan_blocks(graph, Goal(macs=0.7), inputs, exclude=["1"])
-    assert plan.notes == ("exclude=['1'] has no effect: no residual block contains a layer of this name.",)
+    assert plan.notes[-1] == "exclude=['1'] has no effect: no residual block contains a layer of this name."
+
+
+def test_a_note_states_the_cost_of_excluded_blocks(inputs):
+    graph = kirsch.trace(chain(*[ROTATION] * 4), inputs)
+    remain = "at least 25.0% of the MACs and 25.0% of the parameters remain, instead of 0.0% and 0.0%"
+    plan = plan_blocks(graph, Goal(macs=0.5), inputs, exclude=["1"])
+    assert plan.notes == (f"exclude=['1'] keeps the blocks `1`: {remain}.",)
+    assert plan_blocks(graph, Goal(macs=0.5), inputs).notes == ()
+
+
+def test_a_note_states_why_a_plan_of_blocks_is_far_below_the_goal(inputs):
+    model = chain(*[ROTATION] * 4)
+    plan = plan_blocks(kirsch.trace(model, inputs), Goal(macs=0.6), inputs)
+    (note,) = plan.notes
+    assert note == (
+        "MACs are 50.0% of the original, 10.0 points below the goal of 60.0%. "
+        "Only whole blocks are removed, and the goal would be missed if one of them were kept."
+    )
+    assert note in kirsch.prune_with_verification(model, plan).notes
 
 
 def test_an_importance_for_the_other_kinds_is_refused_with_the_kinds_to_give(inputs):

@@ -12,7 +12,7 @@ from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, 
 from kirsch.frameworks.pytorch.analysis.count import count
 from kirsch.pruning.importance import IMPORTANCES, magnitude
 from kirsch.pruning.options import PlanOptions
-from kirsch.pruning.selection import multiple
+from kirsch.pruning.selection import width_multiple
 
 IMAGE = torch.randn(1, 3, 16, 16)
 
@@ -141,7 +141,7 @@ def test_kept_widths_are_multiples_of_round_to(round_to):
 )
 def test_round_to_auto_is_1_below_8_units_and_at_least_4_otherwise(units, multiples):
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, units), nn.Linear(units, 2)), torch.randn(1, 4))
-    assert [multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
+    assert [width_multiple(graph.groups[0], PlanOptions(), fineness) for fineness in range(3)] == multiples
 
 
 @pytest.mark.parametrize(("goal", "kept"), [(0.5, 16), (0.75, 24), (0.875, 28), (0.9, 28)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -14,6 +15,7 @@ import kirsch
 from kirsch import files
 from kirsch.errors import CheckpointError, LoadError, PlanError, UsageError, VerificationError
 from kirsch.frameworks.pytorch.surgery import cut as surgery
+from kirsch.frameworks.pytorch.verification import verify
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.regularizers import L1, Slimming
 from trace_and_cut import with_noise
@@ -81,10 +83,21 @@ def test_modules_without_effect_on_the_outputs_have_a_note():
 
     for tokens, expected in ((1, True), (5, False)):  # the softmax over a single token is always 1
         model = with_noise(Pooled())
-        found = prune_with_verification(
-            model, kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
-        )
-        assert any("no output depends on `hidden`, `score`:" in note for note in found.notes) is expected
+        plan = kirsch.plan(kirsch.trace(model, torch.randn(2, tokens, 4)), kirsch.Goal(macs=0.6))
+        found = prune_with_verification(model, plan)
+        text = "no output depends on `hidden`, `score`:"
+        assert any(text in note for note in found.notes) is expected
+        with pytest.warns(match=text) if expected else contextlib.nullcontext():
+            kirsch.prune(model, plan)
+
+
+def test_a_note_states_why_modules_without_effect_could_not_be_determined(case, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("derivative for aten::nearest is not implemented")
+
+    monkeypatch.setattr(verify, "unseen", refuse)
+    (note,) = (note for note in prune_with_verification(*case).notes if "could not be determined" in note)
+    assert "determined: RuntimeError: derivative for aten::nearest is not implemented. The verification" in note
 
 
 def test_a_plan_restored_from_json_has_the_same_result(case):

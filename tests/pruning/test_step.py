@@ -10,14 +10,14 @@ from torch import nn
 
 import kirsch
 from kirsch.graph.plan import Removal
-from kirsch.pruning.step import removed
+from kirsch.pruning.step import removal_record
 
 
 def test_the_record_has_the_removed_units_and_the_outputs_and_parameters_of_each_cut_layer():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     graph = kirsch.trace(model, torch.randn(3, 4))
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.9), round_to=1)
-    record = removed(graph, replace(plan, groups=(Removal("0", "ffn unit", 8, (1, 5), "by hand"),)))
+    record = removal_record(graph, replace(plan, groups=(Removal("0", "ffn unit", 8, (1, 5), "by hand"),)))
     assert json.loads(json.dumps(record)) == record
     assert record["groups"] == [
         {
@@ -39,7 +39,7 @@ def test_the_record_has_the_removed_units_and_the_outputs_and_parameters_of_each
 def test_the_record_of_a_group_that_is_kept_has_no_units():
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4))
     plan = replace(kirsch.plan(graph, kirsch.Goal(parameters=0.9), round_to=1), groups=())
-    record = removed(graph, plan)
+    record = removal_record(graph, plan)
     assert [(group["removed"], group["reason"], group["macs"]) for group in record["groups"]] == [([], "kept", 0)]
     assert [(layer["before"], layer["after"]) for layer in record["layers"]] == [(8, 8)]
 
@@ -58,7 +58,7 @@ def test_a_layer_with_outputs_in_two_groups_is_listed_once():
             return self.head(self.grouped(x + self.second(x)).relu().mean((2, 3)))
 
     graph = kirsch.trace(Net(), torch.randn(2, 3, 8, 8))
-    record = removed(graph, kirsch.plan(graph, kirsch.Goal(macs=0.7), round_to=1))
+    record = removal_record(graph, kirsch.plan(graph, kirsch.Goal(macs=0.7), round_to=1))
     assert sum("first" in group["layers"] for group in record["groups"]) > 1
     names = [layer["name"] for layer in record["layers"]]
     assert sorted(names) == ["first", "grouped", "second"]
@@ -75,6 +75,6 @@ def test_a_recurrent_layer_is_listed_with_its_units_not_with_the_rows_of_its_gat
 
     graph = kirsch.trace(Net().eval(), torch.randn(2, 5, 3))
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.5))
-    (layer,) = removed(graph, plan)["layers"]
+    (layer,) = removal_record(graph, plan)["layers"]
     assert (layer["name"], layer["before"], layer["after"]) == ("gru", 16, 16 - len(plan.groups[0].removed))
     assert layer["parameters_after"] < layer["parameters_before"] / 2 + 100

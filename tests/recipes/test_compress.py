@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import html
 import json
 import shutil
 
@@ -123,6 +124,19 @@ def test_result_contains_the_paths_of_the_files(compressed):
         "measure",
     ]
     assert sum(event["event"] == "epoch" for event in events) == TRAINING.epochs
+
+
+def test_notes_on_the_plan_are_in_the_metrics_and_the_report(trained, tmp_path):
+    events, step = [], Prune(keep_outputs=["head"], round_to=1)
+    found = kirsch.compress(
+        trained[0], trained[2], HALF, steps=[step], folder=tmp_path / "run", batch_size=16, listen=events.append
+    )
+    (removed,) = found.metrics["removals"]
+    assert any(note.startswith("keep_outputs=['head'] has no effect") for note in removed["notes"])
+    assert not any("optimizer" in note for note in removed["notes"])
+    assert [event["text"] for event in events if event["event"] == "note"] == removed["notes"]
+    report = html.unescape(found.report.read_text())
+    assert all(f"<li>{note}</li>" in report for note in removed["notes"])
 
 
 def test_model_without_matching_configuration_refuses_save_pretrained(trained, tmp_path):

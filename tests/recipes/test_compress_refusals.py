@@ -114,7 +114,7 @@ def test_goal_that_the_steps_cannot_reach_is_refused_before_the_first_step(train
             r"The step 'prune' changes the model after .*'export'.* Move 'export' after 'prune'",
         ),
         (
-            [Prune(), Export(), Recover(epochs=1), Prune()],
+            [Prune(), Export(), Recover(epochs=1), Prune(goal=HALF)],
             r"The steps 'recover', 'prune-2' change the model after .*'export'.* Move 'export' after 'prune-2'",
         ),
     ],

@@ -16,6 +16,13 @@ from kirsch.recipes.forecast import forecast
 from kirsch.recipes.recipe import read_recipe
 from kirsch.tables import plain
 
+BOTH = """
+data: {source: "nets.py:stripes", batch_size: 16}
+teacher: {model: "nets.py:teacher"}
+student: {model: "nets.py:student"}
+steps:
+"""
+
 TRAINED_TEACHER = ("train=null", "student=null", "distill=null", "recover=null", "export=null", "measure=null")
 
 
@@ -165,9 +172,24 @@ def test_unwritable_folder_is_named(job):
         forecast(job.recipe(*TRAINED_TEACHER), base=job.base, folder=job.base / "file")
 
 
-def test_missing_packages_are_listed(job, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [(("measure=null",), ["onnxscript", "onnxruntime"]), (("export=null", "measure=null"), [])],
+)
+def test_packages_that_the_steps_need_and_that_are_not_installed_are_listed(job, monkeypatch, changes, missing):
     monkeypatch.setattr(source, "find_spec", lambda name: None if name != "onnx" else object())
-    assert forecast(job.recipe(*TRAINED_TEACHER), base=job.base)["missing"] == ["onnxscript", "onnxruntime"]
+    changes = ("train=null", "student=null", "distill=null", "recover=null", *changes)
+    assert forecast(job.recipe(*changes), base=job.base)["missing"] == missing
+
+
+def test_the_reference_of_a_model_is_listed_for_the_first_step_that_uses_it(job):
+    recipe = read_recipe(f"{BOTH}- train\n- distill\n- distill\n- prune: {{goal: {{macs: 0.6}}}}\n- recover\n")
+    models = {step["key"]: step["model"] for step in forecast(recipe, base=job.base)["steps"]}
+    none = dict.fromkeys(("distill-2", "prune", "recover"))
+    assert models == {"train": "nets.py:teacher", "distill": "nets.py:student", **none}
+    recipe = read_recipe(f"{BOTH}- train: {{model: student}}\n- distill\n")
+    models = {step["key"]: step["model"] for step in forecast(recipe, base=job.base)["steps"]}
+    assert models == {"evaluate": "nets.py:teacher", "train": "nets.py:student", "distill": None}
 
 
 LOADED = """
@@ -175,7 +197,7 @@ LOADED = """
 def loaded():
     data = stripes(seed=0)
     train = [(data.train.inputs[i : i + 16], data.train.labels[i : i + 16]) for i in (0, 16, 32)]
-    return DataSet("loaded", train, data.validation, data.test, data.classes)
+    return DataSet("loaded", train, data.validation, data.test, classes=data.classes)
 """
 
 

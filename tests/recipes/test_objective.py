@@ -64,7 +64,7 @@ def objective_of(text: str, *changes: str) -> Objective:
             ),
             Objective(
                 (
-                    Term("kd", 0.9, temperature=Ramp(4.0, 1.0, 10.0, 2.0)),
+                    Term("kd", 0.9, temperature=Ramp(4.0, 1.0, 10.0, after=2.0)),
                     Term("at", 1000.0, student_layer="auto", options={"power": 3}, name="maps"),
                     Term(
                         "fitnet",
@@ -164,8 +164,8 @@ def test_commented_recipe_explains_the_objective_key():
             ],
         ),
         (
-            "  objective: {terms: [{}], teachers: some}",
-            [r"line 4: .*`teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
+            "  objective: {terms: [{}], combine_teachers: some}",
+            [r"line 4: .*`combine_teachers` .* is 'some'; expected 'probabilities', .*'sum'"],
         ),
         (
             "  objective: dkd\n  temperature: 2\n  weight: 0.5",
@@ -299,7 +299,7 @@ def uneven(*, noise=0.4):
         wave = np.cos(np.arange(6) * (2 * labels[:, None] + 0.5))[:, None, :, None]
         return Split((wave + noise * random.standard_normal((n, 1, 6, 6))).astype(np.float32), labels)
 
-    return DataSet("uneven", part(80), part(40), part(60), ("often", "rarely"))
+    return DataSet("uneven", part(80), part(40), part(60), classes=("often", "rarely"))
 """
 SHORT = ("export=null", "measure=null", "prune=null", "recover=null", "goal={}", "train.epochs=2")
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kirsch.errors import RecipeError
 from kirsch.frameworks.training import Training
+from kirsch.graph.plan import Goal
 from kirsch.recipes.recipe import BUILTIN, commented, read_recipe, recipe_of
 from kirsch.steps import Distill, Export, Measure, Prune, Recover, Train
 
@@ -156,7 +157,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
         ("version: 1", "line 8: version: expected 2, found 1."),
         (
             "- export: {format: onyx}",
-            "line 8: steps[2].export.format: expected 'onnx', found 'onyx'. Did you mean 'onnx'?",
+            "line 8: steps[2].export.format: there is no exporter 'onyx'. Known: onnx. Did you mean 'onnx'?",
         ),
         ("student: {}", "line 8: student.model: this key is required"),
         ("goal:", "line 8: goal: expected a section with its keys, found None."),
@@ -300,15 +301,36 @@ def test_step_can_be_removed(change):
 def test_steps_without_options_and_repeated_steps_have_keys():
     recipe = read_recipe(
         f"{MINIMAL}- prune:\n- recover: {{}}\n- prune\n- recover\n- export:\n- measure\n",
-        ["recover-2.epochs=3", "goal.macs=0.5"],
+        ["recover-2.epochs=3", "prune-2.goal.macs=0.7", "goal.macs=0.5"],
     )
     assert list(recipe.all_steps) == ["evaluate", "prune", "recover", "prune-2", "recover-2", "export", "measure"]
-    assert recipe.steps == (Prune(), Recover(), Prune(), Recover(epochs=3), Export(), Measure())
+    second = Prune(goal=Goal(macs=0.7))
+    assert recipe.steps == (Prune(), Recover(), second, Recover(epochs=3), Export(), Measure())
+
+
+@pytest.mark.parametrize("first", ["prune", "prune: {goal: {macs: 0.7}}"])
+def test_a_second_step_prune_needs_a_goal_of_its_own(first):
+    why = (
+        "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
+        "'prune'. The limits of a step are fractions of the model before this step."
+    )
+    fix = "Give the step 'prune-2' a goal, such as macs=0.7."
+    assert_refused(
+        f"{MINIMAL}- {first}\n- recover\n- prune\n",
+        f"line 5: steps[2]: the step 'prune-2' has no goal of its own. {why} {fix}",
+        changes=("goal.macs=0.5",),
+    )
 
 
 def test_prune_without_goal_needs_a_goal_of_the_job():
     why = "Neither the step nor the job limits macs or parameters. Give the step or the job a goal, such as macs=0.5."
-    assert_refused(VALID, f"the step 'prune' has no goal. {why}", changes=("prune.goal=null",))
+    problem = f"the step 'prune' has no goal. {why}"
+    assert_refused(VALID, f"line 3: steps[0]: {problem}", changes=("prune.goal=null",))
+    assert_refused(
+        f"{MINIMAL}- prune\n- measure\n",
+        "line 4: steps[1]: the step 'measure' needs a step 'export' before it. Add this step.",
+        f"line 3: steps[0]: {problem}",
+    )
     assert read_recipe(VALID, ["prune.goal=null", "goal.parameters=0.5"]).all_steps["prune"].goal is None
 
 
@@ -348,6 +370,13 @@ def test_invalid_override_is_refused_with_the_form(change):
                 "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. "
                 "Known: importance, loss, norm, ranking, round_to, kinds, uniform, min_keep, keep, exclude, "
                 "keep_outputs, seed, goal. Did you mean 'goal'?"
+            ),
+        ),
+        (
+            "prune.goal.mac=0.5",
+            (
+                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters. Did you mean "
+                "'macs'?"
             ),
         ),
         ("student={}", "--set student={}: student.model: this key is required"),

@@ -24,7 +24,7 @@ from kirsch.frameworks.pytorch.features.capture import dry_run
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.plan import Removal
-from kirsch.pruning.kept import Kept, kept
+from kirsch.pruning.kept import Kept, kept_output_channels
 from kirsch.recipes.recovery import recovery
 from trace_and_cut import with_noise
 
@@ -126,13 +126,15 @@ def case(request):
     graph = kirsch.trace(model, inputs)
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.6), importance="random", round_to=1)
     small = kirsch.prune(model, plan, verify=False)
-    return Case(request.param, model, inputs, graph, plan, small, kept(small, model))
+    return Case(request.param, model, inputs, graph, plan, small, kept_output_channels(small, model))
 
 
 @pytest.fixture
 def traced(case, monkeypatch):
     """The case, with kept channels that `recovery` does not have to find by another trace."""
-    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda small, original, *, example_inputs: case.known)
+    monkeypatch.setattr(
+        "kirsch.recipes.recovery.kept_output_channels", lambda small, original, *, example_inputs: case.known
+    )
     return case
 
 
@@ -193,7 +195,7 @@ def test_model_pruned_twice_and_loaded_keeps_the_channels_of_both_plans(tmp_path
     model, inputs = seeded(Plain), inputs_of("residual")
     once = shorter(model, inputs)
     twice = kirsch.load(kirsch.save(shorter(once, inputs), tmp_path / "small"), lambda: seeded(Plain, seed=3))
-    first, both = kept(once, model), kept(twice, model)
+    first, both = kept_output_channels(once, model), kept_output_channels(twice, model)
     for path in ("0", "1", "2"):
         assert first[path] == Kept(1, (2, 3, 4, 5, 6, 7))
         assert both[path] == Kept(1, (4, 5, 6, 7))
@@ -201,7 +203,7 @@ def test_model_pruned_twice_and_loaded_keeps_the_channels_of_both_plans(tmp_path
     small_features, original_features = (dry_run(net, ["0"], inputs)["0"] for net in (twice, model))
     torch.testing.assert_close(small_features, original_features[:, 4:], rtol=1e-12, atol=1e-14)
     with pytest.raises(PlanError, match="The plan is for another model"):
-        kept(once, nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3)).double())
+        kept_output_channels(once, nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3)).double())
 
 
 def test_channels_of_a_plan_that_stores_no_inputs_are_known_with_example_inputs():
@@ -212,28 +214,28 @@ def test_channels_of_a_plan_that_stores_no_inputs_are_known_with_example_inputs(
     model, inputs = Clamped(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4), math.inf)
     small = shorter(model, inputs)
     with pytest.raises(PlanError, match="does not store its example inputs"):
-        kept(small, model)
-    assert kept(small, model, example_inputs=inputs)["0"] == Kept(1, (2, 3, 4, 5, 6, 7))
+        kept_output_channels(small, model)
+    assert kept_output_channels(small, model, example_inputs=inputs)["0"] == Kept(1, (2, 3, 4, 5, 6, 7))
 
 
 def test_kept_channels_of_a_pruned_submodule_have_the_module_paths_of_the_whole_model():
     model, inputs = nn.Sequential(seeded(Plain)), inputs_of("residual")
     graph = kirsch.trace(model, inputs, module="0")
     small = kirsch.prune(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6), round_to=1), verify=False)
-    assert kept(small, model)["0.0"].axis == 1
+    assert kept_output_channels(small, model)["0.0"].axis == 1
 
 
 def test_models_without_plan_or_without_blocks_are_refused():
     model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 6, 3), Block(6), Block(6)))
     with pytest.raises(UsageError, match=r"This Sequential was not pruned by Kirsch\. It stores no plan"):
-        kept(model, model)
+        kept_output_channels(model, model)
     inputs = inputs_of("residual")
     graph = kirsch.trace(model, inputs)
     shallow = kirsch.prune(
         model, kirsch.plan(graph, kirsch.Goal(macs=0.8), kinds="block", data=inputs, importance="random"), verify=False
     )
     with pytest.raises(UsageError, match="This Sequential lost residual blocks, so that its layers have other names"):
-        kept(shallow, model)
+        kept_output_channels(shallow, model)
 
 
 # ------------------------------------------------------------------------------------------------ the objective
@@ -288,14 +290,14 @@ def test_training_reduces_all_terms_without_new_parameters(case):
 
 def test_layer_with_all_channels_needs_no_adapter(case, monkeypatch):
     layer = case.layers[1]
-    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {layer: Kept()})
+    monkeypatch.setattr("kirsch.recipes.recovery.kept_output_channels", lambda *_args, **_options: {layer: Kept()})
     (_, term) = recovery(case.model, case.model, case.inputs, at=layer).terms
     assert (term.adapter, dict(term.adapter_options)) == ("none", {})
 
 
 def test_layer_with_other_shape_is_refused(case, monkeypatch):
     layer = case.layers[1]
-    monkeypatch.setattr("kirsch.recipes.recovery.kept", lambda *_args, **_options: {layer: Kept()})
+    monkeypatch.setattr("kirsch.recipes.recovery.kept_output_channels", lambda *_args, **_options: {layer: Kept()})
     with pytest.raises(UnknownNameError, match="with known kept channels"):
         recovery(case.small, case.model, case.inputs, at=layer)
 

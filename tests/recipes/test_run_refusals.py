@@ -27,9 +27,7 @@ from kirsch.errors import (
 )
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import materials_of, resume
-
-STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
-NO_EXPORT = ("export=null", "measure=null")
+from tiny import NO_EXPORT, STEPS
 
 
 def assert_no_step_started(job):

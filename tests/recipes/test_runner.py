@@ -22,11 +22,7 @@ from kirsch.errors import (
 from kirsch.recipes import integrity, runner
 from kirsch.recipes.recipe import read_recipe
 from kirsch.recipes.runner import new_folder_name, resume
-from tiny import flip_bit, same_weights
-
-STEPS = ["train", "distill", "prune", "recover", "export", "measure"]
-NO_EXPORT = ("export=null", "measure=null")
-
+from tiny import NO_EXPORT, STEPS, flip_bit, same_weights
 
 # ------------------------------------------------------------------------------------------------ steps
 
@@ -301,7 +297,7 @@ def test_a_run_accepts_models_and_data_as_objects(job):
     materials = runner.Materials(
         make_teacher=lambda: runner.build("nets.py:teacher", base=job.base),
         make_student=None,
-        data=DataSet("own", part, part, part, ("a", "b", "c")),
+        data=DataSet("own", part, part, part, classes=("a", "b", "c")),
         origin="here",
     )
     with pytest.raises(Interrupted):

@@ -210,6 +210,7 @@ def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
     assert table(part, "share of parameters") == [["27.3 %", "reshape (view)", "head net.py:41"]]
     assert "The pruned model is equal to the masked original (rounding)." in part.words
     assert "0.707 of their size" in part.words
+    assert [item.words for item in part.all("li")] == ["MACs are far below the goal of <50 %>."]
 
 
 def test_each_prune_step_has_its_own_section_and_plan(page, metrics):
@@ -220,6 +221,7 @@ def test_each_prune_step_has_its_own_section_and_plan(page, metrics):
             "groups": [first["groups"][1] | {"size": 59, "removed": [4]}],
             "layers": [first["layers"][0] | {"before": 59, "after": 58}],
             "blockers": [],
+            "notes": [],
             "verification": first["verification"] | {"text": "close to the masked original"},
         }
     )
@@ -331,6 +333,13 @@ def test_the_conditions_of_the_measurement_and_its_omissions_are_listed(page, me
     assert facts["Data"] == "digits: 1,078 training, 360 validation, 400 test samples; SHA-256 6e072b976e072b97"
     assert facts["Seed"] == "11"
     assert [element.words for element in part.all("li")] == ["Energy.", "Other seeds."]
+
+
+def test_a_note_on_the_measurement_is_shown_once_in_its_section(page, metrics):
+    metrics["measured"]["notes"] = ["The clock was <slow>."]
+    tree = page(metrics)
+    assert tree.words.count("The clock was <slow>.") == 1
+    assert "The clock was <slow>." in section(tree, "Measurement").words
 
 
 def test_one_thread_is_written_in_the_singular(page, metrics):

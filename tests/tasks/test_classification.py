@@ -14,7 +14,14 @@ from kirsch.errors import DataError, NumericError, ShapeError
 from kirsch.measurement.outputs import are_probabilities
 from kirsch.measurement.statistics import Paired, rate
 from kirsch.tasks import TASKS, Classification
-from kirsch.tasks.classification import PredictionSummary, accuracy, calibration, confusion, lost_classes, paired
+from kirsch.tasks.classification import (
+    PredictionSummary,
+    accuracy,
+    calibration,
+    compare_paired,
+    confusion,
+    lost_classes,
+)
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 
@@ -76,9 +83,9 @@ def test_the_chance_accuracy_of_constant_predictions_is_their_accuracy():
 
 
 def test_two_models_are_compared_by_the_samples_that_only_one_predicts_correctly():
-    result = paired(logits_of([0, 1, 0, 2]), logits_of([0, 0, 1, 2]), np.array([0, 0, 0, 0]))
+    result = compare_paired(logits_of([0, 1, 0, 2]), logits_of([0, 0, 1, 2]), np.array([0, 0, 0, 0]))
     assert result == Paired(1, 1, 4, 1.0)
-    assert paired(logits_of([1, 1]), logits_of([0, 1]), np.array([0, 0])) == Paired(0, 1, 2, 1.0)
+    assert compare_paired(logits_of([1, 1]), logits_of([0, 1]), np.array([0, 0])) == Paired(0, 1, 2, 1.0)
 
 
 def test_the_calibration_error_equals_its_closed_form():
@@ -114,7 +121,7 @@ def test_a_constant_added_to_all_logits_does_not_change_the_calibration_error():
     assert shifted["ece"] == pytest.approx(calibration(logits, labels)["ece"], abs=1e-9)  # 1000 + x loses three digits
 
 
-METRICS = [accuracy, confusion, calibration, lambda logits, labels: paired(logits, logits, labels)]
+METRICS = [accuracy, confusion, calibration, lambda logits, labels: compare_paired(logits, logits, labels)]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -140,13 +147,13 @@ def test_logits_and_labels_that_do_not_match_raise(metric, logits, labels, error
 
 def test_the_logits_of_both_classifiers_of_a_pair_are_checked():
     with pytest.raises(ShapeError, match=r"Logits of shape \(2, 2\)"):
-        paired(np.zeros((3, 2)), np.zeros((2, 2)), np.zeros(3, int))
+        compare_paired(np.zeros((3, 2)), np.zeros((2, 2)), np.zeros(3, int))
 
 
 @pytest.mark.parametrize("invalid", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "metric",
-    [accuracy, confusion, calibration, lambda logits, labels: paired(logits_of([0, 1, 2]), logits, labels)],
+    [accuracy, confusion, calibration, lambda logits, labels: compare_paired(logits_of([0, 1, 2]), logits, labels)],
     ids=["accuracy", "confusion", "calibration", "paired"],
 )
 def test_logits_with_nan_or_infinity_raise(metric, invalid):

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import figures, files
 from kirsch.cli.signals import stop_on_signals
-from kirsch.errors import CheckpointError, LoadError, OutputError
+from kirsch.errors import NOT_REACHED, CheckpointError, LoadError, OutputError
 from kirsch.progress import JobProgress, labeled, verdict_lines
+from kirsch.pruning.step import plan_file
+from kirsch.recipes.manifest import METRICS, RECIPE, REPORT
 from kirsch.recipes.recipe import BUILTIN, Recipe, commented, read_recipe
 from kirsch.tables import Line, Piece
 
@@ -19,11 +21,8 @@ if TYPE_CHECKING:
     from kirsch.cli.terminal import Terminal
     from kirsch.recipes.runner import Outcome
 
-RUNS, METRICS, REPORT = Path("runs"), "metrics.json", "report.html"
+RUNS = Path("runs")
 DEFAULT = BUILTIN / "digits.yaml"
-
-NOT_FINISHED = 3
-"""Exit code of `verify` for an undamaged run that is not finished: some of its files have no hash yet."""
 
 
 def read(path: str, changes: Sequence[str]) -> tuple[Recipe, Path]:
@@ -131,7 +130,7 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         of_groups = f"by pruning {figures.counted(len(plan['groups']), 'group')}"
         of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"
         text = f"{reduction} {of_blocks if plan['blocks'] else of_groups}{ranking}{weights}"
-        lines.append([Piece(f"{key.replace('prune', 'plan'):<13}{text}")])
+        lines.append([Piece(f"{Path(plan_file(key)).stem:<13}{text}")])
     lines += labeled("reached", "good", [[Piece(text)] for text in content["expected"]])
     untimed = [step["key"] for step in content["steps"] if step["seconds"] is None]
     without = f", without {' and '.join(untimed)}" if untimed else ""
@@ -142,7 +141,7 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         lines.append([Piece(f"{'missing':<13}", "bad"), Piece(f"{', '.join(content['missing'])}; see kirsch doctor")])
     lines += [[Piece(f"{'note':<13}", "warning"), Piece(text)] for text in content["notes"]]
     if run:
-        names = ["recipe.yaml", *(f"{key.replace('prune', 'plan')}.json" for key in content["plans"])]
+        names = [RECIPE, *map(plan_file, content["plans"])]
         lines.append([Piece(f"{'written':<13}{run}: {', '.join(names)}")])
     return lines
 
@@ -221,7 +220,7 @@ def verify(folder: Path, terminal: Terminal) -> int:
         [Piece(f"{'not verified':<13}", "warning"), Piece(unverified)],
     ]
     terminal.result(lines, content)
-    return NOT_FINISHED
+    return NOT_REACHED
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

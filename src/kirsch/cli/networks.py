@@ -14,7 +14,7 @@ from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import measure
 from kirsch.deploy.onnx_inputs import generated_inputs
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import OutputError, UsageError
+from kirsch.errors import NOT_REACHED, OutputError, UsageError
 from kirsch.files import check_writable, write_text
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 RANDOM, PRETRAINED = "random", "pretrained"
 PLAN_FILE = re.compile(rb'\s*\{\s*"kirsch_plan"')
 ONNX_FILE = re.compile(rb"\x08")  # key of the first field of the message, the version of the format
-GOAL_MISSED = 3
-"""Exit code if the work is done and a goal is missed."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ def show_prune(
     }
     terminal.result(parts, content)
     goal_met = not plan.goal or Goal(**plan.goal).met_by(plan.after, plan.before)
-    return 0 if goal_met else GOAL_MISSED
+    return 0 if goal_met else NOT_REACHED
 
 
 def show_export(loaded: LoadedModel, output: str, terminal: Terminal) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -170,6 +170,7 @@ class ArrayData(SeededData):
 
     inputs: Any
     targets: Any
+    _: KW_ONLY
     batch_size: Count = 64
     augment: Seeded | Augment | None = None
     ids: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -111,6 +111,7 @@ class DataSet:
     train: Labeled
     validation: Labeled
     test: Labeled
+    _: KW_ONLY
     classes: Annotated[
         tuple[str, ...],
         Fix("Give the name of each class, in the order of the models' outputs, such as tuple(map(str, range(10)))."),
@@ -167,7 +168,7 @@ class DataSet:
         """Return the training part in batches: `ArrayData`, or the loader, which has its own batch size."""
         if self.is_stream:
             return self.train.loader
-        return ArrayData(self.train.inputs, self.train.labels, batch_size, self.augment)
+        return ArrayData(self.train.inputs, self.train.labels, batch_size=batch_size, augment=self.augment)
 
     def count_batches(self, batch_size: int) -> int:
         """Return the number of training batches of an epoch."""
@@ -178,7 +179,9 @@ class DataSet:
         if self.is_stream:
             return self.train.first_batches(count)
         end = count * batch_size
-        return ArrayData(rows(self.train.inputs, slice(end)), self.train.labels[:end], batch_size, self.augment)
+        return ArrayData(
+            rows(self.train.inputs, slice(end)), self.train.labels[:end], batch_size=batch_size, augment=self.augment
+        )
 
     def first_inputs(self, count: int) -> list[Any]:
         """Return the inputs of the first training samples, in one or more batches.
@@ -225,13 +228,14 @@ class DataSet:
     def _check_inputs_of_loader(self, inputs: Any) -> None:
         require_same_inputs(inputs, f"the train part of {self.name}", self.test.inputs, f"the test part of {self.name}")
 
-    def count_test_samples_in(self, part: str) -> int:
-        """Return the number of test samples whose inputs occur in another part; 0 for a loader."""
-        split = self.in_memory.get(part)
-        if split is None:
-            return 0
-        known = set(_row_hashes(split))
-        return sum(row in known for row in _row_hashes(self.test))
+    def test_samples_in_other_parts(self) -> dict[str, int]:
+        """Return, for each other part in memory, the number of test samples whose inputs occur in it."""
+        rows = _row_hashes(self.test)
+        return {
+            part: sum(map(set(_row_hashes(split)).__contains__, rows))
+            for part, split in self.in_memory.items()
+            if part != "test"
+        }
 
     @cached_property
     def sha256(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class GeneratedData(SeededData):
 
     generate: Generate
     samples: Count
+    _: KW_ONLY
     batch_size: Count = 64
     views: Count | None = None
     seed: Seed | None = None

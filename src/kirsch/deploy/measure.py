@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -212,7 +212,6 @@ def measure(
     *,
     example_inputs: Inputs,
     data: Labeled | None = None,
-    runtime: Literal["onnxruntime"] = "onnxruntime",  # noqa: ARG001 - the only runtime so far
     threads: Count = 1,
     rounds: Rounds = 30,
 ) -> Measurement:
@@ -225,8 +224,7 @@ def measure(
         data: labeled data on which the accuracy of the file is measured: (inputs, labels) as arrays, a `Split`,
             `ArrayData`, or batches of such pairs, such as a DataLoader. Several inputs are a tuple in the order of the
             file's inputs, or a dict by their names; labels are class numbers, shape (N,).
-        runtime: "onnxruntime".
-        threads: number of threads of the runtime.
+        threads: number of threads of ONNX Runtime.
         rounds: number of rounds of the timing. The 95 % confidence interval of a median needs at least 6.
 
     Returns:

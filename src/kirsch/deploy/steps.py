@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from kirsch import figures
 from kirsch.annotations import Count, Rounds
-from kirsch.deploy.export import export, usage
+from kirsch.deploy.export import EXPORTERS, export, usage
 from kirsch.deploy.measure import compare_latencies
 from kirsch.deploy.onnxruntime import OnnxSession
-from kirsch.errors import UsageError
+from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.jobs.job import ARTIFACTS, LOGITS
 from kirsch.jobs.step import STEPS, Step
 from kirsch.measurement.agreement import agreement
 from kirsch.measurement.latency import contradicting_medians
 from kirsch.measurement.machine import usable_cores
+from kirsch.options import FieldsError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from kirsch.jobs.job import Job, Record
 
-MODEL = f"{ARTIFACTS}/model.onnx"
-"""Exported file in the run folder."""
+EXPORTED = f"{ARTIFACTS}/model."
+"""Beginning of the path of the exported file in the run folder; the rest is the name of the format."""
+
+
+RUNTIME = "onnxruntime"
+"""Runtime on which the step `Measure` times the exported file."""
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @STEPS.register("export")
@@ -36,7 +45,19 @@ class Export(Step):
     repeatable: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 
-    format: Literal["onnx"] = Field("onnx", description="format of the file")
+    format: str = Field("onnx", description="format of the file: onnx, or the name of another registered exporter")
+
+    def check(self) -> None:
+        """Check that an exporter for the format is registered."""
+        try:
+            EXPORTERS[self.format]
+        except UnknownNameError as error:
+            raise FieldsError([(("format",), error)]) from error
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages of the ONNX exporter; those of other exporters are not known."""
+        return ONNX_PACKAGES if self.format == "onnx" else ()
 
     def seconds(self, job: Job) -> float | None:
         """Return None: the time of an export is between a second and minutes, and known only after an export."""
@@ -44,14 +65,27 @@ class Export(Step):
         return None
 
     def run(self, job: Job, folder: Path) -> Record:
-        """Export the model, run the file on the test part, and compare the outputs."""
-        inference, target = framework_of(job.model).inference, job.folder / MODEL
+        """Export the model, run the file on the test part, and compare the outputs.
+
+        Only ONNX files can be run. The quality of another file is that of the model, with which its exporter compares
+        the file.
+        """
+        inference, target = framework_of(job.model).inference, job.folder / f"{EXPORTED}{self.format}"
         target.parent.mkdir(exist_ok=True)
         artifact = export(job.model, target, example_inputs=inference.from_numpy(job.example), format=self.format)
-        inputs = job.data.test.inputs
-        logits = OnnxSession(target).predict(inputs, batch_size=job.evaluation_batch_size)
+        inputs, size = job.data.test.inputs, job.evaluation_batch_size
+        logits = inference.predict(job.model, inputs, batch_size=size)
+        block: dict[str, Any] = {"file": f"{ARTIFACTS}/{target.name}", "bytes": artifact.bytes}
+        block |= {"sha256": artifact.sha256, "format": self.format}
+        cells = [self.format]
+        if self.format == "onnx":
+            reference, logits = logits, OnnxSession(target).predict(inputs, batch_size=size)
+            agreed = agreement(reference, logits)
+            same = _count_equal(*map(job.task.decode, (reference, logits)))
+            block |= {"same_labels": same, "n": agreed.n, "max_error": agreed.max_error}
+            block |= {"format": f"ONNX opset {artifact.details['opset']}", "usage": usage(artifact)}
+            cells = [f"{same}/{agreed.n} same labels"]
         np.save(folder / LOGITS, logits, allow_pickle=False)
-        agreed = agreement(inference.predict(job.model, inputs, batch_size=job.evaluation_batch_size), logits)
         quality = job.quality(logits)
         parameters, macs = job.count(job.model)
         return {
@@ -61,14 +95,18 @@ class Export(Step):
             "macs": macs,
             "bytes": artifact.bytes,
             **quality,
-            "artifact": artifact.to_dict() | {"usage": usage(artifact)},
-            "agreement": agreed.to_dict(),
+            "artifact": artifact.to_dict(),
+            "export": block,
             "cells": [
                 figures.interval(*(quality["accuracy"][name] for name in ("value", "low", "high"))),
-                f"{agreed.same_labels}/{agreed.n} same labels",
+                *cells,
                 figures.bytes_(artifact.bytes),
             ],
         }
+
+    def outside_files(self, record: Record) -> dict[str, str]:
+        """Return the path and sha256 of the exported file."""
+        return {record["export"]["file"]: record["export"]["sha256"]}
 
 
 @STEPS.register("measure")
@@ -79,7 +117,6 @@ class Measure(Step):
     repeatable: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 
-    runtime: Literal["onnxruntime"] = Field("onnxruntime", description="runtime of the exported file")
     threads: Count = Field(1, description="threads of the runtime")
     rounds: Rounds = Field(30, description="number of rounds; in each round, all models are timed in turn")
 
@@ -96,6 +133,11 @@ class Measure(Step):
                 fix="Lower threads.",
             )
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages of the ONNX exporter and of the runtime."""
+        return ONNX_PACKAGES
+
     def seconds(self, job: Job) -> float | None:
         """Return None, as for an export: the models before compression are exported, too."""
         del job
@@ -107,7 +149,7 @@ class Measure(Step):
         for name, (_, model) in job.trained.items():
             inputs = framework_of(model).inference.from_numpy(job.example)
             paths[name] = export(model, folder / f"{name}.onnx", example_inputs=inputs).path
-        paths["exported"] = job.folder / MODEL
+        paths["exported"] = job.folder / f"{EXPORTED}onnx"
         result = compare_latencies(paths, job.example, reference="teacher", threads=self.threads, rounds=self.rounds)
         speedup, first, last = result.speedups["exported"], result.latencies["teacher"], result.latencies["exported"]
         ratio = figures.ratio(speedup.value, speedup.low, speedup.high)
@@ -115,7 +157,7 @@ class Measure(Step):
         for text in result.notes():
             job.note(text)
         return {
-            "did": self.runtime,
+            "did": RUNTIME,
             "race": result.to_dict(),
             "names": {**{key: name for name, (key, _) in job.trained.items()}, "export": "exported"},
             "onnx_bytes": {name: path.stat().st_size for name, path in paths.items()},
@@ -125,3 +167,8 @@ class Measure(Step):
                 f"A/A {figures.digits(result.aa.value)}",
             ],
         }
+
+
+def _count_equal(first: NDArray[Any], second: NDArray[Any]) -> int:
+    """Return the number of samples with equal predictions; the samples lie on the first axis."""
+    return int((first == second).reshape(len(first), -1).all(1).sum())

@@ -40,7 +40,7 @@ STANDARD_DEVIATIONS = {"normal": 1.0, "zero": 0.0, "large": 100.0}
 TYPICAL_KINDS = ("example", "normal")
 """Each output must be compared on inputs of one of these kinds. Zeros alone would not show that the weights differ."""
 
-Arrays = tuple["NDArray[Any]", ...]
+InputArrays = tuple["NDArray[Any]", ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Trial:
     """
 
     values: str
-    inputs: Arrays
+    inputs: InputArrays
     expected: dict[str, NDArray[Any]]
 
     @property
@@ -119,7 +119,7 @@ def _random_trials(model: Exportable, size: int | None) -> list[Trial]:
     return made
 
 
-def _run(model: Exportable, inputs: Arrays) -> dict[str, NDArray[Any]]:
+def _run(model: Exportable, inputs: InputArrays) -> dict[str, NDArray[Any]]:
     try:
         return model.outputs(inputs)
     except ModelError:
@@ -169,7 +169,7 @@ def notes_on_infinity(trial: Trial) -> list[str]:
     ]
 
 
-def _check_deterministic(model: Exportable, inputs: Arrays) -> None:
+def _check_deterministic(model: Exportable, inputs: InputArrays) -> None:
     why, fix = model.nondeterminism(inputs)
     if why:
         message = f"A {model.name} returns different outputs at each run, so a file cannot compute the same outputs."

@@ -13,7 +13,7 @@ from kirsch.distillation.distillation_loss import top_k_record_loss
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss
 from kirsch.distillation.matching import by_depth, stages, stages_of
 from kirsch.distillation.teachers import holds_top_k
-from kirsch.distillation.term import BoundTerm, ends
+from kirsch.distillation.term import BoundTerm, end_values
 from kirsch.errors import ShapeError, UsageError
 from kirsch.frameworks.layers import at_layers, texts
 
@@ -63,7 +63,7 @@ def bind(
         raise UsageError("The objective has terms, and there is no teacher.", fix="Give a teacher, or no terms.")
     layers: list[tuple[int, Any, Any]] = []
     for number, term in enumerate(objective.terms):
-        if not any(ends(term.weight)):
+        if not any(end_values(term.weight)):
             continue
         if recorded is None and not 0 <= (term.teacher or 0) < len(teachers):
             raise UsageError(
@@ -149,15 +149,15 @@ def _check_teachers(objective: Objective, term: BoundTerm, logits: Sequence[Any]
             "Only teachers with the same classes can be combined.",
             "Name one of them for the term: teacher=0.",
         )
-    if term.loss.activation == "identity" and objective.teachers == "confidence":
+    if term.loss.activation == "identity" and objective.combine_teachers == "confidence":
         raise UsageError(
             f"The term {term.name!r} compares real numbers, which do not show how confident a teacher is.",
-            fix='Set teachers="probabilities", which averages real numbers, or name one teacher: teacher=0.',
+            fix='Set combine_teachers="probabilities", which averages real numbers, or name one teacher: teacher=0.',
         )
-    if term.adapter is not None and objective.teachers == "sum":
+    if term.adapter is not None and objective.combine_teachers == "sum":
         raise UsageError(
             f"The term {term.name!r} has an adapter for one teacher, but compares with each of {len(logits)} teachers.",
-            fix='Set teachers="probabilities", or name one teacher for the term: teacher=0.',
+            fix='Set combine_teachers="probabilities", or name one teacher for the term: teacher=0.',
         )
 
 
@@ -219,12 +219,15 @@ def _layer_pairs(
     return list(zip(student_layers, teacher_layers, strict=True))
 
 
-def _picked(items: Any, index: int, term: Term, of: str) -> Any:
-    """Return a list with the one stage that the layer "auto[index]" of a term names; `of` completes the error."""
+def _picked(items: Any, index: int, term: Term, owner_phrase: str) -> Any:
+    """Return a list with the one stage that the layer "auto[index]" of a term names.
+
+    The error names the owner of the stages by `owner_phrase`, such as "of the student".
+    """
     if not -len(items) <= index < len(items):
         raise UsageError(
-            f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages {of} is "
-            f"{len(items)}.",
+            f"The term {term.record_name!r} uses the stage {index} (auto[{index}]), and the number of stages "
+            f"{owner_phrase} is {len(items)}.",
             fix="Write the term with layers of the models, such as "
             f'kirsch.Term("{term.loss}", student_layer=..., teacher_layer=...), or with the last stage, "auto[-1]".',
         )
@@ -270,7 +273,7 @@ def _check_shapes(framework: Framework, term: BoundTerm, values: tuple[Any, Any]
     """Compute the loss of a term on the values of the dry run, so that wrong shapes raise an error before training."""
     loss = term.loss
     student, teacher = values
-    where = f"{quoted(term.student_layer)} of the student and {quoted(term.teacher_layer)} of the teacher"
+    where = f"{quoted_layers(term.student_layer)} of the student and {quoted_layers(term.teacher_layer)} of the teacher"
     if holds_top_k(teacher):
         top_k_record_loss(term, student, teacher, None, term.keywords(0.0))
         return
@@ -346,6 +349,6 @@ def _shape(values: Any) -> str:
     return " × ".join(str(size) for size in tuple(ops.first_array(values).shape)[1:])
 
 
-def quoted(layers: LayerNames) -> str:
+def quoted_layers(layers: LayerNames) -> str:
     """Return layers as text for an error."""
     return ", ".join(f"`{text}`" for text in texts(layers))

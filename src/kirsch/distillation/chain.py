@@ -16,7 +16,7 @@ from kirsch.distillation.losses.loss import Activation
 from kirsch.distillation.objective import Objective, Outputs
 from kirsch.distillation.probabilities import NOT_LOGITS, kind_of_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
-from kirsch.distillation.teachers import Teacher, combined, one_or_more
+from kirsch.distillation.teachers import Teacher, combined_logits, one_or_more
 from kirsch.errors import CheckpointError, UsageError
 from kirsch.frameworks.find import framework_of, pytorch
 from kirsch.frameworks.progress import with_progress
@@ -54,7 +54,8 @@ def distill_chain(
             are trained. The first may be any teacher that `distill` takes.
         data: see `distill`.
         learn_from: "previous": each model learns from the model before it. "all": each model learns from all models
-            before it, combined as in `Objective.teachers`; terms on features use only the model directly before it.
+            before it, combined as in `Objective.combine_teachers`; terms on features use only the model directly before
+            it.
         objective: one objective for all links, or one for each link; by default `Objective.kd()`.
         training: one `Training` for all links, or one for each link; by default `Training()`.
         validation, regularizers, check_teacher, progress: see `distill`.
@@ -70,8 +71,8 @@ def distill_chain(
         Stopped: `hooks.stop` returned an error; `hooks.save` has been called.
 
     Source: Mirzadeh et al. 2020, arXiv:1902.03393. "all": Son et al. 2021, arXiv:2009.08825, without randomly
-        dropped teachers. With `Objective(teachers="probabilities")`, the gradient of the soft-target loss equals the
-        mean of its gradients for the single teachers.
+        dropped teachers. With `Objective(combine_teachers="probabilities")`, the gradient of the soft-target loss
+        equals the mean of its gradients for the single teachers.
     """
     if len(models) < MIN_MODELS:
         raise UsageError(
@@ -191,12 +192,12 @@ class _Combination:
     """Combines the outputs of several models into logits.
 
     Args:
-        way: see `Objective.teachers`.
+        combine: see `Objective.combine_teachers`.
         activation: the function that converts logits to probabilities.
         outputs: kind of the models' outputs. None: logits; the first outputs are checked.
     """
 
-    way: str
+    combine: str
     activation: Activation
     outputs: str | None
 
@@ -214,14 +215,14 @@ class _Combination:
                         'Set outputs="probabilities" if all models return them, or remove the last activation.',
                     )
             self.outputs = "logits"
-        return combined(values, self.way, activation=self.activation)
+        return combined_logits(values, self.combine, activation=self.activation)
 
 
 @checked
 def ensemble(
     models: Sequence[Model],
-    combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
     *,
+    combine: Literal["probabilities", "logits", "confidence"] = "probabilities",
     activation: Activation = "softmax",
     outputs: Outputs | None = None,
 ) -> Any:
@@ -229,7 +230,7 @@ def ensemble(
 
     Args:
         models: models with the same classes; the ensemble contains copies.
-        combine: "probabilities", "logits" or "confidence", see `Objective.teachers`.
+        combine: "probabilities", "logits" or "confidence", see `Objective.combine_teachers`.
         activation: the function that converts logits to probabilities: "softmax" over classes, or "sigmoid" for
             independent labels. "identity": the outputs are real-valued predictions, which are averaged.
         outputs: kind of the models' outputs, "logits" or "probabilities". None: logits; the first call raises an error

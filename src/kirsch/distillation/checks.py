@@ -12,7 +12,7 @@ from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of, naming
 from kirsch.data.structure import refuse_dataset
 from kirsch.distillation.binding import combines_teachers
 from kirsch.distillation.losses.loss import get_loss
-from kirsch.distillation.term import Ramp, ends
+from kirsch.distillation.term import Ramp, end_values
 from kirsch.errors import DataError
 from kirsch.frameworks.layers import texts
 
@@ -63,7 +63,7 @@ def warning_of_unknown_entries(inference: Inference, model: Any, batch: Batch, o
         batch: the first batch.
         objective: only its `label_weight` is used.
     """
-    if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(ends(objective.label_weight)):
+    if batch.targets is not None or not isinstance(batch.inputs, dict) or not any(end_values(objective.label_weight)):
         return []
     unknown = inference.unknown_arguments(model, [str(name) for name in batch.inputs])
     text = (
@@ -76,7 +76,7 @@ def warning_of_unknown_entries(inference: Inference, model: Any, batch: Batch, o
 
 def warning_of_missing_targets(batch: Batch, objective: Objective) -> list[str]:
     """Return a warning if the batches have no targets, and the objective has a label loss."""
-    weight = max(ends(objective.label_weight))
+    weight = max(end_values(objective.label_weight))
     if batch.targets is not None or not weight:
         return []
     text = f"The batches have no targets, so the label loss, weight {weight:g}, is left out."
@@ -90,7 +90,7 @@ def check_single_samples(inference: Inference, model: Any, data: Any, first: Bat
         DataError: a batch has a single sample, and the model normalizes over the samples of a batch.
     """
     if len(first) == 1 or _has_single_last_sample(data):
-        inference.check_runs(model, few(first, 1).inputs, training=True)
+        inference.check_runs(model, first_samples(first, 1).inputs, training=True)
 
 
 def _has_single_last_sample(data: Any) -> bool:
@@ -110,7 +110,7 @@ def _length(value: Any) -> int | None:
         return None
 
 
-def few(batch: Batch, count: int = FEW) -> Batch:
+def first_samples(batch: Batch, count: int = FEW) -> Batch:
     """Return the first samples of a batch."""
     return dataclasses.replace(
         batch,
@@ -127,9 +127,26 @@ def check_runs_on_few(inference: Inference, model: Any, batch: Batch) -> None:
     Raises:
         KirschError: the model does not run.
     """
-    samples = few(batch)
+    samples = first_samples(batch)
     with naming(f"First {FEW} samples of a batch") if len(samples) < len(batch) else contextlib.nullcontext():
         inference.check_runs(model, samples.inputs)
+
+
+def check_student(inference: Inference, student: Any, first: Batch, objective: Objective) -> tuple[int, ...] | None:
+    """Check that a student runs on the first batch, in inference mode and in training mode.
+
+    Returns:
+        The shape of the logits of one sample; None if the objective does not use logits.
+
+    Raises:
+        KirschError: the student does not run, or its logits in training mode are another output.
+    """
+    check_runs_on_few(inference, student, first)
+    if not objective.needs_logits:
+        return None
+    inputs = first_samples(first).inputs
+    inference.check_training_outputs(student, inputs)
+    return tuple(inference.predict(student, inputs).shape[1:])
 
 
 def warnings_of_divided_batches(objective: Objective, training: Training) -> list[str]:
@@ -171,7 +188,7 @@ def warnings_of_softmax_terms(objective: Objective) -> list[str]:
         f"sample are present. Use {by_kind[get_loss(term.loss).takes]} instead of {term.loss!r}; if the classes "
         'exclude each other, use label_loss="cross-entropy".'
         for term in objective.terms
-        if any(ends(term.weight)) and "logits" in texts([*term.layers])
+        if any(end_values(term.weight)) and "logits" in texts([*term.layers])
         if get_loss(term.loss).takes in by_kind and get_loss(term.loss).activation == "softmax"
     ]
 
@@ -182,10 +199,11 @@ def warning_of_averaged_logits(objective: Objective, teachers: int) -> list[str]
     The softmax of averaged logits is the normalized geometric mean of the teachers' probabilities.
     """
     activations = {get_loss(term.loss).activation for term in objective.terms if combines_teachers(term)}
-    if objective.teachers != "logits" or teachers == 1 or not activations - {"identity"}:
+    if objective.combine_teachers != "logits" or teachers == 1 or not activations - {"identity"}:
         return []
     text = (
         f"The logits of the {teachers} teachers are averaged. This is the geometric mean of their probabilities, in "
-        'which a confident teacher outweighs the others. Set teachers="probabilities" to average the probabilities.'
+        'which a confident teacher outweighs the others. Set combine_teachers="probabilities" to average the '
+        "probabilities."
     )
     return [text]

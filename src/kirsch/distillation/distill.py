@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kirsch.annotations import value_phrase
-from kirsch.arguments import checked, takes
+from kirsch.arguments import accepts_arguments, checked
 from kirsch.data.annotations import Data, Model, Regularizer, is_model
 from kirsch.data.batches import ArrayData, Batch
 from kirsch.distillation.checks import (
-    check_runs_on_few,
     check_single_samples,
-    few,
+    check_student,
     first_batch,
+    first_samples,
     warning_of_missing_targets,
-    warning_of_unknown_entries,
     warnings_of_divided_batches,
     warnings_of_unfinished_ramps,
 )
@@ -24,11 +23,11 @@ from kirsch.distillation.distiller import Distiller
 from kirsch.distillation.evaluation import CHECKED, NOT_EVALUATED, Validation, evaluate_teacher
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import logit_layers, logits_converter
+from kirsch.distillation.probabilities import logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import Teacher, one_or_more, replayed
+from kirsch.distillation.teachers import Teacher, one_or_more, with_store_views
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import with_progress
@@ -94,7 +93,7 @@ def distill(
     framework = framework_of(student)
     stored = isinstance(teacher, TeacherStore)
     if isinstance(teacher, TeacherStore):
-        data = replayed(teacher, data)
+        data = with_store_views(teacher, data)
     first = next(data.epoch(0, 0)) if stored else first_batch(framework.training, data)
     bound = Distiller(
         student, teacher, objective, first, seed=training.seed, regularizers=regularizers, warn=hooks.warn
@@ -116,7 +115,7 @@ def distill(
         emit({"event": "attached", "pairs": bound.rows})
     texts = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
     # If the batches have unknown entries, the Distiller has already warned that there are no targets.
-    if not warning_of_unknown_entries(framework.inference, student, first, objective):
+    if not bound.unknown_entries:
         texts += warning_of_missing_targets(first, objective)
     for text in texts:
         hooks.warn(text)
@@ -155,14 +154,10 @@ def fit(
     training, hooks = training or Training(), with_progress(hooks, progress)
     framework = framework_of(model)
     first = first_batch(framework.training, data)
-    targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, few(first).inputs
-    check_runs_on_few(framework.inference, model, first)
-    framework.inference.check_training_outputs(model, inputs)
-    shape = tuple(framework.inference.predict(model, inputs).shape[1:])
+    targets, inputs = data.targets if isinstance(data, ArrayData) else first.targets, first_samples(first).inputs
+    shape = check_student(framework.inference, model, first, objective)
     check_labels(targets, shape, objective)
-    logits = logits_converter(
-        framework.features, model, objective, logit_layers(objective, (), None), inputs, teacher=None
-    )
+    logits = logits_converter(framework.features, model, objective, (), inputs)
     check_single_samples(framework.inference, model, data, first)
     for text in warning_of_unused_outputs(framework.features, model, None, objective, (), inputs):
         hooks.warn(text)
@@ -200,7 +195,7 @@ def to_validation(validation: Any) -> Any:
     Raises:
         UsageError: the validation is of another type.
     """
-    if callable(validation) and (is_model(validation) or not takes(validation, 1)):
+    if callable(validation) and (is_model(validation) or not accepts_arguments(validation, 1)):
         problem = "a model" if is_model(validation) else f"{value_phrase(validation)}, which does not take one argument"
         raise UsageError(
             f"`validation` is {problem}.",

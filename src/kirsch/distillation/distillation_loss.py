@@ -10,8 +10,8 @@ from kirsch import ops
 from kirsch.distillation.losses.top_k import stored_top_k
 from kirsch.distillation.masks import BatchMasks
 from kirsch.distillation.targets import check_labels
-from kirsch.distillation.teachers import TOP_K, combined, holds_top_k
-from kirsch.distillation.term import at
+from kirsch.distillation.teachers import TOP_K, combined_logits, holds_top_k
+from kirsch.distillation.term import value_at
 from kirsch.errors import UsageError
 from kirsch.frameworks.layers import at_layers
 from kirsch.frameworks.training import LossOutput, require_labels
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LABEL = "label"
 """Name of the label loss among the terms of a `LossOutput`, in events and in histories."""
 
-Features = Mapping[str, list[Any]]
+TeacherFeatures = Mapping[str, list[Any]]
 """The teachers' features of each term, by adapter name.
 
 The list has one feature, or one for each teacher if the losses of several teachers are summed.
@@ -58,9 +58,9 @@ class DistillationLoss:
 
     def active(self, epoch: float) -> list[BoundTerm]:
         """Return the terms whose weight is not 0 after `epoch` epochs."""
-        return [term for term in self.terms if at(term.weight, epoch)]
+        return [term for term in self.terms if value_at(term.weight, epoch)]
 
-    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> Features:
+    def features(self, outputs: Sequence[Mapping[str, Any]], epoch: float) -> TeacherFeatures:
         """Return the teachers' features of each active term; the logits of several teachers are combined.
 
         Args:
@@ -73,16 +73,16 @@ class DistillationLoss:
         if term.teacher is not None or len(outputs) == 1:
             return [at_layers(outputs[term.teacher or 0], term.teacher_layer)]
         logits = [at_layers(values, term.teacher_layer) for values in outputs]
-        if self.objective.teachers == "sum":
+        if self.objective.combine_teachers == "sum":
             return logits
         axis = ops.channel_axis(logits[0]) if term.loss.takes == "pixels" else -1
         temperature = term.keywords(epoch).get("temperature", 1.0)
-        return [combined(logits, self.objective.teachers, temperature, term.loss.activation, axis)]
+        return [combined_logits(logits, self.objective.combine_teachers, temperature, term.loss.activation, axis)]
 
     def __call__(
         self,
         student: Any,
-        features: Features,
+        features: TeacherFeatures,
         batch: Batch,
         epoch: float,
         step_counts: Mapping[str, int] | None = None,
@@ -135,7 +135,7 @@ class DistillationLoss:
                 self._add_label_loss(terms, student.features.get("logits"), masks, epoch, fractions["labels"])
         for term in self.active(epoch):
             if fraction := fractions[term.mean_over]:
-                weight = at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
+                weight = value_at(term.weight, epoch) * (factors or {}).get(term.name, 1.0) * fraction
                 with value_checks(of_labels="labels" in term.step_keywords):
                     loss = self._loss_of(term, student, features[term.adapter_name], masks, epoch)
                 terms[term.name] = terms.get(term.name, 0.0) + weight * loss
@@ -153,13 +153,13 @@ class DistillationLoss:
 
     def weights(self, epoch: float, factors: Mapping[str, float]) -> dict[str, float]:
         """Return the weight of each term, by name, after `epoch` epochs."""
-        weights = {term.name: at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
-        return {LABEL: at(self.objective.label_weight, epoch), **weights}
+        weights = {term.name: value_at(term.weight, epoch) * factors.get(term.name, 1.0) for term in self.active(epoch)}
+        return {LABEL: value_at(self.objective.label_weight, epoch), **weights}
 
     def _add_label_loss(
         self, terms: dict[str, Any], logits: Any, masks: BatchMasks, epoch: float, fraction: float
     ) -> None:
-        weight, labels = at(self.objective.label_weight, epoch), masks.labels
+        weight, labels = value_at(self.objective.label_weight, epoch), masks.labels
         if not weight or not masks.has_labels:
             return
         logits = masks.shifted(logits)

@@ -14,14 +14,15 @@ from kirsch.data.batches import Batch
 from kirsch.distillation.binding import bind, layers_of_teacher, refuse_classes, table
 from kirsch.distillation.checks import (
     check_runs_on_few,
-    few,
+    check_student,
+    first_samples,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
     warnings_of_softmax_terms,
 )
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import check_record, logit_layers, logits_converter, logits_converters
+from kirsch.distillation.probabilities import check_record, logits_converter, logits_converters
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_labels
@@ -73,6 +74,8 @@ class Distiller(Printable):
         module: student and adapters as one module, to be wrapped by DDP; see `__call__`.
         step: the loss function of a batch; a `kirsch.frameworks.training.LossFunction`.
         rows: the layers that are compared, with shapes and adapters.
+        unknown_entries: the warning that the example batch has no targets but entries that the student does not take;
+            empty if there is none.
 
     Raises:
         UsageError: student and teacher are one object, a store lacks the outputs that a term needs, a model does not
@@ -98,10 +101,8 @@ class Distiller(Printable):
     ) -> None:
         framework = framework_of(student)
         first = Batch.of(example_batch)
-        samples = few(first)
-        check_runs_on_few(framework.inference, student, first)
-        if objective.needs_logits:
-            framework.inference.check_training_outputs(student, samples.inputs)
+        samples = first_samples(first)
+        self._logits_shape = check_student(framework.inference, student, first, objective)
         self._framework, self._objective = framework, objective
         self._teacher_source: TeacherSource | None = None
         terms: list[BoundTerm] = []
@@ -129,23 +130,19 @@ class Distiller(Printable):
             self._teacher_source = LiveTeachers(framework, teachers, layers, logits)
             for sentence in warning_of_averaged_logits(objective, len(teachers)):
                 warn(sentence)
-        warnings = warning_of_unknown_entries(framework.inference, student, first, objective)
-        for sentence in warnings + warnings_of_softmax_terms(objective):
+        self.unknown_entries = warning_of_unknown_entries(framework.inference, student, first, objective)
+        for sentence in self.unknown_entries + warnings_of_softmax_terms(objective):
             warn(sentence)
         model = None if teacher is None or isinstance(teacher, TeacherStore) else one_or_more(teacher)[0]
         for sentence in warning_of_unused_outputs(framework.features, student, model, objective, terms, first.inputs):
             warn(sentence)
         self.student = student
-        logits_of_student = logit_layers(objective, terms, None)
         self.module: Any = framework.features.with_adapters(
             student,
             list(dict.fromkeys(["logits"] * objective.needs_logits + texts([term.student_layer for term in terms]))),
             {term.adapter_name: term.adapter for term in terms if term.adapter is not None},
             {term.adapter_name: term.student_layer for term in terms},
-            logits_converter(framework.features, student, objective, logits_of_student, samples.inputs, teacher=None),
-        )
-        self._logits_shape = (
-            tuple(framework.inference.predict(student, samples.inputs).shape[1:]) if objective.needs_logits else None
+            logits_converter(framework.features, student, objective, terms, samples.inputs),
         )
         self.step = DistillationStep(
             framework.features,
@@ -169,6 +166,7 @@ class Distiller(Printable):
         epoch: float = 0.0,
         *,
         step_counts: Mapping[str, int] | None = None,
+        batch_counts: Mapping[str, int] | None = None,
         module: Callable[..., Any] | None = None,
     ) -> LossOutput:
         """Run student and teachers on a batch and return the loss; call `.total.backward()`.
@@ -183,6 +181,9 @@ class Distiller(Printable):
             epoch: number of epochs done, for weights and temperatures that change during training.
             step_counts: the result of `counts` for all batches of the optimizer step, for gradient accumulation. The
                 losses of these batches then add up to the loss of one large batch. None: the step has one batch.
+            batch_counts: the result of `counts` for this batch alone. Give it if the batch is on an accelerator, with
+                counts computed before the batch was moved there. None: the batch is counted in this call, which waits
+                for the accelerator if the batch is on one.
             module: the module to run instead of `distiller.module`. In distributed training,
                 `DistributedDataParallel(distiller.module)`.
 
@@ -192,12 +193,10 @@ class Distiller(Printable):
         """
         model = self.module if module is None else module
         converted = Batch.of(batch)
-        # `check` warns if a batch without targets follows one with targets. The warning is ignored here, because a
-        # custom loop may mix such batches on purpose.
-        self.step.check(converted, on_any_device=self.module.training and int(epoch) != self._checked_epoch)
-        counts = self.step.counts([converted])  # before the batch is moved to the device of the student
+        if batch_counts is None:  # before the batch is moved to the device of the student
+            batch_counts = self._count([converted], first=self.module.training and int(epoch) != self._checked_epoch)
         placed = self._framework.inference.to_device(converted, self.student)
-        output = self.step(model, placed, epoch, step_counts, batch_counts=counts)
+        output = self.step(model, placed, epoch, step_counts, batch_counts=batch_counts)
         if self.module.training and output.terms and int(epoch) != self._checked_epoch:
             norms = self._framework.training.gradient_norms(self.module, output.terms)
             if norms:
@@ -229,11 +228,23 @@ class Distiller(Printable):
 
     @checked
     def counts(self, batches: Iterable[BatchLike]) -> dict[str, int]:
-        """Return the numbers of samples, labels and positions in the batches of one optimizer step, for `step_counts`.
+        """Return the numbers of samples, labels and positions in batches, for `step_counts` and `batch_counts`.
 
-        In distributed training, sum the counts of all processes by name, and pass the sums as `step_counts`.
+        The targets are checked here, if they are not on an accelerator. In distributed training, sum the counts of all
+        processes by name, and pass the sums as `step_counts`.
+
+        Raises:
+            DataError: the label loss does not take the targets.
         """
-        return self.step.counts([Batch.of(batch) for batch in batches])
+        return self._count([Batch.of(batch) for batch in batches])
+
+    def _count(self, batches: Sequence[Batch], *, first: bool = False) -> dict[str, int]:
+        """Check the targets of batches, and count; `first`: also check targets on an accelerator."""
+        for batch in batches:
+            # `check` warns if a batch without targets follows one with targets. The warning is ignored here, because a
+            # custom loop may mix such batches on purpose.
+            self.step.check(batch, on_any_device=first)
+        return self.step.counts(batches)
 
     def check_labels(self, targets: Any) -> None:
         """Check targets.
@@ -241,8 +252,7 @@ class Distiller(Printable):
         Raises:
             DataError: the label loss does not take the targets.
         """
-        if self._logits_shape is not None:
-            check_labels(targets, self._logits_shape, self._objective)
+        check_labels(targets, self._logits_shape, self._objective)
 
     def parameters(self) -> Iterator[Any]:
         """Return the parameters of student and adapters, for the optimizer."""

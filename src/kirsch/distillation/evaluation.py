@@ -12,7 +12,7 @@ from kirsch import ops
 from kirsch.data.arrays import host, map_arrays
 from kirsch.data.batches import ArrayData, Batch, batches_of, naming
 from kirsch.data.inputs import named_arrays
-from kirsch.distillation.checks import few
+from kirsch.distillation.checks import first_samples
 from kirsch.distillation.probabilities import declared_outputs, to_logits
 from kirsch.distillation.store import TeacherStore
 from kirsch.distillation.targets import check_evaluable, uses_labels
@@ -431,7 +431,7 @@ class Validation:
         """
         number, first = self._framework.training.seeded(lambda: next(self._labeled(), (0, None)), 0)
         if first is not None and self._objective.label_loss in CHECKED:
-            samples = few(first)
+            samples = first_samples(first)
             part = f" (its first {len(samples)} samples)" if len(samples) < len(first) else ""
             self._evaluate(model, samples, number, part)
 

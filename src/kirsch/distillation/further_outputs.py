@@ -11,7 +11,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
-from kirsch.distillation.checks import few
+from kirsch.distillation.checks import first_samples
 from kirsch.distillation.term import Term
 from kirsch.frameworks.layers import OUTPUT, texts
 from kirsch.frameworks.predictions import is_prediction
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.term import BoundTerm
     from kirsch.frameworks.protocols import Features
-
-TOKEN_AXES = len("NLD")
 
 MAX_CURVATURE = 10.0
 """Largest curvature of the terms of `output_terms`, added up.
@@ -65,7 +63,7 @@ def unused_outputs(features: Features, model: Any, layers: Sequence[str], inputs
         and tuple(values[name].shape[:1]) == (samples,)
         and not any(_computed_from(values[layer], values[name]) for layer in layers)
     ]
-    sources = features.sources_of(model, layers, unrelated, _few(inputs)) if unrelated and layers else []
+    sources = features.sources_of(model, layers, unrelated, _first_samples_of(inputs)) if unrelated and layers else []
     return [name for name in unrelated if name not in sources]
 
 
@@ -95,15 +93,20 @@ def output_terms(features: Features, student: Any, teacher: Any, names: Sequence
         variance = float(((target - target.mean(0)) ** 2).mean())
         if target.shape == tuple(of_student[name].shape) and np.isfinite(variance) and variance > 0:
             variances[name] = variance
-    gradients = features.mean_gradients(student, list(variances), _few(inputs)) if variances else {}
+    gradients = features.mean_gradients(student, list(variances), _first_samples_of(inputs)) if variances else {}
     terms = []
     for name, variance in variances.items():
         weight = 1 / variance
         if gradients[name]:
             weight = min(weight, MAX_CURVATURE / len(variances) / (2 * gradients[name] ** 2))
-        loss = "hidden-mse" if len(of_teacher[name].shape) == TOKEN_AXES else "fitnet"
+        loss = squared_difference_loss(len(of_teacher[name].shape))
         terms.append(Term(loss, float(f"{weight:.3g}"), student_layer=name, name=name))
     return terms
+
+
+def squared_difference_loss(axes: int) -> str:
+    """Return the name of the loss for the mean squared difference of features with this number of axes."""
+    return "hidden-mse" if axes == len("NLD") else "fitnet"
 
 
 def with_further_outputs(
@@ -171,9 +174,9 @@ def _computed_from(layer: Any, output: Any) -> bool:
     )
 
 
-def _few(inputs: Any) -> Any:
+def _first_samples_of(inputs: Any) -> Any:
     """Return the inputs of a few samples, since a run with gradient keeps the outputs of all layers."""
-    return few(Batch(inputs)).inputs
+    return first_samples(Batch(inputs)).inputs
 
 
 def _host(array: Any) -> NDArray[Any]:

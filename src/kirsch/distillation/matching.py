@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.protocols import Features
 
-    Size = tuple[int, int]
-    Shape = tuple[int, ...]
+    MapSize = tuple[int, int]
+    Sizes = tuple[int, ...]
 
 MIN_SIZE = 2
 """Smallest height and width of the feature map of a stage, in pixels."""
@@ -49,12 +49,14 @@ def stages(features: Features, student: Any, teacher: Any, inputs: Any) -> list[
     return list(zip(by_depth(student_paths, count), by_depth(teacher_paths, count), strict=True))
 
 
-def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, Size | None]]:
+def stages_of(features: Features, model: Any, inputs: Any) -> list[tuple[str, MapSize | None]]:
     """Return path and map size of each stage of a model; see `stages_among`."""
     return stages_among(features.shapes(model, inputs), ops.first_array(inputs).shape, type(model).__name__)
 
 
-def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: str) -> list[tuple[str, Size | None]]:
+def stages_among(
+    shapes: Sequence[tuple[str, Sizes]], image: Sizes, model_name: str
+) -> list[tuple[str, MapSize | None]]:
     """Return path and map size of each stage, from the first to the last; the size is None for layers of tokens.
 
     The last feature map of each size ends a stage. Three kinds of maps do not end a stage: maps inside of a block
@@ -75,8 +77,8 @@ def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: 
     # Outputs for the windows of an image, as in Swin, are left out: their axis 0 is larger than the number of samples.
     shapes = [(path, shape) for path, shape in shapes if shape[:1] == image[:1]]
     shape_of = dict(shapes)
-    maps: dict[str, Shape] = {}
-    others: dict[str, Shape] = {}  # other outputs with an axis of positions
+    maps: dict[str, Sizes] = {}
+    others: dict[str, Sizes] = {}  # other outputs with an axis of positions
     continued: dict[str, None] = {}  # maps that are followed by channels-last outputs of the same size
     for path, shape in shapes:
         if _is_map(path, shape, image, shape_of):
@@ -100,7 +102,7 @@ def stages_among(shapes: Sequence[tuple[str, Shape]], image: Shape, model_name: 
     return [(path, None) for path in layers]
 
 
-def _is_map(path: str, shape: Shape, image: Shape, shape_of: Mapping[str, Shape]) -> bool:
+def _is_map(path: str, shape: Sizes, image: Sizes, shape_of: Mapping[str, Sizes]) -> bool:
     """Return whether an output is a feature map, channels first, and not inside of a module that outputs tokens."""
     if len(shape) != MAP or min(shape[2:]) < MIN_SIZE:
         return False
@@ -109,7 +111,7 @@ def _is_map(path: str, shape: Shape, image: Shape, shape_of: Mapping[str, Shape]
     return len(image) != MAP or _distortion(shape[2:], image) <= _distortion(shape[1:3], image)  # else (N, H, W, C)
 
 
-def _distortion(size: Shape, image: Shape) -> float:
+def _distortion(size: Sizes, image: Sizes) -> float:
     """Return the difference, in pixels, of a width from the width that keeps the aspect ratio of the image."""
     return abs(size[1] - size[0] * image[3] / image[2])
 
@@ -120,12 +122,12 @@ def _parents(path: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _within_blocks(maps: Mapping[str, Shape]) -> set[str]:
+def _within_blocks(maps: Mapping[str, Sizes]) -> set[str]:
     """Return the maps whose size differs from the output of the block that contains them.
 
     A block is a module whose maps have exactly two sizes.
     """
-    sizes_within: dict[str, set[Shape]] = {}
+    sizes_within: dict[str, set[Sizes]] = {}
     for path, size in maps.items():
         for parent in _parents(path):
             if parent in maps:
@@ -134,9 +136,9 @@ def _within_blocks(maps: Mapping[str, Shape]) -> set[str]:
     return {p for p, size in maps.items() if any(a in blocks and maps[a] != size for a in _parents(p))}
 
 
-def _stage_ends(maps: Mapping[str, Shape], inner: set[str]) -> list[tuple[str, Size | None]]:
+def _stage_ends(maps: Mapping[str, Sizes], inner: set[str]) -> list[tuple[str, MapSize | None]]:
     """Return the last map of each size; a map within a block only if no other map has its size."""
-    last: dict[Shape, str] = {}
+    last: dict[Sizes, str] = {}
     for path, size in maps.items():
         if path not in inner or size not in last:
             last.pop(size, None)
@@ -144,13 +146,13 @@ def _stage_ends(maps: Mapping[str, Shape], inner: set[str]) -> list[tuple[str, S
     return [(path, (size[0], size[1])) for size, path in last.items()]
 
 
-def _longest_list(shapes: Sequence[tuple[str, Shape]]) -> list[str]:
+def _longest_list(shapes: Sequence[tuple[str, Sizes]]) -> list[str]:
     """Return the longest list of numbered modules with the same output shape.
 
     Lists inside of an element of another list are left out. Of two lists of equal length, the one whose names are plain
     numbers is preferred. A single module counts as a list only if its name is a plain number.
     """
-    lists: dict[tuple[bool, str, Shape], list[str]] = {}
+    lists: dict[tuple[bool, str, Sizes], list[str]] = {}
     for path, shape in shapes:
         numbered = re.fullmatch(r"(?P<prefix>(?:.*\.)?(?P<name>[^.]*?))\d+", path)
         if numbered is not None:

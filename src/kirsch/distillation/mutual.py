@@ -14,10 +14,10 @@ from kirsch.data.annotations import Data, Model, Regularizer
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.binding import bind, combines_teachers
 from kirsch.distillation.checks import (
-    check_runs_on_few,
     check_single_samples,
-    few,
+    check_student,
     first_batch,
+    first_samples,
     warning_of_averaged_logits,
     warning_of_unknown_entries,
     warnings_of_divided_batches,
@@ -27,7 +27,7 @@ from kirsch.distillation.checks import (
 from kirsch.distillation.distill import to_validation, with_validation
 from kirsch.distillation.further_outputs import warning_of_unused_outputs
 from kirsch.distillation.objective import Objective
-from kirsch.distillation.probabilities import LogitsConverter, logit_layers, logits_converter
+from kirsch.distillation.probabilities import LogitsConverter, logits_converter
 from kirsch.distillation.step import DistillationStep
 from kirsch.distillation.targets import check_labels
 from kirsch.errors import UsageError
@@ -58,8 +58,8 @@ def distill_mutually(
 
     All students are updated in one step, from the logits of one forward pass in training mode. No gradient flows to the
     logits of the peers. The objective compares each student with all of its peers, combined as in
-    `Objective.teachers`. With `teachers="probabilities"`, the gradient of the soft-target loss equals the mean of its
-    gradients for the single peers, as in the paper.
+    `Objective.combine_teachers`. With `combine_teachers="probabilities"`, the gradient of the soft-target loss equals
+    the mean of its gradients for the single peers, as in the paper.
 
     Args:
         students: two or more models with the same classes; copies are trained. Their architectures may differ, their
@@ -96,7 +96,7 @@ def distill_mutually(
     _check_students(framework.inference, students)
     _check_terms(objective, len(students))
     first = first_batch(framework.training, data)
-    inputs = few(first).inputs
+    inputs = first_samples(first).inputs
     targets = data.targets if isinstance(data, ArrayData) else first.targets
     warnings = warnings_of_divided_batches(objective, training) + warnings_of_unfinished_ramps(objective, training)
     warnings += warning_of_unknown_entries(framework.inference, students[0], first, objective)
@@ -104,18 +104,12 @@ def distill_mutually(
     steps, logits = [], []
     for index, student in enumerate(students):
         check_single_samples(framework.inference, student, data, first)
-        check_runs_on_few(framework.inference, student, first)
-        framework.inference.check_training_outputs(student, inputs)
-        shape = tuple(framework.inference.predict(student, inputs).shape[1:])
+        shape = check_student(framework.inference, student, first, objective)
         check_labels(targets, shape, objective)
         peers = [*students[:index], *students[index + 1 :]]
         terms = bind(framework, objective, student, peers, inputs, seed=training.seed)
         warnings += warning_of_unused_outputs(framework.features, student, None, objective, terms, inputs)
-        logits.append(
-            logits_converter(
-                framework.features, student, objective, logit_layers(objective, terms, None), inputs, teacher=None
-            )
-        )
+        logits.append(logits_converter(framework.features, student, objective, terms, inputs))
         steps.append(
             DistillationStep(framework.features, objective, terms, regularizers=regularizers, logits_shape=shape)
         )
@@ -226,9 +220,17 @@ class MutualStep:
         for index, (step, student) in enumerate(zip(self._steps, students, strict=True)):
             # Most losses detach the teacher's side; a loss with `learned=True` does not.
             peers = [{"logits": ops.detach(peer)} for peer in (*logits[:index], *logits[index + 1 :])]
-            features, own = step.loss.features(peers, epoch), _LogitsOfStudent({"logits": logits[index]})
+            teacher_features = step.loss.features(peers, epoch)
+            student_outputs = _LogitsOfStudent({"logits": logits[index]})
             output = step.loss_of(
-                own, features, student, batch, epoch, step_counts, batch_counts, training=module.training
+                student_outputs,
+                teacher_features,
+                student,
+                batch,
+                epoch,
+                step_counts,
+                batch_counts,
+                training=module.training,
             )
             total = total + output.total
             terms |= {_prefixed(index, name): value for name, value in output.terms.items()}
@@ -238,10 +240,10 @@ class MutualStep:
         """Return the counts of the batches, which are the same for all students."""
         return self._steps[0].counts(batches)
 
-    def check(self, batch: Batch) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Refuse targets that the label loss does not take; see `LossFunction`."""
-        warnings = [step.check(batch) for step in self._steps]
-        return warnings[0]  # they are equal
+        warnings = [text for step in self._steps for text in step.check(batch, on_any_device=on_any_device)]
+        return list(dict.fromkeys(warnings))
 
     def balance(self, norms: dict[str, float]) -> dict[str, float]:
         """Scale the terms of each student by their gradients; see `DistillationStep.balance`."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from kirsch.arguments import checked
 from kirsch.distillation.losses.loss import LOSSES
-from kirsch.distillation.presets import PRESETS
-from kirsch.distillation.term import Number, Ramp, Term, ends, problem
+from kirsch.distillation.presets import PRESETS, kd_fields
+from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT, Number, Ramp, Term, end_values, problem
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import texts
 from kirsch.tables import Part, Piece, Printable
@@ -40,9 +40,9 @@ class Objective(Printable):
             per sample, the mean is over all samples. With a label per token or pixel, it is over the labeled positions.
         balance: "fixed": use the weights unchanged. "gradient": on the first batch of each epoch, scale the terms so
             that the norms of their gradients are in proportion to the weights.
-        teachers: how several teachers are combined. "probabilities": the mean of their probabilities; "logits": the
-            mean of their logits; "confidence": the mean of their probabilities, weighted by the confidence of each
-            teacher; "sum": one loss for each teacher, summed.
+        combine_teachers: how several teachers are combined. "probabilities": the mean of their probabilities;
+            "logits": the mean of their logits; "confidence": the mean of their probabilities, weighted by the
+            confidence of each teacher; "sum": one loss for each teacher, summed.
         student_outputs: kind of the student's outputs. "logits": used unchanged. "probabilities": converted to logits,
             log p, or log p - log (1 - p) for binary losses. None: logits; outputs that look like probabilities raise an
             error.
@@ -63,7 +63,7 @@ class Objective(Printable):
     causal: bool = False
     ignore_index: int = -100
     balance: Literal["fixed", "gradient"] = "fixed"
-    teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
+    combine_teachers: Literal["probabilities", "logits", "confidence", "sum"] = "probabilities"
     student_outputs: Outputs | None = None
     teacher_outputs: Outputs | tuple[Outputs | None, ...] | None = None
 
@@ -81,10 +81,10 @@ class Objective(Printable):
         problems += [text for text in [problem("label_weight", self.label_weight, least=0)] if text]
         if not 0 <= self.label_smoothing < 1:
             problems.append(f"label_smoothing is {self.label_smoothing}; expected at least 0 and below 1")
-        elif self.label_smoothing and not any(ends(self.label_weight)):
+        elif self.label_smoothing and not any(end_values(self.label_weight)):
             problems.append(f"`label_smoothing` is {self.label_smoothing:g} and has no effect with label_weight=0")
         weights = [self.label_weight, *(term.weight for term in self.terms)]
-        if not problems and not any(value for weight in weights for value in ends(weight)):
+        if not problems and not any(value for weight in weights for value in end_values(weight)):
             problems.append("all weights are 0, so there is nothing to learn")
         if problems:
             raise UsageError("The objective is invalid: " + "; ".join(problems) + ".", fix="Change these values.")
@@ -96,12 +96,12 @@ class Objective(Printable):
     @property
     def needs_logits(self) -> bool:
         """Whether the label loss or a term uses the logits of the student or the teacher."""
-        layers = texts([[*term.layers] for term in self.terms if any(ends(term.weight))])
-        return any(ends(self.label_weight)) or "logits" in layers
+        layers = texts([[*term.layers] for term in self.terms if any(end_values(term.weight))])
+        return any(end_values(self.label_weight)) or "logits" in layers
 
     @classmethod
     @checked
-    def kd(cls, *, temperature: float = 4.0, weight: float = 0.9) -> Objective:
+    def kd(cls, *, temperature: float = KD_TEMPERATURE, weight: float = KD_WEIGHT) -> Objective:
         """Return weight · soft-target loss + (1 - weight) · label loss, after Hinton et al. 2015.
 
         Args:
@@ -112,7 +112,7 @@ class Objective(Printable):
             raise UsageError(
                 f"The weight of the soft targets is {weight}; expected 0 to 1.", fix="Give a fraction such as 0.9."
             )
-        return cls((Term("kd", weight, temperature=temperature),), label_weight=1 - weight)
+        return cls(**kd_fields(temperature, weight))
 
     @classmethod
     @checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.distillation.term import Ramp, Term
+from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT, Ramp, Term
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
@@ -16,6 +16,11 @@ WARM_UP = 20.0
 """Epochs of the linear warm-up of DKD and ReviewKD."""
 
 
+def kd_fields(temperature: float = KD_TEMPERATURE, weight: float = KD_WEIGHT) -> dict[str, Any]:
+    """Return the fields of weight · soft-target loss + (1 - weight) · label loss."""
+    return {"terms": (Term("kd", weight, temperature=temperature),), "label_weight": 1 - weight}
+
+
 @PRESETS.register("kd")
 def kd() -> dict[str, Any]:
     """Soft-target loss (`kd`) with temperature 4 and weight 0.9, and label loss with weight 0.1.
@@ -23,7 +28,7 @@ def kd() -> dict[str, Any]:
     Source: Hinton et al. 2015, arXiv:1503.02531; hyperparameters of the CIFAR-100 benchmark of Tian et al. 2020,
         arXiv:1910.10699.
     """
-    return {"terms": (Term("kd", 0.9, temperature=4.0),), "label_weight": 0.1}
+    return kd_fields()
 
 
 @PRESETS.register("dkd")
@@ -85,7 +90,8 @@ def at() -> dict[str, Any]:
 
     Source: Zagoruyko, Komodakis 2017, arXiv:1612.03928; the weight as in Tian et al. 2020, arXiv:1910.10699.
     """
-    return {"terms": (Term("kd", 0.9, temperature=4.0), Term("at", 1000.0, student_layer="auto")), "label_weight": 0.1}
+    soft_targets = kd_fields()
+    return {**soft_targets, "terms": (*soft_targets["terms"], Term("at", 1000.0, student_layer="auto"))}
 
 
 @PRESETS.register("reviewkd")

@@ -10,7 +10,7 @@ import numpy as np
 from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.distillation.losses.loss import get_loss
-from kirsch.distillation.term import ends
+from kirsch.distillation.term import end_values
 from kirsch.errors import UsageError
 from kirsch.measurement.outputs import are_probabilities, are_scaled_probabilities
 
@@ -67,11 +67,11 @@ def to_logits(probabilities: Any, activation: Activation) -> Any:
 def activations_of(objective: Objective) -> set[Activation]:
     """Return the activations that the losses apply to logits: "softmax", "sigmoid", both or none."""
     activations: set[Activation] = set()
-    if any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
+    if any(end_values(objective.label_weight)) and objective.label_loss in ACTIVATIONS:
         activations.add(ACTIVATIONS[objective.label_loss])
     for term in objective.terms:
         loss = get_loss(term.loss)
-        if any(ends(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
+        if any(end_values(term.weight)) and loss.takes in ("logits", "pixels", "sets"):
             activations.add(loss.activation)
     return activations - {"identity"}
 
@@ -121,11 +121,17 @@ def logit_layers(objective: Objective, terms: Sequence[BoundTerm], teacher: int 
 
 
 def _labels_take_logits(objective: Objective) -> bool:
-    return any(ends(objective.label_weight)) and objective.label_loss in ACTIVATIONS
+    return any(end_values(objective.label_weight)) and objective.label_loss in ACTIVATIONS
 
 
 def logits_converter(
-    features: Features, model: Any, objective: Objective, layers: Sequence[str], inputs: Any, *, teacher: int | None
+    features: Features,
+    model: Any,
+    objective: Objective,
+    terms: Sequence[BoundTerm],
+    inputs: Any,
+    *,
+    teacher: int | None = None,
 ) -> LogitsConverter | None:
     """Return the function that converts a model's outputs to logits; None if they are logits.
 
@@ -134,7 +140,7 @@ def logits_converter(
         model: the student, or a teacher.
         objective: may declare the kind of the model's outputs. If it does not, outputs that look like probabilities
             raise an error.
-        layers: the layers at which losses take logits.
+        terms: the bound terms of the objective.
         inputs: a few samples for a dry run.
         teacher: index of the teacher; None for the student.
 
@@ -143,6 +149,7 @@ def logits_converter(
             probabilities but are none, or some losses apply a softmax and others a sigmoid to declared probabilities.
     """
     declared, activations = declared_outputs(objective, teacher), activations_of(objective)
+    layers = logit_layers(objective, terms, teacher)
     if not layers or not activations or declared == "logits":
         return None
     if declared == "probabilities" and len(activations) > 1:
@@ -296,6 +303,6 @@ def logits_converters(
             fix="Give one entry for each teacher, or one value for all.",
         )
     return [
-        logits_converter(features, model, objective, logit_layers(objective, terms, index), inputs, teacher=index)
+        logits_converter(features, model, objective, terms, inputs, teacher=index)
         for index, model in enumerate(teachers)
     ]

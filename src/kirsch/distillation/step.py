@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.annotations import Regularizer
     from kirsch.data.batches import Batch
-    from kirsch.distillation.distillation_loss import Features as TeacherFeatures
+    from kirsch.distillation.distillation_loss import TeacherFeatures
     from kirsch.distillation.objective import Objective
     from kirsch.distillation.teachers import TeacherSource
     from kirsch.distillation.term import BoundTerm
@@ -175,7 +175,7 @@ class DistillationStep:
         if self._objective.balance != "gradient":
             return norms
         before = dict(self.factors)
-        self.factors |= balanced(norms, self._weights, [term.name for term in self.loss.terms])
+        self.factors |= balancing_factors(norms, self._weights, [term.name for term in self.loss.terms])
         return {name: norm * self.factors.get(name, 1) / before.get(name, 1) for name, norm in norms.items()}
 
     def state(self) -> dict[str, Any]:
@@ -187,7 +187,9 @@ class DistillationStep:
         self.factors = dict(state.get("factors", {}))
 
 
-def balanced(norms: Mapping[str, float], weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+def balancing_factors(
+    norms: Mapping[str, float], weights: Mapping[str, float], names: Sequence[str]
+) -> dict[str, float]:
     """Return the factors of the terms that make the norms of their gradients proportional to their weights.
 
     Args:

@@ -17,6 +17,7 @@ from kirsch.distillation.further_outputs import with_further_outputs
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.presets import PRESETS
 from kirsch.distillation.targets import uses_labels
+from kirsch.distillation.term import KD_TEMPERATURE, KD_WEIGHT
 from kirsch.errors import DataError, UsageError
 from kirsch.frameworks.determinism import require_deterministic
 from kirsch.frameworks.find import framework_of
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
     from kirsch.data.batches import Batch
     from kirsch.jobs.job import Job, Record
-
-TEMPERATURE, WEIGHT = 4.0, 0.9
-"""Default temperature and weight of the soft-target loss."""
 
 TRIAL_BATCHES = 3
 """Number of batches on which training is timed, to estimate the time of a step of the job."""
@@ -233,11 +231,14 @@ class Distill(TrainingStep):
             "{terms: [{loss: kd, weight: 0.9}], label_weight: 0.1}; see `kirsch methods`"
         ),
     )
-    temperature: Positive | None = Field(None, description='temperature of the objective "kd"; null: 4')
+    temperature: Positive | None = Field(
+        None, description=f'temperature of the objective "kd"; null: {KD_TEMPERATURE:g}'
+    )
     weight: Share | None = Field(
         None,
         description=(
-            'weight of the soft-target loss of the objective "kd"; the label loss has the weight 1 - weight; null: 0.9'
+            'weight of the soft-target loss of the objective "kd"; the label loss has the weight 1 - weight; null: '
+            f"{KD_WEIGHT:g}"
         ),
     )
 
@@ -269,8 +270,8 @@ class Distill(TrainingStep):
         objective = self.objective
         if objective == "kd":
             objective = Objective.kd(
-                temperature=TEMPERATURE if self.temperature is None else self.temperature,
-                weight=WEIGHT if self.weight is None else self.weight,
+                temperature=KD_TEMPERATURE if self.temperature is None else self.temperature,
+                weight=KD_WEIGHT if self.weight is None else self.weight,
             )
         elif isinstance(objective, str):
             objective = Objective.preset(objective)
@@ -390,7 +391,10 @@ def _require_labels(job: Job, first: Batch) -> None:
 
 
 def _label_objective(job: Job, model: str) -> Objective:
-    return dataclasses.replace(Objective.labels(), student_outputs=job.outputs.get(model))
+    """Return the objective of the label loss of the task."""
+    return dataclasses.replace(
+        Objective.labels(), label_loss=job.task.label_loss, student_outputs=job.outputs.get(model)
+    )
 
 
 def _load_weights(model: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from kirsch.data.arrays import host
 from kirsch.data.structure import summary
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
-from kirsch.distillation.term import ends
+from kirsch.distillation.term import end_values
 from kirsch.errors import DataError, UsageError
 from kirsch.tasks.label_losses import IGNORED
 
@@ -30,8 +30,8 @@ MASK_LEVEL = 255
 
 def uses_labels(objective: Objective) -> bool:
     """Return whether the objective uses the values of the targets."""
-    terms = [term for term in objective.terms if any(ends(term.weight))]
-    return any(ends(objective.label_weight)) or any("labels" in step_arguments(get_loss(t.loss)) for t in terms)
+    terms = [term for term in objective.terms if any(end_values(term.weight))]
+    return any(end_values(objective.label_weight)) or any("labels" in step_arguments(get_loss(t.loss)) for t in terms)
 
 
 def _uses_targets(objective: Objective, targets: NDArray[Any]) -> bool:
@@ -42,18 +42,20 @@ def _uses_targets(objective: Objective, targets: NDArray[Any]) -> bool:
     )
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], objective: Objective) -> None:
+def check_labels(labels: Any, shape: tuple[int, ...] | None, objective: Objective) -> None:
     """Refuse targets that the label loss does not take.
 
     Args:
         labels: all targets, or those of the first batch; None if there are none.
-        shape: shape of the logits of one sample.
+        shape: shape of the logits of one sample; None leaves the targets unchecked.
         objective: supplies the label loss and the terms.
 
     Raises:
         DataError: the targets have another type or shape or are out of range, or there is nothing to learn from.
         UsageError: the objective is causal, and the logits have no axis of positions.
     """
+    if shape is None:
+        return
     if objective.causal and len(shape) == 1:
         raise UsageError(
             f"The objective is causal, and the student returns logits of shape {shape} per sample.",

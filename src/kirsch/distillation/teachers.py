@@ -136,7 +136,7 @@ def holds_top_k(values: Any) -> bool:
     return isinstance(values, Mapping) and set(TOP_K) <= set(values)
 
 
-def replayed(store: TeacherStore, data: Any) -> ArrayData:
+def with_store_views(store: TeacherStore, data: Any) -> ArrayData:
     """Return the data with the views and the augmentation seed of a store.
 
     Raises:
@@ -171,9 +171,9 @@ def require_temperature(store: TeacherStore, objective: Objective) -> None:
             store.require(temperature=1.0 if term.temperature is None else term.temperature)
 
 
-def combined(
+def combined_logits(
     logits: Sequence[Any],
-    way: str,
+    combine: str,
     temperature: float = 1.0,
     activation: Activation = "softmax",
     axis: int = -1,
@@ -182,7 +182,7 @@ def combined(
 
     Args:
         logits: logits of each teacher, shape (N, K), (N, L, K) or (N, K, H, W).
-        way: "probabilities": the mean of the softened probabilities. "logits": the mean of the logits, which for
+        combine: "probabilities": the mean of the softened probabilities. "logits": the mean of the logits, which for
             classes is the normalized geometric mean of the probabilities and not a mixture. "confidence": a weighted
             mean of the probabilities. The weights of the teachers, for each sample or binary label, are the softmax of
             their negative entropies.
@@ -196,7 +196,7 @@ def combined(
     """
     if len(logits) == 1:
         return logits[0]
-    if way == "logits" or activation == "identity":
+    if combine == "logits" or activation == "identity":
         return sum(logits) / len(logits)
     if activation == "sigmoid":  # log p and log (1 - p) on a new axis 0
         signs = [ops.stack([x, -x]) for x in logits]
@@ -205,7 +205,7 @@ def combined(
     else:
         softened, plain = ([ops.log_softmax(x / divisor, axis) for x in logits] for divisor in (temperature, 1.0))
     log_p = ops.stack(softened)  # (teachers, N, K), or (teachers, 2, N, K) for binary labels
-    if way == "confidence":
+    if combine == "confidence":
         unsoftened = ops.stack(plain)
         entropy = -ops.sum(ops.exp(unsoftened) * unsoftened, axis=axis if axis < 0 else axis + 1, keepdims=True)
         log_p = log_p + ops.log_softmax(-entropy, axis=0)

@@ -20,6 +20,9 @@ from kirsch.keywords import wrong_types
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDecAttention")
 """Pattern in the paths of the cross-attention modules of the library transformers."""
 
+KD_WEIGHT, KD_TEMPERATURE = 0.9, 4.0
+"""Default weight and temperature of the soft-target loss, from the CIFAR-100 benchmark of Tian et al. 2020."""
+
 STACK = re.compile(r"encoder|decoder|cross")
 """The first match in a path is the stack of a layer: `decoder.layers.0.encoder_attn` is in the decoder."""
 
@@ -41,6 +44,7 @@ class Ramp:
     start: float
     end: float
     epochs: float
+    _: KW_ONLY
     after: float = 0.0
 
     def at(self, epoch: float) -> float:
@@ -53,12 +57,12 @@ Number = float | Ramp
 """A constant, or a ramp."""
 
 
-def at(number: Number, epoch: float) -> float:
+def value_at(number: Number, epoch: float) -> float:
     """Return the value of a number after `epoch` epochs."""
     return number.at(epoch) if isinstance(number, Ramp) else float(number)
 
 
-def ends(number: Number) -> tuple[float, ...]:
+def end_values(number: Number) -> tuple[float, ...]:
     """Return the first and the last value of a ramp, or the constant."""
     return (number.start, number.end) if isinstance(number, Ramp) else (number,)
 
@@ -70,7 +74,7 @@ def problem(name: str, number: Number, *, above: float | None = None, least: flo
             f"{name} is a Ramp with epochs={number.epochs} and after={number.after}; `epochs` must be above 0, and "
             "`after` must be at least 0"
         )
-    for value in ends(number):
+    for value in end_values(number):
         if not isinstance(value, (int, float)):
             return f"{name} is {value!r}; a number is needed, or a Ramp"
         if above is not None and not (math.isfinite(value) and value > above):
@@ -115,7 +119,7 @@ class Term:
     made_by: ClassVar[str] = 'kirsch.Term("kd", weight=0.9)'
 
     loss: LossName = "kd"
-    weight: Number = 0.9
+    weight: Number = KD_WEIGHT
     _: KW_ONLY
     temperature: Number | None = None
     student_layer: LayerNames = "logits"
@@ -237,7 +241,7 @@ class BoundTerm:
     def keywords(self, epoch: float) -> dict[str, Any]:
         """Return the keywords of the loss after `epoch` epochs."""
         options = dict(self.options)
-        return options if self.temperature is None else {**options, "temperature": at(self.temperature, epoch)}
+        return options if self.temperature is None else {**options, "temperature": value_at(self.temperature, epoch)}
 
     @cached_property
     def step_keywords(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """Protocols that a framework package implements.
 
 A `Framework` has one object for each of the six protocols `Analysis`, `Calibration`, `Surgery`, `Features`,
-`TrainingLoop` and `Inference`. `AdaptedStudent` and `Exportable` are objects that methods of these protocols return.
+`TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these protocols return.
 
 `model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
 adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
@@ -151,7 +151,7 @@ class StudentOutputs:
     adapter_losses: dict[str, Any]
 
 
-class AdaptedStudent(Protocol):
+class StudentWithAdapters(Protocol):
     """A student and its adapters as one model, so that one forward pass computes all inputs of the loss.
 
     Attributes:
@@ -164,10 +164,12 @@ class AdaptedStudent(Protocol):
     adapters: Any
     training: bool
 
-    def __call__(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
+    def __call__(
+        self, inputs: Any, teacher_features: Mapping[str, Any] | None = None, ids: Any = None
+    ) -> StudentOutputs:
         """Run the student on one batch, and each adapter on the student's and the teacher's features.
 
-        `teacher_source`: the teacher's features by name of the adapter. `ids`: ids of the samples, for adapters that
+        `teacher_features`: the teacher's features by name of the adapter. `ids`: ids of the samples, for adapters that
         store features by sample.
         """
 
@@ -233,7 +235,7 @@ class Features(Protocol):
         adapters: dict[str, Any],
         pairs: dict[str, Any],
         logits: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> AdaptedStudent:
+    ) -> StudentWithAdapters:
         """Return a student with adapters.
 
         Args:

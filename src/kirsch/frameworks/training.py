@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -134,8 +134,12 @@ class LossFunction(Protocol):
         is 0.
         """
 
-    def check(self, batch: Batch) -> list[str]:
+    def check(self, batch: Batch, *, on_any_device: bool = False) -> list[str]:
         """Check the targets of a batch of a loader, if they are on the CPU.
+
+        Args:
+            batch: a training batch.
+            on_any_device: also check targets on an accelerator, which synchronizes with it.
 
         Returns:
             Warnings, one sentence each.
@@ -180,6 +184,7 @@ class TrainingHooks:
 
     made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
 
+    _: KW_ONLY
     validate: Callable[[Any], dict[str, float]] | None = None
     event: Callable[[dict[str, Any]], None] | None = None
     stop: Callable[[], Exception | None] | None = None

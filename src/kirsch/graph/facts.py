@@ -131,6 +131,7 @@ class Facts:
         left, right: pairs of label arrays whose labels are removed together, element by element.
         equated_by: operation that ties each pair.
         freezes, grids, demands, conditions, choices, terms: the facts of each kind, in the order of the operations.
+        uncounted: operations whose multiply-accumulates cannot be counted; the cost terms have 0 for them.
         statistics: graph nodes of the operations with statistics over labeled axes.
         floors: label arrays, with the minimum number of labels to keep.
         marks: role → label arrays.
@@ -148,6 +149,7 @@ class Facts:
     conditions: list[Demand] = field(default_factory=list)
     choices: list[Demand] = field(default_factory=list)
     terms: list[CostTerm] = field(default_factory=list)
+    uncounted: list[Operation] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     floors: list[tuple[Labels, int]] = field(default_factory=list)
     marks: dict[str, list[Labels]] = field(default_factory=dict)

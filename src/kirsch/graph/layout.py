@@ -96,8 +96,7 @@ def graph_parts(
     else:
         parts += [[Piece("no groups", "warning"), Piece("  no unit of this model can be removed")], []]
     if blocks:
-        more = f" and {len(blocks) - BLOCKS} more" if len(blocks) > BLOCKS else ""
-        parts += [[Piece(f"residual blocks that can be removed: {', '.join(blocks[:BLOCKS])}{more}")], []]
+        parts += [[Piece(f"residual blocks that can be removed: {figures.listed(blocks, BLOCKS)}")], []]
     return [*parts, *_blockers(blockers)]
 
 
@@ -153,10 +152,7 @@ def _plural(kind: str) -> str:
 
 
 def _tied_layers_text(layers: Sequence[str]) -> str:
-    if not layers:
-        return ""
-    more = f" + {len(layers) - LAYERS} more" if len(layers) > LAYERS else ""
-    return f"with {', '.join(layers[:LAYERS])}{more}"
+    return f"with {figures.listed(layers, LAYERS)}" if layers else ""
 
 
 def _blockers(blockers: Sequence[Reason]) -> list[Part]:

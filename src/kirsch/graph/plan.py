@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +58,7 @@ class Goal(Printable):
 
     made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
 
+    _: KW_ONLY
     macs: float | None = None
     parameters: float | None = None
     size: float | None = None

@@ -33,6 +33,9 @@ class Verification(Printable):
             the queries and keys of a single token. A wrong cut of these modules would not be detected.
         reweighted: modules whose weight is computed from parameters, as in spectral normalization, and changes for the
             kept units: module path → RMS of the new weight relative to the old weight.
+        not_compared: comparisons that were left out, each with the reason, such as "training mode: the original raises
+            RuntimeError."
+        undetermined: the reason why `unseen` could not be determined; empty if it was.
     """
 
     error: float
@@ -42,6 +45,8 @@ class Verification(Printable):
     statistics: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
     reweighted: Mapping[str, float] = field(default_factory=dict)
+    not_compared: tuple[str, ...] = ()
+    undetermined: str = ""
 
     @property
     def passed(self) -> bool:
@@ -68,6 +73,7 @@ class Verification(Printable):
             else ""
         )
         notes += f"; the computed weights of {figures.counted(modules, 'module')} change" if modules else ""
+        notes += "".join(f"; not compared: {left_out.rstrip('.')}" for left_out in self.not_compared)
         return f"{verdict} the masked original: error {self.error:.0e}, allowed {self.tolerance:.0e}{notes}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,4 +88,6 @@ class Verification(Printable):
             "statistics": list(self.statistics),
             "unseen": list(self.unseen),
             "reweighted": dict(self.reweighted),
+            "not_compared": list(self.not_compared),
+            "undetermined": self.undetermined,
         }

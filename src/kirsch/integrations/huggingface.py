@@ -30,6 +30,7 @@ from kirsch.frameworks.pytorch.transformers.pretrained import refused
 from kirsch.frameworks.training import require_labels
 
 try:
+    from accelerate.data_loader import DataLoaderShard
     from accelerate.utils import gather_object
     from transformers import Trainer
     from transformers.utils import SAFE_WEIGHTS_NAME
@@ -85,6 +86,8 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         self._distillation = (teacher, objective, regularizers)
         self.distiller: Distiller | None = None
         self._counts: dict[str, int] = {}  # denominators of the current step, summed over all processes
+        self._batches: list[tuple[Any, dict[str, int]]] = []  # batches of the current step, with their counts
+        self._prepared: tuple[Any, dict[str, int] | None] = (None, None)  # batch on its device, with its counts
         self._parts: dict[str, Any] = {}
         self._to_log: dict[str, float] = {}
         self._check(objective)
@@ -184,15 +187,34 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
             return super()._wrap_model(model, training=False, dataloader=dataloader)
         return self.accelerator.prepare_model(self._current_distiller().module)
 
+    def get_train_dataloader(self) -> Any:
+        """See the Trainer; its `training_step` moves the batches to the device, after their labels were counted."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """Return the batches of one step, and the number of labels in them over all processes."""
+        """Return the batches of one step, and the number of labels in them over all processes.
+
+        With several processes, this waits for the accelerator once per step, because the loss is divided by the sum of
+        the counts of all processes.
+        """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        local = self._current_distiller().counts(samples)
-        total = self.accelerator.reduce(torch.tensor(list(local.values()), device=device), "sum").tolist()
-        self._counts = dict(zip(local, total, strict=True))
+        distiller = self._current_distiller()
+        self._batches = [(batch, distiller.counts([batch])) for batch in samples]
+        self._counts = {name: sum(counts[name] for _, counts in self._batches) for name in distiller.counts([])}
+        if self.accelerator.num_processes > 1:
+            local = torch.tensor(list(self._counts.values()), device=device)
+            self._counts = dict(zip(self._counts, self.accelerator.reduce(local, "sum").tolist(), strict=True))
         if samples:
             require_labels(self._counts, f"step {self.state.global_step + 1}")
         return samples, self._counts["labels"]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        self._prepared = prepared, next((counts for batch, counts in self._batches if batch is inputs), None)
+        return prepared
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -204,9 +226,15 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         if model is self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         distiller = self._current_distiller()
+        prepared, batch_counts = self._prepared
+        self._prepared = (None, None)  # keeps no batch on the device
+        if inputs is not prepared:  # a subclass has changed the batch
+            batch_counts = None
         with self.accelerator.autocast():
             counts = self._counts if num_items_in_batch is not None else None
-            loss = distiller(inputs, self.state.epoch or 0.0, step_counts=counts, module=model)
+            loss = distiller(
+                inputs, self.state.epoch or 0.0, step_counts=counts, batch_counts=batch_counts, module=model
+            )
         processes = 1 if counts is None else self.accelerator.num_processes  # DDP averages gradients over processes
         for name, part in {**loss.terms, **loss.adapter_losses}.items():
             self._parts[name] = self._parts.get(name, 0.0) + part.detach() * processes

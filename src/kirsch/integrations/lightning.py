@@ -25,6 +25,7 @@ try:
     from lightning.pytorch import Callback
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "lightning", "lightning", "to distill in the Trainer of Lightning") from error
 
@@ -55,7 +56,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
         batch_of: function that converts a batch of the loader to (inputs, targets), or to another form that
-            `kirsch.Batch.of` accepts; by default the batch is used unchanged.
+            `kirsch.Batch.of` accepts; by default the batch is used unchanged. With this function, or if the module
+            overrides `transfer_batch_to_device` or `on_after_batch_transfer`, the labels are counted on the
+            accelerator, so that each step waits for it.
         example_batch: batch of the loader, for the dry run that finds shapes; by default the first training batch.
         seed: seed of the initial weights of adapters.
         regularizers: additional loss terms that depend on the student only.
@@ -83,9 +86,11 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
     ) -> None:
         self._distillation = (teacher, objective, seed, regularizers)
         self._path, self._batch_of, self._example = student, batch_of or Batch.of, example_batch
+        self._converts = batch_of is not None
         self.distiller: Distiller | None = None
         self._undo: list[Callable[[], Any]] = []
         self._step_items = 0  # items of this process since the last optimizer step, if batches are weighted
+        self._host_counts: dict[str, int] | None = None  # counts of the current batch, before it is on the device
         self._item_unit = 0.0  # losses are divided by this number of items, which keeps gradients small
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -108,9 +113,27 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
             )
         self._step_items, self._item_unit = 0, 0.0
         self._register_adapters(student, self.distiller.adapters)
+        self._count_before_transfer(trainer, pl_module)
         original_step = pl_module.training_step
         pl_module.training_step = lambda batch, *_: self._step(trainer, pl_module, batch)
         self._undo.append(lambda: _restore_training_step(pl_module, original_step))
+
+    def _count_before_transfer(self, trainer: Any, pl_module: Any) -> None:
+        """Count and check the labels of each training batch before Lightning moves it to the device."""
+        self._host_counts = None
+        owners = [owner for owner in (pl_module, trainer.datamodule) if owner is not None]
+        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")  # they may change the labels
+        if self._converts or any(is_overridden(hook, owner) for hook in hooks for owner in owners):
+            return
+        original = pl_module._on_before_batch_transfer  # noqa: SLF001 - the public hook may be that of the data module
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            batch = original(*args, **kwargs)
+            self._host_counts = self._current_distiller().counts([batch]) if trainer.training else None
+            return batch
+
+        pl_module._on_before_batch_transfer = count  # noqa: SLF001 - see above
+        self._undo.append(lambda: delattr(pl_module, "_on_before_batch_transfer"))
 
     def _register_adapters(self, student: Any, adapters: Any) -> None:
         """Register the adapters' parameters in the student, without adding them to its `state_dict`.
@@ -166,8 +189,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         first_batch = trainer.fit_loop.epoch_loop.batch_idx // accumulate * accumulate
         done = first_batch / trainer.num_training_batches  # at the start of the step; 0 for a loader without length
         single = accumulate == 1 and trainer.world_size == 1
-        counts = None if single else distiller.counts([batch])
-        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts)
+        batch_counts = distiller.counts([batch]) if self._host_counts is None else self._host_counts
+        counts = None if single else batch_counts
+        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts, batch_counts=batch_counts)
         parts = {f"loss/{name}": part.detach() for name, part in {**loss.terms, **loss.adapter_losses}.items()}
         shares = {f"gradient_share/{name}": share for name, share in distiller.shares.items()}
         size = len(batch)

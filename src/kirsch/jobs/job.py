@@ -15,6 +15,7 @@ from kirsch.errors import NumericError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.training import TrainingHooks, TrainingState
 from kirsch.jobs import checkpoints
+from kirsch.tasks.task import check_quality
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,8 +190,14 @@ class Job:
         return {"bytes": (folder / WEIGHTS).stat().st_size, **self.evaluate(model, folder)}
 
     def quality(self, logits: NDArray[Any]) -> Record:
-        """Return the quality of outputs on the test part, as the task measures it."""
-        return self.task.evaluate(logits, self.data)
+        """Return the quality of outputs on the test part, as the task measures it.
+
+        Raises:
+            UsageError: the result of the task has no accuracy.
+        """
+        quality = self.task.evaluate(logits, self.data)
+        check_quality(self.task, quality)
+        return quality
 
     def count(self, model: Any) -> tuple[int, int]:
         """Return the parameters and MACs of a model for one sample.

@@ -34,6 +34,11 @@ class Step(Options):
     repeatable: ClassVar[bool] = True
     changes_model: ClassVar[bool] = True
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Optional packages that the step imports. A forecast names those that are not installed."""
+        return ()
+
     def identity(self, job: Job) -> str:
         """Return a text that changes with each part of the recipe on which the result of this step depends."""
         del job
@@ -66,6 +71,14 @@ class Step(Options):
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the results of the finished step from its folder into the job."""
+
+    def outside_files(self, record: Record) -> dict[str, str]:
+        """Return the path in the run folder and the sha256 of each result that lies outside the folder of the step.
+
+        If such a file is missing or has another sha256, the step is run again when the run is continued.
+        """
+        del record
+        return {}
 
 
 STEPS: Registry[type[Step]] = Registry("step")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-    Axis = int | tuple[int, ...] | None
+    AxisNumbers = int | tuple[int, ...] | None
 
 
 # ------------------------------------------------------------------------------------------------ elements
@@ -79,22 +79,22 @@ def where(condition: Any, x1: Any, x2: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ reductions
 
 
-def sum(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
+def sum(x: Any, axis: AxisNumbers = None, *, keepdims: bool = False) -> Any:
     """Return the sum along one or more axes."""
     return implementation_of(x).sum(x, axis, keepdims=keepdims)
 
 
-def mean(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
+def mean(x: Any, axis: AxisNumbers = None, *, keepdims: bool = False) -> Any:
     """Return the mean along one or more axes."""
     return implementation_of(x).mean(x, axis, keepdims=keepdims)
 
 
-def amax(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
+def amax(x: Any, axis: AxisNumbers = None, *, keepdims: bool = False) -> Any:
     """Return the largest value along one or more axes."""
     return implementation_of(x).amax(x, axis, keepdims=keepdims)
 
 
-def amin(x: Any, axis: Axis = None, *, keepdims: bool = False) -> Any:
+def amin(x: Any, axis: AxisNumbers = None, *, keepdims: bool = False) -> Any:
     """Return the smallest value along one or more axes."""
     return implementation_of(x).amin(x, axis, keepdims=keepdims)
 

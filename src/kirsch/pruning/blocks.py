@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -9,13 +10,15 @@ import numpy as np
 from kirsch import figures
 from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Plan, Skip
+from kirsch.pruning.exclusion import excluded_blocks_note
 from kirsch.pruning.importance.statistics import calibration_of
+from kirsch.pruning.notes import landing_note, uncounted_notes
 from kirsch.pruning.obstacles import reachable
 from kirsch.pruning.selection import matches, named_parameters, unknown_layer
 from kirsch.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -101,8 +104,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
             because the model returns NaN for the data.
     """
     removable, without_effect = _removable(graph, options.exclude)
-    keep = graph.keep({})
-    least = graph.prices.price(keep, removable)
+    least = graph.prices.price(graph.keep({}), removable)
     if not goal.met_by(least, graph.cost):
         raise GoalError(
             f"No plan for {graph.model_name} reaches the goal by removing blocks: {goal.shortfall(least, graph.cost)}.",
@@ -112,6 +114,32 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         )
     name = options.importance_name
     scores = _scores(graph, removable, name, data, options.seed)
+    removed = _chosen(graph, goal, removable, scores)
+    chosen = Plan(
+        fingerprint=graph.fingerprint,
+        model=graph.model_name,
+        groups=(),
+        before=graph.cost,
+        after=graph.prices.price(graph.keep({}), removed),
+        goal=goal.to_dict(),
+        method=options.to_dict(),
+        inputs=graph.inputs,
+        tracing=graph.tracing,
+        blocks=tuple(Skip(path, f"least {name}: {scores[path]:.3g}") for path in graph.blocks if path in removed),
+        graph=graph,
+    )
+    exclusion = excluded_blocks_note(graph, options.exclude, removable) if len(removable) < len(graph.blocks) else ""
+    unused = (
+        f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
+        for pattern in without_effect
+    )
+    notes = (landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
+    return replace(chosen, notes=tuple(filter(None, notes)))
+
+
+def _chosen(graph: Graph, goal: Goal, removable: Sequence[str], scores: Mapping[str, float]) -> list[str]:
+    """Return the least important blocks whose removal reaches the goal, without blocks that the goal allows to keep."""
+    keep = graph.keep({})
     removed: list[str] = []
     for path in sorted(removable, key=lambda path: scores[path]):
         if goal.met_by(graph.prices.price(keep, removed), graph.cost):
@@ -121,23 +149,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         rest = [other for other in removed if other != path]
         if goal.met_by(graph.prices.price(keep, rest), graph.cost):
             removed = rest
-    return Plan(
-        fingerprint=graph.fingerprint,
-        model=graph.model_name,
-        groups=(),
-        before=graph.cost,
-        after=graph.prices.price(keep, removed),
-        goal=goal.to_dict(),
-        method=options.to_dict(),
-        inputs=graph.inputs,
-        tracing=graph.tracing,
-        blocks=tuple(Skip(path, f"least {name}: {scores[path]:.3g}") for path in graph.blocks if path in removed),
-        notes=tuple(
-            f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
-            for pattern in without_effect
-        ),
-        graph=graph,
-    )
+    return removed
 
 
 def _scores(graph: Graph, removable: Sequence[str], name: str, data: Any, seed: int) -> dict[str, float]:

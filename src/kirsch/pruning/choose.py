@@ -20,11 +20,19 @@ from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.statistics import Statistics
-from kirsch.pruning.notes import CLOSE, absent_kind_notes, landing_note, too_few_units, unused_notes, width_notes
+from kirsch.pruning.notes import (
+    CLOSE,
+    absent_kind_notes,
+    landing_note,
+    too_few_units,
+    uncounted_notes,
+    unused_notes,
+    width_notes,
+)
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
-from kirsch.pruning.selection import finest, multiple, ranked_together, removable_groups, tied_groups
+from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,6 +210,7 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
         landing_note(chosen),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
+        *uncounted_notes(chosen, graph),
         *absent_kind_notes(graph, options),
         *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
     )
@@ -214,7 +223,7 @@ def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache)
     least = _least(graph, goal, options, _equal_scores)
     if not goal.met_by(least.cost, graph.cost):
         raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    for fineness in range(finest(options) + 1):
+    for fineness in range(max_halvings(options) + 1):
         chooser = _chooser(graph, goal, options, scores.get, fineness)
         free = [index for index, candidate in enumerate(chooser.candidates) if candidate.kept is None]
         classes = ranked_together(graph, {index: chooser.candidates[index].groups for index in free}, options)
@@ -241,7 +250,7 @@ def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scor
             Candidate(
                 tied,
                 [scores(group, options) for group in tied],
-                multiple(tied[0], options, fineness),
+                width_multiple(tied[0], options, fineness),
                 options.min_keep,
                 _unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
                 kept,
@@ -252,13 +261,13 @@ def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scor
 
 def _least(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores) -> Least:
     """Return the least cost that plans with these options reach."""
-    chooser = _chooser(graph, goal, options, scores, finest(options))
+    chooser = _chooser(graph, goal, options, scores, max_halvings(options))
     counts = chooser.least()
     return Least(chooser.price(counts), chooser.keep(counts))
 
 
 def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
-    """Return the importance 0 for each unit: the least cost hardly depends on which units are removed."""
+    """Return the importance 0 for each unit. The least cost is almost the same for any choice of units."""
     return np.zeros(group.size)
 
 

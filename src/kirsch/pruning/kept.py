@@ -28,7 +28,7 @@ class Kept:
     indices: tuple[int, ...] = ()
 
 
-def kept(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, Kept]:
+def kept_output_channels(small: Any, original: Any, *, example_inputs: Any = None) -> dict[str, Kept]:
     """Return the kept output channels of a pruned model, by module path.
 
     The plans that the pruned model stores are applied to traces of the original.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kirsch import figures
 from kirsch.graph.cost import WORDS
 from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.options import PlanOptions
 
 ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "round_to=")
-"""Beginnings of the notes on options, by which `renewed` recognizes and keeps them."""
+"""Beginnings of the notes on options, by which `with_recomputed_costs` recognizes and keeps them."""
 
 CLOSE = 0.01
 """A plan that is below its goal by more than this fraction of the original cost gets a note."""
@@ -31,17 +32,17 @@ Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long i
 """
 
 
-def renewed(plan: Plan, graph: Graph) -> Plan:
+def with_recomputed_costs(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
     landing = landing_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
     notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
-    notes += [*unused_notes(priced, graph), *on_options]
+    notes += [*unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
-def changes(stated: Plan, counted: Plan) -> list[str]:
+def change_notes(stated: Plan, counted: Plan) -> list[str]:
     """Return a note for each value that a plan states and that differs from the value computed when it is applied."""
     notes = _cost_changes(stated, counted)
     if stated.model != counted.model:
@@ -88,20 +89,27 @@ def missed_notes(plan: Plan) -> list[str]:
 
 def landing_note(plan: Plan) -> str:
     """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
-    if not plan.goal or not plan.groups or "round_to" not in plan.method:
+    if not plan.goal or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
         return ""
     reached = Goal(**plan.goal).fractions(plan.after, plan.before)
     name, (value, limit) = min(reached.items(), key=lambda item: item[1][1] - item[1][0])
     if limit - value <= CLOSE:
         return ""
+    distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan, name)}"
+
+
+def _landing_reason(plan: Plan, name: str) -> str:
+    """Return why a plan is far below its limit of a cost, and the options that may come closer."""
+    if plan.blocks:
+        return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
     one_unit = f"Removing one unit of a pruned group changes the {WORDS[name]} by more than this distance."
     why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
-    distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {why}{fix}"
+    return f"{why}{fix}"
 
 
 def width_notes(plan: Plan) -> list[str]:
@@ -113,8 +121,7 @@ def width_notes(plan: Plan) -> list[str]:
     ]
     if not unaligned:
         return []
-    more = f", and {len(unaligned) - 3} more" if len(unaligned) > 3 else ""  # noqa: PLR2004 - three are shown
-    names = f"{', '.join(unaligned[:3])}{more}"
+    names = figures.listed(unaligned)
     return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
 
 
@@ -143,12 +150,25 @@ def unused_notes(plan: Plan, graph: Graph) -> list[str]:
     if not unused or graph.tracing.as_graph or not any(removal.removed for removal in plan.groups):
         return []
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
-    names = ", ".join(f"`{layer}`" for layer in layers[:3])
-    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""  # noqa: PLR2004 - three are shown
+    names = figures.listed([f"`{layer}`" for layer in layers])
     note = (
-        f"The traced forward pass does not use {names}{more}, whose sizes are kept. Code that uses these layers, such "
+        f"The traced forward pass does not use {names}, whose sizes are kept. Code that uses these layers, such "
         "as a branch for other inputs or another method, can fail on the pruned model, and is not verified. Exclude "
         "the layers whose outputs they read, or give example inputs that use them."
+    )
+    return [note]
+
+
+def uncounted_notes(plan: Plan, graph: Graph) -> list[str]:
+    """Return a note on the operations whose MACs are not in the cost, if the goal of the plan limits the MACs."""
+    if "macs" not in plan.goal or not graph.facts.uncounted:
+        return []
+    operations = graph.facts.uncounted
+    found = list(dict.fromkeys(f"`{op.name}` ({op.source or op.module or 'the model itself'})" for op in operations))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""  # noqa: PLR2004 - three are shown
+    note = (
+        f"The MACs of {', '.join(found[:3])}{more} cannot be counted, and are 0 in the costs. The true cost can be "
+        "higher and miss the goal on MACs. Set a goal on parameters, or measure the latency."
     )
     return [note]
 

@@ -118,8 +118,7 @@ def _layer_list(owners: dict[str, int], total: int) -> str:
     """Return the layers with the largest costs, each with its share if there are several."""
     names = sorted(owners, key=lambda name: -owners[name])
     shares = {name: f" ({owners[name] / total:.1%})" if len(names) > 1 else "" for name in names}
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(f"`{name or 'the model itself'}`{shares[name]}" for name in names[:MAX_SHOWN]) + more
+    return figures.listed([f"`{name or 'the model itself'}`{shares[name]}" for name in names], MAX_SHOWN)
 
 
 class _CauseFinder:

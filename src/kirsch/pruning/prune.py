@@ -14,7 +14,7 @@ from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 from kirsch.pruning.importance import IMPORTANCES
-from kirsch.pruning.notes import changes, renewed, too_few_units
+from kirsch.pruning.notes import change_notes, too_few_units, with_recomputed_costs
 from kirsch.tables import Line, Part, Piece, Printable, notes
 from kirsch.user_warnings import warn
 
@@ -86,7 +86,8 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
             `save_pretrained` raises an error. Or the weights of kept units changed, because they are computed from all
-            units, as in spectral normalization.
+            units, as in spectral normalization. Or no output depends on some modules for the example inputs, so that
+            the verification cannot detect a wrong removal in these modules.
 
     Raises:
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
@@ -152,7 +153,7 @@ def rebuilt(model: Any, plan: Plan, example_inputs: Any = None) -> Any:
 def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     """Return the model without the units of a plan that fits the graph."""
     framework = framework_of(model)
-    plan = renewed(stated, graph)
+    plan = with_recomputed_costs(stated, graph)
     keep = plan.keep(graph)
     found = graph.too_small(keep)
     if found is not None:
@@ -181,17 +182,35 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     setattr(pruned, SHAPES, shapes if changed else framework.inference.parameter_shapes(pruned))
     consequence = "Until a configuration fits, save_pretrained and push_to_hub raise an error."
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
-    if verification is not None and verification.reweighted:
-        warning_notes.append(_reweighted_note(verification.reweighted))
-    texts = [*changes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
-    texts += [*warning_notes, OPTIMIZER_NOTE]
-    if verification is not None and verification.unseen:
+    texts = [*change_notes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
+    if verification is not None:
+        warning_notes += _verification_warnings(verification)
+        texts += _undetermined_note(verification)
+    return Pruned(pruned, verification, plan, (*texts, *warning_notes, OPTIMIZER_NOTE), tuple(warning_notes))
+
+
+def _verification_warnings(verification: Verification) -> list[str]:
+    """Return warnings on changed computed weights, and on modules in which a wrong removal is not detected."""
+    found = [_reweighted_note(verification.reweighted)] if verification.reweighted else []
+    if verification.unseen:
         modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
-        texts.append(
+        found.append(
             f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
             "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
         )
-    return Pruned(pruned, verification, plan, tuple(texts), tuple(warning_notes))
+    return found
+
+
+def _undetermined_note(verification: Verification) -> list[str]:
+    """Return a note if the modules in which a wrong removal is not detected could not be determined."""
+    if not verification.undetermined:
+        return []
+    note = (
+        f"Modules without effect on the outputs could not be determined: {verification.undetermined} The verification "
+        "does not detect a wrong removal in such modules. If the memory is not sufficient, give fewer or smaller "
+        "example inputs."
+    )
+    return [note]
 
 
 def _unknown_importance(plan: Plan) -> list[str]:

@@ -87,12 +87,12 @@ def _structure(graph: Graph, group: Group) -> tuple[str, tuple[tuple[object, ...
     return group.kind, tuple(sorted(axes))
 
 
-def finest(options: PlanOptions) -> int:
+def max_halvings(options: PlanOptions) -> int:
     """Return how many times the multiples that round_to="auto" chooses may be halved to come closer to the goal."""
     return 0 if isinstance(options.round_to, int) else 2
 
 
-def multiple(group: Group, options: PlanOptions, fineness: int) -> int:
+def width_multiple(group: Group, options: PlanOptions, fineness: int) -> int:
     """Return the multiple to which the number of kept units of a group is rounded.
 
     With round_to="auto", multiples above `ALIGNED` are halved up to `fineness` times, but not below `ALIGNED`.

@@ -18,7 +18,7 @@ from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.options import PlanOptions
-from kirsch.pruning.prune import prune_with_verification
+from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
 from kirsch.pruning.store import last_plan, load, save
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ class Prune(PlanOptions, Step):
     """
 
     goal: PlanGoal | None = Field(
-        None, description="limits, as fractions of the model before this step; null: the goal of the job"
+        None,
+        description=(
+            "limits, as fractions of the model before this step; null: the goal of the job, for the first step prune"
+        ),
     )
     seed: Seed | None = Field(
         None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
@@ -105,14 +108,14 @@ class Prune(PlanOptions, Step):
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
-        notes = [*plan.notes, *pruned.warnings]
+        notes = [note for note in pruned.notes if note != OPTIMIZER_NOTE]  # the steps make their own optimizers
         for text in notes:
             job.note(text)
         error = pruned.verification.error if pruned.verification else float("nan")
         record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder)}
         record["bytes"] = (folder / PRUNED / "model.safetensors").stat().st_size
         record["verification"] = pruned.verification.to_dict() if pruned.verification else None
-        record["removed"] = removed(graph, plan)
+        record["removed"] = removal_record(graph, plan)
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
         record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
@@ -137,7 +140,7 @@ def _reduction(plan: Plan) -> str:
     return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
 
 
-def removed(graph: Graph, plan: Plan) -> dict[str, Any]:
+def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:
     """Return the units that a plan removes, listed by group and by layer, and the blockers of the graph, as JSON."""
     removals = {removal.name: removal for removal in plan.groups}
     kept = plan.keep(graph)

@@ -17,7 +17,6 @@ from kirsch.arguments import ABBREVIATIONS, checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
 from kirsch.deploy.export import Artifact
-from kirsch.deploy.steps import MODEL
 from kirsch.distillation.objective import Objective
 from kirsch.errors import UsageError, nearest
 from kirsch.frameworks.find import framework_of
@@ -25,7 +24,7 @@ from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal, MaxDrop
-from kirsch.jobs.job import CHECKPOINTS, RECORD, WEIGHTS, ignore
+from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.manifest import REPORT
@@ -112,7 +111,7 @@ def compress(
         data: data set with training, validation and test part, in memory or from loaders; for a model with several
             inputs, its inputs are a tuple or dict.
         goal: limits of the pruned model, as fractions of the cost of the model before the first step `Prune`. With
-            `steps`, it applies to each step `Prune` without a goal.
+            `steps`, the first step `Prune` may be without a goal; it then prunes to these limits.
         student: small untrained model that learns from the model and is then pruned; by default the model itself is
             pruned.
         steps: steps in order, from `kirsch.steps`, in place of the usual ones: `Distill` (with a student), `Prune`,
@@ -120,9 +119,9 @@ def compress(
             have no effect and are refused.
         distill: options of the training of the student.
         recover: options of the training after pruning; None to leave this training out.
-        objective: `Objective`, or name of a preset, of both trainings. The default "kd" has soft targets and labels;
-            the training after pruning without a student also compares the further outputs of the model, such as the
-            age in {"logits": ..., "age": ...}, with those of the teacher. `Objective.kd()` has no terms for them.
+        objective: `Objective`, or name of a preset, of both trainings. The default "kd" has soft targets and labels.
+            Without a student, the training after pruning also has a term for each further output of the model, such as
+            the age in {"logits": ..., "age": ...}. `Objective.kd()` has no such terms.
         max_drop: largest allowed drop of accuracy compared with the model, as a fraction below 1: 0.01 is one
             percentage point.
         speedup: smallest allowed speedup over the model.
@@ -302,8 +301,7 @@ def _artifact(folder: Path) -> Artifact | None:
     if not record.is_file():
         return None
     exported = strict_json.read(record)["artifact"]
-    del exported["usage"]  # code for the report, not a field of `Artifact`
-    return Artifact.of_dict(folder / MODEL, exported)
+    return Artifact.of_dict(folder / ARTIFACTS / exported["file"], exported)
 
 
 def _weights_hash(model: Any) -> str:

@@ -13,12 +13,11 @@ from kirsch.recipes.manifest import RECIPE
 from kirsch.recipes.models import random_weights
 from kirsch.recipes.recipe import is_of_teacher
 from kirsch.recipes.runner import job_of, materials_of, preflight
-from kirsch.steps import Distill, Train
+from kirsch.steps import Train
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kirsch.jobs.step import Step
     from kirsch.recipes.recipe import Recipe
 
 COPIES = 4
@@ -36,7 +35,11 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     Returns:
         JSON values: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
         "steps" (key, model, parameters, macs, and seconds, which is None if the time cannot be estimated), "plans" (key
-        of a step → plan), "plan_weights", "disk_bytes", "seconds", "missing" (packages), "notes".
+        of a step → plan), "plan_weights", "disk_bytes", "seconds", "missing", "notes".
+
+        "model" of a step is the reference of the teacher or of the student in the first step that uses it, otherwise
+        None. "seconds" is the sum over the steps whose time can be estimated; the times of the others are not included.
+        "missing" lists the packages that the steps need and that are not installed.
 
         "plan_weights" describes the weights that the plans were made from. If the run trains these weights before it
         prunes, it removes other units than the forecast. With a global ranking, the cost may then differ as well,
@@ -48,6 +51,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     job = job_of(recipe, base, materials_of(recipe, base))  # nothing is written to the folder of the job
     preflight(job, recipe.all_steps)
     job.build()
+    references = _references(recipe)
     steps: list[dict[str, Any]] = []
     for key, step in recipe.all_steps.items():
         job.key = key
@@ -56,7 +60,7 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         steps.append(
             {
                 "key": job.key,
-                "model": _reference(recipe, step),
+                "model": references[key],
                 "parameters": parameters,
                 "macs": macs,
                 "seconds": step.seconds(job),
@@ -82,17 +86,22 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
         "plan_weights": _weights(recipe) if job.plans else None,
         "disk_bytes": sum(4 * step["parameters"] * COPIES for step in steps) + 1_000_000,
         "seconds": sum(step["seconds"] or 0.0 for step in steps),
-        "missing": [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None],
+        "missing": _missing_packages(recipe),
         "notes": [sentence] if sentence else [],
     }
 
 
-def _reference(recipe: Recipe, step: Step) -> str | None:
-    """Return the reference of the model that a step trains or evaluates for the first time; None for later steps."""
-    if is_of_teacher(step):
-        return recipe.teacher.model
-    is_first = (type(step) is Distill or isinstance(step, Train)) and recipe.student is not None
-    return recipe.student.model if is_first and recipe.student is not None else None
+def _references(recipe: Recipe) -> dict[str, str | None]:
+    """Return, by key of a step, the reference of the model that this step is the first to use; otherwise None."""
+    unused = {"teacher": recipe.teacher.model, "student": recipe.student.model if recipe.student else None}
+    steps = recipe.all_steps.items()
+    return {key: unused.pop("teacher" if is_of_teacher(step) else "student", None) for key, step in steps}
+
+
+def _missing_packages(recipe: Recipe) -> list[str]:
+    """Return the optional packages that the steps of a recipe need and that are not installed."""
+    packages = dict.fromkeys(package for step in recipe.steps for package in step.packages)
+    return [package for package in packages if find_spec(package) is None]
 
 
 def _weights(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
+from kirsch.deploy.steps import RUNTIME
 from kirsch.errors import GoalError
 from kirsch.graph.cost import WORDS
 from kirsch.graph.plan import Goal
@@ -75,7 +76,7 @@ def goal_texts(job: Job, steps: Mapping[str, Step]) -> list[str]:
         texts.append(f"accuracy drop ≤ {figures.points(job.goal.max_drop)} against the teacher")
     if job.goal.speedup is not None:
         measure = next(step for step in steps.values() if isinstance(step, Measure))
-        conditions = f"{measure.runtime}, {figures.counted(measure.threads, 'thread')}"
+        conditions = f"{RUNTIME}, {figures.counted(measure.threads, 'thread')}"
         texts.append(f"speed ≥ {figures.digits(job.goal.speedup)}× that of the teacher ({conditions})")
     return texts
 
@@ -96,7 +97,7 @@ def goal_items(job: Job, steps: Mapping[str, Step], first: str, final: str, sign
         items += cost.items(records[cost.key or final], before)
     if goal.max_drop is not None:
         items.append(_drop_item(records[first], records[final], goal.max_drop, significance))
-    if goal.speedup is not None and "measure" in records:
+    if goal.speedup is not None:
         speedup = records["measure"]["race"]["speedups"]["exported"]
         text = f"{figures.ratio(**speedup)} the speed of the teacher, goal ≥ {figures.digits(goal.speedup)}×"
         items.append(item("speedup", text, goal.speedup, speedup["value"], met=speedup["value"] >= goal.speedup))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
-from kirsch.deploy.steps import MODEL
 from kirsch.errors import KirschError, LoadError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS, RECORD
 from kirsch.pruning.step import PRUNED, plan_file
@@ -18,6 +17,8 @@ from kirsch.recipes.recipe import read_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from kirsch.jobs.step import Step
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def check(folder: Path) -> RunIntegrity:
     known = (RUN, RECIPE, *plans, EVENTS, METRICS, REPORT, ENVIRONMENT)
     uncovered = [] if finished else [name for name in known if (folder / name).exists()]
     problems = list(dict.fromkeys([*misplaced, *problems]))
-    steps = [] if finished or problems else _steps(folder, manifest.read_run(folder))
+    steps = [] if finished or problems else list(_steps(folder, manifest.read_run(folder)))
     done = [key for key in steps if (folder / CHECKPOINTS / key / "done").is_dir()]
     return RunIntegrity(finished, problems, steps, done, count, len(folders), uncovered)
 
@@ -91,7 +92,8 @@ def _contradictions(folder: Path) -> list[str]:
         return [*problems, f"{folder / RECIPE} cannot be used: {error.what}"]
     done = {key: folder / CHECKPOINTS / key / "done" for key in keys}
     last = max((number for number, key in enumerate(keys) if done[key].is_dir()), default=0)
-    problems += [f"{done[key]} is missing, and a later step is done" for key in keys[:last] if not done[key].is_dir()]
+    earlier = list(keys)[:last]
+    problems += [f"{done[key]} is missing, and a later step is done" for key in earlier if not done[key].is_dir()]
     stated = run.get("recipe")
     if isinstance(stated, str) and (folder / RECIPE).read_bytes() != stated.encode():
         problems.append(f"{folder / RECIPE} is not the recipe that {RUN} states")
@@ -102,8 +104,9 @@ def _contradictions(folder: Path) -> list[str]:
             problems.append(f"{shown} is missing, or is not the plan of the pruned model")
     if _ended(folder) and all(path.is_dir() for path in done.values()):
         problems += _metrics(folder, [path / RECORD for path in done.values()])
-    if started != "export" and "export" in keys and done["export"].is_dir():
-        problems += _artifact(folder, done["export"] / RECORD)
+    for key, step in keys.items():
+        if started != key and done[key].is_dir():
+            problems += _outside_files(folder, step, done[key] / RECORD)
     return problems
 
 
@@ -142,12 +145,12 @@ def _metrics(folder: Path, records: list[Path]) -> list[str]:
     ]
 
 
-def _steps(folder: Path, run: dict[str, Any]) -> list[str]:
-    """Return the steps of a run's recipe, in order."""
+def _steps(folder: Path, run: dict[str, Any]) -> dict[str, Step]:
+    """Return the steps of a run's recipe by key, in order."""
     if not (folder / RECIPE).is_file():
         raise LoadError("it is missing.")
     recipe = read_recipe(run["recipe"]) if isinstance(run.get("recipe"), str) else read_recipe(folder / RECIPE)
-    return list(recipe.all_steps)
+    return recipe.all_steps
 
 
 def _unreadable(path: Path) -> str:
@@ -159,14 +162,15 @@ def _unreadable(path: Path) -> str:
     return ""
 
 
-def _artifact(folder: Path, record: Path) -> list[str]:
-    """Return the differences between the exported file and the record of its step."""
+def _outside_files(folder: Path, step: Step, record: Path) -> list[str]:
+    """Return the differences between the files of a step outside its folder and the record of the step."""
     try:
-        digest = strict_json.read(record)["artifact"]["sha256"]
+        hashes = step.outside_files(strict_json.read(record))
     except (OSError, ValueError, KeyError, TypeError):
         return []  # the manifest of the step reports this record as damaged
-    path = folder / MODEL
-    if not path.is_file():
-        return [f"{path} is missing"]
-    is_equal = files.sha256(path) == digest
-    return [] if is_equal else [f"{path} does not have the sha256 that the record of its step states"]
+    missing = [f"{folder / name} is missing" for name in hashes if not (folder / name).is_file()]
+    return missing + [
+        f"{folder / name} does not have the sha256 that the record of its step states"
+        for name, digest in hashes.items()
+        if (folder / name).is_file() and files.sha256(folder / name) != digest
+    ]

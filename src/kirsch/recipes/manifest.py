@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
-from kirsch.deploy.steps import MODEL
+from kirsch.deploy.steps import EXPORTED
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, EVENTS
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def misplaced_entries(folder: Path) -> list[str]:
     steps = _children(folder / CHECKPOINTS)
     parts = [path for step in steps for path in _children(step)]
     plans = [path.name for path in _children(folder) if path.match("plan*.json")]
-    plain = (RUN, RECIPE, *plans, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST, MODEL)
+    plain = (RUN, RECIPE, *plans, LOCK, EVENTS, METRICS, REPORT, ENVIRONMENT, TRACEBACK, files.MANIFEST)
+    plain += tuple(str(path.relative_to(folder)) for path in folder.glob(f"{EXPORTED}*"))
     folders = (folder / CHECKPOINTS, folder / ARTIFACTS, folder / PRUNED, *steps, *parts)
     found = list(files.irregular_entries(folder).values())
     found += [f"{folder / name} is a folder" for name in plain if (folder / name).is_dir()]

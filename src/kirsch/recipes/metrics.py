@@ -30,7 +30,7 @@ def metrics_of(job: Job, recipe: Recipe, environment: dict[str, Any], seconds: f
         "kirsch": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "seconds": seconds,
-        "goal": _goal(job, recipe.all_steps, quality["paired"]["text"]),
+        "goal": _goal(job, recipe.all_steps, quality.get("paired", {}).get("text", "")),
         **metrics_of_records(job.records),
         "quality": quality,
         "warnings": _warnings(events_of(job.folder)[0], job.records),
@@ -65,11 +65,11 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
         ],
         "curves": [_curve(key, record["history"]) for key, record in records.items() if record.get("history")],
         "removals": [
-            {"step": key, "verification": record["verification"], **record["removed"]}
+            {"step": key, "verification": record["verification"], "notes": record["notes"], **record["removed"]}
             for key, record in records.items()
             if "removed" in record
         ],
-        "export": _export(records.get("export")),
+        "export": next((record["export"] for record in records.values() if "export" in record), None),
     }
 
 
@@ -90,8 +90,9 @@ def _teacher_and_final(records: Mapping[str, Record]) -> tuple[str, str]:
     teachers, models = (
         [key for key, record in records.items() if role in record.get("roles", ())] for role in ("teacher", "model")
     )
-    if "export" in records:
-        return teachers[-1], "export"
+    exported = [key for key, record in records.items() if "export" in record]
+    if exported:
+        return teachers[-1], exported[-1]
     if not models:
         raise UsageError(
             "No step has evaluated the final model of the job.",
@@ -111,7 +112,7 @@ def _goal(job: Job, steps: Mapping[str, Step], significance: str) -> dict[str, A
 
 
 def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    measure: Record = records.get("measure", {"names": {}})  # its names are those of the measured models
+    measure = _measurement(records) or {"names": {}}  # its names are those of the measured models
     _, final = _teacher_and_final(records)
     out = []
     for key, name in names_of_models(records).items():
@@ -153,28 +154,17 @@ def _quality(job: Job) -> dict[str, Any]:
     compared = job.task.compare(job.logits(first), job.logits(final), job.data)
     names = names_of_models(job.records)
     return compared | {
-        side: {"key": names[key], **compared[side]} for side, key in (("before", first), ("after", final))
+        side: {"key": names[key], **compared.get(side, {})} for side, key in (("before", first), ("after", final))
     }
 
 
-def _export(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    if record is None:
-        return None
-    artifact, agreed = record["artifact"], record["agreement"]
-    return {
-        "file": f"artifacts/{artifact['file']}",
-        "bytes": artifact["bytes"],
-        "sha256": artifact["sha256"],
-        "format": f"ONNX opset {artifact['opset']}",
-        "same_labels": agreed["same_labels"],
-        "n": agreed["n"],
-        "max_error": agreed["max_error"],
-        "usage": artifact["usage"],
-    }
+def _measurement(records: Mapping[str, Record]) -> Record | None:
+    """Return the record of the step that measured latencies; None if there is none."""
+    return next((record for record in records.values() if "race" in record), None)
 
 
 def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
-    race = job.records.get("measure", {}).get("race") or {}
+    race = (_measurement(job.records) or {}).get("race", {})
     timing = race.get("latencies", {}).get("exported", {})
     data = job.data
     return {
@@ -198,7 +188,7 @@ def _measured(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
 
 def _not_measured(job: Job) -> list[str]:
     out = []
-    if "measure" not in job.records:
+    if _measurement(job.records) is None:
         out.append("Latency: the job does not export and measure a file.")
     else:
         out.append("Other runtimes and machines: the times hold only for the runtime and machine of this report.")

@@ -21,7 +21,7 @@ from kirsch.options import FieldsError, Options
 from kirsch.recipes.changes import changes_of
 from kirsch.recipes.models import is_random
 from kirsch.recipes.yaml import dump, read
-from kirsch.steps import STEPS, Evaluate, Prune, Step, Train
+from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ class Recipe(Options):
         elif self.student_is_not_trained and is_random(self.student.model if self.student else None):
             problems.append((("student",), UsageError(NOT_TRAINED, "Its weights are random.", f"{TRAIN_STUDENT}.")))
         problems += self._problems_after_export(names)
-        for key, step in zip(keys_of(names), self.steps, strict=True):
-            if isinstance(step, Prune):
-                step.goal_in(self.goal, key)
+        problems += self._missing_goals(names)
         if self.goal.speedup is not None and "measure" not in names:
             problems.append((("goal",), UsageError("A speedup goal needs the steps export and measure.")))
         if problems:
@@ -109,8 +107,20 @@ class Recipe(Options):
         if self.student is None and (step.needs_student or (isinstance(step, Train) and step.model == "student")):
             fix = "Give a student, or use the step recover, which trains the model itself on the teacher."
             yield UsageError(f"The step {name!r} needs a student.", fix=fix)
+        exported = next((earlier for earlier in self.steps if isinstance(earlier, Export)), None)
+        if isinstance(step, Measure) and exported is not None and exported.format != "onnx":
+            fix = "Export with format: onnx, or remove this step."
+            yield UsageError(f"The step {name!r} cannot run a file of the format {exported.format!r}.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
+        if isinstance(step, Prune) and step.goal is None and name in before:
+            key = keys_of(names)[-1]
+            yield UsageError(
+                f"The step {key!r} has no goal of its own.",
+                "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
+                f"{name!r}. The limits of a step are fractions of the model before this step.",
+                f"Give the step {key!r} a goal, such as macs=0.7.",
+            )
         other = next(
             (name for name, earlier in zip(before, self.steps, strict=False) if not is_of_teacher(earlier)), ""
         )
@@ -132,6 +142,15 @@ class Recipe(Options):
             problem = f"The {subject} the model after the step 'export'."
             why = "The exported file would not be the final model."
             yield ("steps", place), UsageError(problem, why, f"Move 'export' after {late[-1]}.")
+
+    def _missing_goals(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
+        """Yield a problem for each step that prunes without a goal."""
+        for number, (key, step) in enumerate(zip(keys_of(names), self.steps, strict=True)):
+            try:
+                if isinstance(step, Prune):
+                    step.goal_in(self.goal, key)
+            except UsageError as error:
+                yield ("steps", number), error
 
     @field_serializer("steps", when_used="always")
     def _write_steps(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:

@@ -12,19 +12,17 @@ from kirsch import ops
 from kirsch.arguments import checked
 from kirsch.data.annotations import Inputs, Model
 from kirsch.data.arrays import host
-from kirsch.distillation.further_outputs import with_further_outputs
+from kirsch.distillation.further_outputs import squared_difference_loss, with_further_outputs
 from kirsch.distillation.matching import stages_among
 from kirsch.distillation.objective import Objective
 from kirsch.distillation.term import Term
 from kirsch.errors import NumericError, UnknownNameError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.kept import kept
+from kirsch.pruning.kept import kept_output_channels
 
 if TYPE_CHECKING:
     from kirsch.frameworks.protocols import Features
     from kirsch.pruning.kept import Kept
-
-TOKEN_AXES = len("NLD")
 
 
 @checked
@@ -84,7 +82,7 @@ def _comparable_layers(
 ) -> dict[str, tuple[Kept, tuple[int, ...]]]:
     """Return kept channels and original shape of each module that both models have, by path, in order of execution."""
     kept_channels, small_shapes = (
-        kept(small, original, example_inputs=inputs),
+        kept_output_channels(small, original, example_inputs=inputs),
         dict(features.shapes(small, inputs)),
     )
     layers = {}
@@ -130,7 +128,7 @@ def _term(path: str, channels: Kept, features: Any, weight: float) -> Term:
     if channels.axis is not None:
         options = {"indices": list(channels.indices), "axis": channels.axis}
     return Term(
-        loss="hidden-mse" if target.ndim == TOKEN_AXES else "fitnet",
+        loss=squared_difference_loss(target.ndim),
         weight=float(f"{weight / mean_square:.6g}"),
         student_layer=path,
         adapter="kept" if options else "none",

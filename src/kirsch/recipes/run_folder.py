@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
-from kirsch.deploy.steps import MODEL
+from kirsch.deploy.steps import EXPORTED
 from kirsch.errors import CheckpointError, KirschError, LoadError, OutputError, RecipeError
 from kirsch.jobs.job import CHECKPOINTS, EVENTS
 from kirsch.pruning.step import plan_file
@@ -79,7 +79,7 @@ def no_run(folder: Path) -> LoadError:
 def how_to_continue(folder: Path) -> str:
     """Return the command or the call that continues a run; a run of `kirsch.compress` needs its models and data."""
     try:
-        recipe, _ = stored(folder)
+        recipe, _ = stored_recipe(folder)
     except KirschError:  # another error reports the damage
         return f"kirsch resume {folder}"
     again = f"kirsch.compress with the same arguments and folder={str(folder)!r}"
@@ -104,7 +104,7 @@ def refuse_misplaced(folder: Path) -> None:
         )
 
 
-def stored(folder: Path) -> tuple[Recipe, Path]:
+def stored_recipe(folder: Path) -> tuple[Recipe, Path]:
     """Return the recipe of a run, and the folder that its references are relative to.
 
     Raises:
@@ -241,7 +241,7 @@ def _plan_files(steps: Iterable[str]) -> set[str]:
 def notes(altered: dict[str, str], steps: Sequence[str]) -> Iterator[str]:
     """Yield a note for each altered file; differences in the folders of steps are reported by the steps."""
     reported = tuple(f"{CHECKPOINTS}/{key}/done/" for key in steps)
-    reported += (MODEL,) if "export" in steps else ()
+    reported += (EXPORTED,) if "export" in steps else ()
     plans = _plan_files(steps)
     for name, sentence in altered.items():
         derived = name in DERIVED or name in plans or (plans and name.startswith(f"{manifest.PRUNED}/"))

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import files, strict_json
 from kirsch.data.sources import load_data
-from kirsch.deploy.steps import MODEL
-from kirsch.errors import KirschError, LoadError, OutputError, UsageError
+from kirsch.errors import NOT_REACHED, KirschError, LoadError, OutputError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.find import framework_of
-from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, Job, ignore, never
+from kirsch.jobs.job import CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
@@ -28,7 +27,7 @@ from kirsch.recipes.models import build, random_weights
 from kirsch.recipes.recipe import NOT_TRAINED, TRAIN_STUDENT
 from kirsch.references import source_hash
 from kirsch.report import render
-from kirsch.steps import Export, Prune, Train
+from kirsch.steps import Prune, Train
 from kirsch.tasks import TASKS
 from kirsch.version import __version__
 
@@ -46,7 +45,7 @@ class Outcome:
     """Result of a run.
 
     Args:
-        exit_code: 0 if all goals are met, 3 if one is missed.
+        exit_code: 0 if all goals are met, `NOT_REACHED` if one is missed.
         folder: run folder.
         metrics: content of metrics.json.
         model: resulting model.
@@ -204,7 +203,7 @@ def run(
             }
         )
         manifest.write(folder)
-    return Outcome(0 if metrics["goal"]["met"] else 3, folder, metrics, job.model)
+    return Outcome(0 if metrics["goal"]["met"] else NOT_REACHED, folder, metrics, job.model)
 
 
 def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
@@ -218,7 +217,7 @@ def resume(folder: Path, *, listen: Listen, stop: Stop = never) -> Outcome:
     """
     run_folder.require(folder)
     run_folder.refuse_misplaced(folder)
-    recipe, base = run_folder.stored(folder)
+    recipe, base = run_folder.stored_recipe(folder)
     if recipe.teacher.model is None:
         raise LoadError(
             f"{folder} is a run of kirsch.compress.",
@@ -245,11 +244,10 @@ def _loader_notes(recipe: Recipe, job: Job) -> list[str]:
 
 def _overlap_notes(data: DataSet) -> list[str]:
     """Return a note for each part that contains test samples."""
-    counts = {part: data.count_test_samples_in(part) for part in ("train", "validation")}
     return [
         f"{count} of the {len(data.test)} test samples of {data.name} are also in its {part} part, so the results on "
         "the test part may be too good. Remove them from one of the parts."
-        for part, count in counts.items()
+        for part, count in data.test_samples_in_other_parts().items()
         if count
     ]
 
@@ -317,7 +315,7 @@ def _finished(job: Job, step: Step, done: Path, altered: dict[str, str]) -> dict
                 why = "its inputs have changed"
             else:
                 step.load(job, done, record)
-                why = _artifact_damage(job, record, altered) if isinstance(step, Export) else ""
+                why = _damage(job, step.outside_files(record), altered)
         except (KirschError, OSError, ValueError, KeyError, TypeError) as error:
             why = f"its results cannot be loaded: {error}".rstrip(".")
     if why:
@@ -331,15 +329,16 @@ def _altered(altered: dict[str, str], *prefixes: str) -> str:
     return next((why for name, why in altered.items() if name.startswith(prefixes)), "")
 
 
-def _artifact_damage(job: Job, record: dict[str, Any], altered: dict[str, str]) -> str:
-    """Return a description of the damage of the exported file; empty if it is undamaged.
+def _damage(job: Job, hashes: Mapping[str, str], altered: dict[str, str]) -> str:
+    """Return a description of the damage of a step's files outside its folder; empty if they are undamaged.
 
-    The manifest of the step does not cover this file, which lies outside the folder of the step.
+    The manifest of the step does not cover these files.
     """
-    path = job.folder / ARTIFACTS / record["artifact"]["file"]
-    if not path.is_file() or files.sha256(path) != record["artifact"]["sha256"]:
-        return f"{path} is missing or damaged"
-    return _altered(altered, MODEL)
+    for name, digest in hashes.items():
+        path = job.folder / name
+        if not path.is_file() or files.sha256(path) != digest:
+            return f"{path} is missing or damaged"
+    return _altered(altered, *hashes)
 
 
 def _run_step(job: Job, step: Step, done: Path) -> dict[str, Any]:

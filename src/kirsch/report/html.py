@@ -41,13 +41,15 @@ def render(metrics: dict[str, Any]) -> str:
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     template = environment.get_template("template.html.j2")
-    quality = metrics["quality"]
+    quality = metrics["quality"] or {}
+    has_confusion = all("confusion" in quality.get(side, {}) for side in ("before", "after"))
     return template.render(
         **metrics,
         style=style,
         summary=summary(metrics),
-        lost=[row for row in quality["lost"] if row["after"] < row["before"]] if quality else [],
-        errors=frequent_errors(quality) if quality and len(quality["classes"]) > MOST_CLASSES else None,
+        lost=[row for row in quality.get("lost", ()) if row["after"] < row["before"]],
+        has_confusion=has_confusion,
+        errors=frequent_errors(quality) if has_confusion and len(quality["classes"]) > MOST_CLASSES else None,
         shade=shade,
     )
 

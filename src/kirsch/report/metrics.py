@@ -11,7 +11,6 @@ from kirsch.json_schema import Check, anything, array, flag, integer, mapping, n
 if TYPE_CHECKING:
     from pathlib import Path
 
-METRICS = "metrics.json"
 VERSION = 1
 
 
@@ -57,15 +56,17 @@ LAYER = _fields(
     name=text(), group=text(), before=integer(1), after=COUNT, parameters_before=COUNT, parameters_after=COUNT
 )
 BLOCKER = _fields(reason=text(), where=text(), source=text(), operation=text(), share=SHARE)
-SIDE = _fields(key=text(), confusion=array(array(COUNT)))
+SIDE = record({"key": text()}, {"confusion": array(array(COUNT))}, more=True)
 CALIBRATION = _fields(ece=SHARE, bins=array(_fields(confidence=SHARE, accuracy=SHARE, n=COUNT)))
-QUALITY = _fields(
-    classes=array(text(), least=1),
-    before=SIDE,
-    after=SIDE,
-    lost=array(_fields(name=text(), before=SHARE, after=SHARE, n=COUNT)),
-    calibration=_fields(before=CALIBRATION, after=CALIBRATION),
-    paired=_fields(text=text()),
+QUALITY = record(
+    {"before": SIDE, "after": SIDE},
+    {
+        "classes": array(text(), least=1),
+        "lost": array(_fields(name=text(), before=SHARE, after=SHARE, n=COUNT)),
+        "calibration": _fields(before=CALIBRATION, after=CALIBRATION),
+        "paired": _fields(text=text()),
+    },
+    more=True,
 )
 SCHEMA = _fields(
     kirsch_metrics=one_of((VERSION,)),
@@ -85,20 +86,16 @@ SCHEMA = _fields(
             groups=array(GROUP),
             layers=array(LAYER),
             blockers=array(BLOCKER),
+            notes=array(text()),
             verification=nullable(_fields(text=text(), reason=text(), power=FIGURE)),
         )
     ),
     quality=nullable(QUALITY),
     export=nullable(
-        _fields(
-            file=text(1),
-            bytes=COUNT,
-            sha256=text(1),
-            format=text(),
-            same_labels=COUNT,
-            n=COUNT,
-            max_error=FIGURE,
-            usage=text(),
+        record(
+            {"file": text(1), "bytes": COUNT, "sha256": text(1), "format": text()},
+            {"same_labels": COUNT, "n": COUNT, "max_error": FIGURE, "usage": text()},
+            more=True,
         )
     ),
     measured=_fields(
@@ -153,10 +150,22 @@ def _check_consistency(metrics: dict[str, Any]) -> None:
             if layer["group"] not in names:
                 raise ValueError(f"removals[{place}].layers[{index}].group: there is no group {layer['group']!r}")
     quality, measured = metrics["quality"], metrics["measured"]
-    for side in ("before", "after") if quality else ():
-        sizes = {len(row) for row in quality[side]["confusion"]} | {len(quality[side]["confusion"])}
-        if sizes != {len(quality["classes"])}:
-            raise ValueError(f"quality.{side}.confusion: one row and one column per class are expected")
+    if quality:
+        _check_confusion(quality)
     missing = [name for name in ("threads", "batch", "rounds", "aa") if measured[name] is None]
     if measured["runtime"] is not None and missing:
         raise ValueError(f"measured.{missing[0]} is null although measured.runtime is not")
+
+
+def _check_confusion(quality: dict[str, Any]) -> None:
+    """Check that the confusion matrices, which only some tasks have, fit the names of the classes.
+
+    Raises:
+        ValueError: the names are missing, or a matrix has another size.
+    """
+    for side in ("before", "after"):
+        matrix = quality[side].get("confusion")
+        if matrix is not None and "classes" not in quality:
+            raise ValueError("quality.classes is missing")
+        if matrix is not None and {len(matrix), *map(len, matrix)} != {len(quality["classes"])}:
+            raise ValueError(f"quality.{side}.confusion: one row and one column per class are expected")

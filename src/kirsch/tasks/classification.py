@@ -132,7 +132,7 @@ def lost_classes(before: NDArray[Any], after: NDArray[Any], names: Sequence[str]
     return sorted(rows, key=lambda row: row["after"] - row["before"])
 
 
-def paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> Paired:
+def compare_paired(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any]) -> Paired:
     """Compare two classifiers on the same samples by McNemar's exact test.
 
     Args:
@@ -281,5 +281,5 @@ class Classification:
             "after": {"confusion": tables[1].tolist()},
             "lost": lost_classes(*tables, names),
             "calibration": {"before": calibration(before, labels), "after": calibration(after, labels)},
-            "paired": paired(before, after, labels).to_dict(),
+            "paired": compare_paired(before, after, labels).to_dict(),
         }

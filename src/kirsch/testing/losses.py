@@ -50,8 +50,8 @@ SEQUENCES = (3, 4, 7)
 
 def check_loss_is_a_finite_scalar(loss: Loss) -> None:
     """The loss is one finite number without axes, in numpy and in PyTorch."""
-    for options in _options(loss):
-        for student, teacher in (_values(loss), _tensors(_values(loss))):
+    for options in example_options(loss):
+        for student, teacher in (example_values(loss), _tensors(example_values(loss))):
             value = loss(student, teacher, **_like(options, student))
             assert np.shape(value) == (), f"the loss has shape {np.shape(value)}; expected a scalar"
             assert np.isfinite(float(value)), f"the loss of ordinary values is {float(value)}"
@@ -65,8 +65,8 @@ def check_loss_is_smallest_when_the_student_equals_the_teacher(loss: Loss) -> No
     if not getattr(loss, "least_at_teacher", True):
         return
     random = np.random.default_rng(1)
-    _, teacher = _values(loss)
-    for options in _options(loss):
+    _, teacher = example_values(loss)
+    for options in example_options(loss):
         least = float(loss(teacher, teacher, **options))
         for distance in (1e-4, 1e-2, 1.0, 10.0):
             direction = ops.map_arrays(lambda part: random.standard_normal(part.shape), teacher)
@@ -85,9 +85,9 @@ def check_gradient_equals_finite_differences(loss: Loss) -> None:
 
     A loss that detaches a part of the student on purpose cannot pass; skip this check for it, with the reason.
     """
-    student, teacher = _values(loss)
+    student, teacher = example_values(loss)
     step = 1e-5
-    for options in _options(loss):
+    for options in example_options(loss):
         gradients = _gradient(loss, student, teacher, options)
         for part, gradient in _parts(student, gradients):
             for index in np.ndindex(*part.shape):
@@ -109,8 +109,10 @@ def check_teacher_has_no_gradient(loss: Loss) -> None:
 
     The check of the teacher is skipped for losses with `learned=True`, whose target is trained.
     """
-    student, teacher = (ops.map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in _values(loss))
-    loss(student, teacher, **_like(list(_options(loss))[-1], student)).backward()
+    student, teacher = (
+        ops.map_arrays(lambda part: part.requires_grad_(), _tensors(side)) for side in example_values(loss)
+    )
+    loss(student, teacher, **_like(list(example_options(loss))[-1], student)).backward()
     assert ops.first_array(student).grad is not None, "the student has no gradient"
     if not getattr(loss, "learned", False):
         assert all(part.grad is None for part, _ in _parts(teacher, teacher)), "the teacher has a gradient"
@@ -118,8 +120,8 @@ def check_teacher_has_no_gradient(loss: Loss) -> None:
 
 def check_numpy_and_pytorch_agree(loss: Loss) -> None:
     """The losses of the same float64 values are equal in both frameworks."""
-    student, teacher = _values(loss)
-    for options in _options(loss):
+    student, teacher = example_values(loss)
+    for options in example_options(loss):
         first = float(loss(student, teacher, **options))
         tensors = _tensors(student), _tensors(teacher)
         second = float(loss(*tensors, **_like(options, tensors[0])))
@@ -134,15 +136,15 @@ def check_loss_is_finite_for_huge_values(loss: Loss) -> None:
     """
     torch = import_module("torch")
     random = np.random.default_rng(2)
-    signs = ops.map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), _values(loss)[0])
+    signs = ops.map_arrays(lambda part: random.choice([-1.0, 1.0], part.shape), example_values(loss)[0])
     huge, opposite = ops.map_arrays(lambda part: 1e4 * part, signs), ops.map_arrays(lambda part: -1e4 * part, signs)
-    for options in _options(loss):
+    for options in example_options(loss):
         for student, teacher in ((huge, opposite), (huge, huge), (huge, signs)):
             value = float(loss(student, teacher, **options))
             assert np.isfinite(value), f"the loss of huge values is {value}"
             for _, gradient in _parts(student, _gradient(loss, student, teacher, options)):
                 assert np.isfinite(gradient).all(), "the gradient for huge values is not finite"
-    for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), _options(loss)):
+    for dtype, options in itertools.product((torch.float32, torch.bfloat16, torch.float16), example_options(loss)):
         for sides in ((huge, opposite), (huge, huge), (huge, signs)):
             student, teacher = (_rounded(_tensors(side), dtype) for side in sides)
             ops.map_arrays(lambda part: part.requires_grad_(), student)
@@ -161,8 +163,8 @@ def check_loss_is_finite_in_half_precision(loss: Loss) -> None:
     """Loss and gradient of 16-bit values under autocast are close to those of the same rounded values in 64 bits."""
     torch = import_module("torch")
     for dtype in (torch.bfloat16, torch.float16):
-        for options in _options(loss):
-            student, teacher = (_rounded(_tensors(side), dtype) for side in _values(loss))
+        for options in example_options(loss):
+            student, teacher = (_rounded(_tensors(side), dtype) for side in example_values(loss))
             ops.map_arrays(lambda part: part.requires_grad_(), student)
             with torch.autocast("cpu", dtype=dtype):
                 total = loss(student, teacher, **_like(options, student))
@@ -201,9 +203,9 @@ def check_masked_positions_contribute_nothing(loss: Loss) -> None:
 
 
 def _check_masked(loss: Loss, shape: Any) -> None:
-    student, teacher = _values(loss, shape)
-    mask = _mask(loss, shape)
-    for plain in _options(loss, shape):
+    student, teacher = example_values(loss, shape)
+    mask = example_mask(loss, shape)
+    for plain in example_options(loss, shape):
         options = {**plain, "mask": mask}
         expected = float(loss(student, teacher, **options))
         gradient = _gradient(loss, student, teacher, options)
@@ -221,10 +223,10 @@ def _check_masked(loss: Loss, shape: Any) -> None:
 
 def check_order_of_samples_does_not_matter(loss: Loss) -> None:
     """The loss of the same samples in another order is the same."""
-    values = _values(loss)
+    values = example_values(loss)
     indices = np.arange(len(ops.first_array(values[0])))
     order = np.concatenate([indices[1::2], indices[::2]])  # a reversal would keep the neighbors of each sample
-    for options in _options(loss):
+    for options in example_options(loss):
         permuted = [ops.map_arrays(lambda part: part[order], side) for side in values]
         other = {name: value[order] if name in ("labels", "mask") else value for name, value in options.items()}
         _assert_same(loss, (*values, options), (*permuted, other), "for the same samples in another order")
@@ -237,8 +239,8 @@ def check_loss_is_a_mean_over_samples(loss: Loss) -> None:
     """
     if getattr(loss, "relational", False):
         return
-    values = _values(loss)
-    for options in _options(loss):
+    values = example_values(loss)
+    for options in example_options(loss):
         twice = [ops.map_arrays(lambda part: np.concatenate([part, part]), side) for side in values]
         other = {n: np.concatenate([v, v]) if n in ("labels", "mask") else v for n, v in options.items()}
         _assert_same(loss, (*values, options), (*twice, other), "with each sample twice")
@@ -253,13 +255,13 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
     over = getattr(loss, "over", "samples")
     if getattr(loss, "relational", False) or over == "contents":
         return
-    student, teacher = _values(loss)
+    student, teacher = example_values(loss)
     masks: list[Any] = [None]
     if "mask" in step_arguments(loss):
-        mask = _mask(loss)
+        mask = example_mask(loss)
         mask[(..., 0) if mask.ndim > 1 else 0] = True  # no part is masked completely
         masks.append(mask)
-    for plain, mask in itertools.product(_options(loss), masks):
+    for plain, mask in itertools.product(example_options(loss), masks):
         options = plain if mask is None else {**plain, "mask": mask}
         parts = []
         for part in (slice(1), slice(1, None)):
@@ -277,12 +279,12 @@ def check_parts_of_a_batch_add_up_to_it(loss: Loss) -> None:
 
 def check_unequal_shapes_are_refused(loss: Loss) -> None:
     """Unequal numbers of samples, or unequal widths, raise a ShapeError, even if the shapes broadcast."""
-    student, teacher = _values(loss)
+    student, teacher = example_values(loss)
     cuts: list[Any] = [lambda part: part[:1]]
     if getattr(loss, "widths", "same") == "same":
         axis = {"maps": 1, "stages": 1, "pixels": 1}.get(getattr(loss, "takes", "logits"), -1)
         cuts += [lambda part: part.take([0], axis), lambda part: part.take(range(part.shape[axis] - 1), axis)]
-    for options in _options(loss):
+    for options in example_options(loss):
         for cut in cuts:
             other = ops.map_arrays(cut, teacher)
             for pair in ((student, other), (_tensors(student), _tensors(other))):
@@ -301,9 +303,9 @@ def check_unequal_shapes_are_refused(loss: Loss) -> None:
 
 def check_inputs_are_not_changed(loss: Loss) -> None:
     """The loss does not write to the values of student and teacher."""
-    sides = _values(loss)
+    sides = example_values(loss)
     before = [ops.map_arrays(lambda part: part.copy(), side) for side in sides]
-    for options in _options(loss):
+    for options in example_options(loss):
         loss(*sides, **options)
         tensors = [_tensors(side) for side in sides]  # they share memory with the arrays
         loss(*tensors, **_like(options, tensors[0]))
@@ -328,7 +330,7 @@ LOSS_CHECKS: tuple[Callable[[Loss], None], ...] = (
 )
 
 
-def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
+def example_values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
     """Return random values of student and teacher, float64, of the kind that the loss takes."""
     random = np.random.default_rng(0)
 
@@ -347,9 +349,9 @@ def _values(loss: Loss, shape: Any = None) -> tuple[Any, Any]:
     return draw(shape, 2.0), draw(shape, 3.0)
 
 
-def _mask(loss: Loss, shape: Any = None) -> Any:
+def example_mask(loss: Loss, shape: Any = None) -> Any:
     """Return a mask that is True for some samples, shape (N,), or positions, shape (N, L)."""
-    takes, shape = getattr(loss, "takes", "logits"), ops.first_array(_values(loss, shape)[0]).shape
+    takes, shape = getattr(loss, "takes", "logits"), ops.first_array(example_values(loss, shape)[0]).shape
     mask_shape = {
         "attention": (shape[0], shape[-1]),
         "pixels": (shape[0], *shape[2:]),
@@ -371,11 +373,11 @@ def _item_count(over: str, loss: Loss, mask: Any, samples: int) -> int:
     return samples if over == "samples" and getattr(loss, "takes", "logits") in TOKEN_KINDS else int(mask.sum())
 
 
-def _options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
+def example_options(loss: Loss, shape: Any = None) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for a loss: each temperature, together with labels if the loss takes them."""
     arguments: dict[str, Any] = {}
     if "labels" in step_arguments(loss):
-        shape = ops.first_array(_values(loss, shape)[0]).shape
+        shape = ops.first_array(example_values(loss, shape)[0]).shape
         random = np.random.default_rng(5)
         regression = getattr(loss, "takes", "logits") == "values"
         arguments["labels"] = random.standard_normal(shape) if regression else random.integers(0, shape[-1], shape[:-1])

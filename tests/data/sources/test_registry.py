@@ -18,7 +18,7 @@ from kirsch.data.dataset import DataSet, Split
 
 def good(*, seed, classes=2):
     part = Split(np.full((classes, 1), seed, np.float32), np.arange(classes))
-    return DataSet("good", part, part, part, tuple("abcdef"[:classes]))
+    return DataSet("good", part, part, part, classes=tuple("abcdef"[:classes]))
 
 
 def broken(*, seed):
@@ -35,7 +35,7 @@ def missing(*, seed):
 
 def plain(classes=2):
     part = Split(np.zeros((classes, 1), np.float32), np.arange(classes))
-    return DataSet("plain", part, part, part, tuple("abcdef"[:classes]))
+    return DataSet("plain", part, part, part, classes=tuple("abcdef"[:classes]))
 
 
 def demanding(path, size):

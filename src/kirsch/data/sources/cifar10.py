@@ -73,8 +73,8 @@ def cifar10(
         part(training.take(order[:train]).to_pydict()),
         part(training.take(order[train : train + validation]).to_pydict()),
         part(testing.take(random.permutation(len(testing))[:test]).to_pydict()),
-        CLASSES,
-        AUGMENT if augment else None,
+        classes=CLASSES,
+        augment=AUGMENT if augment else None,
     )
 
 

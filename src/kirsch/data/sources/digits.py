@@ -39,4 +39,4 @@ def digits(*, seed: int, train: float = 0.6, validation: float = 0.2) -> DataSet
     first_part, second_part, third_part = (
         Split((images[part] - mean) / deviation, labels[part]) for part in map(sorted, parts)
     )
-    return DataSet("digits", first_part, second_part, third_part, tuple(str(label) for label in range(10)))
+    return DataSet("digits", first_part, second_part, third_part, classes=tuple(str(label) for label in range(10)))

@@ -20,7 +20,7 @@ from kirsch.distillation.probabilities import kind_of_outputs
 from kirsch.distillation.store import record
 from kirsch.distillation.store import specification as spec
 from kirsch.distillation.store.reading import TeacherStore
-from kirsch.distillation.store.record import LOGITS, Keep, Outputs, TeacherRunner, TopK
+from kirsch.distillation.store.record import LOGITS, Keep, OutputFunction, TeacherRunner, TopK
 from kirsch.distillation.store.specification import RangeFile, Specification
 from kirsch.errors import OutputError, StoreError, UsageError
 from kirsch.frameworks.find import framework_of
@@ -37,7 +37,7 @@ def build_store(
     data: ArrayData,
     *,
     keep: Keep | None = TopK(),  # noqa: B008 - it is frozen
-    outputs: Outputs | None = None,
+    outputs: OutputFunction | None = None,
     views: Count = 1,
     seed: Seed | None = None,
     temperature: Positive = 1.0,

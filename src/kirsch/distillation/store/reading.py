@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kirsch import figures
 from kirsch.annotations import Between, Count, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Model
@@ -23,8 +24,8 @@ from kirsch.data.augment import sample_seeds
 from kirsch.data.batches import ArrayData
 from kirsch.distillation.store import record
 from kirsch.distillation.store import specification as spec
-from kirsch.distillation.store.record import LOGITS, SEED, Outputs, TeacherRunner
-from kirsch.distillation.store.specification import RangeFile, Specification, damaged
+from kirsch.distillation.store.record import LOGITS, SEED, OutputFunction, TeacherRunner
+from kirsch.distillation.store.specification import RangeFile, Specification, damaged_store_error
 from kirsch.errors import DataError, ShapeError, StoreError
 from kirsch.frameworks.find import framework_of
 
@@ -95,7 +96,7 @@ class TeacherStore:
             content = path.read_bytes() if path.is_file() else b""
             digest = hashlib.sha256(content).hexdigest()
             if len(content) != 8 * specification.samples or digest != specification.ids_sha256:
-                raise damaged(folder, f"{spec.IDS} is missing, or does not match its size or sha256")
+                raise damaged_store_error(folder, f"{spec.IDS} is missing, or does not match its size or sha256")
             ids = np.frombuffer(content, "<i8").astype(np.int64)
             self._order = np.argsort(ids, kind="stable")
             self._ids = ids[self._order]
@@ -119,9 +120,9 @@ class TeacherStore:
                     "Build it again with the same arguments; existing ranges are kept.",
                 )
             if file.path.is_symlink():
-                raise damaged(folder, f"{file.path.name} is a link")
+                raise damaged_store_error(folder, f"{file.path.name} is a link")
             if (found := file.path.stat().st_size) != file.size_bytes:
-                raise damaged(folder, f"{file.path.name} has {found} bytes, expected {file.size_bytes}")
+                raise damaged_store_error(folder, f"{file.path.name} has {found} bytes, expected {file.size_bytes}")
         return cls(folder, stored)
 
     @checked
@@ -153,7 +154,7 @@ class TeacherStore:
             sample = ids[order[differs].min()]
             if from_store:
                 problem = f"the record of sample {sample} in view {view} has the seed of another sample"
-                raise damaged(self.folder, problem)
+                raise damaged_store_error(self.folder, problem)
             raise DataError(
                 f"Sample {sample} was augmented differently for the teacher.",
                 f"View {view} of the store was augmented with the seed {self.specification.seed}.",
@@ -212,7 +213,7 @@ class TeacherStore:
         try:
             mapped = np.memmap(file.path, np.uint8, "r", shape=(file.size_bytes,))
         except (OSError, ValueError) as error:
-            raise damaged(self.folder, f"{file.path.name} cannot be read: {error}") from error
+            raise damaged_store_error(self.folder, f"{file.path.name} cannot be read: {error}") from error
         content = mapped.view(np.ndarray)  # indexing an np.memmap object takes longer than reading the records
         return content[: -spec.DIGEST_BYTES].view(self.record_type), content[-spec.DIGEST_BYTES :].tobytes()
 
@@ -275,9 +276,8 @@ class TeacherStore:
             if self.specification.digest(file, records) != digest:
                 changed.append(f"{file.path.name} ({file})")
         if changed:
-            more = f", and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-            listed = "; ".join(changed[:MAX_LISTED])
-            raise damaged(self.folder, f"The contents of these files do not match their sha256: {listed}{more}")
+            listed = figures.listed(changed, MAX_LISTED, "; ")
+            raise damaged_store_error(self.folder, f"The contents of these files do not match their sha256: {listed}")
 
     @checked
     def check(
@@ -286,7 +286,7 @@ class TeacherStore:
         data: ArrayData,
         *,
         samples: Count = 256,
-        outputs: Outputs | None = None,
+        outputs: OutputFunction | None = None,
         batch_size: Count = 256,
     ) -> StoreCheck:
         """Compare stored outputs with current outputs of the teacher, for samples evenly spread over all views.

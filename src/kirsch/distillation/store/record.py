@@ -63,8 +63,7 @@ class Dense:
 
 
 Keep = TopK | Dense
-Shape = tuple[int, ...]
-Outputs = Callable[[Any], dict[str, Any]]
+OutputFunction = Callable[[Any], dict[str, Any]]
 """Callable that takes inputs as a numpy array (N, ...) and returns arrays by name (N, ...): "logits" (N, ..., K), and
 features."""
 
@@ -75,7 +74,7 @@ class TeacherRunner:
 
     teacher: Any
     data: ArrayData
-    outputs: Outputs | None
+    outputs: OutputFunction | None
     batch_size: int
 
     def __call__(self, indices: NDArray[Any], seed: int, view: int) -> Arrays:
@@ -131,13 +130,13 @@ def index_type(classes: int) -> str:
 
 
 def fields_of(
-    keep: Keep | None, classes: int | None, positions: Shape, features: dict[str, Shape]
-) -> list[tuple[str, str, Shape]]:
+    keep: Keep | None, classes: int | None, positions: tuple[int, ...], features: dict[str, tuple[int, ...]]
+) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return name, numpy type and shape of each field of a record.
 
     The logits of a sample have the shape (*positions, classes). Without logits, `keep` and `classes` are None.
     """
-    logits: list[tuple[str, str, Shape]] = []
+    logits: list[tuple[str, str, tuple[int, ...]]] = []
     if isinstance(keep, TopK) and classes is not None:
         top_k = (*positions, keep.k)
         logits = [("indices", index_type(classes), top_k), ("log_p", "<f2", top_k), ("tail", "<f2", positions)]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kirsch import strict_json
 from kirsch.annotations import value_phrase
-from kirsch.distillation.store.record import RESERVED, Dense, Keep, Shape, TopK, fields_of
+from kirsch.distillation.store.record import RESERVED, Dense, Keep, TopK, fields_of
 from kirsch.errors import StoreError, UsageError, name_of
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Specification(BaseModel):
         return self.transform is not None
 
     @property
-    def fields(self) -> list[tuple[str, str, Shape]]:
+    def fields(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, numpy type and shape of each field of a record."""
         return fields_of(self.keep, self.classes, self.positions, self.features)
 
@@ -202,7 +202,7 @@ def problem(error: ValueError) -> str:
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}."
 
 
-def damaged(folder: Path, found: str) -> StoreError:
+def damaged_store_error(folder: Path, found: str) -> StoreError:
     """Return the error for a store with damaged files."""
     return StoreError(
         f"The store {folder} is damaged.",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kirsch
 from kirsch.frameworks.pytorch.analysis.count import count, macs_of
 
 
@@ -89,3 +92,47 @@ def test_the_macs_of_a_traced_operation_follow_from_its_shapes():
     program = torch.export.export(Product(), (torch.ones(2, 3, 4), torch.ones(4, 5)), strict=False)
     costs = {n.target._schema.name: macs_of(n) for n in program.graph.nodes if n.op == "call_function"}
     assert costs == {"aten::matmul": 2 * 3 * 4 * 5, "aten::relu": 0}
+
+
+@torch.library.custom_op("kirsch_tests::product", mutates_args=())
+def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x @ y
+
+
+@product.register_fake
+def _(x, y):
+    return x.new_empty(x.shape[0], y.shape[1])
+
+
+class Custom(nn.Module):
+    """A linear layer, and a product of tensors by an operator that PyTorch does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return self.second(self.first(product(x, self.weight)).relu())
+
+
+class Conditional(nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: x @ x, lambda x: x.clone(), (x,))
+
+
+@pytest.mark.parametrize(
+    ("model", "operator"), [(Custom(), "kirsch_tests.product.default"), (Conditional(), "cond")], ids=["custom", "cond"]
+)
+def test_the_macs_of_operators_without_a_formula_are_unknown(model, operator):
+    program = torch.export.export(model.eval(), (torch.ones(4, 4),), strict=False)
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    (unknown,) = {str(node.target) for node in calls if macs_of(node) is None}
+    assert unknown == operator
+
+
+def test_a_note_lists_the_operations_whose_macs_are_not_counted():
+    graph = kirsch.trace(Custom().eval(), torch.randn(3, 4))
+    (note,) = (note for note in kirsch.plan(graph, kirsch.Goal(macs=0.6)).notes if "counted" in note)
+    assert re.match(r"The MACs of `kirsch_tests\.product` \(test_count\.py:\d+\) cannot be counted", note)
+    assert not any("counted" in note for note in kirsch.plan(graph, kirsch.Goal(parameters=0.8)).notes)

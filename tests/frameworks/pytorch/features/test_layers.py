@@ -85,7 +85,7 @@ def test_distill_does_not_change_the_data():
     kirsch.distill(
         InPlaceModel(),
         InPlaceModel(),
-        ArrayData(inputs, LABELS, N),
+        ArrayData(inputs, LABELS, batch_size=N),
         objective=kirsch.Objective((Term("kd"), Term("fitnet", student_layer="layers.0"))),
         training=kirsch.Training(epochs=2),
         validation=(validation_inputs, LABELS),

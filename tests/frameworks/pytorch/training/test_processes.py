@@ -22,19 +22,12 @@ import os
 import sys
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from torch import nn
 
 import kirsch
 from kirsch.distillation.term import Term
 from kirsch.data.batches import ArrayData
-
-
-def net(width, seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
-
+from training_networks import tanh_network
 
 random = np.random.default_rng(0)
 labels = np.arange(24) % 3
@@ -43,14 +36,14 @@ data = ArrayData(random.standard_normal((24, 5)), labels, batch_size=8)
 joined = Term("l2-normalized", 0.5, student_layer="1", adapter="linear")
 objective = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0)
 balanced = kirsch.Objective((Term("kd", 0.5, temperature=2.0), joined), label_weight=1.0, balance="gradient")
-generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, 8)
+generated = kirsch.GeneratedData(lambda count, generator: generator.standard_normal((count, 5)), 24, batch_size=8)
 found = []
 for accumulate in (1, 3):
     training = kirsch.Training(epochs=3, learning_rate=0.1, gradient_accumulation_steps=accumulate)
-    student, teacher = net(4, 1), net(6, 2)
+    student, teacher = tanh_network(4, 1).double(), tanh_network(6, 2).double()
     for each in (objective, balanced):
         found.append(kirsch.distill(student, teacher, data, objective=each, training=training, check_teacher=False))
-    found += kirsch.distill_mutually([student, teacher, net(5, 3)], data, training=training)
+    found += kirsch.distill_mutually([student, teacher, tanh_network(5, 3).double()], data, training=training)
     found.append(kirsch.distill(student, teacher, generated, training=training))
 assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))
 if int(os.environ.get("RANK", "0")) == 0:
@@ -133,7 +126,7 @@ import kirsch
 from kirsch.data.batches import ArrayData
 
 sys.stderr = open(sys.argv[1] + f".{__import__('os').environ['RANK']}.txt", "w")
-data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, batch_size=8)
 training = kirsch.Training(epochs=2)
 kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False, progress=True)
 if sys.stderr.name.endswith(".0.txt"):
@@ -158,7 +151,7 @@ def threads():
 
 # Python calls this function after those that were registered later.
 atexit.register(lambda: np.savez(sys.argv[1], during=during, after=threads()))
-data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, 8)
+data = ArrayData(np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32), np.arange(24) % 4, batch_size=8)
 training = kirsch.Training(epochs=1)
 kirsch.distill(nn.Linear(6, 4), nn.Linear(6, 4), data, training=training, check_teacher=False)
 during = threads()
@@ -189,7 +182,7 @@ def run(program, folder, processes):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)
     done = subprocess.run([*command, str(path), str(out)], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -50,7 +50,7 @@ def loader(kind):
     augmented = Noisy(*map(torch.from_numpy, samples()))
     generator = torch.Generator().manual_seed(5)
     return {
-        "arrays": lambda: ArrayData(*samples(), 4, noisy),
+        "arrays": lambda: ArrayData(*samples(), batch_size=4, augment=noisy),
         "list": lambda: pairs(),
         "iterable": ShuffledBatches,
         "in order": lambda: DataLoader(dataset, 4),

@@ -93,7 +93,7 @@ def test_data_that_is_empty_in_the_second_epoch_raises_an_error():
 def test_array_data_adds_a_single_last_sample_to_the_previous_batch():
     """Batch normalization cannot train on one sample; 13 = 4 + 4 + 5."""
     inputs, targets = samples()
-    found = trained(ArrayData(inputs[:13], targets[:13], 4), training=Training(epochs=1))
+    found = trained(ArrayData(inputs[:13], targets[:13], batch_size=4), training=Training(epochs=1))
     assert int(found.model[1].num_batches_tracked) == 3
 
 

@@ -283,22 +283,46 @@ def test_modules_without_effect_on_the_outputs_are_listed_as_unseen(kind):
     assert verified(with_noise(Attention()), inputs).unseen == unseen
 
 
+def test_modules_without_effect_are_found_in_a_model_with_batch_normalization():
+    class Scaled(Attention):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(self.norm(super().forward(x).flatten(0, 1)))
+
+    found = verified(with_noise(Scaled()), torch.randn(4, 1, 4))
+    assert (found.unseen, found.undetermined) == (("q", "k"), "")
+
+
 def test_no_module_is_listed_as_unseen_if_no_output_is_differentiable():
     assert verified(with_noise(Between(OUTPUTS["classes"])), torch.randn(3, 4)).unseen == ()
 
 
-def test_a_warning_states_that_the_gradients_do_not_fit_into_memory(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+            "OutOfMemoryError: CUDA out of memory",
+        ),
+        (NotImplementedError("derivative for aten::nearest"), "NotImplementedError: derivative for aten::nearest."),
+    ],
+)
+def test_the_result_states_why_modules_without_effect_could_not_be_determined(monkeypatch, error, reason):
     outputs = masked.MaskedRun.outputs
 
     def outputs_without_gradients(run, inputs, *, gradients=False, **options):
         if gradients:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise error
         return outputs(run, inputs, **options)
 
     monkeypatch.setattr(masked.MaskedRun, "outputs", outputs_without_gradients)
     inputs, _ = TOKENS["one token"]
-    with pytest.warns(RuntimeWarning, match="gradients of the outputs do not fit into memory"):
-        assert verified(with_noise(Attention()), inputs).unseen == ()
+    found = verified(with_noise(Attention()), inputs)
+    assert (found.passed, found.unseen) == (True, ())
+    assert found.undetermined.startswith(reason)
 
 
 def test_the_distance_from_a_reference_of_zeros_is_zero_only_for_zeros():
@@ -357,7 +381,9 @@ def test_a_model_that_fails_in_training_mode_before_the_cut_is_verified_in_infer
             raise ValueError("needs targets")
         return self.second(x)
 
-    assert verified(with_noise(Between(either)), torch.randn(3, 4)).passed
+    found = verified(with_noise(Between(either)), torch.randn(3, 4))
+    assert found.passed
+    assert found.not_compared == ("training mode: the original raises ValueError: needs targets.",)
 
 
 def test_the_error_for_a_pruned_model_that_fails_names_exception_and_line():
@@ -403,7 +429,33 @@ def test_modules_that_only_run_in_training_mode_are_cut_and_verified():
     model = with_noise(Auxiliary())
     graph = trace(model, torch.randn(5, 4))
     assert sorted(group.size for group in graph.groups) == [6, 8]
-    assert verified(model, torch.randn(5, 4)).unseen == ()
+    found = verified(model, torch.randn(5, 4))
+    assert (found.unseen, found.not_compared) == ((), ())
+
+
+class OnlyFloat32(Auxiliary):
+    """A model whose training mode has an operation that does not support float64."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        if self.training and found[0].dtype is torch.float64:
+            raise RuntimeError(self.message)
+        return found
+
+
+def test_a_training_mode_that_does_not_run_in_float64_is_stated_as_not_compared():
+    model = with_noise(OnlyFloat32())
+    model.message = "not implemented for 'Double'"
+    (reason,) = verified(model, torch.randn(5, 4)).not_compared
+    sentence = "training mode: the original does not run in float64: RuntimeError: not implemented for 'Double'."
+    assert reason == sentence
+
+
+def test_a_lack_of_memory_in_training_mode_is_raised():
+    model = with_noise(OnlyFloat32())
+    model.message = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        verified(model, torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("left_out", ["the tie of a sum", "the statistic of a normalization"])
@@ -430,5 +482,7 @@ def test_a_model_that_chooses_a_training_branch_at_random_is_verified_in_inferen
     seen = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        seen.add(verified(with_noise(Auxiliary(draws=True)), torch.randn(5, 4)).unseen)
+        found = verified(with_noise(Auxiliary(draws=True)), torch.randn(5, 4))
+        seen.add(found.unseen)
+        assert all("differs by" in reason for reason in found.not_compared)
     assert ("left", "right", "head", "norm") in seen  # listed where the branch was not taken

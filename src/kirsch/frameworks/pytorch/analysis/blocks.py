@@ -280,7 +280,7 @@ def skipping(model: nn.Module, blocks: Collection[ResidualBlock]) -> contextlib.
     return tapped_blocks(model, blocks, lambda _, entry, __: entry)
 
 
-def repeatable(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
+def repeatable_outputs(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
     """Return the outputs in inference mode, with the same random numbers in each call."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with inference(model), torch.random.fork_rng(devices):

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from torch import nn
     from torch.fx import Node
+
+
+ATEN = "aten"
+"""Namespace of the operators of PyTorch."""
 
 
 def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
@@ -39,17 +44,26 @@ def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
-def macs_of(node: Node) -> int:
-    """Return the multiply-accumulates of one traced operation, from its traced shapes; no value is computed."""
+def macs_of(node: Node) -> int | None:
+    """Return the multiply-accumulates of one traced operation, from its traced shapes; no value is computed.
+
+    None if they cannot be counted: PyTorch has no formula for operators of other packages, and does not run a
+    higher-order operator such as `cond`, whose arguments are programs.
+    """
+    if isinstance(node.target, HigherOrderOperator):
+        return None
     args, options = map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
     mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
     counter = _counter()
     try:
         with torch.no_grad(), mode, plain_kernels(), counter:
             node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
-    except Exception:  # noqa: BLE001 - an operator that cannot run without values, such as a higher-order one
-        return 0
-    return counter.get_total_flops() // 2
+    except (AssertionError, RuntimeError):  # operands of two fake modes, and an operator that needs values
+        return None
+    macs = int(counter.get_total_flops() // 2)
+    foreign = getattr(node.target, "namespace", ATEN) != ATEN
+    has_formula = getattr(node.target, "overloadpacket", None) in counter.flop_registry
+    return None if foreign and not macs and not has_formula else macs
 
 
 def _counter() -> FlopCounterMode:

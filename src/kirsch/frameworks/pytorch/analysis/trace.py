@@ -185,7 +185,8 @@ def _training_walk(
 
     Such a pass also runs auxiliary heads. Costs and statistics remain those of inference.
     """
-    terms, statistics, facts.statistics = list(facts.terms), facts.statistics, set()
+    terms, uncounted = list(facts.terms), list(facts.uncounted)
+    statistics, facts.statistics = facts.statistics, set()
     try:
         # In training mode, branches may depend on random values, such as masks.
         by_example = replace(tracing, decisions="example")
@@ -193,7 +194,7 @@ def _training_walk(
     except ModelError:
         return None
     finally:
-        facts.terms[:], facts.statistics = terms, statistics
+        facts.terms[:], facts.uncounted[:], facts.statistics = terms, uncounted, statistics
 
 
 def _labeled_tensors(model: nn.Module, facts: Facts) -> dict[str, Tensor]:
@@ -319,7 +320,7 @@ class _Walk:
             shapes,
             call,
             self._labels_of,
-            macs=lambda: macs_of(node),
+            macs=lambda: self._macs(node),
             keeps_scale=lambda width: self._keeps_scale(node, width),
             is_weight=lambda tensor: id(tensor) in weights,
             is_selection=lambda tensor: id(tensor) in selections,
@@ -342,6 +343,13 @@ class _Walk:
             self._by_call.setdefault(number, []).append(state)
             self._origin.setdefault(number, facts.operation)
         return state
+
+    def _macs(self, node: Node) -> int:
+        """Return the multiply-accumulates of the current operation; 0 if they cannot be counted."""
+        macs = macs_of(node)
+        if macs is None:
+            self._facts.uncounted.append(self._facts.operation)
+        return macs or 0
 
     def _is_selection(self, node: Node, source: Node) -> bool:
         if source in self._selections:

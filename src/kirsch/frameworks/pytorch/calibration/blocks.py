@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock, repeatable, skipping, tapped_blocks
+from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock, repeatable_outputs, skipping, tapped_blocks
 from kirsch.frameworks.pytorch.inference.predict import arguments_of
 from kirsch.frameworks.pytorch.modules.submodule import part_of
 
@@ -21,7 +21,7 @@ def outputs(graph: Graph, inputs: Any, without: Collection[str] = ()) -> list[ND
     """Return the floating outputs of the traced model; the blocks named in `without` return their inputs."""
     skipped = [block for block in graph.traced.blocks if block.path in without]
     with skipping(part_of(graph.model, graph.tracing.module), skipped):
-        values = repeatable(graph.model, *arguments_of(graph.model, inputs))
+        values = repeatable_outputs(graph.model, *arguments_of(graph.model, inputs))
     return [value.double().cpu().numpy() for value in values if value.is_floating_point()]
 
 
@@ -36,4 +36,4 @@ def block_features(graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], 
         see(block.path, *(features_last(value, block.features) for value in (entry, out)))
 
     with tapped_blocks(part_of(graph.model, graph.tracing.module), graph.traced.blocks, tap):
-        repeatable(graph.model, *arguments_of(graph.model, inputs))
+        repeatable_outputs(graph.model, *arguments_of(graph.model, inputs))

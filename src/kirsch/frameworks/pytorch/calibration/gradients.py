@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kirsch.frameworks.pytorch.inference.placement import to_device
-from kirsch.frameworks.pytorch.inference.predict import arguments_of, called, copied, inference, logits_of
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, call_model, copied, inference, logits_of
 from kirsch.frameworks.pytorch.modules.submodule import part_of, with_part
 from kirsch.frameworks.pytorch.surgery.cut import cut
 
@@ -89,7 +89,7 @@ def _parameters(graph: Graph) -> dict[str, nn.Parameter]:
 def _loss(model: nn.Module, batch: Batch, loss: Loss) -> torch.Tensor:
     moved = to_device(batch, model)
     args, options = arguments_of(model, copied(moved.inputs))
-    value: torch.Tensor = loss(logits_of(called(model, args, options)), moved.targets)
+    value: torch.Tensor = loss(logits_of(call_model(model, args, options)), moved.targets)
     return value
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kirsch.frameworks.pytorch.analysis.count import GROUPED, plain_kernels
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.inference.predict import arguments_of, called, copied, inference, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments_of, call_model, copied, inference, tensors
 from kirsch.frameworks.pytorch.modules.submodule import part_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> 
         torch.backends.cudnn.flags(enabled=False),
         _Observer(weights, observe),
     ):
-        called(graph.model, args, options)
+        call_model(graph.model, args, options)
 
 
 class _ChannelLabels:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import OUTPUT, LayerName
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments, call_model, copied, inference, logits_of, tensors
 from kirsch.frameworks.pytorch.modules.unsupported import check_values
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class FeatureCapture:
         try:
             self._running = True
             with functions:
-                outputs = called(self.model, args, options, self._options)
+                outputs = call_model(self.model, args, options, self._options)
             self._check_overwritten()
             writes = None in versions or [_version(part) for part in parts] != versions
             if writes and not copies:

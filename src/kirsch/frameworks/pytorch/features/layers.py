@@ -13,7 +13,7 @@ from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import OUTPUT, LayerName, pattern
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture, is_torchscript, layers_of
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments, call_model, copied, inference, logits_of, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,14 +42,14 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
         try:
             with inference(model), torch.no_grad():
                 args, options = arguments(copied(inputs))
-                count = len(layers_of(model, called(model, args, options, capture._options), layer))  # noqa: SLF001 - of this package
+                count = len(layers_of(model, call_model(model, args, options, capture._options), layer))  # noqa: SLF001 - of this package
         finally:
             capture.close()
         return [text.replace("[*]", f"[{number}]") for number in range(count)]
     if layer.path == f"{OUTPUT}*":
         with inference(model), torch.no_grad():
             args, options = arguments(copied(inputs))
-            return [f"{OUTPUT}{name}" for name in named(called(model, args, options))]
+            return [f"{OUTPUT}{name}" for name in named(call_model(model, args, options))]
     if layer.path == "penultimate":
         return [f"{_last_layer(model, inputs)}:in"]
     if layer.layered or layer.of_outputs or not ("*" in layer.path or layer.index):
@@ -82,7 +82,7 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
     try:
         with inference(model), torch.no_grad():
             args, options = arguments(copied(inputs))
-            logits = logits_of(called(model, args, options))
+            logits = logits_of(call_model(model, args, options))
     finally:
         for handle in handles:
             handle.remove()
@@ -134,7 +134,7 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
     try:
         with inference(model), torch.no_grad():
             args, options = arguments(copied(tensors(inputs, model)))
-            called(model, args, options)
+            call_model(model, args, options)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StudentWithAdapters(nn.Module):
     """A student, the layers that are captured, and the adapters between student and teacher.
 
-    Implements `kirsch.frameworks.protocols.AdaptedStudent`.
+    Implements the protocol `kirsch.frameworks.protocols.StudentWithAdapters`.
 
     Args:
         student: the model to train.
@@ -48,12 +48,14 @@ class StudentWithAdapters(nn.Module):
         self._logits = logits
         self._capture: FeatureCapture | None = None
 
-    def forward(self, inputs: Any, teacher_source: Mapping[str, Any] | None = None, ids: Any = None) -> StudentOutputs:
+    def forward(
+        self, inputs: Any, teacher_features: Mapping[str, Any] | None = None, ids: Any = None
+    ) -> StudentOutputs:
         """Run the student and the adapters.
 
         Args:
             inputs: one batch.
-            teacher_source: the teacher's values by name of the adapter.
+            teacher_features: the teacher's values by name of the adapter.
             ids: ids of the samples, for adapters that store values by sample.
         """
         if self._capture is None:  # not in __init__: copies of the module would share the hooks
@@ -61,7 +63,7 @@ class StudentWithAdapters(nn.Module):
         values = self._capture(inputs)
         values = values if self._logits is None else self._logits(values)
         adapted, adapter_losses = {}, {}
-        for name, teacher in (teacher_source or {}).items():
+        for name, teacher in (teacher_features or {}).items():
             adapter = self.adapters[name]
             adapted[name] = adapter(at_layers(values, self._pairs[name]), teacher, ids=ids)
             extra_loss = adapter.extra_loss() if isinstance(adapter, Adapter) else None

@@ -49,7 +49,7 @@ def embedding_fix(args: Any, options: Any) -> str:
     return f"{EMBEDDING_INDICES[:-1]}: --input {name}{sizes}:int64 on the command line."
 
 
-def fitted(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, Any]:
+def fitted_arguments(model: nn.Module, args: Any, options: Any, extra: Any) -> tuple[Any, Any]:
     """Return positional and keyword arguments for the `forward` of a model; see `by_position`.
 
     Args:
@@ -121,7 +121,7 @@ def _unfit(model: nn.Module, known: list[str], args: Any, options: Any) -> Usage
     )
 
 
-def explained(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
+def explained_error(model: nn.Module, args: Any, options: Any, error: Exception) -> UsageError | None:
     """Return an error that explains an exception by the names and types of a model's inputs; None for other causes.
 
     Args:

@@ -14,7 +14,7 @@ from kirsch.data.structure import summary
 from kirsch.errors import KirschError, ModelError, UsageError
 from kirsch.frameworks.pytorch.inference.calling import not_running
 from kirsch.frameworks.pytorch.inference.outputs import named
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied, inference, logits_of, tensors
+from kirsch.frameworks.pytorch.inference.predict import arguments, call_model, copied, inference, logits_of, tensors
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.modes import set_modes
 
@@ -47,10 +47,10 @@ def _run(model: nn.Module, inputs: Any, *, training: bool) -> None:
     args, options = arguments(copied(inputs))
     if not training:
         with inference(model), torch.no_grad():
-            called(model, args, options)
+            call_model(model, args, options)
         return
     with torch.random.fork_rng(), torch.no_grad():
-        called(copy_of(model).train(), args, options)
+        call_model(copy_of(model).train(), args, options)
 
 
 def check_training_outputs(model: nn.Module, inputs: Any) -> None:
@@ -70,10 +70,10 @@ def check_training_outputs(model: nn.Module, inputs: Any) -> None:
     args, options = arguments(tensors(inputs, model))
     copy = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})  # parameters need no copy
     with torch.random.fork_rng(), torch.no_grad(), inference(copy):
-        expected = logits_of(called(copy, *copied((args, options))))
+        expected = logits_of(call_model(copy, *copied((args, options))))
         set_modes([(module, not type(module).__module__.startswith("torch.nn.")) for module in copy.modules()])
         try:
-            outputs = called(copy, *copied((args, options)))
+            outputs = call_model(copy, *copied((args, options)))
         except Exception:  # noqa: BLE001 - the first training step raises it, if these few samples are not the cause
             return
     logits = logits_of(outputs)

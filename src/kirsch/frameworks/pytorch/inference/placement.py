@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from kirsch.frameworks.pytorch.inference.predict import device_of, on, tensors
+from kirsch.frameworks.pytorch.inference.predict import array_to_device, device_of, tensors
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.unsupported import check_values
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def from_numpy(arrays: Any, *, like: Any = None) -> Any:
     """Convert a numpy array, or each array in a tuple or dict, to a tensor, on the device of `like` if it is given."""
     device = torch.device("cpu") if like is None else like.device
-    return tree_map(partial(on, device), arrays)
+    return tree_map(partial(array_to_device, device), arrays)
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

@@ -17,7 +17,14 @@ from kirsch.data.annotations import ONLY_NUMBERS
 from kirsch.errors import DataError, KirschError, UsageError, error_text
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.predictions import logits_output
-from kirsch.frameworks.pytorch.inference.calling import UNFIT, by_position, explained, fitted, not_running, one_sample
+from kirsch.frameworks.pytorch.inference.calling import (
+    UNFIT,
+    by_position,
+    explained_error,
+    fitted_arguments,
+    not_running,
+    one_sample,
+)
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.modes import set_modes
 
@@ -69,7 +76,7 @@ def copied(inputs: Any) -> Any:
     return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
 
 
-def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyType({})) -> Any:
+def call_model(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyType({})) -> Any:
     """Call a model and return its outputs.
 
     Args:
@@ -82,7 +89,7 @@ def called(model: nn.Module, args: Any, options: Any, extra: Any = MappingProxyT
         DataError: the model has batch normalization in training mode, and the batch has one sample.
         ModelError: the model does not run for another reason, such as the shapes of the inputs.
     """
-    args, options = fitted(model, args, options, extra)
+    args, options = fitted_arguments(model, args, options, extra)
     try:
         return model(*args, **options)
     except UNFIT as error:
@@ -103,7 +110,7 @@ def _call_error(model: nn.Module, args: Any, options: Any, extra: Any, error: Ex
             "Pass the model to DataCollatorForSeq2Seq, or add "
             "model.prepare_decoder_input_ids_from_labels(labels=labels) to the batches.",
         )
-    explanation = explained(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
+    explanation = explained_error(model, args, options, error) if isinstance(error, (RuntimeError, TypeError)) else None
     if explanation is not None:
         return explanation
     named_inputs = {name: value for name, value in options.items() if name not in extra}
@@ -156,7 +163,7 @@ def logits_of_each(models: Iterable[nn.Module], args: Any, options: Any) -> list
     logits = []
     for model in models:
         model_args, model_options = copied((args, options))
-        logits.append(logits_of(called(model, model_args, model_options)))
+        logits.append(logits_of(call_model(model, model_args, model_options)))
     return logits
 
 
@@ -168,10 +175,10 @@ def device_of(model: nn.Module) -> torch.device:
 def tensors(inputs: Any, model: nn.Module) -> Any:
     """Return a batch of numpy arrays or tensors as tensors on the device of a model."""
     device = device_of(model)
-    return tree_map(lambda value: on(device, value), inputs)
+    return tree_map(lambda value: array_to_device(device, value), inputs)
 
 
-def on(device: torch.device, array: Any) -> Any:
+def array_to_device(device: torch.device, array: Any) -> Any:
     """Return a numpy array or a tensor as a tensor on a device; anything else unchanged."""
     if isinstance(array, np.ndarray):
         return _from_numpy(array).to(device)
@@ -188,7 +195,7 @@ def infer(run: Any, inputs: Any) -> Any:
     with torch.no_grad():
         if isinstance(run, nn.Module):
             args, options = arguments(copied(inputs))
-            return logits_of(called(run, args, options))
+            return logits_of(call_model(run, args, options))
         return run(inputs)
 
 

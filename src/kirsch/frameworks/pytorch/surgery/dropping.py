@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kirsch.errors import ModelError
-from kirsch.frameworks.pytorch.analysis.blocks import repeatable, skipping
+from kirsch.frameworks.pytorch.analysis.blocks import repeatable_outputs, skipping
 from kirsch.frameworks.pytorch.modules.interpreted import Part, remove_parts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def drop(model: nn.Module, blocks: Collection[ResidualBlock], args: Any, options
     modules = dict(model.named_modules())  # kept alive, because an id is only unique while its object exists
     old_paths = {id(module): path for path, module in modules.items()}
     with skipping(model, blocks):
-        expected = repeatable(model, args, options)
+        expected = repeatable_outputs(model, args, options)
     _remove_from_graphs(model, blocks)
     remaining = [block for block in blocks if block.part is None]
     parents = dict.fromkeys(block.path.rpartition(".")[0] for block in remaining)
@@ -130,7 +130,7 @@ def _set_index(child: nn.Module, index: int, attributes: Collection[tuple[str, s
 def _outputs_or_none(model: nn.Module, args: Any, options: Any) -> list[torch.Tensor]:
     """Return the outputs; an empty list if the model raises an exception."""
     try:
-        return repeatable(model, args, options)
+        return repeatable_outputs(model, args, options)
     except Exception:  # noqa: BLE001 - the code of the model can raise any exception
         return []
 

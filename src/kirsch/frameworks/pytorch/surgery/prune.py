@@ -97,9 +97,9 @@ def _changed_comparisons(graph: Graph, keep: Any) -> str:
 
 
 def changed_computed_weights(model: nn.Module, plan: Plan, graph: Graph) -> dict[str, float]:
-    """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
+    """Return the modules whose computed weights change for the kept units; see `changed_weight_ratios`."""
     part = submodule.part_of(model, graph.tracing.module)
-    return verification.computed(part, graph, plan.keep(graph), torch.float64)
+    return verification.computed_weight_ratios(part, graph, plan.keep(graph), torch.float64)
 
 
 def configure(

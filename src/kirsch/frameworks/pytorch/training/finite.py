@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import NumericError
-from kirsch.frameworks.pytorch.inference.predict import arguments, called, copied
+from kirsch.frameworks.pytorch.inference.predict import arguments, call_model, copied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -77,7 +77,7 @@ def not_finite(model: nn.Module, batch: Batch, parts: Mapping[str, float], epoch
     try:
         with torch.no_grad():
             args, options = arguments(copied(inputs))
-            called(model, args, options)
+            call_model(model, args, options)
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from kirsch.data.batches import Batch, SeededData, naming
 from kirsch.errors import CheckpointError, DataError, NumericError, UsageError
 from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, gradient_norms, student_of
-from kirsch.frameworks.pytorch.inference.predict import device_of, inference, on
+from kirsch.frameworks.pytorch.inference.predict import array_to_device, device_of, inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.unsupported import check_trainable
 from kirsch.frameworks.pytorch.training.epoch_losses import TOTAL, EpochLosses, NotFiniteLosses
@@ -220,7 +220,7 @@ class _Run:
             seeds = seeds[rank::processes]
         inputs, targets, ids = (tree_map(take, values) for values in (batch.inputs, batch.targets, batch.ids))
         counts = self.loss.counts([Batch(inputs, targets, ids, batch.view, seeds)])
-        inputs, targets, ids = (tree_map(partial(on, device), values) for values in (inputs, targets, ids))
+        inputs, targets, ids = (tree_map(partial(array_to_device, device), values) for values in (inputs, targets, ids))
         return _Shard(Batch(inputs, targets, ids, batch.view, seeds), counts, replicated)
 
     def _seed(self, batch: int, *, per_process: bool = False) -> None:
@@ -239,9 +239,9 @@ class _Run:
         rate = learning_rate(self.training, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        main = self.accelerator.is_main_process
-        own = [shard.counts for shard in window if main or not shard.replicated]
-        counts = self._sum_over_processes({name: sum(shard[name] for shard in own) for name in window[0].counts})
+        # A replicated shard has the same samples in all processes, so only the main process counts them.
+        shard_counts = [shard.counts for shard in window if self.accelerator.is_main_process or not shard.replicated]
+        counts = self._sum_over_processes({name: sum(each[name] for each in shard_counts) for name in window[0].counts})
         require_labels(counts, f"the step at epoch {self.epoch + 1}, batch {self.batch + 1}")
         samples = sum(len(shard.batch) for shard in window)
         self.optimizer.zero_grad(set_to_none=True)
@@ -296,7 +296,10 @@ class _Run:
             raise not_finite(self.module.student, self.last_batch, terms, self.epoch + 1, error.batch) from None
 
     def _sum_over_processes(self, counts: dict[str, int]) -> dict[str, int]:
-        """Return the sums of counts over the processes."""
+        """Return the sums of counts over the processes.
+
+        With several processes, this waits for the accelerator once per step, because the loss is divided by these sums.
+        """
         if self.accelerator.num_processes == 1:
             return counts
         total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=self.accelerator.device), "sum")

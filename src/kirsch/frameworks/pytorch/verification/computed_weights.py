@@ -60,7 +60,9 @@ class _WeightsRun(MaskedRun):
         return out
 
 
-def changed(graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def changed_weight_ratios(
+    graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
     """Return the modules whose computed weight changes for the kept units.
 
     Units that only exist within the computation of a weight, such as the rank of a product of two factors, are removed

@@ -30,9 +30,8 @@ def _floating_type(values: Iterable[Any]) -> torch.dtype | None:
 def constants_of_the_trace(traced: Traced, dtype: torch.dtype) -> Iterator[None]:
     """Make the code of the model create the constants that the traced program has.
 
-    Code that asks for a constant in the dtype of an input asks for `dtype` in the verification, as with
-    `torch.finfo(x.dtype)` or `torch.tensor([0.485], dtype=x.dtype)`. The traced program has the limits of the dtype of
-    the trace, and has rounded the constant to that dtype.
+    Code such as `torch.finfo(x.dtype)` reads the dtype of its input. In the verification this is `dtype`; in the trace
+    it was another one, whose limits and rounded constants the traced program contains.
     """
     traced_type = _floating_type(traced.program.constants.values())
     with _limits_of_the_trace(traced, dtype), _RoundedConstants(dtype, traced_type):

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
-from kirsch.user_warnings import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,20 +42,12 @@ def unseen(
         inputs: the flat user inputs.
 
     Returns:
-        Paths in the order of the groups. The result is also empty if an operator has no derivative, no output is
-        differentiable, or the gradients do not fit into memory. In the last case, a warning is issued.
+        Paths in the order of the groups. The result is also empty if no output is differentiable.
+
+    Raises:
+        RuntimeError: an operator has no derivative, or the gradients do not fit into memory.
     """
-    try:
-        effects = _effects(graph, tensors, inputs)
-    except RuntimeError as error:  # PyTorch raises it for an operator without a derivative
-        if lacks_memory(error):
-            warn(
-                "The gradients of the outputs do not fit into memory, so the modules that no output depends on are not "
-                "listed. The verification would not detect a wrong removal in these modules. Give fewer or smaller "
-                "example inputs, or use a machine with more memory.",
-                RuntimeWarning,
-            )
-        return ()
+    effects = _effects(graph, tensors, inputs)
     threshold = FAINT * max((float(effect.max()) for effect in effects.values()), default=0.0)
     cut = [group for group in graph.groups if not keep[group.components].all()]
     return tuple(
@@ -77,12 +67,16 @@ def _without_effect(group: Group, path: str, graph: Graph, effects: Effects, thr
 
 
 def _effects(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any]) -> Effects:
-    """Return the largest |gradient x value| for each index of each axis, for a random weighting of the outputs."""
+    """Return the largest |gradient x value| for each index of each axis, for a random weighting of the outputs.
+
+    Only axes of parameters have an effect: batch normalization has no derivative with respect to its buffers.
+    """
     tied: dict[int, torch.Tensor] = {}
     leaves = {name: tied.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
     axes: dict[str, list[int]] = {}
+    parameters = set(graph.parameters)
     for name, axis in graph.axes:
-        if leaves[name].is_floating_point() and leaves[name].numel():
+        if name in parameters and leaves[name].is_floating_point() and leaves[name].numel():
             axes.setdefault(name, []).append(axis)
     effects: Effects = {(name, axis): np.zeros(leaves[name].shape[axis]) for name in axes for axis in axes[name]}
 

@@ -17,7 +17,7 @@ from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
-from kirsch.frameworks.pytorch.verification.computed_weights import changed
+from kirsch.frameworks.pytorch.verification.computed_weights import changed_weight_ratios
 from kirsch.frameworks.pytorch.verification.distance import distance, power
 from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
@@ -137,26 +137,53 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Remo
             OTHER_BRANCH if graph.tracing.decisions == "example" else WRONG_CUT,
             f"Exclude {UNUSUAL_LAYERS}, and report the model.",
         )
+    return _verify_training(verification, pruned, original, graph, removal, dtype)
+
+
+def _verify_training(
+    verification: Verification,
+    pruned: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    removal: _Removal,
+    dtype: torch.dtype,
+) -> Verification:
+    """Return the verification with the result of the comparison in training mode, or why there was none.
+
+    Raises:
+        VerificationError: the outputs in training mode differ, or only the original runs in training mode.
+    """
     exception = _training_exception(pruned, graph)
-    if exception is None and graph.traced.training is not None and not (removal.without or graph.tracing.as_graph):
-        error = _training_error(pruned, original, graph, removal, dtype)
-        if error is not None:  # modules that only run in training mode were compared in this run
-            in_inference = _modules_read(graph.traced)
-            verification = replace(verification, unseen=tuple(p for p in verification.unseen if p in in_inference))
-        if error is not None and not error <= verification.tolerance:
-            raise VerificationError(
-                f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
-                f"Its outputs in training mode differ by {error:.0e}. {WRONG_CUT}",
-                f"Exclude {UNUSUAL_LAYERS}, and report the model.",
+    if exception is not None:
+        in_original = _training_exception(original, graph)
+        if in_original is not None:
+            return replace(
+                verification, not_compared=(f"training mode: the original raises {error_text(in_original)}",)
             )
-    if exception is not None and _training_exception(original, graph) is None:
         raise VerificationError(
             f"The pruned {graph.model_name} runs in inference mode only.",
             error_text(exception),
             f"The forward uses a fixed width in training mode ({user_line(exception) or 'in PyTorch'}). Read the width "
             f"from the shape of the tensor, or {AS_GRAPH}.",
         )
-    return verification
+    if graph.traced.training is None or graph.tracing.as_graph:
+        return verification
+    if removal.without:
+        why = "the comparison of removed blocks is in inference mode only."
+        return replace(verification, not_compared=(f"training mode: {why}",))
+    try:
+        error = _training_error(pruned, original, graph, removal, dtype)
+    except _OriginalDiffersError as reason:
+        return replace(verification, not_compared=(f"training mode: {reason}",))
+    if not error <= verification.tolerance:
+        raise VerificationError(
+            f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
+            f"Its outputs in training mode differ by {error:.0e}. {WRONG_CUT}",
+            f"Exclude {UNUSUAL_LAYERS}, and report the model.",
+        )
+    # Modules that only run in training mode were compared in this run.
+    in_inference = _modules_read(graph.traced)
+    return replace(verification, unseen=tuple(path for path in verification.unseen if path in in_inference))
 
 
 def _raise_if_unstable(pruned: nn.Module, graph: Graph) -> None:
@@ -178,19 +205,28 @@ def _raise_if_unstable(pruned: nn.Module, graph: Graph) -> None:
 
 
 def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
-    """Return the exception that a model raises in training mode; None if it runs."""
+    """Return the exception that a model raises in training mode; None if it runs.
+
+    A lack of memory is not such an exception, and is raised.
+    """
     traced: Traced = graph.traced
     try:
         run(copy_of(model).train(), traced.args, traced.options)
-    except Exception as error:  # noqa: BLE001 - the code of the model can raise any exception
+    except Exception as error:  # the code of the model can raise any exception
+        if lacks_memory(error):
+            raise
         return error
     return None
 
 
-def computed(original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype) -> dict[str, float]:
-    """Return the modules whose computed weights change for the kept units; see `computed_weights.changed`."""
+def computed_weight_ratios(
+    original: nn.Module, graph: Graph, keep: NDArray[np.bool_], dtype: torch.dtype
+) -> dict[str, float]:
+    """Return the modules whose computed weights change for the kept units; see `changed_weight_ratios`."""
     with OneType(dtype):
-        return changed(graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()})
+        return changed_weight_ratios(
+            graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()}
+        )
 
 
 def _compare_activated(
@@ -247,8 +283,8 @@ def _compare(
     error = distance(masked, found)
     del candidate, noise
     with OneType(dtype):
-        unseen_modules = unseen(graph, keep, tensors, flat) if error <= tolerance else ()
-        reweighted = computed(original, graph, keep, dtype) if error <= tolerance else {}
+        unseen_modules, undetermined = _unseen(graph, keep, tensors, flat) if error <= tolerance else ((), "")
+        reweighted = computed_weight_ratios(original, graph, keep, dtype) if error <= tolerance else {}
     return Verification(
         error=error,
         tolerance=tolerance,
@@ -257,7 +293,18 @@ def _compare(
         statistics=tuple(sorted(graph.facts.statistics)),
         unseen=unseen_modules,
         reweighted=reweighted,
+        undetermined=undetermined,
     )
+
+
+def _unseen(
+    graph: Graph, keep: NDArray[np.bool_], tensors: dict[str, torch.Tensor], inputs: list[Any]
+) -> tuple[tuple[str, ...], str]:
+    """Return the modules without effect on the outputs, and the error if they could not be determined, else ""."""
+    try:
+        return unseen(graph, keep, tensors, inputs), ""
+    except RuntimeError as error:  # PyTorch raises it for an operator without a derivative, and for a lack of memory
+        return (), error_text(error)
 
 
 def _modules_read(traced: Traced) -> set[str]:
@@ -266,13 +313,18 @@ def _modules_read(traced: Traced) -> set[str]:
     return {path.rpartition(".")[0] for name, path in traced.slots.items() if name in used}
 
 
+class _OriginalDiffersError(Exception):
+    """The original cannot be compared with its own trace in training mode; the message is the reason."""
+
+
 def _training_error(
     pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
-) -> float | None:
+) -> float:
     """Return the distance of the pruned module from the masked original in training mode, without dropout.
 
-    None if the original does not run in this dtype, or if it differs from its own trace because it chooses branches at
-    random.
+    Raises:
+        _OriginalDiffersError: the original does not run in this dtype, or differs from its own trace because it
+            chooses branches at random.
     """
     noise = noise_of(original)
     tensors = _noisy(original, noise, dtype)
@@ -288,10 +340,15 @@ def _training_error(
                 return distance(masked, seeded(functools.partial(run, candidate, args, options)))
 
     try:
-        follows_trace = error(original, nothing) <= TOLERANCES[dtype][0]
-    except Exception:  # noqa: BLE001 - whatever an operation of training raises in this dtype
-        return None
-    return error(pruned, removal) if follows_trace else None
+        difference = error(original, nothing)
+    except Exception as failure:  # whatever an operation of training raises in this dtype
+        if lacks_memory(failure):
+            raise
+        name = str(dtype).removeprefix("torch.")
+        raise _OriginalDiffersError(f"the original does not run in {name}: {error_text(failure)}") from failure
+    if not difference <= TOLERANCES[dtype][0]:
+        raise _OriginalDiffersError(f"the original differs by {difference:.0e} from its own trace.")
+    return error(pruned, removal)
 
 
 def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
