@@ -1,7 +1,8 @@
 """Protocols that a framework package implements.
 
 A `Framework` has one object for each of the six protocols `Analysis`, `Calibration`, `Surgery`, `Features`,
-`TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these protocols return.
+`TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these protocols
+return.
 
 `model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
 adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
