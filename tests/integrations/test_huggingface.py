@@ -118,6 +118,25 @@ def test_a_training_step_reads_no_values_of_tensors(tmp_path, accumulate):
     assert run.get_train_dataloader().device is None  # the batches are moved in `training_step`
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_labels_that_a_subclass_removes_do_not_count(tmp_path, in_place):
+    """The labels were counted before; those that `compute_loss` replaces by -100 are left out of the loss."""
+    losses = []
+
+    class Masked(DistillationTrainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            labels = inputs["labels"] if in_place else inputs["labels"].clone()
+            labels[1:] = -100
+            inputs["labels"] = labels
+            loss, output = super().compute_loss(model, inputs, True, *args[1:], **options)
+            losses.append(output.terms["label"].detach())
+            return loss
+
+    rows = [{**row, "labels": row["input_ids"]} for row in texts() if int(row["attention_mask"].sum()) == LENGTH] * 8
+    trainer(tmp_path, kind=Masked, data=rows, max_steps=2).train()
+    assert all(float(loss) > 0 for loss in losses)
+
+
 def test_accumulated_batches_equal_one_large_batch(tmp_path):
     """One batch of 8, two batches of 4, and a step of `kirsch.Distiller` agree; sequences have 3 to 8 valid tokens."""
     objective = dataclasses.replace(Objective.preset("causal"), label_weight=0.5)

@@ -144,6 +144,33 @@ def test_a_training_step_reads_no_values_of_tensors(monkeypatch, accumulate):
     assert all(lines[4:])  # the labels may change on the device, so they are counted there
 
 
+class Masking(lightning.Callback):
+    """A callback that removes labels after the batch was moved to the device."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch[1][:2] = -100
+
+
+def test_labels_that_a_callback_removes_do_not_count():
+    module, callback = Module(), Distillation(normalized_network(6, 2), OBJECTIVE, student="model")
+    run = fit(module, callback, callbacks=[Masking()], max_steps=1, limit_val_batches=0)
+    assert float(run.callback_metrics["loss/label"]) > 0
+
+
+def test_the_example_of_the_model_summary_is_no_training_batch():
+    module, callback = Module(), Distillation(normalized_network(6, 2), OBJECTIVE, student="model")
+    module.example_input_array = (torch.rand(4, 5), torch.rand(4, 5))
+    module._on_before_batch_transfer(module.example_input_array)  # as the summary does
+    seen = []
+
+    class Summary(lightning.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            seen.append(pl_module._on_before_batch_transfer(pl_module.example_input_array))
+
+    fit(module, callback, callbacks=[Summary()], max_steps=1, limit_val_batches=0)
+    assert len(seen) == 1
+
+
 def assert_plain(module, before):
     """Check that the module has no hooks, adapters or replaced methods."""
     assert module.state_dict().keys() == before.state_dict().keys()

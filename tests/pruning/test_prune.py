@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 
@@ -87,8 +86,6 @@ def test_modules_without_effect_on_the_outputs_have_a_note():
         found = prune_with_verification(model, plan)
         text = "no output depends on `hidden`, `score`:"
         assert any(text in note for note in found.notes) is expected
-        with pytest.warns(match=text) if expected else contextlib.nullcontext():
-            kirsch.prune(model, plan)
 
 
 def test_a_note_states_why_modules_without_effect_could_not_be_determined(case, monkeypatch):

@@ -87,7 +87,8 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         self.distiller: Distiller | None = None
         self._counts: dict[str, int] = {}  # denominators of the current step, summed over all processes
         self._batches: list[tuple[Any, dict[str, int]]] = []  # batches of the current step, with their counts
-        self._prepared: tuple[Any, dict[str, int] | None] = (None, None)  # batch on its device, with its counts
+        # targets of the batch on its device, their version (PyTorch counts changes in place), and the counts
+        self._prepared: tuple[Any, int, dict[str, int] | None] = (None, 0, None)
         self._parts: dict[str, Any] = {}
         self._to_log: dict[str, float] = {}
         self._check(objective)
@@ -139,6 +140,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._batches, self._prepared = [], (None, 0, None)
             if self.distiller is not None:
                 self.distiller.close()
                 self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
@@ -190,7 +192,7 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
     def get_train_dataloader(self) -> Any:
         """See the Trainer; its `training_step` moves the batches to the device, after their labels were counted."""
         loader = super().get_train_dataloader()
-        if isinstance(loader, DataLoaderShard):
+        if isinstance(loader, DataLoaderShard) and not self.args.accelerator_config.non_blocking:
             loader.device = None
         return loader
 
@@ -202,8 +204,9 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         distiller = self._current_distiller()
-        self._batches = [(batch, distiller.counts([batch])) for batch in samples]
-        self._counts = {name: sum(counts[name] for _, counts in self._batches) for name in distiller.counts([])}
+        counts_of = [distiller.counts([batch]) for batch in samples]
+        self._batches = [(batch, counts) for batch, counts in zip(samples, counts_of, strict=True) if _on_host(batch)]
+        self._counts = {name: sum(counts[name] for counts in counts_of) for name in distiller.counts([])}
         if self.accelerator.num_processes > 1:
             local = torch.tensor(list(self._counts.values()), device=device)
             self._counts = dict(zip(self._counts, self.accelerator.reduce(local, "sum").tolist(), strict=True))
@@ -213,7 +216,10 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
-        self._prepared = prepared, next((counts for batch, counts in self._batches if batch is inputs), None)
+        counts = next((counts for batch, counts in self._batches if batch is inputs), None)
+        if counts is not None:
+            targets = Batch.of(prepared).targets
+            self._prepared = targets, getattr(targets, "_version", 0), counts
         return prepared
 
     def compute_loss(
@@ -226,9 +232,10 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         if model is self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         distiller = self._current_distiller()
-        prepared, batch_counts = self._prepared
-        self._prepared = (None, None)  # keeps no batch on the device
-        if inputs is not prepared:  # a subclass has changed the batch
+        targets, version, batch_counts = self._prepared
+        self._prepared = None, 0, None  # keeps no batch on the device
+        found = Batch.of(inputs).targets
+        if found is not targets or getattr(found, "_version", 0) != version:  # a subclass has changed the labels
             batch_counts = None
         with self.accelerator.autocast():
             counts = self._counts if num_items_in_batch is not None else None
@@ -321,6 +328,12 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]  # the Trainer is not typed
     """Trainer of transformers that minimizes an objective; see `DistillationMixin`."""
+
+
+def _on_host(batch: Any) -> bool:
+    """Return whether the targets of a batch are not on an accelerator, or there are none."""
+    device = getattr(Batch.of(batch).targets, "device", None)
+    return getattr(device, "type", "cpu") == "cpu"
 
 
 def _predicts_next(model: Any) -> bool | None:

@@ -122,14 +122,17 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         """Count and check the labels of each training batch before Lightning moves it to the device."""
         self._host_counts = None
         owners = [owner for owner in (pl_module, trainer.datamodule) if owner is not None]
-        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")  # they may change the labels
-        if self._converts or any(is_overridden(hook, owner) for hook in hooks for owner in owners):
+        own = [callback for callback in trainer.callbacks if not type(callback).__module__.startswith("lightning.")]
+        hooks = [(hook, owner) for hook in ("transfer_batch_to_device", "on_after_batch_transfer") for owner in owners]
+        hooks += [("on_train_batch_start", owner) for owner in (pl_module, *own)]
+        if self._converts or any(is_overridden(*each) for each in hooks):  # they may change the labels
             return
         original = pl_module._on_before_batch_transfer  # noqa: SLF001 - the public hook may be that of the data module
 
         def count(*args: Any, **kwargs: Any) -> Any:
             batch = original(*args, **kwargs)
-            self._host_counts = self._current_distiller().counts([batch]) if trainer.training else None
+            training = trainer.training and (len(args) > 1 or "dataloader_idx" in kwargs)  # not the model summary
+            self._host_counts = self._current_distiller().counts([batch]) if training else None
             return batch
 
         pl_module._on_before_batch_transfer = count  # noqa: SLF001 - see above
@@ -189,9 +192,8 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         first_batch = trainer.fit_loop.epoch_loop.batch_idx // accumulate * accumulate
         done = first_batch / trainer.num_training_batches  # at the start of the step; 0 for a loader without length
         single = accumulate == 1 and trainer.world_size == 1
-        batch_counts = distiller.counts([batch]) if self._host_counts is None else self._host_counts
-        counts = None if single else batch_counts
-        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts, batch_counts=batch_counts)
+        counts = None if single else self._host_counts or distiller.counts([batch])
+        loss = distiller(batch, trainer.current_epoch + done, step_counts=counts, batch_counts=self._host_counts)
         parts = {f"loss/{name}": part.detach() for name, part in {**loss.terms, **loss.adapter_losses}.items()}
         shares = {f"gradient_share/{name}": share for name, share in distiller.shares.items()}
         size = len(batch)

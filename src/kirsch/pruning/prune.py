@@ -184,21 +184,21 @@ def _cut(model: Any, stated: Plan, graph: Graph, *, verify: bool) -> Pruned:
     warning_notes = [f"{unsavable} {consequence}"] if unsavable else []
     texts = [*change_notes(stated, plan), *_unknown_importance(plan), *plan.notes, *configuration_notes]
     if verification is not None:
-        warning_notes += _verification_warnings(verification)
-        texts += _undetermined_note(verification)
+        warning_notes += [_reweighted_note(verification.reweighted)] if verification.reweighted else []
+        texts += [*_unseen_note(verification), *_undetermined_note(verification)]
     return Pruned(pruned, verification, plan, (*texts, *warning_notes, OPTIMIZER_NOTE), tuple(warning_notes))
 
 
-def _verification_warnings(verification: Verification) -> list[str]:
-    """Return warnings on changed computed weights, and on modules in which a wrong removal is not detected."""
-    found = [_reweighted_note(verification.reweighted)] if verification.reweighted else []
-    if verification.unseen:
-        modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
-        found.append(
-            f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
-            "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
-        )
-    return found
+def _unseen_note(verification: Verification) -> list[str]:
+    """Return a note on the modules in which the verification does not detect a wrong removal."""
+    if not verification.unseen:
+        return []
+    modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
+    note = (
+        f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
+        "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
+    )
+    return [note]
 
 
 def _undetermined_note(verification: Verification) -> list[str]:

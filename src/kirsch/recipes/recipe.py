@@ -144,10 +144,10 @@ class Recipe(Options):
             yield ("steps", place), UsageError(problem, why, f"Move 'export' after {late[-1]}.")
 
     def _missing_goals(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
-        """Yield a problem for each step that prunes without a goal."""
+        """Yield a problem for the first step that prunes, if neither it nor the job has a goal."""
         for number, (key, step) in enumerate(zip(keys_of(names), self.steps, strict=True)):
             try:
-                if isinstance(step, Prune):
+                if isinstance(step, Prune) and names[number] not in names[:number]:
                     step.goal_in(self.goal, key)
             except UsageError as error:
                 yield ("steps", number), error

@@ -42,7 +42,7 @@ def render(metrics: dict[str, Any]) -> str:
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     template = environment.get_template("template.html.j2")
     quality = metrics["quality"] or {}
-    has_confusion = all("confusion" in quality.get(side, {}) for side in ("before", "after"))
+    has_confusion = "classes" in quality and all("confusion" in quality[side] for side in ("before", "after"))
     return template.render(
         **metrics,
         style=style,

@@ -131,6 +131,16 @@ def test_the_macs_of_operators_without_a_formula_are_unknown(model, operator):
     assert unknown == operator
 
 
+def test_operators_without_products_have_no_macs_even_if_they_need_values():
+    class Selection(nn.Module):
+        def forward(self, x):
+            return x[x > 0].sum() + torch.unique(x).sum()
+
+    program = torch.export.export(Selection(), (torch.ones(4, 4),), strict=False)
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and "assert" not in str(node.target)]
+    assert {macs_of(node) for node in calls if "sym" not in str(node.target)} == {0}
+
+
 def test_a_note_lists_the_operations_whose_macs_are_not_counted():
     graph = kirsch.trace(Custom().eval(), torch.randn(3, 4))
     (note,) = (note for note in kirsch.plan(graph, kirsch.Goal(macs=0.6)).notes if "counted" in note)

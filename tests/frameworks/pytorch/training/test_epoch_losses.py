@@ -34,12 +34,12 @@ def data(*, bad: int | None = None) -> ArrayData:
     """Return six batches of four samples. The inputs of batch `bad` contain NaN."""
     random = np.random.default_rng(0)
     inputs = random.standard_normal((24, 3)).astype(np.float32)
-    return _WithBadBatch(inputs, (inputs.sum(1) > 0).astype(np.int64), 4, bad=bad)
+    return _WithBadBatch(inputs, (inputs.sum(1) > 0).astype(np.int64), batch_size=4, bad=bad)
 
 
 class _WithBadBatch(ArrayData):
-    def __init__(self, *args, bad):
-        super().__init__(*args)
+    def __init__(self, *args, bad, **options):
+        super().__init__(*args, **options)
         object.__setattr__(self, "bad", bad)
 
     def epoch(self, seed, epoch, start=0):

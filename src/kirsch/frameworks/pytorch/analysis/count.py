@@ -58,12 +58,26 @@ def macs_of(node: Node) -> int | None:
     try:
         with torch.no_grad(), mode, plain_kernels(), counter:
             node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
-    except (AssertionError, RuntimeError):  # operands of two fake modes, and an operator that needs values
-        return None
+    except Exception:  # noqa: BLE001 - an operator that needs values; the formula of another package raises any error
+        return 0 if _is_without_products(node.target, counter) else None
     macs = int(counter.get_total_flops() // 2)
-    foreign = getattr(node.target, "namespace", ATEN) != ATEN
-    has_formula = getattr(node.target, "overloadpacket", None) in counter.flop_registry
-    return None if foreign and not macs and not has_formula else macs
+    return macs if macs or _is_without_products(node.target, counter) or _has_formula(node.target, counter) else None
+
+
+def _has_formula(operator: Any, counter: FlopCounterMode) -> bool:
+    """Return whether the products of an operator are counted: by a formula, or those of its parts."""
+    return getattr(operator, "namespace", ATEN) == ATEN or operator.overloadpacket in counter.flop_registry
+
+
+def _is_without_products(operator: Any, counter: FlopCounterMode) -> bool:
+    """Return whether an operator computes no products that count, such as an index or the choice of boxes."""
+    namespace, name = getattr(operator, "namespace", ATEN), getattr(operator, "__name__", "")
+    if namespace == "torchvision":
+        return not name.startswith("deform_conv2d")
+    if namespace != ATEN or not isinstance(operator, torch._ops.OpOverload):  # noqa: SLF001 - there is no public name
+        return namespace == ATEN
+    parts = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # noqa: SLF001
+    return operator.overloadpacket not in counter.flop_registry and not parts
 
 
 def _counter() -> FlopCounterMode:

@@ -27,6 +27,7 @@ from kirsch.frameworks.pytorch.inference.calling import (
 )
 from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.modules.modes import set_modes
+from kirsch.frameworks.pytorch.modules.unsupported import check_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -212,7 +213,9 @@ def predict(model: nn.Module, inputs: Any, *, batch_size: int = 256) -> NDArray[
 
     Raises:
         DataError: there are no samples.
+        ModelError: a parameter is on the meta device.
     """
+    check_values(model)
     count = len(next(leaf for leaf in tree_leaves(inputs) if hasattr(leaf, "shape")))
     if not count:
         raise DataError("The inputs have no samples, so there is nothing to predict.")
