@@ -220,32 +220,35 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
     _assert_close(outputs[0], example.framework.inference.predict(model, example.inputs), "the outputs")
     sums = []
     for inputs in (example.inputs, example.inputs[::2], example.inputs[1::2]):
-        found: dict[str, NDArray[np.float64]] = {}
+        read: list[tuple[str, int, Any, NDArray[np.float64]]] = []
 
-        def see(
-            name: str, axis: int, labels: Any, x: Any, _: Any, found: Any = found, samples: int = len(inputs)
-        ) -> None:
-            if labels is None:
-                return
-            assert len(x) % samples == 0, f"{name!r} reads {len(x)} positions of {samples} samples"
-            assert x.shape[1] == len(labels), f"{name!r} reads {x.shape[1]} channels with {len(labels)} labels"
-            assert x.shape[1] % graph.tensors[name].shape[axis] == 0, f"axis {axis} of {name!r} has another size"
-            found[name] = host(x).astype(np.float64).sum(0)
+        def see(name: str, axis: int, labels: Any, x: Any, _: Any, read: Any = read) -> None:
+            read.append((name, axis, labels, host(x).astype(np.float64)))
 
         calibration.weight_inputs(graph, inputs, see)
+        found: dict[str, NDArray[np.float64]] = {}
+        for name, axis, labels, x in (each for each in read if each[2] is not None):
+            assert len(x) % len(inputs) == 0, f"{name!r} reads {len(x)} positions of {len(inputs)} samples"
+            assert x.shape[1] == len(labels), f"{name!r} reads {x.shape[1]} channels with {len(labels)} labels"
+            assert x.shape[1] % graph.tensors[name].shape[axis] == 0, f"axis {axis} of {name!r} has another size"
+            found[name] = x.sum(0)
         assert found, "no weight reads activations"
         sums.append(found)
     for name, whole in sums[0].items():
         _assert_close(sums[1][name] + sums[2][name], whole, f"the activations of {name!r} in two halves")
 
+    patches: list[tuple[str, int, Any, int, NDArray[np.float64]]] = []
+
     def see_patches(name: str, axis: int, labels: Any, groups: int, x: Any, _: Any) -> None:
+        patches.append((name, axis, labels, groups, host(x).astype(np.float64)))
+
+    calibration.weight_input_patches(graph, example.inputs, list(sums[0]), see_patches)
+    for name, axis, labels, groups, x in patches:
         assert x.shape[1] == len(labels), f"{name!r} has patches of {x.shape[1]} channels with {len(labels)} labels"
         columns, size = x.shape[1] // groups * x.shape[2], graph.tensors[name].shape[axis]
         assert columns % size == 0, f"axis {axis} of {name!r} has size {size}, the patches have {columns} columns"
         if x.shape[2] == 1:
-            _assert_close(host(x).sum((0, 2)), sums[0][name], f"the patches of {name!r}")
-
-    calibration.weight_input_patches(graph, example.inputs, list(sums[0]), see_patches)
+            _assert_close(x.sum((0, 2)), sums[0][name], f"the patches of {name!r}")
 
 
 def _traced(example: FrameworkExample, model: Any) -> Graph:

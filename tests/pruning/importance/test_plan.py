@@ -140,7 +140,7 @@ def test_a_job_ranks_the_units_on_its_training_samples(tmp_path, residual, label
         optimizer.zero_grad()
         F.cross_entropy(model(torch.from_numpy(images)), torch.from_numpy(labels)).backward()
         optimizer.step()
-    data = kirsch.DataSet("random", (images, labels), (images, labels), (images, labels), ("a", "b", "c"))
+    data = kirsch.DataSet("random", (images, labels), (images, labels), (images, labels), classes=("a", "b", "c"))
     options = {"importance": importance, "round_to": 1}
     kirsch.compress(model, data, goal, folder=tmp_path / "run", recover=None, progress=False, **options)
     graph = kirsch.trace(model, torch.from_numpy(images[:1]))
