@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 import kirsch
 from kirsch.frameworks.pytorch.analysis.count import count, macs_of
@@ -129,6 +130,25 @@ def test_the_macs_of_operators_without_a_formula_are_unknown(model, operator):
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     (unknown,) = {str(node.target) for node in calls if macs_of(node) is None}
     assert unknown == operator
+
+
+def test_a_formula_that_raises_an_error_leaves_the_macs_unknown():
+    @torch.library.custom_op("kirsch_tests::scaled", mutates_args=())
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    scaled.register_fake(torch.empty_like)
+
+    @register_flop_formula(torch.ops.kirsch_tests.scaled)
+    def formula(*_, **__):
+        raise TypeError("the formula lacks an argument")
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return scaled(x)
+
+    program = torch.export.export(Scaled(), (torch.ones(4, 4),), strict=False)
+    assert [macs_of(node) for node in program.graph.nodes if node.op == "call_function"] == [None]
 
 
 def test_operators_without_products_have_no_macs_even_if_they_need_values():

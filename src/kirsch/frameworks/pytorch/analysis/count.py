@@ -7,7 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 ATEN = "aten"
 """Namespace of the operators of PyTorch."""
+
+COMPOSITE = DispatchKey.CompositeImplicitAutograd
+"""Key of the operators that PyTorch computes by other operators."""
 
 
 def count(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
@@ -55,29 +59,26 @@ def macs_of(node: Node) -> int | None:
     args, options = map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
     mode = next((v.fake_mode for v in tree_leaves((args, options)) if isinstance(v, FakeTensor)), FakeTensorMode())
     counter = _counter()
+    failed = False
     try:
         with torch.no_grad(), mode, _plain_kernels(), counter:
             node.target(*args, **options)  # type: ignore[operator]  # only called for nodes that call a function
-    except Exception:  # noqa: BLE001 - an operator that needs values; the formula of another package raises any error
-        return 0 if _is_without_products(node.target, counter) else None
+    except Exception:  # noqa: BLE001 - operators that need values, and formulas of other packages, raise errors of any class
+        failed = True
     macs = int(counter.get_total_flops() // 2)
-    return macs if macs or _is_without_products(node.target, counter) or _has_formula(node.target, counter) else None
+    return None if not macs and _may_have_products(node.target, counter, failed=failed) else macs
 
 
-def _has_formula(operator: Any, counter: FlopCounterMode) -> bool:
-    """Return whether the products of an operator are counted: by a formula, or those of its parts."""
-    return getattr(operator, "namespace", ATEN) == ATEN or operator.overloadpacket in counter.flop_registry
-
-
-def _is_without_products(operator: Any, counter: FlopCounterMode) -> bool:
-    """Return whether an operator computes no products that count, such as an index or the choice of boxes."""
-    namespace, name = getattr(operator, "namespace", ATEN), getattr(operator, "__name__", "")
-    if namespace == "torchvision":
-        return not name.startswith("deform_conv2d")
-    if namespace != ATEN or not isinstance(operator, torch._ops.OpOverload):  # noqa: SLF001 - there is no public name
-        return namespace == ATEN
-    parts = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # noqa: SLF001
-    return operator.overloadpacket not in counter.flop_registry and not parts
+def _may_have_products(operator: Any, counter: FlopCounterMode, *, failed: bool) -> bool:
+    """Return whether an operator may compute products that were not counted; `failed`: it raised an error."""
+    if not isinstance(operator, OpOverload):  # arithmetic on sizes
+        return False
+    has_formula = operator.overloadpacket in counter.flop_registry
+    if operator.namespace == ATEN:  # PyTorch has a formula for each of its products
+        return failed and (has_formula or operator.has_kernel_for_dispatch_key(COMPOSITE))
+    if operator.namespace == "torchvision":  # the others choose, pool or interpolate
+        return bool(operator.overloadpacket.__name__ == "deform_conv2d")
+    return failed or not has_formula
 
 
 def _counter() -> FlopCounterMode:
