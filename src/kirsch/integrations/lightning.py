@@ -56,9 +56,9 @@ class Distillation(Callback):  # type: ignore[misc]  # Lightning is not typed
         student: path of the student in the LightningModule, such as "model"; layer names are relative to it. By default
             the module itself, called by its `forward`. The student must exist before `setup` and `configure_model`.
         batch_of: function that converts a batch of the loader to (inputs, targets), or to another form that
-            `kirsch.Batch.of` accepts; by default the batch is used unchanged. With this function, or if the module
-            overrides `transfer_batch_to_device` or `on_after_batch_transfer`, the labels are counted on the
-            accelerator, so that each step waits for it.
+            `kirsch.Batch.of` accepts; by default the batch is used unchanged. With this function, or with hooks that
+            may change the labels on the accelerator (`transfer_batch_to_device`, `on_after_batch_transfer` and
+            `on_train_batch_start`), the labels are counted there, and each step waits for the accelerator.
         example_batch: batch of the loader, for the dry run that finds shapes; by default the first training batch.
         seed: seed of the initial weights of adapters.
         regularizers: additional loss terms that depend on the student only.

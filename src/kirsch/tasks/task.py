@@ -66,7 +66,7 @@ def check_quality(task: Task, quality: dict[str, Any]) -> None:
     """Check that the result of `evaluate` has what a job needs.
 
     Raises:
-        UsageError: there is no accuracy, or a part of it is missing or wrong.
+        UsageError: the accuracy is missing, or one of its values is missing or out of range.
     """
     try:
         record({"accuracy": ACCURACY}, more=True)(quality, "")

@@ -341,7 +341,7 @@ def _training_error(
 
     try:
         difference = error(original, nothing)
-    except Exception as failure:  # whatever an operation of training raises in this dtype
+    except Exception as failure:  # an operation that does not support the dtype may raise any class of error
         if lacks_memory(failure):
             raise
         name = str(dtype).removeprefix("torch.")
