@@ -63,3 +63,12 @@ def assert_pruned_correctly(model, inputs, *, sizes=None, share=0.5, seed=0, pow
         assert verification.power > power, "masking changes the output too little to show a wrong cut"
     assert sum(p.numel() for p in pruned.parameters()) == graph.prices.price(keep).parameters
     return graph, pruned
+
+
+def verified(model, inputs, fault=lambda model: None):
+    """Return the verification of a model without random units of all groups; `fault` changes the pruned model."""
+    graph = trace(model, inputs)
+    keep = graph.keep(randomly_removed(graph))
+    pruned = cut(model, graph, keep)
+    fault(pruned)
+    return verify(pruned, model, graph, keep)
