@@ -86,8 +86,7 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
             `save_pretrained` raises an error. Or the weights of kept units changed, because they are computed from all
-            units, as in spectral normalization. Or no output depends on some modules for the example inputs, so that
-            the verification cannot detect a wrong removal in these modules.
+            units, as in spectral normalization.
 
     Raises:
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
@@ -195,8 +194,8 @@ def _unseen_note(verification: Verification) -> list[str]:
         return []
     modules = ", ".join(f"`{path or 'the model itself'}`" for path in verification.unseen)
     note = (
-        f"For the example inputs no output depends on {modules}: the verification cannot detect a wrong removal in "
-        "these modules. If they are used in inference, give inputs that differ between samples and between tokens."
+        f"For the example inputs {modules} hardly affect the outputs: the verification may not detect a wrong removal "
+        "in these modules. If they are used in inference, give inputs that differ between samples and between tokens."
     )
     return [note]
 
