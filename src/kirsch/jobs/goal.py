@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from kirsch.annotations import Between, Fix, Fraction, Positive, value_phrase
 from kirsch.arguments import MismatchError, convert
 from kirsch.errors import UsageError, listing, nearest
+from kirsch.graph.cost import WORDS
 from kirsch.graph.plan import Goal
 from kirsch.options import Options, with_fields
 
@@ -18,9 +19,6 @@ MaxDrop = Annotated[
     Fix("For a drop of at most one percentage point, write max_drop=0.01."),
 ]
 """A drop of accuracy, as a fraction."""
-
-LIMITS = ("macs", "parameters")
-"""Limits of the cost."""
 
 OF_THE_FIRST = "as a fraction of the number in the model before the first prune step (the student, if there is one)"
 
@@ -47,10 +45,10 @@ def _read(value: object) -> object:
 
 def _goal(limits: dict[str, Any]) -> Goal:
     """Return the goal of the limits in a recipe; an error states the key and the value in the terms of the recipe."""
-    unknown = next((name for name in limits if name not in LIMITS and not Goal.refuse_argument(name)), None)
+    unknown = next((name for name in limits if name not in WORDS and not Goal.refuse_argument(name)), None)
     if unknown is not None:
-        raise UsageError("Unknown key.", listing(list(LIMITS)), nearest(unknown, LIMITS))
-    for name in limits.keys() & set(LIMITS):
+        raise UsageError("Unknown key.", listing(list(WORDS)), nearest(unknown, WORDS))
+    for name in limits.keys() & WORDS.keys():
         try:
             convert(limits[name], float | None)
         except MismatchError as error:
