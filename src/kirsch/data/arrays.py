@@ -18,6 +18,11 @@ def host(array: Any) -> NDArray[Any]:
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
+def is_on_accelerator(array: Any) -> bool:
+    """Return whether an array is on an accelerator, so that reading its values waits for the accelerator."""
+    return getattr(getattr(array, "device", None), "type", "cpu") != "cpu"
+
+
 def map_arrays(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to an array, or to each array in a tuple, list or dict; lists become tuples."""
     if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.data.arrays import host
+from kirsch.data.arrays import host, is_on_accelerator
 from kirsch.data.structure import summary
 from kirsch.distillation.losses.labels import IGNORED
 from kirsch.distillation.losses.loss import OUTPUT_KINDS, get_loss, step_arguments
@@ -98,10 +98,9 @@ def check_batch(labels: Any, shape: tuple[int, ...], objective: Objective, *, on
     Raises:
         DataError: see `check_labels`.
     """
-    on_accelerator = getattr(getattr(labels, "device", None), "type", "cpu") != "cpu"
     if labels is None:
         return True
-    if on_accelerator and not on_any_device:
+    if is_on_accelerator(labels) and not on_any_device:
         return False
     if _uses_targets(objective, targets := host(labels)):
         check_evaluable(targets, shape, objective)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kirsch import strict_json
+from kirsch.data.arrays import is_on_accelerator
 from kirsch.data.batches import Batch
 from kirsch.data.structure import IDS, TARGETS
 from kirsch.distillation.checks import check_single_samples
@@ -205,7 +206,11 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         distiller = self._current_distiller()
         counts_of = [distiller.counts([batch]) for batch in samples]
-        self._batches = [(batch, counts) for batch, counts in zip(samples, counts_of, strict=True) if _on_host(batch)]
+        self._batches = [
+            (batch, counts)
+            for batch, counts in zip(samples, counts_of, strict=True)
+            if not is_on_accelerator(Batch.of(batch).targets)
+        ]
         self._counts = {name: sum(counts[name] for counts in counts_of) for name in distiller.counts([])}
         if self.accelerator.num_processes > 1:
             local = torch.tensor(list(self._counts.values()), device=device)
@@ -328,12 +333,6 @@ class DistillationMixin(Loop):  # type: ignore[misc]  # the Trainer is not typed
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]  # the Trainer is not typed
     """Trainer of transformers that minimizes an objective; see `DistillationMixin`."""
-
-
-def _on_host(batch: Any) -> bool:
-    """Return whether the targets of a batch are not on an accelerator, or there are none."""
-    device = getattr(Batch.of(batch).targets, "device", None)
-    return getattr(device, "type", "cpu") == "cpu"
 
 
 def _predicts_next(model: Any) -> bool | None:
