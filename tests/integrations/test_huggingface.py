@@ -310,7 +310,9 @@ def test_pruned_student_without_configuration_is_resumed_and_not_saved(tmp_path)
     """The checkpoints of such a student contain weights without a configuration."""
     original = encoder(16, 1, 0)
     plan = kirsch.plan(
-        kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}), kirsch.Goal(parameters=0.7)
+        kirsch.trace(original, {"input_ids": texts(1)[0]["input_ids"][None]}),
+        kirsch.Goal(parameters=0.7),
+        loadable=False,
     )
     kind = {"teacher": encoder(16, 1, 1), "objective": Objective.kd(), "data": sentences(), "save_strategy": "steps"}
     runs = []

@@ -191,6 +191,7 @@ def test_blocks_and_other_kinds_need_two_plans(inputs, kinds):
         ("ranking", "local"),
         ("round_to", 8),
         ("uniform", True),
+        ("loadable", True),
         ("min_keep", 0.5),
         ("keep_outputs", ["0"]),
     ],

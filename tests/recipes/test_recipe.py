@@ -67,6 +67,7 @@ PRUNES = st.fixed_dictionaries(
     optional={
         "round_to": st.integers(1, 64) | st.just("auto"),
         "uniform": st.booleans(),
+        "loadable": st.booleans() | st.none(),
         "exclude": st.lists(NAMES),
     },
 )
@@ -368,8 +369,8 @@ def test_invalid_override_is_refused_with_the_form(change):
             "prune.gaol.macs=1",
             (
                 "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. "
-                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, min_keep, keep, exclude, "
-                "keep_outputs, seed, goal. Did you mean 'goal'?"
+                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, loadable, min_keep, keep, "
+                "exclude, keep_outputs, seed, goal. Did you mean 'goal'?"
             ),
         ),
         (

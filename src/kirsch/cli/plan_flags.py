@@ -44,7 +44,10 @@ def _flag(name: str) -> inspect.Parameter:
     else:
         (kind,) = kinds
     # The default is None, so that a flag with the default of the option is known to be given.
-    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=False)
+    names = f"--{name.replace('_', '-')}"
+    if kind is bool and field.default is None:
+        names += f"/--no-{name.replace('_', '-')}"
+    flag = typer.Option(names, help=f"{text}.", show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
     )

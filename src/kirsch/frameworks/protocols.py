@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.batches import Batch
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
+    from kirsch.graph.configuration import Configurable
     from kirsch.graph.graph import Graph, Tracing
     from kirsch.graph.inputs import Input
     from kirsch.graph.labels import Labels
@@ -116,6 +117,9 @@ class Surgery(Protocol):
 
         The result maps the path of a module to the size of its weight after the cut, relative to the size before.
         """
+
+    def configurable(self, graph: Graph) -> Configurable | None:
+        """Return the cuts that the configuration of the traced model can state; None if it has no configuration."""
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool

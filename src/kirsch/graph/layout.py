@@ -242,6 +242,7 @@ def method_text(method: Mapping[str, Any], *, of_blocks: bool) -> str:
         parts += [method["ranking"]] if "ranking" in method else []
         parts += ["round widths" if round_to == "auto" else f"widths in steps of {round_to}"]
         parts += ["uniform"] if method.get("uniform") else []
+        parts += ["loadable"] if method.get("loadable") else []
     if method.get("keep"):
         parts += [f"by hand {', '.join(f'{layer}={amount}' for layer, amount in method['keep'].items())}"]
     for option, words in (("exclude", "without"), ("keep_outputs", "all outputs of")):

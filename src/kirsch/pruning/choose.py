@@ -13,13 +13,14 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
 from kirsch.graph.graph import Graph
-from kirsch.graph.plan import Goal, Plan, Removal
+from kirsch.graph.plan import Goal, Plan, Removal, Skip
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
 from kirsch.pruning.by_hand import kept_units, tied_number
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.statistics import Statistics
+from kirsch.pruning.loadable import LoadableSearch, configurable_of
 from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
@@ -39,10 +40,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.graph.configuration import Configurable
     from kirsch.graph.group import Group
-
-    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
-    """Returns the importance of each unit of a group, divided by the weight of its kind."""
+    from kirsch.pruning.search import Scores
 
 
 @checked
@@ -58,6 +58,7 @@ def plan(
     round_to: RoundTo = "auto",
     kinds: Kinds = None,
     uniform: bool = False,
+    loadable: bool | None = None,
     min_keep: MinKeep = 0.1,
     keep: Keep = None,
     exclude: Names = (),
@@ -98,6 +99,11 @@ def plan(
             (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
+        loadable: only make cuts that the configuration of a transformers model can state, so that `save_pretrained`
+            writes a checkpoint that `from_pretrained` loads without Kirsch: FFN width, heads, hidden size, experts,
+            and, for kinds=None, numbers of layers. The layers that share a number lose the same number of units. Of the
+            layers and widths, those are removed whose importances have the smallest sum. None: True for a goal on a
+            model whose configuration can state cuts, except if `keep` or kinds="block" is given. See docs/loadable.md.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
@@ -116,7 +122,8 @@ def plan(
 
     Raises:
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
-            further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
+            further, and options that reach the goal. Or the configuration cannot state a plan that reaches the goal;
+            the message has the cuts that it can state. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
         UsageError: an option is out of range or has no effect with the others, `kinds` names blocks and other kinds, or
             `data` is missing or cannot be used.
@@ -131,6 +138,7 @@ def plan(
         round_to=round_to,
         kinds=kinds,
         uniform=uniform,
+        loadable=loadable,
         min_keep=min_keep,
         keep=keep,
         exclude=exclude,
@@ -156,7 +164,11 @@ def plan(
         _check_groups(graph, importance)
     batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
     statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
-    return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics))
+    cache = _ScoreCache(graph, options, chosen, statistics)
+    configurable = _configurable(graph, goal, options)
+    if configurable is not None and goal is not None:
+        return _plan_loadable(graph, goal, options, cache, configurable)
+    return _plan_units(graph, goal, options, cache)
 
 
 def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
@@ -184,6 +196,49 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
+def _configurable(graph: Graph, goal: Goal | None, options: PlanOptions) -> Configurable | None:
+    """Return the cuts to which the option `loadable` restricts a plan; None if the plan is not restricted.
+
+    Raises:
+        UsageError: loadable=True, and the model has no configuration that could state cuts.
+    """
+    if options.loadable is False or (options.loadable is None and (goal is None or options.keep)):
+        return None
+    if goal is None or options.keep:
+        raise UsageError(
+            "`loadable=True` cannot be used with `keep`.",
+            "Widths by hand may differ between layers that share a number of the configuration.",
+            "Remove `keep` and give a goal, or remove `loadable`.",
+        )
+    configurable = configurable_of(graph)
+    if options.loadable is None:
+        return configurable if configurable and (configurable.usable or configurable.depths) else None
+    if configurable is None:
+        raise UsageError(
+            f"`loadable=True` cannot be used with this {graph.model_name}.",
+            "It has no configuration from which the traced model can be built, like those of the transformers library.",
+            "Remove `loadable`, and save the pruned model with kirsch.save.",
+        )
+    return configurable
+
+
+def _plan_loadable(
+    graph: Graph, goal: Goal, given: PlanOptions, scores: _ScoreCache, configurable: Configurable
+) -> Plan:
+    """Return the cuts that meet the goal and that the configuration of the model states."""
+    options = given.changed(loadable=True)
+    search = LoadableSearch(graph, goal, options, configurable, scores.get)
+    if not goal.met_by(search.least().cost, graph.cost):
+        raise search.error()
+    choice = search.best()
+    chosen = _as_plan(graph, goal, options, choice.chooser, choice.counts, choice.without, choice.numbers)
+
+    def least(changed: PlanOptions) -> Least:
+        return LoadableSearch(graph, goal, changed, configurable, _equal_scores).least()
+
+    return _with_notes(chosen, graph, options, least)
+
+
 def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _ScoreCache) -> Plan:
     """Return the units to remove from the layers of a model."""
     if goal is None:
@@ -191,10 +246,24 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
         counts = chooser.given()
     else:
         chooser, counts = _search(graph, goal, options, scores)
+    chosen = _as_plan(graph, goal, options, chooser, counts)
+    return _with_notes(chosen, graph, options, lambda changed: _least(graph, goal, changed, _equal_scores))
+
+
+def _as_plan(
+    graph: Graph,
+    goal: Goal | None,
+    options: PlanOptions,
+    chooser: Chooser,
+    counts: Sequence[int],
+    without: Sequence[str] = (),
+    numbers: Mapping[str, float] | None = None,
+) -> Plan:
+    """Return a choice of units and blocks as a plan, without notes."""
     name = options.importance_name
     reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
     _check_constants(graph, chooser.keep(counts))
-    chosen = Plan(
+    return Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
         groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
@@ -204,15 +273,21 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
+        blocks=tuple(Skip(path, f"least {name} of its units") for path in graph.blocks if path in without),
+        configuration=dict(numbers or {}),
         graph=graph,
     )
+
+
+def _with_notes(chosen: Plan, graph: Graph, options: PlanOptions, least: Callable[[PlanOptions], Least]) -> Plan:
+    """Return a plan with its notes. `least`: takes options, and returns the least cost that plans with them reach."""
     notes = (
         landing_note(chosen),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
         *uncounted_notes(chosen, graph),
         *absent_kind_notes(graph, options),
-        *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
+        *exclusion_notes(graph, options, least),
     )
     return replace(chosen, notes=tuple(note for note in notes if note))
 
@@ -312,12 +387,9 @@ def _removals(
     groups: Sequence[Group], candidates: Sequence[Candidate], counts: Sequence[int], reason: str
 ) -> tuple[Removal, ...]:
     """Return the units to remove, in the order of the groups."""
-    units = {
-        group.name: tuple(sorted(order[:count].tolist()))
-        for candidate, count in zip(candidates, counts, strict=True)
-        for group, order in zip(candidate.groups, candidate.orders, strict=True)
-        if count
-    }
+    units: dict[str, tuple[int, ...]] = {}
+    for candidate, count in zip(candidates, counts, strict=True):
+        units |= candidate.removed_units(count)
     return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
 
 

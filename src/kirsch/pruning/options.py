@@ -28,7 +28,7 @@ Amount = Annotated[
 Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
-ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "loadable", "min_keep", "keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
 
 
@@ -79,6 +79,13 @@ class PlanOptions(Options):
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
+    loadable: bool | None = Field(
+        None,
+        description=(
+            "only make cuts that the configuration of a transformers model can state, so that from_pretrained loads "
+            "the result without Kirsch; default: true if the configuration can state cuts"
+        ),
+    )
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
     keep: Keep = Field(
         None,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -17,19 +17,26 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
     from kirsch.graph.plan import Goal
+    from kirsch.pruning.options import PlanOptions
+
+    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
+    """Returns the importance of each unit of a group, divided by the weight of its kind."""
 
 
 @dataclass
 class Candidate:
-    """Groups of one size that lose the same number of units.
+    """Groups that lose units together: the same number from each, or numbers in a given proportion.
+
+    Each removal takes one portion of units from every group. A portion is a single unit unless `portions` is given.
 
     Args:
-        groups: the groups.
+        groups: the groups; all have the same number of portions.
         group_scores: importance of the units of each group.
-        multiple: the number of kept units of each group is a multiple of this number.
+        multiple: the number of kept portions is a multiple of this number.
         min_keep: fraction of each group that is always kept.
         unit_cost: number by which importances are divided for the ranking.
-        kept: number of kept units, if it is given.
+        kept: number of kept portions, if it is given.
+        portions: number of units in a portion of each group; empty for single units.
     """
 
     groups: Sequence[Group]
@@ -38,11 +45,21 @@ class Candidate:
     min_keep: float
     unit_cost: float = 1.0
     kept: int | None = None
+    portions: Sequence[int] = ()
 
     @property
     def size(self) -> int:
-        """Number of units of each group."""
-        return self.groups[0].size
+        """Number of portions of each group, which are single units unless `portions` is given."""
+        return min(group.size // portion for group, portion in zip(self.groups, self._portions, strict=True))
+
+    @property
+    def units_per_portion(self) -> int:
+        """Number of units of all groups that one removal takes."""
+        return sum(self._portions)
+
+    @property
+    def _portions(self) -> Sequence[int]:
+        return self.portions or [1] * len(self.groups)
 
     @cached_property
     def orders(self) -> list[NDArray[np.int64]]:
@@ -51,21 +68,36 @@ class Candidate:
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
-        """Importance of the first, second, ... unit to be removed, as the mean over the groups, divided by the cost."""
-        scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.group_scores], axis=0)
+        """Importance of the first, second, ... portion to be removed: the mean over its units, divided by the cost."""
+        portions = [
+            np.sort(scores)[: self.size * portion].reshape(self.size, portion).mean(axis=1)
+            for scores, portion in zip(self.group_scores, self._portions, strict=True)
+        ]
+        scores: NDArray[np.float64] = np.mean(portions, axis=0)
         return scores / self.unit_cost
+
+    def removed_units(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the indices of the units that the first `count` portions remove, by name of the group."""
+        return {
+            group.name: tuple(sorted(order[: count * portion].tolist()))
+            for group, order, portion in zip(self.groups, self.orders, self._portions, strict=True)
+            if count
+        }
 
     @cached_property
     def _removal_order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """All components in the order of removal, and the number of components of the first n units, for each n."""
-        ranks = [np.argsort(o)[g.unit_of()] for g, o in zip(self.groups, self.orders, strict=True)]
+        """All components in the order of removal, and the number of components of the first n portions, for each n."""
+        ranks = [
+            np.argsort(order)[group.unit_of()] // portion
+            for group, order, portion in zip(self.groups, self.orders, self._portions, strict=True)
+        ]
         rank = np.concatenate(ranks)
         order = np.argsort(rank, kind="stable")
         components = np.concatenate([group.components for group in self.groups])
         return components[order], np.searchsorted(rank[order], np.arange(self.size + 1))
 
     def removed_components(self, count: int) -> NDArray[np.int64]:
-        """Return the components of the first `count` units to be removed from each group."""
+        """Return the components of the first `count` portions to be removed from each group."""
         components, numbers = self._removal_order
         return components[: numbers[count]]
 
@@ -87,12 +119,22 @@ class Candidate:
 
 
 class Chooser:
-    """Search over choices. A choice is the number of removed units of each candidate."""
+    """Search over choices. A choice is the number of removed units, or portions of units, of each candidate.
 
-    def __init__(self, graph: Graph, goal: Goal | None, candidates: list[Candidate]) -> None:
+    Args:
+        graph: graph of the model.
+        goal: limits of the cost.
+        candidates: groups that may lose units.
+        without: paths of the residual blocks that are removed in every choice.
+    """
+
+    def __init__(
+        self, graph: Graph, goal: Goal | None, candidates: list[Candidate], without: Sequence[str] = ()
+    ) -> None:
         self._graph = graph
         self._goal = goal
         self.candidates = candidates
+        self._without = without
         self._prices: dict[tuple[int, ...], Cost] = {}
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
@@ -106,7 +148,7 @@ class Chooser:
         """Return the cost of a choice, computed once."""
         key = tuple(counts)
         if key not in self._prices:
-            self._prices[key] = self._graph.prices.price(self.keep(counts))
+            self._prices[key] = self._graph.prices.price(self.keep(counts), self._without)
         return self._prices[key]
 
     def fits(self, counts: Sequence[int]) -> bool:
@@ -116,6 +158,14 @@ class Chooser:
     def given(self) -> list[int]:
         """Return the choice that only removes the units of the candidates whose number of kept units is given."""
         return [0 if candidate.kept is None else candidate.steps[0] for candidate in self.candidates]
+
+    def fixed(self, counts: Mapping[int, int]) -> Chooser:
+        """Return the search in which some candidates lose a given number of portions, by index of the candidate."""
+        candidates = [
+            replace(candidate, kept=candidate.size - counts[index]) if index in counts else candidate
+            for index, candidate in enumerate(self.candidates)
+        ]
+        return Chooser(self._graph, self._goal, candidates, self._without)
 
     def least(self) -> list[int]:
         """Return the choice that removes all units that may be removed."""
@@ -170,9 +220,9 @@ class Chooser:
 
     def removed_importance(self, counts: Sequence[int]) -> float:
         """Return the sum of the importances of the removed units, relative to the lowest one if it is negative."""
-        lowest = min(0.0, *(float(candidate.scores[0]) for candidate in self.candidates))
+        lowest = min([0.0, *(float(candidate.scores[0]) for candidate in self.candidates)])
         pairs = zip(self.candidates, counts, strict=True)
-        return float(sum((c.scores[:count] - lowest).sum() * c.unit_cost * len(c.groups) for c, count in pairs))
+        return float(sum((c.scores[:count] - lowest).sum() * c.unit_cost * c.units_per_portion for c, count in pairs))
 
     def distance(self, counts: Sequence[int]) -> float:
         """Return the distance from a choice up to the nearest limit of the goal, as a fraction of the original cost."""

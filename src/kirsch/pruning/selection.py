@@ -162,6 +162,13 @@ def _with_outputs(graph: Graph, pattern: str) -> list[str]:
     return [group.name for group in graph.groups if kept[group.components].any()]
 
 
+def excludes_block(graph: Graph, options: PlanOptions, path: str) -> bool:
+    """Return whether `exclude` or `keep_outputs` names a residual block, or a layer inside it."""
+    patterns = (*options.exclude, *options.keep_outputs)
+    inside = [name for name in graph.tensors if name.startswith(f"{path}.")]
+    return any(matches(name, pattern) for name in (path, *inside) for pattern in patterns)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Return whether a pattern matches the path of a parameter or block, or of one of its parent modules."""
     parts = name.split(".")

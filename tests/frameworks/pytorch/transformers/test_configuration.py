@@ -96,7 +96,7 @@ def configurable(kind=Configurable, **options):
 
 def halved(model, kinds=("ffn unit",), **options):
     graph = kirsch.trace(model, INPUT.to(model.first.weight))
-    options = {"uniform": True, "round_to": 1, **options}
+    options = {"uniform": True, "round_to": 1, "loadable": False, **options}
     return prune_with_verification(model, kirsch.plan(graph, kirsch.Goal(parameters=0.6), kinds=kinds, **options))
 
 
@@ -177,7 +177,9 @@ def test_the_configuration_is_unchanged_if_no_number_counts_the_dropped_blocks()
 
 def test_the_configuration_is_unchanged_if_layers_have_different_sizes():
     model = configurable()
-    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.7), kinds=["ffn unit"], round_to=1)
+    plan = kirsch.plan(
+        kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.7), kinds=["ffn unit"], round_to=1, loadable=False
+    )
     counts = {len(removal.removed) for removal in plan.groups if removal.name.startswith("blocks")}
     assert len(counts) == 2
     found = prune_with_verification(model, plan)
@@ -234,7 +236,9 @@ def test_the_note_says_if_the_configuration_does_not_build_the_original():
 
 def test_the_configuration_is_unchanged_without_verification():
     model = configurable()
-    plan = kirsch.plan(kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.6), uniform=True, kinds=["ffn unit"])
+    plan = kirsch.plan(
+        kirsch.trace(model, INPUT), kirsch.Goal(parameters=0.6), uniform=True, kinds=["ffn unit"], loadable=False
+    )
     found = prune_with_verification(model, plan, verify=False)
     assert found.model.config.to_dict() == model.config.to_dict()
     assert "because the pruned model was not verified" in config_notes(found)[0]

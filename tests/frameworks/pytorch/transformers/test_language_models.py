@@ -101,7 +101,7 @@ def pruned(transformers, name):
     *_, kinds, excluded, fraction, _ = CASES[name]
     model, inputs = build(transformers, name)
     goal = kirsch.Goal(macs=fraction)
-    plan = kirsch.plan(kirsch.trace(model, inputs), goal, uniform=True, kinds=kinds, exclude=excluded)
+    plan = kirsch.plan(kirsch.trace(model, inputs), goal, uniform=True, loadable=False, kinds=kinds, exclude=excluded)
     return prune_with_verification(model, plan), inputs
 
 
@@ -161,7 +161,9 @@ def test_a_language_model_with_dropped_layers_is_loaded_and_generates_text(trans
 
 def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(transformers, tmp_path):
     model, inputs = build(transformers, "llama", num_hidden_layers=1)
-    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, kinds=["head dim"], round_to=1)
+    plan = kirsch.plan(
+        kirsch.trace(model, inputs), kirsch.Goal(macs=0.9), uniform=True, loadable=False, kinds=["head dim"], round_to=1
+    )
     found = prune_with_verification(model, plan)
     assert found.verification.passed
     assert found.model.config.to_dict() == model.config.to_dict()
@@ -175,6 +177,6 @@ def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(tran
 
 def test_the_note_names_the_axis_whose_size_no_number_of_the_configuration_gives(transformers):
     model, inputs = build(transformers, "distilbert")
-    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, kinds=["head"])
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(macs=0.8), uniform=True, loadable=False, kinds=["head"])
     why = r"no number gives axis 0 of distilbert\.\S+ the size \d+\. Save it with kirsch\.save, or plan with kinds"
     assert_one_note(config_notes(prune_with_verification(model, plan)), why)

@@ -94,7 +94,11 @@ MODELS = {
 def pruned(model, inputs=TOKENS, *, module="", parameters=0.6, **options):
     """Return the pruned model and the warnings of `kirsch.prune`."""
     plan = kirsch.plan(
-        kirsch.trace(model, inputs, module=module), kirsch.Goal(parameters=parameters), round_to=1, **options
+        kirsch.trace(model, inputs, module=module),
+        kirsch.Goal(parameters=parameters),
+        round_to=1,
+        loadable=False,
+        **options,
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -198,7 +202,7 @@ def test_a_model_pruned_twice_can_be_saved_if_a_configuration_describes_the_resu
     assert len(set(widths)) == 2
     assert warned
     assert_cannot_be_saved(once, tmp_path)
-    plan = kirsch.plan(kirsch.trace(once, TOKENS), kirsch.Goal(parameters=0.9), round_to=1, **kinds)
+    plan = kirsch.plan(kirsch.trace(once, TOKENS), kirsch.Goal(parameters=0.9), round_to=1, loadable=False, **kinds)
     content = json.loads(plan.to_json())
     content["groups"] = [
         {
@@ -262,7 +266,7 @@ def test_a_model_without_save_pretrained_is_pruned_without_a_warning():
 
 
 def test_saving_a_model_pruned_without_verification_raises_the_error(tmp_path):
-    plan = kirsch.plan(kirsch.trace(model := bert(), TOKENS), kirsch.Goal(parameters=0.6), round_to=1)
+    plan = kirsch.plan(kirsch.trace(model := bert(), TOKENS), kirsch.Goal(parameters=0.6), round_to=1, loadable=False)
     with pytest.warns(UserWarning, match="No configuration describes the pruned Bert"):
         small = kirsch.prune(model, plan, verify=False)
     assert_cannot_be_saved(small, tmp_path)

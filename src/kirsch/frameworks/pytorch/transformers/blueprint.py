@@ -69,11 +69,15 @@ def integer_attributes(model: nn.Module) -> dict[str, set[float]]:
 def with_numbers(config: Any, changes: Mapping[str, float]) -> Any:
     """Return a copy of a configuration with other numbers, after conversion to a dict and back.
 
+    If a number decreases, lists of words that had as many entries are cut to the new number, such as the types of all
+    layers.
+
     Raises:
         Exception: the configuration does not allow the numbers.
     """
     new = copy.deepcopy(config)
     for path, number in changes.items():
+        _shorten(new, path.split("."), number)
         _set(new, path.split("."), number)
     converted = type(config).from_dict(new.to_dict())
     _copy_private(new, converted)
@@ -89,6 +93,19 @@ def _set(owner: Any, path: Sequence[str], number: float) -> Any:
         return type(owner)([*owner[:index], _set(owner[index], path[1:], number), *owner[index + 1 :]])
     setattr(owner, path[0], _set(getattr(owner, path[0], None), path[1:], number))
     return owner
+
+
+def _shorten(owner: Any, path: Sequence[str], number: float) -> None:
+    """Cut the lists of words beside a number whose length is the present value of the number."""
+    for name in path[:-1]:
+        owner = owner[int(name)] if isinstance(owner, (list, tuple)) else getattr(owner, name, None)
+    if not hasattr(owner, "to_dict"):
+        return
+    present = getattr(owner, path[-1], None)
+    if type(present) is int and type(number) is int and number < present:
+        for name, value in vars(owner).items():
+            if isinstance(value, list) and len(value) == present and all(isinstance(word, str) for word in value):
+                setattr(owner, name, value[:number])
 
 
 def _copy_private(old: Any, new: Any) -> None:
@@ -251,7 +268,7 @@ class Search:
         start = None if counts is None else self.trial(counts)
         if counts is None or start is None:
             return []
-        implied = {**counts, **self._implied(start, counts)}
+        implied = {**counts, **self.implied(start, counts)}
         solutions = self._solutions(self._relevant(start, implied), implied, start)
         minimal = [self._without_implied(changes, implied.keys() - counts.keys()) for changes in solutions]
         return sorted(minimal, key=lambda changes: len(_different(self.trial(changes) or {}, self.target)))
@@ -305,7 +322,7 @@ class Search:
             return None
         return names - self.names if self.names <= names else None
 
-    def _implied(self, start: Sizes, counts: Numbers) -> Numbers:
+    def implied(self, start: Sizes, counts: Numbers) -> Numbers:
         """Return the values that None and missing numbers of the configuration stand for."""
         unset = [path for path, value in numbers(self.model.config).items() if value is None]
         unset += [name for name in self.integers if not hasattr(self.model.config, name)]
@@ -349,7 +366,7 @@ class Search:
             within: the axes of parameters that may change; all others are forbidden.
         """
         start = self.trial({})
-        size_numbers = [] if start is None else self._size_numbers(start, self._implied(start, {}))
+        size_numbers = [] if start is None else self._size_numbers(start, self.implied(start, {}))
         parameters = dict(self.model.named_parameters())
         affected = [{axis for axis in number.affected if axis[0] in parameters} for number in size_numbers]
         return {axis for axes in affected if axes <= within for axis in axes}

@@ -133,6 +133,9 @@ def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Gra
         return Configured(why=why, fix="Save it with kirsch.save, or trace without module and prune the whole model.")
     if not verify:
         return _as_stated(pruned, model, plan, graph)
+    stated = plan.configuration
+    if stated and not difference_of(pruned, stated, graph.traced.args, graph.traced.options):
+        return _updated(pruned, stated)
     search, differences = Search(pruned), []
     for changes in search.solutions()[:MOST_SOLUTIONS]:
         difference = difference_of(pruned, changes, graph.traced.args, graph.traced.options)
@@ -242,6 +245,8 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
             }
             copied.load_state_dict(state)
             built.load_state_dict(state)
+            if other := _other_words(copied, built):
+                return other
             _convert_buffers(built, copied)
             before = outputs(copied)
             copy_configurations(built, copied)
@@ -251,6 +256,23 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
                 return _cause(copied, built, differs)
         except Exception as error:  # noqa: BLE001 - the code of the model can raise any exception
             return error_text(error).rstrip(".")
+    return ""
+
+
+def _other_words(pruned: nn.Module, built: nn.Module) -> str:
+    """Return an attribute of a module that is a word or None in one of the models and differs in the other.
+
+    Such an attribute may change the outputs for other inputs only, such as the type of attention for long texts.
+    """
+    for path, module in built.named_modules():
+        attributes = vars(pruned.get_submodule(path))
+        for name, value in vars(module).items():
+            present = attributes.get(name, value)
+            simple = all(item is None or type(item) in (str, bool, int) for item in (value, present))
+            if not simple or name.startswith("_"):
+                continue
+            if type(value) is not type(present) or (type(value) is str and value != present):
+                return f"{path}.{name} is {present!r} and would be {value!r}".removeprefix(".")
     return ""
 
 

@@ -1,0 +1,63 @@
+"""Numbers of layers that the configuration of a model can state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kirsch.frameworks.pytorch.transformers.blueprint import build, numbers
+from kirsch.graph.configuration import ConfiguredDepth
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from kirsch.graph.graph import Graph
+
+
+def configured_depths(model: nn.Module, graph: Graph) -> list[ConfiguredDepth]:
+    """Return the numbers that count the elements of a list whose elements are residual blocks.
+
+    A number counts a list if a model that is built with the number minus 1 lacks the tensors of the last element, and
+    no others.
+    """
+    found = []
+    for path, blocks in _lists(graph).items():
+        length = len(model.get_submodule(path))  # type: ignore[arg-type]
+        names = set(model.state_dict())
+        without_last = {name for name in names if not name.startswith(f"{path}.{length - 1}.")}
+        for number, value in numbers(model.config).items():
+            if value == length and type(value) is int and _names(model, {number: length - 1}) == without_last:
+                elements = tuple(f"{path}.{index}" for index in range(length))
+                types = tuple(_type(model.get_submodule(element)) for element in elements)
+                found.append(ConfiguredDepth(number, length, elements, tuple(blocks), types))
+                break
+    return found
+
+
+def _type(module: nn.Module) -> str:
+    """Return the classes, words and None values in the attributes of a module and its parts, as one text."""
+    parts = []
+    for path, part in module.named_modules():
+        words = {name: value for name, value in vars(part).items() if value is None or type(value) in (str, bool)}
+        plain = {name: value for name, value in words.items() if not name.startswith("_")}
+        parts.append(f"{path} {type(part).__name__} {sorted(plain.items(), key=str)}")
+    return "; ".join(parts)
+
+
+def _lists(graph: Graph) -> dict[str, list[str]]:
+    """Return the removable elements of each list of residual blocks, by path of the list."""
+    lists: dict[str, list[str]] = {}
+    for block in graph.blocks:
+        owner, _, index = block.rpartition(".")
+        if owner and index.isdecimal():
+            lists.setdefault(owner, []).append(block)
+    return lists
+
+
+def _names(model: nn.Module, changes: Mapping[str, float]) -> set[str]:
+    """Return the names of the stored tensors of a model that is built with changed numbers; empty if this fails."""
+    try:
+        return set(build(model, changes, "meta").state_dict())
+    except Exception:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
+        return set()

@@ -1,0 +1,240 @@
+"""Plans with loadable=True only make cuts that the configuration of a transformers model can state."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import loadable
+import pytest
+import torch
+
+import kirsch
+from kirsch.errors import GoalError, UsageError
+from kirsch.frameworks.pytorch.transformers.blueprint import with_numbers
+from kirsch.graph.configuration import ConfiguredDepth
+from kirsch.pruning.prune import prune_with_verification
+from trace_and_cut import with_noise
+
+RECIPES = {recipe.name: recipe for recipe in loadable.FAMILIES}
+CORE = ["Llama", "Gemma 2", "GPT-2", "Mixtral", "BERT", "ALBERT", "ViT", "T5"]
+ELSEWHERE = ["Llama", "BERT"]
+"""Families that are also loaded in a process without Kirsch; the benchmark loads all of them."""
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("transformers")]
+
+
+def half(recipe, **options):
+    model, inputs = recipe.build()
+    plan = kirsch.plan(kirsch.trace(with_noise(model), inputs), kirsch.Goal(parameters=0.5), **options)
+    return model, inputs, plan
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_half_of_the_parameters_remain_and_from_pretrained_loads_the_result(name, tmp_path):
+    model, inputs, plan = half(RECIPES[name])
+    assert plan.method["loadable"] is True
+    found = prune_with_verification(model, plan)
+    assert found.warnings == ()
+    assert found.plan.configuration == plan.configuration != {}
+    assert 0.48 <= sum(p.numel() for p in found.model.parameters()) / sum(p.numel() for p in model.parameters()) <= 0.5
+    assert any(note.startswith("config: ") for note in found.notes)
+    found.model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], found.model(**inputs)[0])
+    if name in ELSEWHERE:
+        result = loadable.loaded(found.model, inputs, str(tmp_path))
+        assert all(result.values()), result
+        assert "same" in result
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in CORE])
+def test_every_other_family_is_half_as_large_and_loads_elsewhere_or_is_refused_in_the_plan(name):
+    found = loadable.row(RECIPES[name])
+    if "why" in found:
+        assert "cannot state" in found["why"]
+    else:
+        assert found["same"]
+        assert 0.48 <= found["left"] <= 0.5
+
+
+class Config:
+    """A configuration like those of transformers, whose width must be a multiple of the heads."""
+
+    def __init__(self, width=24, heads=4, ffn=32, depth=3, kinds=("a", "b", "a"), **_):
+        self.width, self.heads, self.ffn, self.depth, self.kinds = width, heads, ffn, depth, list(kinds)
+        if width % heads or len(self.kinds) != depth:
+            raise ValueError("the numbers do not fit")
+
+    def to_dict(self):
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**values)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, config, kind):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(config.width, config.ffn), torch.nn.Linear(config.ffn, config.width)
+        self.q, self.v = torch.nn.Linear(config.width, config.width), torch.nn.Linear(config.width, config.width)
+        self.heads, self.kind, self.scale = config.heads, kind, (config.width // config.heads) ** -0.5
+
+    def forward(self, x):
+        shape = (*x.shape[:2], self.heads, -1)
+        q, v = (part(x).view(shape).transpose(1, 2) for part in (self.q, self.v))
+        x = x + ((q @ q.transpose(2, 3) * self.scale).sigmoid() @ v).transpose(1, 2).flatten(2) * 0.1
+        return x + self.down(self.up(x).relu())
+
+
+class Small(torch.nn.Module):
+    """A model whose head width follows from width and heads, and whose layers have two types."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first = torch.nn.Linear(5, config.width)
+        self.layers = torch.nn.ModuleList(Layer(config, kind) for kind in config.kinds)
+        self.last = torch.nn.Linear(config.width, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
+class Tied(torch.nn.Module):
+    """A model whose configuration states a width that no group of units has by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first, self.last = torch.nn.Linear(5, 8), torch.nn.Linear(8, 3)
+
+    forward = lambda self, x: self.last(self.first(x).relu())  # noqa: E731
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
+INPUT = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return with_noise(Small(Config())).eval()
+
+
+def assert_configuration_builds(model):
+    built = type(model)(with_numbers(model.config, {})).eval()
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(built(INPUT), model(INPUT))
+
+
+@pytest.mark.parametrize("parameters", [0.8, 0.6, 0.4, 0.2])
+def test_the_configuration_states_the_result_of_each_goal(small, parameters):
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=parameters), round_to=1)
+    pruned = kirsch.prune(small, plan)
+    assert parameters - 0.02 <= plan.after.parameters / plan.before.parameters <= parameters
+    for path, number in plan.configuration.items():
+        assert getattr(pruned.config, path) == number < getattr(small.config, path)
+    assert pruned.config.width % pruned.config.heads == 0
+    assert_configuration_builds(pruned)
+    assert small.config.to_dict() == Config().to_dict()
+
+
+def test_width_and_heads_are_cut_together_if_the_head_width_follows_from_both(small):
+    graph = kirsch.trace(small, INPUT)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.7), kinds=["head"])
+    assert set(plan.configuration) == {"width", "heads"}
+    assert plan.configuration["width"] / plan.configuration["heads"] == 6
+    with pytest.raises(GoalError, match=r"It cannot state width: .*scale is 0\.\d+ and would be") as caught:
+        kirsch.plan(graph, kirsch.Goal(parameters=0.7), kinds=["head dim"])
+    assert "loadable=False" in caught.value.fix
+
+
+def test_the_error_names_what_the_configuration_can_state_and_the_goal_that_would_fit(small):
+    graph = kirsch.trace(small, INPUT)
+    with pytest.raises(GoalError, match=r"cannot state a plan for the goal: parameters 10% is requested") as caught:
+        kirsch.plan(graph, kirsch.Goal(parameters=0.1), kinds=["ffn unit"])
+    assert "It can state ffn (ffn unit)." in caught.value.why
+    fitting = float(re.search(r"parameters=(0\.\d+)", caught.value.fix).group(1))
+    kirsch.plan(graph, kirsch.Goal(parameters=fitting), kinds=["ffn unit"])
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.1), loadable=False)
+    assert plan.configuration == {}
+
+
+@pytest.mark.parametrize("option", ["exclude", "keep_outputs"])
+def test_widths_and_layers_that_an_option_keeps_are_not_cut(small, option):
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.7), **{option: ["layers.1.up"]})
+    assert "ffn" not in plan.configuration
+    assert "layers.1" not in plan.without
+
+
+def test_the_cuts_of_a_plan_have_the_least_importance_among_those_of_equal_cost(small):
+    """The units of one layer are almost zero: a plan that may remove layers removes this one."""
+    with torch.no_grad():
+        for parameter in small.layers[1].parameters():
+            parameter.mul_(1e-3)
+    small.config.kinds = ["a"] * 3
+    for layer in small.layers:
+        layer.kind = "a"
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.68))
+    assert plan.without == ("layers.1",)
+    assert plan.configuration["depth"] == 2
+    assert_configuration_builds(kirsch.prune(small, plan))
+
+
+@pytest.mark.parametrize("types", ["abab", "aaaa", "abba", "aaba"])
+@pytest.mark.parametrize("removable", [(0, 1, 2, 3), (0, 3), (1, 2)])
+def test_the_removed_layers_are_the_cheapest_that_leave_the_types_of_the_first_layers(types, removable):
+    costs = {f"l.{index}": cost for index, cost in enumerate((1.0, 5.0, 2.5, 3.25))}
+    blocks = tuple(f"l.{index}" for index in removable)
+    found = ConfiguredDepth("depth", 4, tuple(costs), blocks, tuple(types)).removals(costs.__getitem__, blocks)
+    expected = []
+    for count in range(len(blocks) + 1):
+        sets = [
+            removed
+            for removed in itertools.combinations(blocks, count)
+            if [t for path, t in zip(costs, types, strict=True) if path not in removed] == list(types[: 4 - count])
+        ]
+        expected += [min(sets, key=lambda removed: sum(costs[path] for path in removed))] if sets else []
+    assert found == expected
+
+
+def test_loadable_is_refused_without_configuration_and_with_widths_by_hand(small):
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    with pytest.raises(UsageError, match=r"It has no configuration from which"):
+        kirsch.plan(kirsch.trace(plain, INPUT), kirsch.Goal(parameters=0.7), loadable=True)
+    graph = kirsch.trace(small, INPUT)
+    with pytest.raises(UsageError, match="cannot be used with `keep`"):
+        kirsch.plan(graph, kirsch.Goal(parameters=0.7), keep={"layers.0.up": 8}, loadable=True)
+    assert not kirsch.plan(graph, keep={"layers.0.up": 8}).configuration
+
+
+def test_a_configuration_that_states_no_cut_is_refused_if_asked_and_else_not_used():
+    graph = kirsch.trace(Tied(Config()).eval(), INPUT)
+    with pytest.raises(GoalError, match="It can state no cut"):
+        kirsch.plan(graph, kirsch.Goal(parameters=0.7), loadable=True)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.7))
+    assert plan.groups
+    assert not plan.configuration
+
+
+def test_a_loadable_plan_is_stored_and_read(small):
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.4), round_to=1)
+    again = kirsch.Plan.from_json(plan.to_json())
+    assert (again.configuration, again.method["loadable"]) == (plan.configuration, True)
+    assert "loadable" in str(plan)
+    pruned = prune_with_verification(small, again)
+    assert pruned.plan.configuration == json.loads(plan.to_json())["configuration"]
