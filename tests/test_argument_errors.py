@@ -53,7 +53,7 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
         (lambda: kirsch.ArrayData(X, X, 8), r"; pass batch_size, augment, ids, views, seed by name\.$"),
         (lambda: kirsch.GeneratedData(print, 8, 4), r"; pass batch_size, views, seed by name\.$"),
         (lambda: kirsch.DataSet("d", X, X, X, ("a", "b")), r"; pass classes, augment by name\.$"),
-        (lambda: kirsch.plan(norm=1), r"^kirsch\.plan was called with the wrong arguments: missing a required"),
+        (lambda: kirsch.plan(), r"^kirsch\.plan was called with the wrong arguments: missing a required argument"),
         (lambda: kirsch.TeacherStore("store"), r"'specification'\. Write kirsch\.TeacherStore\.open\(folder\)"),
         (lambda: kirsch.steps.Prune(norm="1"), r"Prune is '1'; expected 1 or 2\. The default is norm=2\."),
         (lambda: kirsch.distill_chain(3, []), r"Give a list of models or kirsch\.TeacherStore objects\.$"),
