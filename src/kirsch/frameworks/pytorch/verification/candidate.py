@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.inference.predict import run
@@ -97,7 +98,12 @@ class Candidate:
         traced = self.graph.traced.training if self.training else self.graph.traced
         dropout: Any = WithoutDropout() if self.training else contextlib.nullcontext()  # type: ignore[no-untyped-call]
         model.train(self.training)
-        with OneType(self.dtype), dropout, constants_of_the_trace(traced, self.dtype), _ConvertedWeights(weights):
+        with (
+            OneType(self.dtype),
+            dropout,
+            constants_of_the_trace(traced, self.dtype),
+            _ConvertedWeights(weights, self.dtype),
+        ):
             return seeded(functools.partial(run, model, args, options))
 
     def _with_shared_weights(self) -> tuple[nn.Module, dict[int, Callable[[], torch.Tensor]]]:
@@ -148,25 +154,28 @@ class Candidate:
         return sliced(noise, self.graph.tensors[name], self.graph, self.removal.keep)
 
 
-class _ConvertedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no annotations here
-    """Replace weights, by their ids, with the results of functions, while an operation reads them.
+class _ConvertedWeights(TorchFunctionMode):
+    """Replace weights, by their ids, with the results of functions, while a function of PyTorch reads them.
 
     Raises:
-        RuntimeError: an operation changes a weight in place.
+        RuntimeError: a function changes a weight in place.
     """
 
-    def __init__(self, weights: Mapping[int, Callable[[], torch.Tensor]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = weights
+    def __init__(self, weights: Mapping[int, Callable[[], torch.Tensor]], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weights, self._dtype = weights, dtype
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation."""
-        options = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - has no public name
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                changed = args[index] if index < len(args) else options.get(argument.name)
-                if id(changed) in self._weights:
-                    raise RuntimeError("An operation changes a weight in place.")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call one function, or read one attribute of a tensor."""
+        options, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "__get__" and args and id(args[0]) in self._weights:
+            value = func(*args)
+            if isinstance(value, torch.dtype):
+                return self._dtype
+            return func(self._converted(args[0]), *args[1:]) if isinstance(value, torch.Tensor) else value
+        in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+        if in_place and args and id(args[0]) in self._weights:
+            raise RuntimeError(f"`{name}` changes a weight in place.")
         return func(*mapped(self._converted, args), **mapped(self._converted, options))
 
     def _converted(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,7 @@ class MaskedRun(Interpreter):
         """
         if not isinstance(value, torch.Tensor) or labeled is None or not self._is_cut(labeled):
             return value
-        if bool(value.isfinite().all()):
+        if bool(value.sum().isfinite()):  # much cheaper than a test of each entry
             return value
         removed = self._mask_of(labeled, value) == 0
         return torch.where(removed & ~value.isfinite(), 0, value)

@@ -51,10 +51,11 @@ QUERY_SCALING = (
     "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
 )
 
-NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0)
+NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0) * 2
 """Factors of the noise for units that have no effect on the outputs, such as units behind a ReLU with negative biases.
 
-The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one.
+The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one. One unit
+behind a batch normalization stays inactive for two in five noises of a single sample.
 """
 CLEAR = 1e-3
 """Power at which a wrong index changes the outputs clearly; see `Verification.power`."""
