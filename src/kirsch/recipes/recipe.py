@@ -113,7 +113,7 @@ class Recipe(Options):
             yield UsageError(f"The step {name!r} cannot run a file of the format {exported.format!r}.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-        if isinstance(step, Prune) and step.goal is None and name in before:
+        if isinstance(step, Prune) and step.goal is None and step.max_drop is None and name in before:
             key = keys_of(names)[-1]
             yield UsageError(
                 f"The step {key!r} has no goal of its own.",
