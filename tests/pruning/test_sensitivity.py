@@ -80,8 +80,8 @@ def test_a_group_that_is_everything_loses_everything_and_another_one_nothing():
     found = kirsch.sensitivity(traced(Branches()), (inputs, labels), fractions=(0.5, 0.75))
     values = {row.name: [point.quality for point in row.points] for row in found.rows}
     assert values == {"used.0": pytest.approx([0.4, 0.1]), "unused.0": [1, 1]}
-    assert found.keep(max_drop=0.05) == {"unused.0": 1}
-    assert found.keep(max_drop=0.6) == {"used.0": 2, "unused.0": 1}
+    assert found.keep(max_drop=0.05) == {"unused.0#1": 1}
+    assert found.keep(max_drop=0.6) == {"used.0#1": 2, "unused.0#1": 1}
 
 
 def test_units_of_attention_and_of_normalized_layers_are_evaluated_as_in_the_pruned_models():
@@ -106,9 +106,10 @@ def test_units_of_attention_and_of_normalized_layers_are_evaluated_as_in_the_pru
     assert {"head", "head dim", "ffn unit", "embedding dim"} <= {row.kind for row in found.groups}
     with torch.no_grad():
         expected = model(inputs).reshape(-1, 16)
-        for row in found.groups:
+        for row, (name, width) in zip(found.groups, found.keep(max_drop=1e9).items(), strict=True):
             (point,) = row.points
-            plan = kirsch.plan(graph, keep={row.name: row.units - point.removed})
+            plan = kirsch.plan(graph, keep={name: width})
+            assert width == row.units - point.removed
             out = kirsch.prune(model, plan)(inputs).reshape(-1, 16)
             spread = ((expected - expected.mean(0)) ** 2).sum()
             assert point.quality == pytest.approx(float(1 - ((out - expected) ** 2).sum() / spread), abs=1e-5)
@@ -226,7 +227,7 @@ def test_a_pruned_model_that_returns_nan_has_no_value_and_a_reason():
     assert found.rows[0].points[0].quality == 1.0
     assert found.rows[0].points[1].quality is None
     assert found.notes == ["net.0 without 6 units: The pruned model returns NaN."]
-    assert found.keep(max_drop=1.0) == {"net.0": 4}
+    assert found.keep(max_drop=1.0) == {"net.0#1": 4}
     assert kirsch.Sensitivity.from_json(found.to_json()) == found
     assert "–" in str(found)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group
 
 Fractions = Annotated[
-    Sequence[Fraction], Fix("Give the fractions of units to remove, such as [0.25, 0.5], each above 0 and below 1.")
+    tuple[Fraction, ...], Fix("Give the fractions of units to remove, such as [0.25, 0.5], each above 0 and below 1.")
 ]
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SAMPLES = 256

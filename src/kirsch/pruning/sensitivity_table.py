@@ -114,6 +114,7 @@ class Sensitivity(Printable):
     def keep(self, max_drop: AtLeastZero) -> dict[str, int]:
         """Return a width for each group, for the option `keep` of `kirsch.plan`.
 
+        The keys end with the number of the group, such as "query#1", since a layer may have several groups of units.
         The width of a group is the smallest one for which its own drop, and the drop of each larger measured width, is
         at most `max_drop`. Groups without such a width are left out. The drops of several groups add up, so the drop of
         a plan with all of these widths is larger; `max_drop` of `kirsch.plan` measures it.
@@ -129,7 +130,7 @@ class Sensitivity(Printable):
             for point in row.points:
                 if point.quality is None or self.original - point.quality > max_drop + 1e-9:
                     break
-                widths[row.name] = row.units - point.removed
+                widths[row.name if "#" in row.name else f"{row.name}#1"] = row.units - point.removed
         return widths
 
     def value_text(self, value: float | None) -> str:
