@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from kirsch.pruning.choose import plan
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.sensitivity import sensitivity
+    from kirsch.pruning.sensitivity_table import Sensitivity
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.recovery import recovery
@@ -55,6 +57,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Ramp",
+    "Sensitivity",
     "Slimming",
     "Split",
     "TeacherStore",
@@ -80,6 +83,7 @@ __all__ = [
     "prune_with_verification",
     "recovery",
     "save",
+    "sensitivity",
     "trace",
 ]
 
@@ -103,6 +107,7 @@ _MODULES = {
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
+    "Sensitivity": "kirsch.pruning.sensitivity_table",
     "Slimming": "kirsch.pruning.regularizers",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
@@ -128,6 +133,7 @@ _MODULES = {
     "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
 }
 

@@ -70,6 +70,11 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
             for key, record in records.items()
             if "removed" in record
         ],
+        "sensitivities": [
+            {"step": key, "analysis": record["sensitivity"]}
+            for key, record in records.items()
+            if "sensitivity" in record
+        ],
         "export": next((record["export"] for record in records.values() if "export" in record), None),
     }
 
