@@ -168,6 +168,7 @@ def calls(tmp_path_factory):
 RECORDS = {
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "Graph",
     "Measurement",
