@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kirsch.frameworks.pytorch.analysis.count import GROUPED, plain_kernels
 from kirsch.frameworks.pytorch.analysis.program import name_of
@@ -59,7 +60,7 @@ class _Storage(NamedTuple):
         return self.offset <= view.storage_offset() <= self.offset + last
 
 
-def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
+def weight_inputs(graph: Graph, inputs: Any, see: See) -> set[str]:
     """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations in a run of the model.
 
     The model runs in inference mode, without gradient.
@@ -72,10 +73,14 @@ def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
             experts, the index on axis 0 of the weight for each position, else None. The positions are those of the
             samples, tokens and pixels, in this order, or in any order for experts. A convolution with several groups
             has more channels than the axis of its weight.
+
+    Returns:
+        The weights that other operations use, and whose products are not passed to `see`: a weight from which another
+        one is computed, such as that of weight normalization, or the weight of an operation of another package.
     """
     labels = _ChannelLabels(graph)
     part = part_of(graph.model, graph.tracing.module)
-    observe(graph.model, part, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
+    return observe(graph.model, part, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
 def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
@@ -99,22 +104,27 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
     observe(graph.model, part_of(graph.model, graph.tracing.module), inputs, see_product)
 
 
-def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> None:
-    """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations."""
+def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> set[str]:
+    """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations.
+
+    Returns the weights of the part that `weight_inputs` returns.
+    """
     weights: dict[int, list[_Storage]] = {}
     for name, value in part.named_parameters():
         if value.dim() > 1:
             weights.setdefault(value.untyped_storage().data_ptr(), []).append(_Storage.of(name, value))
     args, options = arguments_of(model, copied(tensors(inputs, model)))
+    observer = _Observer(weights, see)
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
         inference(model),
         torch.no_grad(),
         plain_kernels(),
         torch.backends.cudnn.flags(enabled=False),
-        _Observer(weights, see),
+        observer,
     ):
         call_model(model, args, options)
+    return observer.used - observer.observed
 
 
 class _ChannelLabels:
@@ -191,11 +201,22 @@ class Product:
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
-    """Calls `see` for each product of a weight with activations."""
+    """Calls `see` for each product of a weight with activations.
+
+    Attributes:
+        used: names of the weights that an operation reads; views of a weight do not count.
+        observed: names of the weights whose products were passed to `see`.
+    """
 
     def __init__(self, weights: dict[int, list[_Storage]], see: Callable[[Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights, self._see = weights, see
+        self.used: set[str] = set()
+        self.observed: set[str] = set()
+
+    def _observe(self, product: Product) -> None:
+        self.observed.add(product.name)
+        self._see(product)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
@@ -207,6 +228,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             self._product(args[1], args[2])
         elif any(name is getattr(namespace, grouped, None) for namespace, grouped in GROUPED):
             self._grouped_product(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {})["offs"])  # noqa: PLR2004
+        if not func.is_view:
+            found = [self._weight(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            self.used.update(weight.name for weight in found if weight is not None)
         result = func(*args, **(kwargs or {}))
         if name is aten.index:
             self._selection(args[0], args[1], result)
@@ -221,7 +245,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if found is not None:
             transposed, _, groups = others
             options = None if transposed else {"stride": stride, "padding": padding, "dilation": dilation}
-            self._see(Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
+            self._observe(Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
 
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:
         """Observe the product of two (batches of) matrices of which exactly one is a weight."""
@@ -231,7 +255,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
                 continue
             axis = _axis_of(found, weight, dim)
             if axis is not None:
-                self._see(Product(found.name, axis, x, experts=_experts(found, weight, x)))
+                self._observe(Product(found.name, axis, x, experts=_experts(found, weight, x)))
             return
 
     def _grouped_product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> None:
@@ -241,7 +265,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if found is not None and axis is not None:
             rows = torch.arange(int(ends[-1]), device=ends.device, dtype=ends.dtype)
             experts = torch.searchsorted(ends, rows, right=True)
-            self._see(Product(found.name, axis, x[: len(rows)], experts=experts))
+            self._observe(Product(found.name, axis, x[: len(rows)], experts=experts))
 
     def _selection(self, weight: torch.Tensor, indices: Any, copy: torch.Tensor) -> None:
         """Register the copy of those slices of a stack of weights that a tensor of indices selects."""
