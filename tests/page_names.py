@@ -170,6 +170,16 @@ def calibration() -> dict[str, Any]:
     return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
 
 
+def normalized() -> dict[str, Any]:
+    """Return a convolutional model with batch normalization whose statistics are those of the images."""
+    torch.manual_seed(0)
+    images, norm = torch.randn(64, 3, 9, 9), nn.BatchNorm2d(16, momentum=1.0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(400, 2))
+    model(images)
+    return {"model": model.eval(), "images": images}
+
+
 def stages() -> dict[str, Any]:
     layers = {
         "layer3": nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
@@ -214,6 +224,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/allocation.md", "Several rounds"): rounds,
     ("docs/allocation.md", "Widths by hand"): stages,
     ("docs/allocation.md", "A largest drop of accuracy"): classified,
+    ("docs/compensation.md", "Compensation without training"): normalized,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

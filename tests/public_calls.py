@@ -119,10 +119,13 @@ def public_calls(folder):
                 "progress": None,
             },
         ),
-        "prune": (kirsch.prune, {"model": model, "plan": plan, "example_inputs": x, "verify": True}),
+        "prune": (
+            kirsch.prune,
+            {"model": model, "plan": plan, "example_inputs": x, "verify": True, "compensate": "bias", "data": x},
+        ),
         "prune_with_verification": (
             kirsch.prune_with_verification,
-            {"model": model, "plan": plan, "example_inputs": x, "verify": True},
+            {"model": model, "plan": plan, "example_inputs": x, "verify": True, "compensate": "bias", "data": x},
         ),
         "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
         "load": (kirsch.load, {"folder": folder / "saved", "build": Net, "example_inputs": x}),

@@ -180,6 +180,7 @@ def calls(tmp_path_factory):
 RECORDS = {
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "Graph",
     "Measurement",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.compensation import Compensation
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers import L1, Slimming
     from kirsch.pruning.sensitivity import sensitivity
@@ -43,6 +44,7 @@ __all__ = [
     "ArrayData",
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "DataSet",
     "Dense",
@@ -92,6 +94,7 @@ _MODULES = {
     "ArrayData": "kirsch.data.batches",
     "Artifact": "kirsch.deploy.export",
     "Batch": "kirsch.data.batches",
+    "Compensation": "kirsch.pruning.compensation",
     "Compressed": "kirsch.recipes.compress",
     "DataSet": "kirsch.data.dataset",
     "Dense": "kirsch.distillation.store.record",

@@ -19,6 +19,7 @@ from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import least_cost
 from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.compensation import Compensate, check_model, methods_of
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.max_drop import minimized_cost
 from kirsch.pruning.options import ONLY_WITH_MAX_DROP, PlanOptions
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION, PREVIEW = 256, 8
-"""Number of training samples on which units and residual blocks are ranked; and units before the job starts."""
+"""Number of training samples for the ranking of units and blocks and for compensation; and for the ranking of units
+before the job starts."""
 
 SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
 """Short names of the costs in `WORDS`."""
@@ -93,6 +95,18 @@ class Prune(PlanOptions, Step):
     seed: Seed | None = Field(
         None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
     )  # type: ignore[assignment]
+    compensate: Compensate = Field(
+        None,
+        description=(
+            'how the kept weights are changed after the cut, from 256 training samples and without training: "bias", '
+            '"least_squares", "batch_norm", or a list of them; null: not at all'
+        ),
+    )
+
+    def check(self) -> None:
+        """Check the options of the plan, and the methods of compensation."""
+        super().check()
+        methods_of(self.compensate)
 
     def identity(self, job: Job) -> str:
         """Return the options, and the goal of the job if the step has none."""
@@ -106,6 +120,7 @@ class Prune(PlanOptions, Step):
         """
         _, plan = self._plan(job, PREVIEW) if self.max_drop is None else self._assumed_plan(job)
         job.plans[job.key] = plan
+        check_model(methods_of(self.compensate), job.model, plan)
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
@@ -166,7 +181,8 @@ class Prune(PlanOptions, Step):
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""
         graph, plan = self._plan(job)
-        pruned = prune_with_verification(job.model, plan)
+        samples = None if not self.compensate else self._calibration(job, job.data.calibration_batches)
+        pruned = prune_with_verification(job.model, plan, compensate=self.compensate, data=samples)
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
@@ -180,6 +196,9 @@ class Prune(PlanOptions, Step):
         record["removed"] = removal_record(graph, plan)
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
+        if pruned.compensation is not None:
+            record["compensation"] = pruned.compensation.to_dict()
+            record["notes"] = [*notes, f"Compensation: {pruned.compensation.text}."]
         record["before"] = plan.before.to_dict()
         parts = (
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
