@@ -179,13 +179,14 @@ def stages() -> dict[str, Any]:
         "act": nn.ReLU(),
         "fc": nn.Linear(16, 4),
     }
-    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), torch.randn(1, 3, 12, 12))}
+    images = torch.randn(4, 3, 12, 12)
+    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), images[:1]), "images": images}
 
 
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
-    ("docs/allocation.md", "Widths by hand"): stages,
+    ("docs/allocation.md", "Widths by measured output changes"): stages,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -2,6 +2,7 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
+from kirsch.frameworks.pytorch.calibration.masked_outputs import outputs_without
 from kirsch.frameworks.pytorch.calibration.weight_inputs import weight_input_patches, weight_inputs
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "hessian_products",
     "loss_without",
     "outputs",
+    "outputs_without",
     "weight_input_patches",
     "weight_inputs",
     "weights",
