@@ -189,7 +189,8 @@ def stages() -> dict[str, Any]:
         "act": nn.ReLU(),
         "fc": nn.Linear(16, 4),
     }
-    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), torch.randn(1, 3, 12, 12))}
+    images = torch.randn(4, 3, 12, 12)
+    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), images[:1]), "images": images}
 
 
 def rounds() -> dict[str, Any]:
@@ -221,6 +222,7 @@ def classified() -> dict[str, Any]:
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
+    ("docs/allocation.md", "Widths by measured output changes"): stages,
     ("docs/allocation.md", "Several rounds"): rounds,
     ("docs/allocation.md", "Widths by hand"): stages,
     ("docs/allocation.md", "A largest drop of accuracy"): classified,

@@ -22,7 +22,7 @@ from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
 
-NOT_OPTIONS = {"graph", "goal", "data", "validation"}
+NOT_OPTIONS = {"graph", "goal", "data", "validation", "progress"}
 """Arguments of `kirsch.plan` that are not options."""
 
 

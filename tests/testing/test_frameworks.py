@@ -194,6 +194,14 @@ FAULTS = [
         "the loss is",
     ),
     (
+        "check_outputs_without_units_are_those_of_the_pruned_model",
+        planted(
+            "calibration",
+            outputs_without=lambda graph, inputs, keep: CALIBRATION.outputs_without(graph, inputs, keep | True),
+        ),
+        "the first output: the largest difference",
+    ),
+    (
         "check_activations_belong_to_weights_and_samples",
         planted("calibration", weight_inputs=without_the_first_sample(CALIBRATION.weight_inputs)),
         "positions of 24 samples",

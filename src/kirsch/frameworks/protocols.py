@@ -112,6 +112,14 @@ class Calibration(PairedRuns, Protocol):
     ) -> float:
         """Return the loss after the removal of the components for which `keep` is False."""
 
+    def outputs_without(
+        self, graph: Graph, inputs: Any, keep: NDArray[np.bool_], without: Collection[str] = ()
+    ) -> list[NDArray[Any]]:
+        """Return the floating outputs, the logits first, after the removal of components and residual blocks.
+
+        The model is not traced again. Hidden states, attention weights and caches are not returned.
+        """
+
 
 class Surgery(ChangedValues, Protocol):
     """Application of plans to models; the result is the pruned model."""

@@ -126,6 +126,24 @@ class CostModel:
             keep: mask of the components that stay, bool of shape (components,).
             without: paths of the modules that are removed, and that return their inputs.
         """
+        costs, memory = self._costs_and_memory(keep, without)
+        parameters, macs, activations, size = (
+            round(float(costs[self._quantity == quantity].sum()))
+            for quantity in ("parameters", "macs", "activations", "size")
+        )
+        return Cost(parameters, macs, activations, size, round(float(memory.max(initial=0))))
+
+    def memory_profile(self, keep: NDArray[np.bool_], without: Collection[str] = ()) -> NDArray[np.float64]:
+        """Return the bytes of the activations that exist during each operation of the pruned model; see `price`.
+
+        The number of operations is that of the original, and the largest value is the peak memory.
+        """
+        return self._costs_and_memory(keep, without)[1]
+
+    def _costs_and_memory(
+        self, keep: NDArray[np.bool_], without: Collection[str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the costs of all terms, and the bytes during each operation; see `price`."""
         costs, first = self._term_costs(keep), self._first
         if without:
             removed = np.array([f"{owner}.".startswith(tuple(f"{path}." for path in without)) for owner in self._owner])
@@ -135,11 +153,7 @@ class CostModel:
                 removed[np.flatnonzero(self._stored)[index]] = False
                 first[index] += 1  # until then, the input of the module is counted by itself
             costs[removed] = 0
-        parameters, macs, activations, size = (
-            round(float(costs[self._quantity == quantity].sum()))
-            for quantity in ("parameters", "macs", "activations", "size")
-        )
-        return Cost(parameters, macs, activations, size, round(float(self._memory(costs, first).max(initial=0))))
+        return costs, self._memory(costs, first)
 
     def _output_of(self, path: str) -> int | None:
         """Return the index among the tensors in memory of the output of a module: the one that is read last."""

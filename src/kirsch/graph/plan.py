@@ -112,7 +112,7 @@ class Plan(Printable):
         removed = {removal.name: len(removal.removed) for removal in self.groups}
         groups = self.graph.groups if self.graph is not None else self.groups
         sizes = {group.name: (group.size, removed.get(group.name, 0)) for group in groups}
-        method = layout.method_text(self.method, of_blocks=bool(self.blocks))
+        method = layout.method_text(self.method, of_blocks=bool(self.blocks) and not self.groups)
         macs = f"MACs for {layout.inputs_text(shape for _, shape, _ in _shapes(self.inputs))}"
         title: Line = [Piece(self.model, "strong"), *(Piece(f"   {text}") for text in (method, macs) if text)]
         return layout.plan_parts(title, sizes, self.without, self.cost_table(), self.notes)

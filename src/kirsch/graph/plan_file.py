@@ -92,7 +92,7 @@ PLAN = record(
                 "importance": text(1),
                 "loss": text(),
                 "norm": one_of((1, 2)),
-                "ranking": one_of(("global", "local", "isomorphic", "per_cost")),
+                "ranking": one_of(("global", "local", "isomorphic", "per_cost", "milp")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
                 "keep_outputs": array(text(1)),

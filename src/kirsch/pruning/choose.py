@@ -16,13 +16,15 @@ from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError, listing
 from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
-from kirsch.graph.plan import Goal, Plan, Removal
+from kirsch.graph.plan import Goal, Plan, Removal, Skip
 from kirsch.jobs.goal import MaxDrop
+from kirsch.pruning.alternatives import is_inside, removable_blocks
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
 from kirsch.pruning.by_hand import kept_units, tied_number
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, importance_of
 from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
+from kirsch.pruning.milp import allocate
 from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
@@ -84,6 +86,7 @@ def plan(
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
+    progress: bool | None = None,
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
 
@@ -95,8 +98,8 @@ def plan(
             are removed. If the model already meets a goal that is a fraction of an earlier model (`Goal.of`), the plan
             removes nothing.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
-            (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
-            a list of such batches.
+            (inputs, labels); about 256 samples suffice. ranking="milp" needs inputs for any importance. For
+            kinds="block": inputs in the form of the example inputs, or a list of such batches.
         importance: name of the importance that ranks the units. From the weights: "magnitude" (the default), "lamp",
             "fpgm", "bn_scale", "random". From inputs: "activation", "apoz", "wanda", "flap", "thinet". From inputs and
             labels: "taylor", "fisher", "taylor_weights", "snip", "grasp", "hessian", "leave_one_out". Or a function
@@ -105,10 +108,15 @@ def plan(
             outputs when the block is removed; one run per block) or "random".
         loss: loss for importances from labels: "cross-entropy", "binary", "squared-error"; "next-token" for causal
             language models, whose labels are their input tokens; or a function (logits, labels) → mean over samples.
+            ranking="milp" compares class probabilities for "cross-entropy", "next-token" and "binary", and the outputs
+            themselves for other losses.
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
             goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
-            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
+            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616). "milp"
+            measures, for up to nine widths of each group, how much the outputs on `data` change if only this group is
+            reduced, and chooses the widths with the least sum of changes by an integer program. This runs the model
+            once for each width and batch.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -118,7 +126,8 @@ def plan(
             defines the kinds). A dict, such as {"head": 2.0, "head dim": 0}: units of all kinds are removed.
             Importances are divided by the weight of the kind, which is 1 for kinds that are not in the dict; units of a
             kind with weight 0 are kept. None: all kinds, with weight 1. "block" removes whole residual blocks
-            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
+            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again. With
+            ranking="milp", "block" may be named together with other kinds: blocks and units are chosen together.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
@@ -146,6 +155,8 @@ def plan(
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
         seed: seed of the importances "random" and "hessian".
+        progress: whether to show the progress of the measurements of ranking="milp"; None: on a terminal and in a
+            notebook.
 
     Returns:
         A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
@@ -194,6 +205,12 @@ def plan(
         )
     if goal is not None:
         _check_reference(graph, goal)
+    elif options.ranking == "milp" and max_drop is None:
+        raise UsageError(
+            'ranking="milp" has no effect without a goal.',
+            "It chooses widths by their cost, and `keep` sets the widths by hand.",
+            "Give a goal, such as kirsch.Goal(macs=0.5), or remove `ranking`.",
+        )
     check_validation(options, goal, data, validation)
     plan_for: Callable[..., Plan]
     if options.of_blocks:
@@ -203,9 +220,10 @@ def plan(
         options.check_importance(chosen)
         if isinstance(importance, Mapping):
             _check_groups(graph, importance)
-        only_measured = max_drop is not None and validation is None and chosen.needs == "weights"
+        ranked = chosen.needs != "weights" or options.ranking == "milp"
+        only_measured = max_drop is not None and validation is None and not ranked
         scores = scores_of(graph, options, chosen, None if only_measured else data, loss)
-        plan_for = partial(_plan_units, graph, options=options, scores=scores)
+        plan_for = partial(_plan_units, graph, options=options, scores=scores, progress=progress)
     if max_drop is None:
         return plan_for(goal)
     samples, argument = (data, "data") if validation is None else (validation, "validation")
@@ -259,20 +277,27 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
-def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache) -> Plan:
+def _plan_units(
+    graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache, *, progress: bool | None
+) -> Plan:
     """Return the units to remove from the layers of a model."""
+    blocks: dict[str, float] = {}
     if goal is None:
         chooser = _chooser(graph, None, options, scores.get, 0)
         counts = chooser.given()
+    elif options.ranking == "milp":
+        chooser, counts, blocks = _search_by_outputs(graph, goal, options, scores, progress=progress)
     else:
         chooser, counts = _search(graph, goal, options, scores)
     name = options.importance_name
     reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
     _check_constants(graph, chooser.keep(counts))
+    removals = _removals(removable_groups(graph, options), chooser.candidates, counts, reason)
+    inside = {group.name for group in graph.groups if is_inside(group, chooser.without)}
     chosen = Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
-        groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
+        groups=tuple(removal for removal in removals if removal.name not in inside),
         before=graph.cost,
         after=chooser.price(counts),
         goal={} if goal is None else goal.to_dict(),
@@ -280,6 +305,7 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: S
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
+        blocks=tuple(Skip(path, f"changes the outputs by {change:.3g}") for path, change in blocks.items()),
         graph=graph,
     )
     notes = (
@@ -292,6 +318,20 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: S
         *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
     )
     return replace(chosen, notes=tuple(note for note in notes if note))
+
+
+def _search_by_outputs(
+    graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache, *, progress: bool | None
+) -> tuple[Chooser, list[int], dict[str, float]]:
+    """Return the choice of `allocate`; a goal that is out of reach is found before the model runs."""
+    least = _least(graph, goal, options, _equal_scores)
+    choosers = (_chooser(graph, goal, options, scores.get, step) for step in range(max_halvings(options) + 1))
+    found = None
+    if goal.met_by(least.cost, graph.cost):
+        found = allocate(graph, goal, options, choosers, scores.batches or (), progress=progress)
+    if found is None:
+        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
+    return found
 
 
 def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache) -> tuple[Chooser, list[int]]:
@@ -340,7 +380,8 @@ def _least(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores
     """Return the least cost that plans with these options reach."""
     chooser = _chooser(graph, goal, options, scores, max_halvings(options))
     counts = chooser.least()
-    return Least(chooser.price(counts), chooser.keep(counts))
+    chooser.without = removable_blocks(graph, options)
+    return Least(chooser.price(counts), chooser.keep(counts), chooser.without)
 
 
 def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:

@@ -111,7 +111,7 @@ def landing_note(plan: Plan) -> str:
 
 def _landing_reason(plan: Plan) -> str:
     """Return why a plan is far below its goal, and the options that may come closer."""
-    if plan.blocks:
+    if plan.blocks and not plan.groups:
         return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)

@@ -38,10 +38,17 @@ MAX_PATTERNS = 20
 
 @dataclass(frozen=True)
 class Least:
-    """The least cost that plans with some options reach, and the components that such a plan keeps."""
+    """The least cost that plans with some options reach, the components that such a plan keeps, and its blocks.
+
+    Args:
+        cost: the cost.
+        keep: mask of the components that stay.
+        without: paths of the removed residual blocks.
+    """
 
     cost: Cost
     keep: NDArray[np.bool_]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _causes(graph: Graph, goal: Goal, options: PlanOptions, least: Least) -> lis
     costs_by_cause: dict[str, dict[str, int]] = {}
     explain = _CauseFinder(graph, options)
     for owner, cost in graph.prices.shares(least.keep, missed).items():
-        if cost:
+        if cost and not f"{owner}.".startswith(tuple(f"{path}." for path in least.without)):
             costs_by_cause.setdefault(explain(owner, missed), {})[owner] = cost
     largest = sorted(costs_by_cause.items(), key=lambda item: -sum(item[1].values()))[:MAX_SHOWN]
     return [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
+Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "milp"]
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -68,7 +68,8 @@ class PlanOptions(Options):
         "global",
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
-            "(local), or of each class of groups in layers of the same types (isomorphic)"
+            "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
+            "each group by the measured change of the outputs on data"
         ),
     )
     round_to: RoundTo = Field(
@@ -83,7 +84,8 @@ class PlanOptions(Options):
         description=(
             "a list: only units of these kinds are removed; a dict from kind to weight: a kind with a "
             "higher weight loses more units, a kind with weight 0 loses none, a kind that is not in the dict has the "
-            "weight 1; block: residual blocks; default: units of all kinds, but no residual blocks"
+            "weight 1; block: residual blocks, with other kinds only for the ranking milp; default: units of all "
+            "kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
@@ -147,12 +149,12 @@ class PlanOptions(Options):
             )
         if self.of_blocks:
             self._check_blocks()
-        elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
+        elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
             raise UsageError(
                 "`kinds` names 'block' together with other kinds.",
                 "The units of a layer can be ranked only once it is known which blocks remain.",
                 "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
-                "plan with the other kinds.",
+                'plan with the other kinds. Or give ranking="milp", which chooses blocks and units together.',
             )
 
     def check_importance(self, importance: Importance) -> None:
@@ -165,6 +167,7 @@ class PlanOptions(Options):
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
         used["loss"] &= importance.needs != "inputs" or importance.name.startswith("given")
+        used["loss"] |= self.ranking == "milp"  # it states whether the outputs are logits
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(
@@ -186,6 +189,17 @@ class PlanOptions(Options):
     def of_blocks(self) -> bool:
         """Whether the plan removes residual blocks instead of units of layers."""
         return self.kinds is not None and not isinstance(self.kinds, Mapping) and set(self.kinds) == {BLOCK}
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        return isinstance(self.kinds, Mapping) and self.kinds.get(BLOCK) == 0
+
+    @property
+    def block_weight(self) -> float:
+        """Weight of residual blocks in a plan that removes both units and blocks; 0 in other plans."""
+        if self.ranking != "milp" or self.of_blocks or BLOCK not in (self.kinds or ()):
+            return 0.0
+        return float(self.kinds[BLOCK]) if isinstance(self.kinds, Mapping) else 1.0
 
     @property
     def importance_name(self) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
     from kirsch.pruning.importance import Importance
+    from kirsch.pruning.importance.calibration import CalibrationBatches
     from kirsch.pruning.options import PlanOptions
 
 Scores: TypeAlias = "Callable[[Group, PlanOptions], NDArray[np.float64]]"
@@ -25,12 +26,25 @@ Scores: TypeAlias = "Callable[[Group, PlanOptions], NDArray[np.float64]]"
 
 
 class ScoreCache:
-    """Importance of each unit of each group, computed once per group."""
+    """Importance of each unit of each group, computed once per group.
+
+    Args:
+        graph: graph of the model.
+        options: options of the plan.
+        importance: the importance.
+        batches: calibration batches; None if neither the importance nor the ranking runs the model.
+        statistics: statistics of the batches, for importances that use them.
+    """
 
     def __init__(
-        self, graph: Graph, options: PlanOptions, importance: Importance, statistics: Statistics | None
+        self,
+        graph: Graph,
+        options: PlanOptions,
+        importance: Importance,
+        batches: CalibrationBatches | None,
+        statistics: Statistics | None,
     ) -> None:
-        self._graph, self._importance = graph, importance
+        self._graph, self._importance, self.batches = graph, importance, batches
         self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
         self._cache: dict[str, NDArray[np.float64]] = {}
 
@@ -43,6 +57,8 @@ class ScoreCache:
         if group.name not in self._cache:
             self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
         scores, weight = self._cache[group.name], options.kind_weights[group.kind]
+        if options.ranking == "milp":  # the weights divide the measured changes of the outputs
+            return scores
         if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
             raise UsageError(
                 f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
@@ -55,9 +71,12 @@ class ScoreCache:
 
 def scores_of(graph: Graph, options: PlanOptions, importance: Importance, data: Any, loss: Any) -> ScoreCache:
     """Return the importances of all groups, which are computed when they are first used."""
-    batches, calibration_loss = batches_for(importance, data, loss), loss_of(loss)
-    statistics = None if batches is None else Statistics(graph, batches, calibration_loss, options.seed)
-    return ScoreCache(graph, options, importance, statistics)
+    calibration_loss = loss_of(loss)
+    batches = batches_for(importance, data, loss, for_ranking=options.ranking == "milp")
+    statistics = None
+    if batches is not None and importance.needs != "weights":
+        statistics = Statistics(graph, batches, calibration_loss, options.seed)
+    return ScoreCache(graph, options, importance, batches, statistics)
 
 
 def _importance_scores(

@@ -30,6 +30,7 @@ class Candidate:
         min_keep: fraction of each group that is always kept.
         unit_cost: number by which importances are divided for the ranking.
         kept: number of kept units, if it is given.
+        removal_scores: importance of the first, second, ... unit to be removed, if it is not that of `group_scores`.
     """
 
     groups: Sequence[Group]
@@ -38,6 +39,7 @@ class Candidate:
     min_keep: float
     unit_cost: float = 1.0
     kept: int | None = None
+    removal_scores: NDArray[np.float64] | None = None
 
     @property
     def size(self) -> int:
@@ -52,6 +54,8 @@ class Candidate:
     @cached_property
     def scores(self) -> NDArray[np.float64]:
         """Importance of the first, second, ... unit to be removed, as the mean over the groups, divided by the cost."""
+        if self.removal_scores is not None:
+            return self.removal_scores
         scores: NDArray[np.float64] = np.mean([np.sort(scores) for scores in self.group_scores], axis=0)
         return scores / self.unit_cost
 
@@ -87,13 +91,23 @@ class Candidate:
 
 
 class Chooser:
-    """Search over choices. A choice is the number of removed units of each candidate."""
+    """Search over choices. A choice is the number of removed units of each candidate.
 
-    def __init__(self, graph: Graph, goal: Goal | None, candidates: list[Candidate]) -> None:
+    Args:
+        graph: graph of the model.
+        goal: the goal; None without a limit.
+        candidates: groups that lose units.
+        without: paths of the residual blocks that are removed as well.
+    """
+
+    def __init__(
+        self, graph: Graph, goal: Goal | None, candidates: list[Candidate], without: Sequence[str] = ()
+    ) -> None:
         self._graph = graph
         self._goal = goal
         self.candidates = candidates
-        self._prices: dict[tuple[int, ...], Cost] = {}
+        self.without = tuple(without)
+        self._prices: dict[tuple[tuple[int, ...], tuple[str, ...]], Cost] = {}
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
         """Return whether each component is kept."""
@@ -104,9 +118,9 @@ class Chooser:
 
     def price(self, counts: Sequence[int]) -> Cost:
         """Return the cost of a choice, computed once."""
-        key = tuple(counts)
+        key = tuple(counts), self.without
         if key not in self._prices:
-            self._prices[key] = self._graph.prices.price(self.keep(counts))
+            self._prices[key] = self._graph.prices.price(self.keep(counts), self.without)
         return self._prices[key]
 
     def fits(self, counts: Sequence[int]) -> bool:

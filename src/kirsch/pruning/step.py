@@ -150,9 +150,10 @@ class Prune(PlanOptions, Step):
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
+        options["progress"] = False  # the job shows its own progress
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        elif importance_of(self.importance_name).needs != "weights":
+        elif self.ranking == "milp" or importance_of(self.importance_name).needs != "weights":
             options["data"] = self._calibration(job, job.data.calibration_batches, samples)
         if self.max_drop is not None:
             options |= validation_of(job, self.metric, self.class_weights)

@@ -212,6 +212,19 @@ def check_loss_without_units_is_that_of_the_pruned_model(example: FrameworkExamp
     assert framework.inference.fingerprint(model) == before, "loss_without changes the model"
 
 
+def check_outputs_without_units_are_those_of_the_pruned_model(example: FrameworkExample) -> None:
+    """`outputs_without` returns the logits of the pruned model first, and does not change the model."""
+    framework, model = example.framework, example.model()
+    graph = _traced(example, model)
+    chosen, before = plan(graph, Goal(macs=0.6)), framework.inference.fingerprint(model)
+    pruned, _ = framework.surgery.prune(model, chosen, graph, verify=False)
+    for each, keep in ((model, graph.keep({})), (pruned, chosen.keep(graph))):
+        found = framework.calibration.outputs_without(graph, example.inputs, keep)
+        assert all(isinstance(output, np.ndarray) for output in found), "an output is not a numpy array"
+        _assert_close(found[0], framework.inference.predict(each, example.inputs), "the first output")
+    assert framework.inference.fingerprint(model) == before, "outputs_without changes the model"
+
+
 def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -> None:
     """`weight_inputs` and `weight_input_patches` pass the activations of each sample for each channel of a weight."""
     calibration, model = example.framework.calibration, example.model()
@@ -391,6 +404,7 @@ FRAMEWORK_CHECKS = (
     check_pruned_model_is_verified_and_costs_what_the_plan_says,
     check_gradients_predict_the_change_of_loss_and_gradient,
     check_loss_without_units_is_that_of_the_pruned_model,
+    check_outputs_without_units_are_those_of_the_pruned_model,
     check_activations_belong_to_weights_and_samples,
     check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original,
     check_parameters_and_statistics_of_a_model_can_be_set,

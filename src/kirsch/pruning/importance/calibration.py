@@ -104,13 +104,21 @@ def _predicted(batch: Batch, number: int) -> Batch:
     return replace(batch, targets=next_labels(labels, inputs, IGNORED))
 
 
-def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatches | None:
+def batches_for(
+    importance: Importance, data: Any, loss: Any, *, for_ranking: bool = False
+) -> CalibrationBatches | None:
     """Return the batches for an importance; None if it is computed from the weights alone.
+
+    Args:
+        importance: the importance.
+        data: see `CalibrationBatches`.
+        loss: see `CalibrationBatches`.
+        for_ranking: whether the ranking of the layers runs the model, too.
 
     Raises:
         UsageError: data is missing, has no effect, or can be iterated over only once.
     """
-    if importance.needs == "weights":
+    if importance.needs == "weights" and not for_ranking:
         if data is not None:
             raise UsageError(
                 "`data` of kirsch.plan has no effect.",
@@ -120,8 +128,9 @@ def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatc
         return None
     if data is None:
         wanted = "(inputs, labels)" if importance.needs == "labels" else "inputs"
+        cause = 'ranking="milp"' if importance.needs == "weights" else f"the importance {importance.name!r}"
         raise UsageError(
-            f"`data` of kirsch.plan is missing: the importance {importance.name!r} runs the model.",
+            f"`data` of kirsch.plan is missing: {cause} runs the model.",
             fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice. "
             "On the command line, give --data SOURCE.",
         )

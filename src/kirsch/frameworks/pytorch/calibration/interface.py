@@ -2,6 +2,7 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
+from kirsch.frameworks.pytorch.calibration.masked_outputs import outputs_without
 from kirsch.frameworks.pytorch.calibration.paired_inputs import (
     linear_layers,
     paired_inputs,
@@ -17,6 +18,7 @@ __all__ = [
     "linear_layers",
     "loss_without",
     "outputs",
+    "outputs_without",
     "paired_inputs",
     "paired_outputs",
     "reading_order",
