@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.annotations import Names, Seed
+from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
@@ -20,6 +20,9 @@ from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.statistics import Statistics
+from kirsch.pruning.learned.allocations import Allocations
+from kirsch.pruning.learned.quality import check_search, quality_of
+from kirsch.pruning.learned.search import search, search_note
 from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
@@ -30,7 +33,7 @@ from kirsch.pruning.notes import (
     width_notes,
 )
 from kirsch.pruning.obstacles import Least, unreachable
-from kirsch.pruning.options import Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
+from kirsch.pruning.options import FIXED_RANKINGS, Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.graph.group import Group
+    from kirsch.pruning.learned.allocations import Counts
+    from kirsch.pruning.learned.quality import Quality
 
     Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
     """Returns the importance of each unit of a group, divided by the weight of its kind."""
@@ -63,6 +68,9 @@ def plan(
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
+    evaluations: Count = 200,
+    quality: Callable[[Any], float] | None = None,
+    progress: bool | None = None,
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
 
@@ -85,7 +93,9 @@ def plan(
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
             goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
-            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
+            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616). "legr"
+            and "actor_critic" search for the number of units of each group with which the pruned model has the best
+            quality on `data`; see docs/learned_pruning.md.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -108,7 +118,12 @@ def plan(
             contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
-        seed: seed of the importances "random" and "hessian".
+        seed: seed of the importances "random" and "hessian", and of the rankings "legr" and "actor_critic".
+        evaluations: number of plans that "legr" and "actor_critic" evaluate; each runs a pruned model on `data`.
+        quality: for "legr" and "actor_critic", a function of a pruned model that returns a number, larger for better
+            models, such as its accuracy. It may train the model, which is a copy. None: minus `loss` on `data`, or
+            without labels, minus the KL divergence from the outputs of the original.
+        progress: show a bar during the search of "legr" and "actor_critic"; None: on a terminal and in a notebook.
 
     Returns:
         A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
@@ -136,8 +151,10 @@ def plan(
         exclude=exclude,
         keep_outputs=keep_outputs,
         seed=seed,
+        evaluations=evaluations,
     )
     _check_importance(options)
+    check_search(goal, options, quality)
     if goal is None and not options.keep:
         raise UsageError("The goal is missing.", fix="Give a goal, kirsch.Goal(macs=0.5), or widths by hand in `keep`.")
     if goal is not None and not graph.cost.macs and list(goal.to_dict()) == ["macs"]:
@@ -154,9 +171,11 @@ def plan(
     options.check_importance(chosen)
     if isinstance(importance, Mapping):
         _check_groups(graph, importance)
-    batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
+    calibration_loss = loss_of(loss)
+    measured = quality_of(graph, options.ranking, data, loss, quality) if options.is_learned else None
+    batches = None if options.is_learned and chosen.needs == "weights" else batches_for(chosen, data, loss)
     statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
-    return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics))
+    return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics), measured, progress)
 
 
 def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
@@ -184,17 +203,44 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
-def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _ScoreCache) -> Plan:
+def _plan_units(
+    graph: Graph,
+    goal: Goal | None,
+    options: PlanOptions,
+    scores: _ScoreCache,
+    quality: Quality | None,
+    progress: bool | None,
+) -> Plan:
     """Return the units to remove from the layers of a model."""
+    record: dict[str, Any] = {}
     if goal is None:
         chooser = _chooser(graph, None, options, scores.get, 0)
         counts = chooser.given()
-    else:
+    elif quality is None:
         chooser, counts = _search(graph, goal, options, scores)
+    else:
+        chooser, counts, record = _learned(graph, goal, options, scores, quality, progress)
+    _check_constants(graph, chooser.keep(counts))
+    chosen = _plan_of(graph, goal, options, chooser, counts)
+    if record:
+        chosen = replace(chosen, method=chosen.method | {"search": record})
+    notes = (
+        search_note(options.ranking, record) if record else "",
+        landing_note(chosen),
+        *width_notes(chosen),
+        *unused_notes(chosen, graph),
+        *uncounted_notes(chosen, graph),
+        *absent_kind_notes(graph, options),
+        *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
+    )
+    return replace(chosen, notes=tuple(note for note in notes if note))
+
+
+def _plan_of(graph: Graph, goal: Goal | None, options: PlanOptions, chooser: Chooser, counts: Sequence[int]) -> Plan:
+    """Return the plan that removes a number of units from each candidate, without notes."""
     name = options.importance_name
     reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
-    _check_constants(graph, chooser.keep(counts))
-    chosen = Plan(
+    return Plan(
         fingerprint=graph.fingerprint,
         model=graph.model_name,
         groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
@@ -206,15 +252,26 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
         tracing=graph.tracing,
         graph=graph,
     )
-    notes = (
-        landing_note(chosen),
-        *width_notes(chosen),
-        *unused_notes(chosen, graph),
-        *uncounted_notes(chosen, graph),
-        *absent_kind_notes(graph, options),
-        *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
-    )
-    return replace(chosen, notes=tuple(note for note in notes if note))
+
+
+def _learned(
+    graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache, quality: Quality, progress: bool | None
+) -> tuple[Chooser, list[int], dict[str, Any]]:
+    """Return the number of units to remove from each candidate that a learned ranking finds, and its record."""
+    chooser, _ = _search(graph, goal, options, scores)
+    finer = [_chooser(graph, goal, options, scores.get, n).candidates for n in range(max_halvings(options) + 1)]
+    coarsest = sum(candidate.multiple for candidate in chooser.candidates)
+    levels = [chooser.candidates, *(c for c in finer if sum(candidate.multiple for candidate in c) < coarsest)]
+    starts = {}
+    for ranking in FIXED_RANKINGS if all((c.scores >= 0).all() for c in chooser.candidates) else FIXED_RANKINGS[:-1]:
+        fixed = options.model_copy(update={"ranking": ranking})
+        starts[ranking] = tuple(_search(graph, goal, fixed, scores)[1])
+
+    def evaluate(counts: Counts) -> float:
+        return quality.of_plan(graph, _plan_of(graph, goal, options, chooser, counts), options.seed)
+
+    allocations = search(Allocations(graph, goal, levels, evaluate, options.evaluations, starts), options, progress)
+    return chooser, list(allocations.best()), allocations.record(quality.words)
 
 
 def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> tuple[Chooser, list[int]]:

@@ -14,7 +14,11 @@ from kirsch.options import Options
 from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
+Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "legr", "actor_critic"]
+FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
+"""Rankings that follow from the importances; the last one only for importances that are not negative."""
+LEARNED_RANKINGS = ("legr", "actor_critic")
+"""Rankings that search for the widths with which pruned models have the best quality on data."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -28,7 +32,7 @@ Amount = Annotated[
 Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
 
-ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs", "evaluations")
 """Options without effect on a plan of blocks."""
 
 
@@ -60,7 +64,8 @@ class PlanOptions(Options):
         "global",
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
-            "(local), or of each class of groups in layers of the same types (isomorphic)"
+            "(local), or of each class of groups in layers of the same types (isomorphic); or search for the widths "
+            "with the best quality on data (legr, actor_critic)"
         ),
     )
     round_to: RoundTo = Field(
@@ -89,7 +94,8 @@ class PlanOptions(Options):
     )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
+    seed: Seed = Field(0, description='seed of the importances "random" and "hessian", and of learned rankings')
+    evaluations: Count = Field(200, description="number of plans that the rankings legr and actor_critic evaluate")
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.
@@ -106,6 +112,11 @@ class PlanOptions(Options):
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
+        if not self.is_learned and self.evaluations != type(self).model_fields["evaluations"].default:
+            raise UsageError(
+                f'`evaluations` has no effect with ranking="{self.ranking}".',
+                fix=f'Remove `evaluations`, or give ranking="{LEARNED_RANKINGS[0]}".',
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
@@ -126,6 +137,7 @@ class PlanOptions(Options):
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
         used["loss"] &= importance.needs != "inputs" or importance.name not in IMPORTANCES
+        used["loss"] |= self.is_learned
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(
@@ -147,6 +159,11 @@ class PlanOptions(Options):
     def of_blocks(self) -> bool:
         """Whether the plan removes residual blocks instead of units of layers."""
         return self.kinds is not None and not isinstance(self.kinds, Mapping) and set(self.kinds) == {BLOCK}
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the ranking evaluates pruned models on data."""
+        return self.ranking in LEARNED_RANKINGS
 
     @property
     def importance_name(self) -> str:

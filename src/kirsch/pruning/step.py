@@ -65,7 +65,7 @@ class Prune(PlanOptions, Step):
 
     def preview(self, job: Job) -> None:
         """Check that a plan reaches the goal, and remove units, without verification."""
-        _, plan = self._plan(job, PREVIEW)
+        _, plan = self._plan(job, PREVIEW, evaluations=1)
         job.plans[job.key] = plan
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
@@ -84,8 +84,14 @@ class Prune(PlanOptions, Step):
             )
         return own
 
-    def _plan(self, job: Job, samples: int = CALIBRATION) -> tuple[Graph, Plan]:
-        """Return the graph of the model of a job, and the plan of this step from a number of training samples."""
+    def _plan(self, job: Job, samples: int = CALIBRATION, evaluations: int | None = None) -> tuple[Graph, Plan]:
+        """Return the graph of the model of a job, and the plan of this step.
+
+        Args:
+            job: the job.
+            samples: number of training samples for the importance or the ranking.
+            evaluations: number of plans that a learned ranking evaluates; None: the option of the step.
+        """
         goal = self.goal_in(job.goal, job.key)
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
@@ -93,9 +99,11 @@ class Prune(PlanOptions, Step):
         options["seed"] = job.seed if self.seed is None else self.seed
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        elif importance_of(self.importance_name).needs != "weights":
+        elif self.is_learned or importance_of(self.importance_name).needs != "weights":
             options["data"] = self._calibration(job, job.data.calibration_batches, samples)
-        return graph, choose(graph, goal, **options)
+        if self.is_learned:
+            options["evaluations"] = evaluations or self.evaluations
+        return graph, choose(graph, goal, progress=False, **options)
 
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
         """Return training samples; a shuffling loader gives the same samples each time."""
