@@ -173,7 +173,8 @@ def plan(
         _check_groups(graph, importance)
     calibration_loss = loss_of(loss)
     measured = quality_of(graph, options.ranking, data, loss, quality) if options.is_learned else None
-    batches = None if options.is_learned and chosen.needs == "weights" else batches_for(chosen, data, loss)
+    only_ranking = options.is_learned and quality is None and chosen.needs == "weights"
+    batches = None if only_ranking else batches_for(chosen, data, loss)
     statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
     return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics), measured, progress)
 

@@ -10,6 +10,7 @@ from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, labels_in, loss_of
+from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.options import LEARNED_RANKINGS
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityF
         given: function of the user that returns the quality; data and loss are then not used.
 
     Raises:
-        UsageError: data is missing, or the outputs without labels are single numbers.
+        UsageError: data is missing, the outputs without labels are single numbers, or the graph has no model.
         DataError: the data has no batches.
     """
+    calibration_of(graph)  # refuses a graph without a model
     if given is not None:
         return Quality(given, "result of the given function `quality`")
     if data is None:
