@@ -92,7 +92,7 @@ def test_enough_evaluations_find_the_best_of_all_allocations(ranking, worth):
         for widths in itertools.product(range(1, 7), range(1, 6), range(1, 9))
     }
     admitted = [widths for widths, fraction in fractions.items() if 0.6 - distance - 1e-9 <= fraction <= 0.6]
-    plan = kirsch.plan(graph, goal, ranking=ranking, quality=quality, evaluations=200, **FREE)
+    plan = kirsch.plan(graph, goal, ranking=ranking, quality=quality, evaluations=80, **FREE)
     assert tuple(kept(plan)) in admitted
     assert value(kept(plan)) == pytest.approx(max(map(value, admitted)))
 
@@ -222,9 +222,8 @@ def test_a_plan_with_its_search_survives_json(graph):
     plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), ranking="legr", data=BATCH, evaluations=6, **FREE)
     read = kirsch.Plan.from_json(plan.to_json())
     assert read.method == plan.method
-    assert (
-        kirsch.prune_with_verification(graph.model, read).plan.notes[0].startswith('ranking="legr" evaluated 6 plans')
-    )
+    notes = kirsch.prune_with_verification(graph.model, read).plan.notes
+    assert any(note.startswith('ranking="legr" evaluated 6 plans.') for note in notes)
 
 
 def test_plans_whose_quality_is_not_finite_are_rejected(graph):
