@@ -182,9 +182,23 @@ def stages() -> dict[str, Any]:
     return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), torch.randn(1, 3, 12, 12))}
 
 
+def rounds() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, CLASSES)
+    )
+    images, labels = samples()
+    return {
+        "model": model,
+        "inputs": torch.tensor(images[:1]),
+        "data": kirsch.ArrayData(images, labels, batch_size=16),
+    }
+
+
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
+    ("docs/allocation.md", "Several rounds"): rounds,
     ("docs/allocation.md", "Widths by hand"): stages,
     ("docs/learned_pruning.md", "Widths by search"): calibration,
     ("docs/store.md", "The teacher store"): store,

@@ -68,7 +68,15 @@ def public_calls(folder):
                 "as_graph": False,
             },
         ),
-        "Goal": (kirsch.Goal, {"macs": 0.5, "parameters": 0.5, "size": 0.5, "memory": 0.5}),
+        "Goal": (
+            kirsch.Goal,
+            {"macs": 0.5, "parameters": 0.5, "size": 0.5, "memory": 0.5, "of": graph.cost},
+        ),
+        "Goal.rounds": (goal.rounds, {"count": 3, "of": graph.cost, "spacing": "cubic"}),
+        "steps.repeat": (
+            kirsch.steps.repeat,
+            {"steps": [kirsch.steps.Prune()], "goal": goal, "times": 2, "spacing": "cubic"},
+        ),
         "plan": (
             kirsch.plan,
             {

@@ -96,6 +96,9 @@ ACCEPTED_BY_CALLABLE = {
     "export.example_inputs": set(),
     "export.path": {"text", "path"},
     "measure.example_inputs": set(),
+    "Goal.of": {"None"},
+    "Goal.rounds.count": {"integer"},
+    "steps.repeat.times": {"integer"},
     "plan.seed": {"integer"},
     "Training.seed": {"integer"},
     "Distiller.seed": {"integer"},
@@ -203,6 +206,8 @@ RIGHT_TYPE = {"bytes", "model", "models", "array", "dict", "function", "text", "
 NAMES = [  # the keys of `public_calls`, for the parameters of a test
     "trace",
     "Goal",
+    "Goal.rounds",
+    "steps.repeat",
     "plan",
     "prune",
     "prune_with_verification",

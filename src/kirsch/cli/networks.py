@@ -78,15 +78,14 @@ class PlanRequest:
     """Goal and options of a plan from the command line.
 
     Args:
-        macs, parameters: the goal; see `Goal`.
+        limits: limits of the goal whose flags are given; see `Goal`.
         options: options of `kirsch.plan` whose flags are given.
         data: name or reference of a data source, as in `data.source` of a recipe, for importances that run the model.
             "": none; blocks are ranked on the example inputs.
         seed: seed of the plan and of the data.
     """
 
-    macs: float | None
-    parameters: float | None
+    limits: dict[str, Any]
     options: dict[str, Any]
     data: str
     seed: int
@@ -94,7 +93,7 @@ class PlanRequest:
     @property
     def given_options(self) -> list[str]:
         """Names of the options that the user gave."""
-        values = {"macs": self.macs, "parameters": self.parameters, "data": self.data or None, **self.options}
+        values = {**self.limits, "data": self.data or None, **self.options}
         return [name for name, value in values.items() if value is not None]
 
     @property
@@ -104,8 +103,7 @@ class PlanRequest:
 
     def plan(self, loaded: LoadedModel) -> Plan:
         """Return the plan for a model. Its `method["weights"]` describes the weights that ranked the units."""
-        no_goal = self.macs is None and self.parameters is None
-        if no_goal and not self.options.get("keep"):
+        if not self.limits and not self.options.get("keep"):
             raise UsageError(
                 "The goal is missing.",
                 "A plan needs a limit of the cost, or widths by hand.",
@@ -121,7 +119,7 @@ class PlanRequest:
                 if of_blocks
                 else source.calibration_batches(CALIBRATION)
             )
-        goal = None if no_goal else Goal(macs=self.macs, parameters=self.parameters)
+        goal = Goal(**self.limits) if self.limits else None
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
 
@@ -255,7 +253,7 @@ def show_prune(
         "weights": loaded.weights,
     }
     terminal.result(parts, content)
-    goal_met = not plan.goal or Goal(**plan.goal).met_by(plan.after, plan.before)
+    goal_met = plan.limits is None or plan.limits.met_by(plan.after, plan.before)
     return 0 if goal_met else NOT_REACHED
 
 

@@ -134,7 +134,8 @@ PLAN = record(
         ),
         "notes": array(text()),
         "configuration": mapping(number(above=0, most=1e12)),
-    }
+    },
+    {"goal_of": COST},
 )
 
 

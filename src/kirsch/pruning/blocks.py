@@ -12,7 +12,7 @@ from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Plan, Skip
 from kirsch.pruning.exclusion import excluded_blocks_note
 from kirsch.pruning.importance.statistics import calibration_of
-from kirsch.pruning.notes import landing_note, uncounted_notes
+from kirsch.pruning.notes import landing_note, met_note, uncounted_notes
 from kirsch.pruning.obstacles import reachable
 from kirsch.pruning.selection import matches, named_parameters, unknown_layer
 from kirsch.registry import Registry
@@ -122,6 +122,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         before=graph.cost,
         after=graph.prices.price(graph.keep({}), removed),
         goal=goal.to_dict(),
+        goal_of=goal.of,
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
@@ -133,7 +134,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
         for pattern in without_effect
     )
-    notes = (landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
+    notes = (met_note(chosen), landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
     return replace(chosen, notes=tuple(filter(None, notes)))
 
 

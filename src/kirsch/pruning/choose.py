@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
+from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
@@ -27,6 +29,7 @@ from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
     landing_note,
+    met_note,
     too_few_units,
     uncounted_notes,
     unused_notes,
@@ -78,7 +81,8 @@ def plan(
 
     Args:
         graph: result of `kirsch.trace`.
-        goal: fractions of the original cost. None: only the units that `keep` names are removed.
+        goal: fractions of the original cost. None: only the units that `keep` names are removed. If the model already
+            meets a goal that is a fraction of an earlier model (`Goal.of`), the plan removes nothing.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
             (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
             a list of such batches.
@@ -165,6 +169,8 @@ def plan(
             if graph.cost.parameters
             else "Give a model that has layers with parameters to prune.",
         )
+    if goal is not None:
+        _check_reference(graph, goal)
     if options.of_blocks and goal is not None:
         return plan_blocks(graph, goal, options, data)
     chosen = importance_of(options.importance_name if importance is None else importance)
@@ -177,6 +183,19 @@ def plan(
     batches = None if only_ranking else batches_for(chosen, data, loss)
     statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
     return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics), measured, progress)
+
+
+def _check_reference(graph: Graph, goal: Goal) -> None:
+    """Raise a GoalError if the model costs more than the original that the goal states."""
+    for name in goal.to_dict() if goal.of is not None else ():
+        cost, reference = getattr(graph.cost, name), getattr(goal.of, name)
+        if cost > reference:
+            raise GoalError(
+                f"The goal is a fraction of {figures.count(reference)} {WORDS[name]}, and {graph.model_name} has "
+                f"{figures.count(cost)}.",
+                "A model that is pruned cannot cost more than its original.",
+                "Trace both with example inputs of the same shape, and give of=graph.cost of the original.",
+            )
 
 
 def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
@@ -227,6 +246,7 @@ def _plan_units(
         chosen = replace(chosen, method=chosen.method | {"search": record})
     notes = (
         search_note(options.ranking, record) if record else "",
+        met_note(chosen),
         landing_note(chosen),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
@@ -248,6 +268,7 @@ def _plan_of(graph: Graph, goal: Goal | None, options: PlanOptions, chooser: Cho
         before=graph.cost,
         after=chooser.price(counts),
         goal={} if goal is None else goal.to_dict(),
+        goal_of=None if goal is None else goal.of,
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
@@ -361,8 +382,8 @@ class _ScoreCache:
 def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
     """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
     without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
-    fractions = goal.fractions(without, graph.cost)
-    cost = sum(1 - value for value, _ in fractions.values()) / sum(group.size for group in groups)
+    remaining, present = (goal.fractions(cost, graph.cost) for cost in (without, graph.cost))
+    cost = sum(present[name][0] - remaining[name][0] for name in present) / sum(group.size for group in groups)
     return max(cost, np.finfo(float).eps)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from kirsch import figures, files
 from kirsch.annotations import Seed
-from kirsch.errors import UsageError
+from kirsch.errors import GoalError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
+from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.choose import plan as choose
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import Goal, Plan
+    from kirsch.graph.plan import Plan
     from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION, PREVIEW = 256, 8
 """Number of training samples on which units and residual blocks are ranked; and units before the job starts."""
+
+SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
+"""Short names of the costs in `WORDS`."""
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
@@ -52,7 +57,15 @@ class Prune(PlanOptions, Step):
     goal: PlanGoal | None = Field(
         None,
         description=(
-            "limits, as fractions of the model before this step; null: the goal of the job, for the first step prune"
+            "limits, as fractions of the cost of a model; null: the goal of the job, for the first step prune or with "
+            "goal_of: job"
+        ),
+    )
+    goal_of: Literal["step", "job"] = Field(
+        "step",
+        description=(
+            'model whose cost the limits are fractions of: "step", the model before this step; "job", the model before '
+            "the first step prune, as for the goal of the job"
         ),
     )
     seed: Seed | None = Field(
@@ -70,7 +83,7 @@ class Prune(PlanOptions, Step):
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
-        """Return the goal of this step, or the limits of the job's `goal` if the step has none; None for `keep` alone.
+        """Return the limits of this step, or those of the job if the step has none; None for `keep` alone.
 
         Raises:
             UsageError: neither the step nor the job limits the cost, and no widths are given by hand.
@@ -79,7 +92,7 @@ class Prune(PlanOptions, Step):
         if own is None and not self.keep:
             raise UsageError(
                 f"The step {key!r} has no goal.",
-                "Neither the step nor the job limits macs or parameters.",
+                f"Neither the step nor the job limits a cost: {', '.join(WORDS)}.",
                 "Give the step or the job a goal, such as macs=0.5.",
             )
         return own
@@ -93,6 +106,8 @@ class Prune(PlanOptions, Step):
             evaluations: number of plans that a learned ranking evaluates; None: the option of the step.
         """
         goal = self.goal_in(job.goal, job.key)
+        if goal is not None and self.goal_of == "job":
+            goal = Goal(**goal.to_dict(), of=Cost(**{"parameters": 0, "macs": 0, "activations": 0} | job.start_cost))
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
@@ -103,7 +118,10 @@ class Prune(PlanOptions, Step):
             options["data"] = self._calibration(job, job.data.calibration_batches, samples)
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
-        return graph, choose(graph, goal, progress=False, **options)
+        try:
+            return graph, choose(graph, goal, progress=False, **options)
+        except GoalError as error:  # several steps may have the same options
+            raise GoalError(f"The step {job.key!r} cannot prune. {error.what}", error.why, error.fix) from error
 
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
         """Return training samples; a shuffling loader gives the same samples each time."""
@@ -120,13 +138,13 @@ class Prune(PlanOptions, Step):
         for text in notes:
             job.note(text)
         error = pruned.verification.error if pruned.verification else float("nan")
-        record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder)}
+        record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder, plan.limits)}
         record["bytes"] = (folder / PRUNED / "model.safetensors").stat().st_size
         record["verification"] = pruned.verification.to_dict() if pruned.verification else None
         record["removed"] = removal_record(graph, plan)
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
-        record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
+        record["before"] = plan.before.to_dict()
         parts = (
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
@@ -143,9 +161,10 @@ class Prune(PlanOptions, Step):
 
 
 def _reduction(plan: Plan) -> str:
-    if "macs" in plan.goal or not plan.goal:
-        return f"−{figures.percent(1 - plan.after.macs / max(plan.before.macs, 1))} MACs"
-    return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
+    """Return the reduction of the first cost that the goal limits, MACs by default, as text."""
+    name = next(iter(plan.goal), "macs")
+    removed = 1 - plan.after.to_dict()[name] / max(plan.before.to_dict()[name], 1)
+    return f"−{figures.percent(removed)} {SHORT[name]}"
 
 
 def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import UsageError
+from kirsch.jobs.job import TRACED
 from kirsch.jobs.step import keys_of
 from kirsch.recipes.goals import goal_items, goal_texts
 from kirsch.recipes.run_folder import events_of
@@ -127,6 +128,7 @@ def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "name": name,
                 "parameters": record["parameters"],
                 "macs": record["macs"],
+                **{cost: record[cost] for cost in TRACED if cost in record},
                 "bytes": size,
                 "accuracy": {figure: record["accuracy"][figure] for figure in ("value", "low", "high", "n")},
                 "balanced_accuracy": record.get("balanced_accuracy"),

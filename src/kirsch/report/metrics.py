@@ -24,15 +24,19 @@ RATIO = _fields(value=TIME, low=TIME, high=TIME)
 LATENCY = _fields(
     median_us=TIME, p95_us=TIME, speedup=record({"value": TIME, "low": TIME, "high": TIME, "of": text()}, more=True)
 )
-MODEL = _fields(
-    key=text(1),
-    name=text(1),
-    parameters=COUNT,
-    macs=COUNT,
-    bytes=integer(1),
-    accuracy=_fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
-    latency=nullable(LATENCY),
-    chosen=flag,
+MODEL = record(
+    {
+        "key": text(1),
+        "name": text(1),
+        "parameters": COUNT,
+        "macs": COUNT,
+        "bytes": integer(1),
+        "accuracy": _fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
+        "latency": nullable(LATENCY),
+        "chosen": flag,
+    },
+    {"size": COUNT, "memory": COUNT},
+    more=True,
 )
 CURVE = _fields(
     step=text(),
