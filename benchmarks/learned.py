@@ -1,4 +1,4 @@
-"""Learned rankings against fixed ones and random search; writes the table of docs/learned_pruning.md.
+"""Learned rankings against fixed ones and random search: the figures of docs/learned_pruning.md.
 
 A network is trained and pruned with the importance "magnitude" to a fraction of its MACs, with each ranking. Widths are
 multiples of 4, because the networks are narrow. The searches have the same number of evaluations and the same starts;
@@ -11,7 +11,7 @@ Networks: a ResNet-8 on 16×16 images of CIFAR-10 (from the folder KIRSCH_DATA),
 transformer encoder on the digits of scikit-learn. Wall time is that of one thread.
 
     python benchmarks/learned.py resnet 0    # one network and seed; writes build/learned-resnet-0.json
-    python benchmarks/learned.py table       # writes the table of all of these files
+    python benchmarks/learned.py table       # prints the table of all of these files
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "build"
-PAGE = ROOT / "docs" / "learned_pruning.md"
-START, END = "<!-- table: written by benchmarks/learned.py -->", "<!-- end of table -->"
 GOALS = (0.5, 0.35)
 EVALUATIONS = 60
 CALIBRATION = 256
@@ -279,11 +277,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     seeds = len({row["seed"] for row in rows})
     machine = environment()
     head = (
-        f"`python benchmarks/learned.py` writes this table: means over {seeds} seeds, ± the standard error, "
+        f"Means over {seeds} seeds, ± the standard error, "
         f"{EVALUATIONS} evaluations; {machine['cpu']}, one thread, shared machine, {datetime.now(UTC):%Y-%m-%d}. "
         f"Accuracy before pruning: {unpruned}."
     )
-    return "\n".join([START, head, "", *lines, END])
+    return "\n".join([head, "", *lines])
 
 
 def line(network: str, goal: float, method: str, found: list[dict[str, Any]]) -> str:
@@ -306,7 +304,7 @@ def error(values: list[float]) -> float:
 
 
 def main() -> None:
-    """Measure one network and seed, or write the table."""
+    """Measure one network and seed, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=[*TRAINING, "table"])
     parser.add_argument("seed", type=int, nargs="?", default=0)
@@ -314,9 +312,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.network == "table":
         stored = [json.loads(path.read_text()) for path in sorted(ROWS.glob("learned-*.json"))]
-        page = PAGE.read_text()
-        before, after = page[: page.index(START)], page[page.index(END) + len(END) :]
-        PAGE.write_text(before + table([row for part in stored for row in part["rows"]]) + after)
+        print(table([row for part in stored for row in part["rows"]]))
         return
     protocol = {"evaluations": EVALUATIONS, "calibration_samples": CALIBRATION, "batch": BATCH, "training": TRAINING}
     content = {"environment": environment(), "protocol": protocol, "rows": measure(given.network, given.seed)}
