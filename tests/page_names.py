@@ -227,6 +227,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/allocation.md", "Widths by hand"): stages,
     ("docs/allocation.md", "A largest drop of accuracy"): classified,
     ("docs/compensation.md", "Compensation without training"): normalized,
+    ("docs/learned_pruning.md", "Widths by search"): calibration,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -100,6 +100,9 @@ def public_calls(folder):
                 "class_weights": None,
                 "minimize": None,
                 "seed": 0,
+                "evaluations": 200,
+                "quality": None,
+                "progress": None,
             },
         ),
         "sensitivity": (

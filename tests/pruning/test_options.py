@@ -22,7 +22,7 @@ from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
 
-NOT_OPTIONS = {"graph", "goal", "data", "validation", "progress"}
+NOT_OPTIONS = {"graph", "goal", "data", "validation", "quality", "progress"}
 """Arguments of `kirsch.plan` that are not options."""
 
 
@@ -130,11 +130,13 @@ VALUES = {
     "exclude": (["layer4.*", "fc"], ("layer4.*", "fc")),
     "keep_outputs": (["fc"], ("fc",)),
     "seed": (["7"], 7),
+    "evaluations": (["50"], 50),
 }
 
 
 NEEDED = {
     "loss": {"importance": "taylor"},
+    "evaluations": {"ranking": "legr"},
     **{name: {"max_drop": 0.02} for name in ("metric", "class_weights", "minimize")},
 }
 """Options without which another option has no effect, by the name of the other one."""
@@ -212,6 +214,8 @@ def test_a_plan_file_accepts_each_option(graph, name):
         ("keep_outputs", [3]),
         ("seed", -1),
         ("seed", 0.5),
+        ("evaluations", 0),
+        ("evaluations", 10.5),
     ],
 )
 def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, value):

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kirsch import figures
-from kirsch.annotations import Names, Seed
+from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
-from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError, listing
+from kirsch.errors import GoalError, UnknownNameError, UsageError, listing
 from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
-from kirsch.graph.plan import Goal, Plan, Removal, Skip
+from kirsch.graph.plan import Goal, Plan
 from kirsch.jobs.goal import MaxDrop
-from kirsch.pruning.alternatives import is_inside, removable_blocks
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
-from kirsch.pruning.by_hand import kept_units, tied_number
-from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.importance import IMPORTANCES, importance_of
+from kirsch.pruning.learned.quality import check_search, quality_of
 from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
-from kirsch.pruning.milp import allocate
-from kirsch.pruning.notes import (
-    CLOSE,
-    absent_kind_notes,
-    landing_note,
-    met_note,
-    too_few_units,
-    uncounted_notes,
-    unused_notes,
-    width_notes,
-)
-from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import (
     ClassWeights,
     Keep,
@@ -49,18 +32,11 @@ from kirsch.pruning.options import (
 )
 from kirsch.pruning.quality import Quality
 from kirsch.pruning.scores import scores_of
-from kirsch.pruning.search import Candidate, Chooser
-from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
+from kirsch.pruning.units import least_units, plan_units
 from kirsch.tasks.metrics import GIVEN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
     from kirsch.graph.cost import Cost
-    from kirsch.graph.group import Group
-    from kirsch.pruning.scores import ScoreCache, Scores
 
 
 @checked
@@ -86,6 +62,8 @@ def plan(
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
+    evaluations: Count = 200,
+    quality: Callable[[Any], float] | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
@@ -116,7 +94,8 @@ def plan(
             class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616). "milp"
             measures, for up to nine widths of each group, how much the outputs on `data` change if only this group is
             reduced, and chooses the widths with the least sum of changes by an integer program. This runs the model
-            once for each width and batch.
+            once for each width and batch. "legr" and "actor_critic" search for the number of units of each group with
+            which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -154,9 +133,12 @@ def plan(
             contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
-        seed: seed of the importances "random" and "hessian".
-        progress: whether to show the progress of the measurements of ranking="milp"; None: on a terminal and in a
-            notebook.
+        seed: seed of the importances "random" and "hessian", and of the rankings "legr" and "actor_critic".
+        evaluations: number of plans that "legr" and "actor_critic" evaluate; each runs a pruned model on `data`.
+        quality: for "legr" and "actor_critic", a function of a pruned model that returns a number, larger for better
+            models, such as its accuracy. It may train the model, which is a copy. None: minus `loss` on `data`, or
+            without labels, minus the KL divergence from the outputs of the original.
+        progress: whether to show the progress of rankings that run the model; None: on a terminal and in a notebook.
 
     Returns:
         A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
@@ -188,8 +170,10 @@ def plan(
         exclude=exclude,
         keep_outputs=keep_outputs,
         seed=seed,
+        evaluations=evaluations,
     )
     _check_importance(options)
+    check_search(goal, options, quality)
     if goal is None and not options.keep and max_drop is None:
         raise UsageError(
             "The goal is missing.",
@@ -220,15 +204,17 @@ def plan(
         options.check_importance(chosen)
         if isinstance(importance, Mapping):
             _check_groups(graph, importance)
-        ranked = chosen.needs != "weights" or options.ranking == "milp"
-        only_measured = max_drop is not None and validation is None and not ranked
-        scores = scores_of(graph, options, chosen, None if only_measured else data, loss)
-        plan_for = partial(_plan_units, graph, options=options, scores=scores, progress=progress)
+        searched = quality_of(graph, options.ranking, data, loss, quality) if options.is_learned else None
+        # `data` may be only for the ranking or for the measurement of the drop.
+        other_use = (options.is_learned and quality is None) or (max_drop is not None and validation is None)
+        unused = other_use and chosen.needs == "weights" and options.ranking != "milp"
+        scores = scores_of(graph, options, chosen, None if unused else data, loss)
+        plan_for = partial(plan_units, graph, options=options, scores=scores, quality=searched, progress=progress)
     if max_drop is None:
         return plan_for(goal)
     samples, argument = (data, "data") if validation is None else (validation, "validation")
-    quality = Quality(graph, samples, metric, class_weights, argument=argument)
-    search = DropSearch(graph, quality, max_drop, minimized_cost(graph, goal, minimize), plan_for)
+    measured = Quality(graph, samples, metric, class_weights, argument=argument)
+    search = DropSearch(graph, measured, max_drop, minimized_cost(graph, goal, minimize), plan_for)
     return search.within(goal, least_cost(graph, options))
 
 
@@ -236,7 +222,7 @@ def least_cost(graph: Graph, options: PlanOptions) -> Cost:
     """Return the least cost that plans with these options and any goal reach."""
     if options.of_blocks:
         return least_cost_of_blocks(graph, options)
-    return _least(graph, Goal(parameters=0.5), options, _equal_scores).cost
+    return least_units(graph, Goal(parameters=0.5), options).cost
 
 
 def _check_reference(graph: Graph, goal: Goal) -> None:
@@ -275,143 +261,3 @@ def _check_importance(options: PlanOptions) -> None:
             listing(sorted(IMPORTANCES)),
             "Give kinds='block', or an importance of units.",
         )
-
-
-def _plan_units(
-    graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache, *, progress: bool | None
-) -> Plan:
-    """Return the units to remove from the layers of a model."""
-    blocks: dict[str, float] = {}
-    if goal is None:
-        chooser = _chooser(graph, None, options, scores.get, 0)
-        counts = chooser.given()
-    elif options.ranking == "milp":
-        chooser, counts, blocks = _search_by_outputs(graph, goal, options, scores, progress=progress)
-    else:
-        chooser, counts = _search(graph, goal, options, scores)
-    name = options.importance_name
-    reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
-    _check_constants(graph, chooser.keep(counts))
-    removals = _removals(removable_groups(graph, options), chooser.candidates, counts, reason)
-    inside = {group.name for group in graph.groups if is_inside(group, chooser.without)}
-    chosen = Plan(
-        fingerprint=graph.fingerprint,
-        model=graph.model_name,
-        groups=tuple(removal for removal in removals if removal.name not in inside),
-        before=graph.cost,
-        after=chooser.price(counts),
-        goal={} if goal is None else goal.to_dict(),
-        goal_of=None if goal is None else goal.of,
-        method=options.to_dict(),
-        inputs=graph.inputs,
-        tracing=graph.tracing,
-        blocks=tuple(Skip(path, f"changes the outputs by {change:.3g}") for path, change in blocks.items()),
-        graph=graph,
-    )
-    notes = (
-        met_note(chosen),
-        landing_note(chosen),
-        *width_notes(chosen),
-        *unused_notes(chosen, graph),
-        *uncounted_notes(chosen, graph),
-        *absent_kind_notes(graph, options),
-        *exclusion_notes(graph, options, lambda changed: _least(graph, goal, changed, _equal_scores)),
-    )
-    return replace(chosen, notes=tuple(note for note in notes if note))
-
-
-def _search_by_outputs(
-    graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache, *, progress: bool | None
-) -> tuple[Chooser, list[int], dict[str, float]]:
-    """Return the choice of `allocate`; a goal that is out of reach is found before the model runs."""
-    least = _least(graph, goal, options, _equal_scores)
-    choosers = (_chooser(graph, goal, options, scores.get, step) for step in range(max_halvings(options) + 1))
-    found = None
-    if goal.met_by(least.cost, graph.cost):
-        found = allocate(graph, goal, options, choosers, scores.batches or (), progress=progress)
-    if found is None:
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    return found
-
-
-def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache) -> tuple[Chooser, list[int]]:
-    """Return the number of units to remove from each candidate, so that the goal is met."""
-    # A goal that is out of reach is found before the importances are computed, which may run the model.
-    least = _least(graph, goal, options, _equal_scores)
-    if not goal.met_by(least.cost, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    for fineness in range(max_halvings(options) + 1):
-        chooser = _chooser(graph, goal, options, scores.get, fineness)
-        free = [index for index, candidate in enumerate(chooser.candidates) if candidate.kept is None]
-        classes = ranked_together(graph, {index: chooser.candidates[index].groups for index in free}, options)
-        counts = chooser.least()
-        if goal.met_by(chooser.price(counts), graph.cost):
-            counts = chooser.search(classes, CLOSE)
-            if chooser.distance(counts) <= CLOSE:
-                break
-    if not goal.met_by(chooser.price(counts), graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    return chooser, counts
-
-
-def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
-    """Return the search over the groups that the options allow to change. Without goal, `keep` names the groups."""
-    groups, by_hand = removable_groups(graph, options), kept_units(graph, options)
-    candidates = []
-    for indices in tied_groups(groups, options):
-        tied = [groups[index] for index in indices]
-        kept = tied_number(tied, by_hand)
-        if kept == tied[0].size or (kept is None and goal is None):
-            continue
-        candidates.append(
-            Candidate(
-                tied,
-                [scores(group, options) for group in tied],
-                width_multiple(tied[0], options, fineness),
-                options.min_keep,
-                _unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
-                kept,
-            )
-        )
-    return Chooser(graph, goal, candidates)
-
-
-def _least(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores) -> Least:
-    """Return the least cost that plans with these options reach."""
-    chooser = _chooser(graph, goal, options, scores, max_halvings(options))
-    counts = chooser.least()
-    chooser.without = removable_blocks(graph, options)
-    return Least(chooser.price(counts), chooser.keep(counts), chooser.without)
-
-
-def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
-    """Return the importance 0 for each unit. The least cost is almost the same for any choice of units."""
-    return np.zeros(group.size)
-
-
-def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
-    """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
-    without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
-    remaining, present = (goal.fractions(cost, graph.cost) for cost in (without, graph.cost))
-    cost = sum(present[name][0] - remaining[name][0] for name in present) / sum(group.size for group in groups)
-    return max(cost, np.finfo(float).eps)
-
-
-def _removals(
-    groups: Sequence[Group], candidates: Sequence[Candidate], counts: Sequence[int], reason: str
-) -> tuple[Removal, ...]:
-    """Return the units to remove, in the order of the groups."""
-    units = {
-        group.name: tuple(sorted(order[:count].tolist()))
-        for candidate, count in zip(candidates, counts, strict=True)
-        for group, order in zip(candidate.groups, candidate.orders, strict=True)
-        if count
-    }
-    return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
-
-
-def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
-    graph.constants(keep)
-    found = graph.too_small(keep)
-    if found is not None:
-        raise PlanError(too_few_units("The plan", *found), fix="Raise min_keep.")

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "milp"]
+Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic"]
+FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
+"""Rankings that follow from the importances; the last one only for importances that are not negative."""
+LEARNED_RANKINGS = ("legr", "actor_critic")
+"""Rankings that search for the widths with which pruned models have the best quality on data."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -36,7 +40,7 @@ Minimize: TypeAlias = Literal["macs", "parameters", "size", "memory"] | None
 ONLY_WITH_MAX_DROP = ("metric", "class_weights", "minimize")
 """Options without effect on a plan without `max_drop`."""
 
-ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs", "evaluations")
 """Options without effect on a plan of blocks."""
 
 
@@ -69,7 +73,8 @@ class PlanOptions(Options):
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
-            "each group by the measured change of the outputs on data"
+            "each group by the measured change of the outputs on data; or search for the widths with the best quality "
+            "on data (legr, actor_critic)"
         ),
     )
     round_to: RoundTo = Field(
@@ -121,7 +126,8 @@ class PlanOptions(Options):
     )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
+    seed: Seed = Field(0, description='seed of the importances "random" and "hessian", and of learned rankings')
+    evaluations: Count = Field(200, description="number of plans that the rankings legr and actor_critic evaluate")
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.
@@ -147,6 +153,11 @@ class PlanOptions(Options):
                 "The quality of pruned models is measured only for `max_drop`.",
                 f"Give max_drop, such as max_drop=0.02, or remove `{unused}`.",
             )
+        if not self.is_learned and self.evaluations != type(self).model_fields["evaluations"].default:
+            raise UsageError(
+                f'`evaluations` has no effect with ranking="{self.ranking}".',
+                fix=f'Remove `evaluations`, or give ranking="{LEARNED_RANKINGS[0]}".',
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
@@ -167,7 +178,8 @@ class PlanOptions(Options):
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
         used["loss"] &= importance.needs != "inputs" or importance.name.startswith("given")
-        used["loss"] |= self.ranking == "milp"  # it states whether the outputs are logits
+        # They state whether the outputs are logits, or which loss pruned models have.
+        used["loss"] |= self.ranking == "milp" or self.is_learned
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(
@@ -200,6 +212,11 @@ class PlanOptions(Options):
         if self.ranking != "milp" or self.of_blocks or BLOCK not in (self.kinds or ()):
             return 0.0
         return float(self.kinds[BLOCK]) if isinstance(self.kinds, Mapping) else 1.0
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the ranking evaluates pruned models on data."""
+        return self.ranking in LEARNED_RANKINGS
 
     @property
     def importance_name(self) -> str:

@@ -118,7 +118,7 @@ class Prune(PlanOptions, Step):
         The quality of the model before training says nothing. With `max_drop` and no goal, the size of the result is
         therefore not known; a model of about half the cost takes its place.
         """
-        _, plan = self._plan(job, PREVIEW) if self.max_drop is None else self._assumed_plan(job)
+        _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
         job.plans[job.key] = plan
         check_model(methods_of(self.compensate), job.model, plan)
         job.model = prune_with_verification(job.model, plan, verify=False).model
@@ -141,8 +141,14 @@ class Prune(PlanOptions, Step):
             )
         return own
 
-    def _plan(self, job: Job, samples: int = CALIBRATION) -> tuple[Graph, Plan]:
-        """Return the graph of the model of a job, and the plan of this step from a number of training samples."""
+    def _plan(self, job: Job, samples: int = CALIBRATION, evaluations: int | None = None) -> tuple[Graph, Plan]:
+        """Return the graph of the model of a job, and the plan of this step.
+
+        Args:
+            job: the job.
+            samples: number of training samples for the importance or the ranking.
+            evaluations: number of plans that a learned ranking evaluates; None: the option of the step.
+        """
         goal = self.goal_in(job.goal, job.key)
         if goal is not None and self.goal_of == "job":
             goal = Goal(**goal.to_dict(), of=Cost(**{"parameters": 0, "macs": 0, "activations": 0} | job.start_cost))
@@ -153,8 +159,10 @@ class Prune(PlanOptions, Step):
         options["progress"] = False  # the job shows its own progress
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        elif self.ranking == "milp" or importance_of(self.importance_name).needs != "weights":
+        elif self.ranking == "milp" or self.is_learned or importance_of(self.importance_name).needs != "weights":
             options["data"] = self._calibration(job, job.data.calibration_batches, samples)
+        if self.is_learned:
+            options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:
             options |= validation_of(job, self.metric, self.class_weights)
         try:
@@ -173,7 +181,7 @@ class Prune(PlanOptions, Step):
             name = minimized_cost(graph, None, self.minimize)
             least = getattr(least_cost(graph, step), name) / max(getattr(graph.cost, name), 1)
             step = step.changed(goal=Goal(**{name: min((1 + least) / 2, 0.999)}))
-        return step._plan(job, PREVIEW)  # noqa: SLF001 - of the same class
+        return step._plan(job, PREVIEW, evaluations=1)  # noqa: SLF001 - of the same class
 
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
         """Return training samples; a shuffling loader gives the same samples each time."""

@@ -16,7 +16,7 @@ from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
 from kirsch.tasks.next_token import next_labels, shift_logits
 
 if TYPE_CHECKING:
-    from kirsch.pruning.importance.importance import Importance
+    from kirsch.pruning.importance.importance import Importance, Needs
     from kirsch.pruning.importance.statistics import Loss
 
 NEXT_TOKEN = "next-token"  # noqa: S105 - not a password
@@ -29,19 +29,21 @@ class CalibrationBatches:
 
     Args:
         data: a loader, `ArrayData`, a list of batches, or one batch.
-        importance: the importance that uses the batches, for messages.
+        needs: what the batches must have, inputs or labels.
+        reader: what reads the batches, such as "The importance 'taylor'", for messages.
         loss: name of the loss, or a function. For "next-token", the labels of the batches are those that the positions
             predict, shape (N, L - 1), and padding has no label.
     """
 
     data: Any
-    importance: Importance
+    needs: Needs
+    reader: str
     loss: Any
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
         for number, batch in enumerate(read_batches(self.data), start=1):
-            if self.importance.needs == "labels":
+            if self.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
             else:
@@ -53,7 +55,7 @@ class CalibrationBatches:
         if batch.targets is None:
             raise DataError(
                 f"Batch {number} of `data` has no labels.",
-                f"The importance {self.importance.name!r} is computed from the loss on labels.",
+                f"{self.reader} is computed from the loss on labels.",
                 "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
             )
         tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
@@ -134,12 +136,23 @@ def batches_for(
             fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice. "
             "On the command line, give --data SOURCE.",
         )
+    check_reusable(data)
+    return CalibrationBatches(data, importance.needs, f"The importance {importance.name!r}", loss)
+
+
+def check_reusable(data: Any) -> None:
+    """Raise a UsageError for data that can be iterated over only once."""
     if isinstance(data, Iterator):
         raise UsageError(
             f"`data` of kirsch.plan is a {type(data).__name__}, which can be iterated over only once.",
             fix="Give a DataLoader, or a list: list(data).",
         )
-    return CalibrationBatches(data, importance, loss)
+
+
+def labels_in(batch: Batch) -> int:
+    """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
+    labels = host(batch.targets)
+    return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)
 
 
 def loss_of(loss: Any) -> Loss:

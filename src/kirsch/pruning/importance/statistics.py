@@ -14,9 +14,9 @@ from kirsch.data.arrays import host
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics, samples_of
+from kirsch.pruning.importance.calibration import labels_in
 from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
-from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -239,13 +239,8 @@ class Statistics:
         """Yield each sample with a label as a batch."""
         for batch in self._batches:
             for sample in samples_of(batch):
-                if self._labels_in(sample):
+                if labels_in(sample):
                     yield sample
-
-    def _labels_in(self, batch: Batch) -> int:
-        """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
-        labels = host(batch.targets)
-        return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)
 
     def _check_samples(self, samples: int) -> None:
         if not samples:
@@ -256,7 +251,7 @@ class Statistics:
         total: dict[str, Any] = {}
         count = 0
         for batch in self._batches:
-            labels = self._labels_in(batch)
+            labels = labels_in(batch)
             count += labels
             for name, value in compute(batch).items() if labels else ():
                 term = ops.upcast(value) * labels
@@ -267,7 +262,7 @@ class Statistics:
     def _mean_loss(self, keep: NDArray[np.bool_]) -> float:
         total, count = 0.0, 0
         for batch in self._batches:
-            labels = self._labels_in(batch)
+            labels = labels_in(batch)
             count += labels
             if labels:
                 loss = self._calibration.loss_without(self._graph, batch, self._required_loss, keep)
