@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.compensation import Compensation
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.sensitivity import sensitivity
+    from kirsch.pruning.sensitivity_table import Sensitivity
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.recovery import recovery
@@ -41,6 +44,7 @@ __all__ = [
     "ArrayData",
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "DataSet",
     "Dense",
@@ -55,6 +59,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Ramp",
+    "Sensitivity",
     "Slimming",
     "Split",
     "TeacherStore",
@@ -80,6 +85,7 @@ __all__ = [
     "prune_with_verification",
     "recovery",
     "save",
+    "sensitivity",
     "trace",
 ]
 
@@ -88,6 +94,7 @@ _MODULES = {
     "ArrayData": "kirsch.data.batches",
     "Artifact": "kirsch.deploy.export",
     "Batch": "kirsch.data.batches",
+    "Compensation": "kirsch.pruning.compensation",
     "Compressed": "kirsch.recipes.compress",
     "DataSet": "kirsch.data.dataset",
     "Dense": "kirsch.distillation.store.record",
@@ -103,6 +110,7 @@ _MODULES = {
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
+    "Sensitivity": "kirsch.pruning.sensitivity_table",
     "Slimming": "kirsch.pruning.regularizers",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
@@ -128,6 +136,7 @@ _MODULES = {
     "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
 }
 

@@ -5,6 +5,7 @@ from kirsch.distillation.steps import Distill, Evaluate, Recover, Train
 from kirsch.jobs.job import Job, Record
 from kirsch.jobs.step import STEPS, Step
 from kirsch.pruning.repeat import repeat
+from kirsch.pruning.sensitivity_step import MeasureSensitivity
 from kirsch.pruning.step import Prune
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Export",
     "Job",
     "Measure",
+    "MeasureSensitivity",
     "Prune",
     "Record",
     "Recover",

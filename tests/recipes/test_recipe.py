@@ -165,7 +165,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             "- prun: {}",
             (
                 r"line 8: steps[2]: there is no step 'prun'. Known: distill, evaluate, export, measure, prune, "
-                "recover, repeat, train. Did you mean 'prune'?"
+                "recover, repeat, sensitivity, train. Did you mean 'prune'?"
             ),
         ),
         (

@@ -97,12 +97,12 @@ def _value(name: str, value: Any) -> Any:
     return int(value[0]) if value[0].isascii() and value[0].isdigit() else value[0]  # `kirsch.plan` checks other texts
 
 
-_EXAMPLES = {"kinds": "head=2", "round_to": "head=2", "keep": "layer4.*=0.5"}
+_EXAMPLES = {"kinds": "head=2", "round_to": "head=2", "keep": "layer4.*=0.5", "class_weights": "3=5"}
 """Example of a value of the form KEY=NUMBER for each flag that takes such values."""
 
 
 def _key(name: str) -> str:
-    return "LAYER" if name == "keep" else "KIND"
+    return {"keep": "LAYER", "class_weights": "CLASS"}.get(name, "KIND")
 
 
 def _number(text: str, given: str, name: str) -> float:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kirsch.frameworks.pruned_models import ChangedValues, PairedRuns
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -51,7 +53,7 @@ class Analysis(Protocol):
         """Return random inputs of the structure, shapes and types that a plan stores, on the device of a model."""
 
 
-class Calibration(Protocol):
+class Calibration(PairedRuns, Protocol):
     """Runs of a traced model on calibration data, in inference mode. `graph.model` is the model.
 
     `batch` is a batch of inputs with targets, and `loss` a function of the model's logits and the targets. Arrays by
@@ -111,7 +113,7 @@ class Calibration(Protocol):
         """Return the loss after the removal of the components for which `keep` is False."""
 
 
-class Surgery(Protocol):
+class Surgery(ChangedValues, Protocol):
     """Application of plans to models; the result is the pruned model."""
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:

@@ -253,6 +253,7 @@ def method_text(method: Mapping[str, Any], *, of_blocks: bool) -> str:
         parts += ["uniform"] if method.get("uniform") else []
     if method.get("keep"):
         parts += [f"by hand {', '.join(f'{layer}={amount}' for layer, amount in method['keep'].items())}"]
+    parts += [f"drop at most {method['max_drop']:g}"] if method.get("max_drop") is not None else []
     for option, words in (("exclude", "without"), ("keep_outputs", "all outputs of")):
         parts += [f"{words} {', '.join(method[option])}"] if method.get(option) else []
     return ", ".join(parts)

@@ -133,7 +133,8 @@ def compress(
         listen: function that is called with each event.
         progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
             in a notebook. Without these lines and without `listen`, warnings of the run are Python warnings.
-        plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
+        plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`; and `compensate` of
+            `kirsch.prune`.
 
     Raises:
         UsageError: there is no goal, `distill` is given without a student, an option is not valid, or options are given
@@ -261,7 +262,7 @@ def _usual_steps(
 def _refuse_unknown(plan_options: dict[str, Any]) -> None:
     """Raise an error for keywords that are not options of a plan."""
     arguments = [name for name in inspect.signature(compress).parameters if name != "plan_options"]
-    options = list(PlanOptions.model_fields)
+    options = [*PlanOptions.model_fields, "compensate"]
     for name, value in plan_options.items():
         if name not in options:
             refused = Goal.refuse_argument(name)

@@ -117,7 +117,8 @@ class Recipe(Options):
             yield UsageError(f"The step {name!r} cannot run a file of the format {exported.format!r}.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-        if isinstance(step, Prune) and step.goal is None and step.goal_of == "step" and name in before:
+        no_goal = isinstance(step, Prune) and step.goal is None and step.goal_of == "step" and step.max_drop is None
+        if no_goal and name in before:
             key = keys_of(names)[-1]
             yield UsageError(
                 f"The step {key!r} has no goal of its own.",

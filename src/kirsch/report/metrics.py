@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import strict_json
 from kirsch.errors import LoadError
 from kirsch.json_schema import Check, anything, array, flag, integer, mapping, nullable, number, one_of, record, text
+from kirsch.pruning.sensitivity_table import SCHEMA as ANALYSIS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,6 +73,7 @@ QUALITY = record(
     },
     more=True,
 )
+SENSITIVITIES = array(_fields(step=text(), analysis=ANALYSIS))
 SCHEMA = _fields(
     kirsch_metrics=one_of((VERSION,)),
     name=text(),
@@ -129,6 +131,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     try:
         metrics: dict[str, Any] = SCHEMA(strict_json.read(path), "")
+        if "sensitivities" in metrics:  # files of earlier versions have none
+            metrics["sensitivities"] = SENSITIVITIES(metrics["sensitivities"], "sensitivities")
         _check_consistency(metrics)
     except ValueError as error:
         raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {path.parent}") from error

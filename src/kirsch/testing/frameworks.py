@@ -251,6 +251,56 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
             _assert_close(x.sum((0, 2)), sums[0][name], f"the patches of {name!r}")
 
 
+def check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original(example: FrameworkExample) -> None:
+    """`paired_inputs` passes what the same layer reads in both models, for the layers in `reading_order`."""
+    framework, model = example.framework, example.model()
+    calibration, graph = framework.calibration, _traced(example, model)
+    pruned, _ = framework.surgery.prune(model, plan(graph, Goal(macs=0.6)), graph, verify=False)
+    names = list(calibration.linear_layers(graph))
+    assert names, "the model has no linear layers"
+    order = [name for stage in calibration.reading_order(graph, pruned, example.inputs, names) for name in stage]
+    assert sorted(order) == sorted(set(order)), f"a layer is listed twice: {order}"
+    sums: list[dict[str, Any]] = [{}, {}, {}]
+
+    def add(found: dict[str, Any], name: str, x: Any) -> None:
+        found[name] = found.get(name, 0) + host(x).astype(np.float64).sum(0)
+
+    def see_pair(name: str, _: tuple[int, int], x: Any, y: Any) -> None:
+        assert x.shape[0] == y.shape[0], f"{name!r} reads {x.shape[0]} and {y.shape[0]} positions"
+        add(sums[0], name, x)
+        add(sums[1], name, y)
+
+    calibration.paired_inputs(graph, pruned, example.inputs, order, see_pair)
+    assert set(sums[0]) == set(order), f"the activations of {set(order) - set(sums[0])} are missing"
+    for traced, found in ((graph, sums[0]), (_traced(example, pruned), sums[1])):
+        sums[2].clear()
+        calibration.weight_input_patches(
+            traced, example.inputs, order, lambda name, _axis, _labels, _groups, x, _experts: add(sums[2], name, x)
+        )
+        for name in order:
+            _assert_close(found[name], sums[2][name], f"the activations of {name!r}")
+    ((original, small),) = calibration.paired_outputs(graph, pruned, example.inputs)
+    _assert_close(original, framework.inference.predict(model, example.inputs), "the outputs of the original")
+    _assert_close(small, framework.inference.predict(pruned, example.inputs), "the outputs of the pruned model")
+
+
+def check_parameters_and_statistics_of_a_model_can_be_set(example: FrameworkExample) -> None:
+    """`set_parameters` sets the named parameters alone; an estimate of batch normalization changes no parameter."""
+    surgery, model = example.framework.surgery, example.model()
+    graph = _traced(example, model)
+    before = {name: surgery.parameter_values(model, graph, name) for name in graph.parameters}
+    name = next(iter(example.framework.calibration.linear_layers(graph)))
+    surgery.set_parameters(model, graph, {name: 2 * before[name]})
+    surgery.estimate_batch_norms(model, [(len(example.inputs), example.inputs)])
+    for other, value in before.items():
+        expected = 2 * value if other == name else value
+        assert np.array_equal(surgery.parameter_values(model, graph, other), expected), f"{other!r} has other values"
+    assert surgery.batch_norms(model), "the model has no batch normalization"
+    estimated = example.framework.inference.predict(model, example.inputs)
+    surgery.estimate_batch_norms(model, [(len(example.inputs), example.inputs)])
+    _assert_close(example.framework.inference.predict(model, example.inputs), estimated, "a second estimate")
+
+
 def _traced(example: FrameworkExample, model: Any) -> Graph:
     inputs = example.framework.inference.from_numpy(example.inputs[:1])
     return example.framework.analysis.trace(model, inputs, Tracing())
@@ -342,6 +392,8 @@ FRAMEWORK_CHECKS = (
     check_gradients_predict_the_change_of_loss_and_gradient,
     check_loss_without_units_is_that_of_the_pruned_model,
     check_activations_belong_to_weights_and_samples,
+    check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original,
+    check_parameters_and_statistics_of_a_model_can_be_set,
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
     check_training_is_reproducible_and_lowers_the_loss,

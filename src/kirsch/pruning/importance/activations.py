@@ -233,6 +233,12 @@ class Padding:
             )
         return x[masks[0]] if masks else x
 
+    def of_output(self, pair: tuple[NDArray[Any], NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return two outputs (1, tokens, ...) of one sample without padding; other outputs are returned unchanged."""
+        masks = [mask for mask in self._masks if pair[0].shape[:2] == (1, len(mask))]
+        first, second = pair
+        return (first[:, masks[0]], second[:, masks[0]]) if masks else pair
+
 
 def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Padding]]:
     """Yield the batches with their padding, and each sample of a batch with padding by itself.

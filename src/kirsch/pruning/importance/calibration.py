@@ -42,7 +42,7 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(self._batches(), start=1):
+        for number, batch in enumerate(read_batches(self.data), start=1):
             if self.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
@@ -50,14 +50,6 @@ class CalibrationBatches:
                 yield batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
-
-    def _batches(self) -> Iterator[Batch]:
-        if isinstance(self.data, SeededData):
-            yield from self.data.epoch(0, 0)
-        elif (isinstance(self.data, list) and not _is_pair(self.data)) or not has_arrays(self.data):
-            yield from batches_of(self.data, "`data`")
-        else:
-            yield Batch.of(self.data)
 
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
@@ -77,6 +69,16 @@ class CalibrationBatches:
                 "A causal language model predicts the next token, and the loss does not shift the labels.",
                 f'Give loss="{NEXT_TOKEN}".',
             )
+
+
+def read_batches(data: Any) -> Iterator[Batch]:
+    """Yield the batches of calibration data: of a loader, `ArrayData` or a list, or the single batch."""
+    if isinstance(data, SeededData):
+        yield from data.epoch(0, 0)
+    elif (isinstance(data, list) and not _is_pair(data)) or not has_arrays(data):
+        yield from batches_of(data, "`data`")
+    else:
+        yield Batch.of(data)
 
 
 def _is_pair(data: list[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Quality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
+"""SearchQuality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Quality:
-    """Quality of pruned models.
+class SearchQuality:
+    """SearchQuality of pruned models.
 
     Args:
         of_model: function of a pruned model.
@@ -63,7 +63,7 @@ class Quality:
 
 def check_search(goal: Goal | None, options: PlanOptions, quality: QualityFunction | None) -> None:
     """Raise a UsageError for a learned ranking without goal, or a quality without learned ranking."""
-    if goal is None and options.is_learned:
+    if goal is None and options.max_drop is None and options.is_learned:
         raise UsageError(
             f'ranking="{options.ranking}" has no effect without a goal.',
             "It searches for the widths with which the model meets a goal.",
@@ -76,7 +76,7 @@ def check_search(goal: Goal | None, options: PlanOptions, quality: QualityFuncti
         )
 
 
-def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityFunction | None) -> Quality:
+def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityFunction | None) -> SearchQuality:
     """Return the quality that a learned ranking maximizes.
 
     Args:
@@ -93,7 +93,7 @@ def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityF
     """
     calibration_of(graph)  # refuses a graph without a model
     if given is not None:
-        return Quality(given, "result of the given function `quality`")
+        return SearchQuality(given, "result of the given function `quality`")
     if data is None:
         raise UsageError(
             f'`data` of kirsch.plan is missing: ranking="{ranking}" runs pruned models.',
@@ -112,7 +112,7 @@ def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityF
         words = "minus the KL divergence from the outputs of the original"
     statistics = framework_of(graph.model).surgery.batch_norms(graph.model)
     with_statistics = ", with batch-norm statistics of these samples" if statistics else ""
-    return Quality(of_model, f"{words} on {sum(map(len, batches)):,} samples{with_statistics}")
+    return SearchQuality(of_model, f"{words} on {sum(map(len, batches)):,} samples{with_statistics}")
 
 
 def _minus_mean_loss(batches: Sequence[Batch], loss: Loss, weight: Callable[[Batch], int]) -> QualityFunction:
