@@ -9,7 +9,8 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, labels_in, loss_of
+from kirsch.pruning.importance.activations import labels_in
+from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, loss_of
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.options import LEARNED_RANKINGS
 
