@@ -84,6 +84,7 @@ ACCEPTED = {
     "ignore_index": {"integer", "negative", "huge"},
     "example_inputs": {"None", "array"},
     "folder": {*TEXTS, "path", "None"},
+    "quality": {"None"},
 }
 """Argument → kinds of values that a callable accepts for it, unless it has an entry in ACCEPTED_BY_CALLABLE.
 

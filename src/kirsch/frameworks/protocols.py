@@ -151,16 +151,6 @@ class Surgery(ChangedValues, Protocol):
             New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".
         """
 
-    def batch_norms(self, model: Any) -> list[str]:
-        """Return the paths of the batch normalizations with running statistics."""
-
-    def estimate_batch_norms(self, model: Any, batches: Iterable[tuple[int, Any]]) -> None:
-        """Replace the running statistics of batch normalization, in place, by those of batches.
-
-        `batches` are the size and the inputs of each batch; the result is the mean over all samples of the statistics
-        of their batches.
-        """
-
 
 @dataclass(frozen=True)
 class StudentOutputs:

@@ -12,6 +12,7 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
 from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -372,3 +373,9 @@ def _products(weight: NDArray[np.float64], axis: int, channels: int, gram: NDArr
         part = slice(group * size, (group + 1) * size)
         result[part, part] = block
     return result
+
+
+def labels_in(batch: Batch) -> int:
+    """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
+    labels = host(batch.targets)
+    return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)

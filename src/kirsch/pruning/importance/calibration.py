@@ -149,12 +149,6 @@ def check_reusable(data: Any) -> None:
         )
 
 
-def labels_in(batch: Batch) -> int:
-    """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
-    labels = host(batch.targets)
-    return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)
-
-
 def loss_of(loss: Any) -> Loss:
     """Return the function of logits and labels for a name, or the function itself.
 

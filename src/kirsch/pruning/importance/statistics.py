@@ -13,8 +13,13 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics, samples_of
-from kirsch.pruning.importance.calibration import labels_in
+from kirsch.pruning.importance.activations import (
+    InputStatistics,
+    contribution_products,
+    input_statistics,
+    labels_in,
+    samples_of,
+)
 from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
 

@@ -1,4 +1,4 @@
-"""Quality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
+"""SearchQuality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, labels_in, loss_of
+from kirsch.pruning.importance.activations import labels_in
+from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, loss_of
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.options import LEARNED_RANKINGS
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchQuality:
-    """Quality of pruned models.
+    """SearchQuality of pruned models.
 
     Args:
         of_model: function of a pruned model.
