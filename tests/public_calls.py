@@ -113,7 +113,16 @@ def public_calls(folder):
         "Training": (kirsch.Training, settings),
         "TrainingHooks": (
             kirsch.TrainingHooks,
-            {"validate": None, "event": None, "stop": None, "save": None, "resume": None, "batch": None, "close": None},
+            {
+                "validate": None,
+                "event": None,
+                "stop": None,
+                "save": None,
+                "resume": None,
+                "batch": None,
+                "close": None,
+                "before_step": None,
+            },
         ),
         "Objective": (kirsch.Objective, fields),
         "Term": (kirsch.Term, terms),
@@ -204,6 +213,15 @@ def public_calls(folder):
         "Plan.from_json": (kirsch.Plan.from_json, {"text": plan.to_json()}),
         "L1": (kirsch.L1, {"strength": 1e-4}),
         "Slimming": (kirsch.Slimming, {"strength": 1e-4}),
+        "Movement": (kirsch.Movement, {"graph": graph}),
+        "GroupLasso": (
+            kirsch.GroupLasso,
+            {"graph": graph, "strength": 1e-4, "alpha": 4.0, "kinds": None, "exclude": (), "keep_outputs": ()},
+        ),
+        "GrowingRegularization": (
+            kirsch.GrowingRegularization,
+            {"graph": graph, "plan": plan, "strength": 1.0, "epochs": 2.0, "increments": 10},
+        ),
         "build_store": (
             kirsch.build_store,
             {

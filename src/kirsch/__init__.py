@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.learned.movement import Movement
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
-    from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.regularizers.group_lasso import GroupLasso
+    from kirsch.pruning.regularizers.growing import GrowingRegularization
+    from kirsch.pruning.regularizers.l1 import L1
+    from kirsch.pruning.regularizers.slimming import Slimming
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.recovery import recovery
@@ -48,9 +52,12 @@ __all__ = [
     "GeneratedData",
     "Goal",
     "Graph",
+    "GroupLasso",
+    "GrowingRegularization",
     "KirschError",
     "Measurement",
     "ModelGenerator",
+    "Movement",
     "Objective",
     "Plan",
     "Pruned",
@@ -95,15 +102,18 @@ _MODULES = {
     "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
+    "GroupLasso": "kirsch.pruning.regularizers.group_lasso",
+    "GrowingRegularization": "kirsch.pruning.regularizers.growing",
     "KirschError": "kirsch.errors",
-    "L1": "kirsch.pruning.regularizers",
+    "L1": "kirsch.pruning.regularizers.l1",
     "Measurement": "kirsch.deploy.measure",
     "ModelGenerator": "kirsch.frameworks.model_generator",
+    "Movement": "kirsch.pruning.learned.movement",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
-    "Slimming": "kirsch.pruning.regularizers",
+    "Slimming": "kirsch.pruning.regularizers.slimming",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",

@@ -292,6 +292,16 @@ class TrainingLoop(Protocol):
     def weight_arrays(self, model: Any) -> Iterable[Any]:
         """Return the weights with two or more axes, as arrays with gradients."""
 
+    def parameters_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the parameters of a model by path, as arrays with gradients; tied parameters once.
+
+        The paths are those of the model that was traced, also if the model is wrapped for distributed training, for
+        compilation or with adapters.
+        """
+
+    def gradients_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the gradients of the last backward pass by path, for the parameters that have one."""
+
 
 class Inference(Protocol):
     """Running of models, conversion of arrays, weight files, and export."""

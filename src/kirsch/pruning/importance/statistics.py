@@ -74,7 +74,7 @@ class Statistics:
         self._graph, self._batches, self._seed = graph, batches, seed
         self._loss = loss
         self._calibration = calibration_of(graph)
-        self._readers = {group.name: _gating_axes(graph, group) for group in graph.groups}
+        self._readers = {group.name: gating_axes(graph, group) for group in graph.groups}
 
     # ------------------------------------------------------------------------------------------------ derivatives
 
@@ -277,7 +277,7 @@ class Statistics:
         return total * share
 
 
-def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
+def gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
     """Return the parameter axes whose products are summed for the gate of a unit, and a factor of the sum."""
     found = graph.input_axes(group) or (_last_weights(graph, group) if group.kind == "expert" else [])
     if found:
