@@ -186,6 +186,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
     ("docs/allocation.md", "Widths by hand"): stages,
+    ("docs/learned_pruning.md", "Regularizers"): calibration,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

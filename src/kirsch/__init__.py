@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.learned.gates import LearnedGates, read_gates, with_gates
     from kirsch.pruning.learned.movement import Movement
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers.group_lasso import GroupLasso
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.regularizers.slimming import Slimming
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
+    from kirsch.recipes.gates import learn_gates
     from kirsch.recipes.recovery import recovery
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "GroupLasso",
     "GrowingRegularization",
     "KirschError",
+    "LearnedGates",
     "Measurement",
     "ModelGenerator",
     "Movement",
@@ -80,14 +83,17 @@ __all__ = [
     "ensemble",
     "export",
     "fit",
+    "learn_gates",
     "load",
     "measure",
     "plan",
     "prune",
     "prune_with_verification",
+    "read_gates",
     "recovery",
     "save",
     "trace",
+    "with_gates",
 ]
 
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
@@ -106,6 +112,7 @@ _MODULES = {
     "GrowingRegularization": "kirsch.pruning.regularizers.growing",
     "KirschError": "kirsch.errors",
     "L1": "kirsch.pruning.regularizers.l1",
+    "LearnedGates": "kirsch.pruning.learned.gates",
     "Measurement": "kirsch.deploy.measure",
     "ModelGenerator": "kirsch.frameworks.model_generator",
     "Movement": "kirsch.pruning.learned.movement",
@@ -131,14 +138,17 @@ _MODULES = {
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "fit": "kirsch.distillation.distill",
+    "learn_gates": "kirsch.recipes.gates",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
     "prune": "kirsch.pruning.prune",
     "prune_with_verification": "kirsch.pruning.prune",
+    "read_gates": "kirsch.pruning.learned.gates",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
     "trace": "kirsch.frameworks.trace",
+    "with_gates": "kirsch.pruning.learned.gates",
 }
 
 

@@ -237,6 +237,16 @@ FAULTS = [
         "before_step is called 0 times",
     ),
     (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", without_gates=lambda model: copy.deepcopy(model.model)),
+        "the model without gates: the largest difference",
+    ),
+    (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", train=untrained),
+        "no gate is trained",
+    ),
+    (
         "check_training_is_reproducible_and_lowers_the_loss",
         planted("training", train=untrained),
         "returns the model as it was",

@@ -29,6 +29,7 @@ from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.graph import Tracing
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
+from kirsch.pruning.learned.gates import UnitGates
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
@@ -324,6 +325,22 @@ def check_parameters_are_found_by_the_paths_of_the_graph(example: FrameworkExamp
     assert all(step == set(shapes) for step in steps), f"before_step has gradients of {sorted(steps[0])}"
 
 
+def check_gates_are_trained_and_folded_into_the_weights(example: FrameworkExample) -> None:
+    """A gated model computes the same as the model without gates that it becomes; training moves the gates."""
+    training, model = example.framework.training, example.model()
+    predict, before = example.framework.inference.predict, example.framework.inference.fingerprint(model)
+    graph = _traced(example, model)
+    gating = UnitGates(graph, Goal(macs=0.6), graph.groups, steps=3, train_weights=True, speed=50.0)
+    gated = training.gated(model, gating)
+    assert training.gate_values(gated).shape == (gating.size,), "there is not one value for each gate"
+    settings, hooks = Training(epochs=1, optimizer="adamw"), TrainingHooks(event=lambda _event: None)
+    trained = example.framework.features.student_of(_trained(example, gated, settings, hooks).model)
+    assert not np.array_equal(training.gate_values(trained), training.gate_values(gated)), "no gate is trained"
+    folded = training.without_gates(trained)
+    _assert_close(predict(folded, example.inputs), predict(trained, example.inputs), "the model without gates")
+    assert example.framework.inference.fingerprint(model) == before, "gated changes the model"
+
+
 def check_training_is_reproducible_and_lowers_the_loss(example: FrameworkExample) -> None:
     """Two runs of one seed end in the same weights with a lower loss; the model itself is not changed."""
     model, fingerprint = example.model(), example.framework.inference.fingerprint
@@ -370,6 +387,7 @@ FRAMEWORK_CHECKS = (
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
     check_parameters_are_found_by_the_paths_of_the_graph,
+    check_gates_are_trained_and_folded_into_the_weights,
     check_training_is_reproducible_and_lowers_the_loss,
 )
 """All checks, in the order in which an implementation needs them."""

@@ -150,7 +150,7 @@ def test_a_step_with_an_infinite_gradient_does_not_count():
 def test_missing_gradients_steps_and_movement_are_refused():
     model = network()
     movement = kirsch.Movement(graph_of(model))
-    with pytest.raises(UsageError, match=r"Movement has no steps\. .* before_step=movement"):
+    with pytest.raises(UsageError, match=r"Movement has no steps\. .*before_step=movement"):
         movement.scores()
     with pytest.raises(UsageError, match=r"has no gradients\. .* Call it after loss\.backward\(\)"):
         movement(model)
