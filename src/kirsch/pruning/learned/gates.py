@@ -264,12 +264,14 @@ def read_gates(
     options: dict[str, Any] = {"kinds": kinds, "exclude": exclude, "keep_outputs": keep_outputs}
     values = framework.training.gate_values(model)
     groups = removable_groups(graph, PlanOptions(**options))
-    gating = UnitGates(graph, goal, groups)
-    if len(values) != gating.size:
+    size = sum(group.size for group in groups)
+    if len(values) != size:
         raise UsageError(
-            f"The model has {len(values)} gates, and {gating.size} units can be removed with these arguments.",
+            f"The model has {len(values)} gates, and {size} units can be removed with these `kinds`, `exclude` and "
+            "`keep_outputs`.",
             fix="Give the graph, the goal and the options that were given to kirsch.with_gates.",
         )
+    gating = UnitGates(graph, goal, groups)
     probability = hard_concrete.open_probability(gating.location(values, model))
     ends = np.cumsum([group.size for group in groups])[:-1]
     scores = {group.name: part for group, part in zip(groups, np.split(probability, ends), strict=True)}
