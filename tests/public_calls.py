@@ -68,7 +68,7 @@ def public_calls(folder):
                 "as_graph": False,
             },
         ),
-        "Goal": (kirsch.Goal, {"macs": 0.5, "parameters": 0.5}),
+        "Goal": (kirsch.Goal, {"macs": 0.5, "parameters": 0.5, "size": 0.5, "memory": 0.5}),
         "plan": (
             kirsch.plan,
             {

@@ -375,8 +375,8 @@ def test_invalid_override_is_refused_with_the_form(change):
         (
             "prune.goal.mac=0.5",
             (
-                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters. Did you mean "
-                "'macs'?"
+                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters, size, "
+                "memory. Did you mean 'macs'?"
             ),
         ),
         ("student={}", "--set student={}: student.model: this key is required"),

@@ -67,8 +67,11 @@ class Calibration(Protocol):
 
     def weight_inputs(
         self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]
-    ) -> None:
+    ) -> set[str]:
         """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations.
+
+        Return the names of the weights that other operations use, and whose products are not passed to `see`, such as
+        a weight from which another one is computed.
 
         `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
         channels (None if they are frozen), and `x` the activations, shape (positions, channels). If the weight is a
@@ -93,7 +96,10 @@ class Calibration(Protocol):
         """Return the parameters by path, without gradient."""
 
     def gradients(self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any]) -> dict[str, Any]:
-        """Return the gradient of the loss for each parameter, also for frozen parameters."""
+        """Return the gradient of the loss for each parameter, also for frozen parameters.
+
+        The lookups of an embedding table that also multiplies activations, as in tied embeddings, do not count.
+        """
 
     def hessian_products(
         self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Mapping[str, Any]
@@ -304,10 +310,9 @@ class TrainingLoop(Protocol):
         """Return the gradients of the last backward pass by path, for the parameters that have one."""
 
     def gated(self, model: Any, gating: Gating) -> Any:
-        """Return a copy of a model whose weights are multiplied by trainable gates; its outputs are those of the model.
+        """Return a copy of a model whose weights are multiplied by trainable gates, which are random in training mode.
 
-        The gates are drawn again in each forward pass in training mode, from the framework's random numbers. With
-        `train_weights=False` of the gating, only the gates have gradients.
+        With `train_weights=False` of the gating, only the gates have gradients.
         """
 
     def gate_values(self, model: Any) -> NDArray[Any]:
@@ -343,6 +348,12 @@ class Inference(Protocol):
 
         Raises:
             UsageError: the losses would train another output than the logits.
+        """
+
+    def named_arguments(self, model: Any, inputs: Any) -> Any:
+        """Return a tuple or list of inputs as a dict by the names of the arguments of a model's `forward`.
+
+        Other inputs, and those of a `forward` whose arguments have no names, are returned unchanged.
         """
 
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:

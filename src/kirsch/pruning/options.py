@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -11,7 +11,9 @@ from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.options import Options
-from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
+
+if TYPE_CHECKING:
+    from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
@@ -98,6 +100,8 @@ class PlanOptions(Options):
             UnknownNameError: kinds or round_to names an unknown kind.
             UsageError: kinds names blocks together with other kinds, or an option has no effect.
         """
+        from kirsch.pruning.importance import IMPORTANCES, importance_of  # noqa: PLC0415 - `kirsch --help` loads no numpy
+
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
                 raise UnknownNameError("kind of unit", kind, (*KINDS, BLOCK), len(KINDS) + 1, "kinds")
@@ -125,7 +129,7 @@ class PlanOptions(Options):
                 "Use another ranking, or an importance that is not negative, such as 'taylor'.",
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
-        used["loss"] &= importance.needs != "inputs" or importance.name not in IMPORTANCES
+        used["loss"] &= importance.needs != "inputs" or importance.name.startswith("given")
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(

@@ -23,7 +23,7 @@ class UnitSums:
 
     Args:
         graph: graph of the model.
-        axes: the axes whose values count, by group. An axis may belong to several groups.
+        axes: the axes whose values count, by group, with a factor. An axis may belong to several groups.
 
     Attributes:
         groups: the groups, in order. The units of the first group come first.
@@ -33,24 +33,27 @@ class UnitSums:
             axes counts twice.
     """
 
-    def __init__(self, graph: Graph, axes: Mapping[Group, Sequence[ParameterAxis]]) -> None:
+    def __init__(self, graph: Graph, axes: Mapping[Group, Mapping[ParameterAxis, float]]) -> None:
         self.groups = tuple(axes)
         self.axes = list(dict.fromkeys(key for keys in axes.values() for key in keys))
         self._position = {key: position for position, key in enumerate(self.axes)}
         lengths = np.array([len(graph.axes[key]) for key in self.axes], np.int64)
         starts, component = np.cumsum(lengths) - lengths, graph.coupling.component
         unit_of = np.full(len(graph.coupling.frozen), -1)
-        indices, units, self.size = [], [], 0
+        indices, units, factors, self.size = [], [], [], 0
         for group, keys in axes.items():
             unit_of[group.components] = self.size + group.unit_of()
-            for key in keys:
+            for key, factor in keys.items():
                 of_index = unit_of[component[graph.axes[key]]]
                 members = np.flatnonzero(of_index >= 0)
                 indices.append(starts[self._position[key]] + members)
                 units.append(of_index[members])
+                factors.append(np.full(len(members), factor, np.float32))
             unit_of[group.components] = -1
             self.size += group.size
-        self._placed = PlacedArrays(index=np.concatenate(indices), unit=np.concatenate(units))
+        self._placed = PlacedArrays(
+            index=np.concatenate(indices), unit=np.concatenate(units), factor=np.concatenate(factors)
+        )
         slices = [
             np.full(n, np.prod(graph.tensors[name].shape) / n) for (name, _), n in zip(self.axes, lengths, strict=True)
         ]
@@ -74,7 +77,8 @@ class UnitSums:
         """Return the sums over each unit of values for each index of the axes, one array for each of `axes`."""
         joined = ops.concatenate(sums)
         placed = self._placed.beside(joined, model)
-        return ops.segment_sum(ops.take_along_axis(joined, placed["index"]), placed["unit"], self.size)
+        values = ops.take_along_axis(joined, placed["index"]) * placed["factor"]
+        return ops.segment_sum(values, placed["unit"], self.size)
 
     def by_group(self, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Return an array of shape (units,) as one array for each group, by name."""

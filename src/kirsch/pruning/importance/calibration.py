@@ -52,7 +52,7 @@ class CalibrationBatches:
     def _batches(self) -> Iterator[Batch]:
         if isinstance(self.data, SeededData):
             yield from self.data.epoch(0, 0)
-        elif isinstance(self.data, list) or not has_arrays(self.data):
+        elif (isinstance(self.data, list) and not _is_pair(self.data)) or not has_arrays(self.data):
             yield from batches_of(self.data, "`data`")
         else:
             yield Batch.of(self.data)
@@ -75,6 +75,17 @@ class CalibrationBatches:
                 "A causal language model predicts the next token, and the loss does not shift the labels.",
                 f'Give loss="{NEXT_TOKEN}".',
             )
+
+
+def _is_pair(data: list[Any]) -> bool:
+    """Return whether a list is one batch of inputs and labels, as loaders return it, not a list of batches of inputs.
+
+    Labels have other axes than inputs; batches of inputs differ in their sizes only.
+    """
+    shapes = [tuple(getattr(value, "shape", ())) for value in data]
+    return (
+        len(data) == len(("inputs", "labels")) and len({len(s) for s in shapes}) > 1 and shapes[0][:1] == shapes[1][:1]
+    )
 
 
 def _predicted(batch: Batch, number: int) -> Batch:

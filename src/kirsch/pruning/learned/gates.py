@@ -17,7 +17,7 @@ from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan
-from kirsch.pruning.importance.statistics import gating_axes
+from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.learned import hard_concrete
 from kirsch.pruning.learned.expected_cost import ExpectedCost
 from kirsch.pruning.learned.unit_slots import products, unit_slots
@@ -81,8 +81,8 @@ class UnitGates:
         first = np.cumsum([0, *(group.size for group in groups[:-1])]).tolist()
         gating: dict[tuple[str, int], list[tuple[Group, int]]] = {}
         for group, start in zip(groups, first, strict=True):
-            for key in gating_axes(graph, group)[0]:
-                gating.setdefault(key, []).append((group, start))
+            for entry in gating_entries(graph, group):
+                gating.setdefault((entry.name, entry.axis), []).append((group, start))
         prefix = f"{graph.tracing.module}." if graph.tracing.module else ""
         slots = {}
         for (name, axis), found in gating.items():

@@ -11,7 +11,7 @@ from kirsch.arguments import checked
 from kirsch.data.arrays import host
 from kirsch.errors import NumericError, UsageError
 from kirsch.graph.graph import Graph
-from kirsch.pruning.importance.statistics import gating_axes
+from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.traced_parameters import TracedParameters
 from kirsch.pruning.unit_sums import UnitSums
 
@@ -24,7 +24,8 @@ class Movement:
 
     The products are added over the weights that read the unit, so that the score is the sum over the steps of minus the
     derivative of the loss for a gate of the unit, as in the importance "taylor". It is negative if the steps shrink the
-    weights, and positive if they move them away from zero: what fine-tuning makes smaller is removed.
+    weights, and positive if they move them away from zero: what fine-tuning makes smaller is removed. The lookups of an
+    embedding table that is tied to the last layer count, too.
 
     Call the object between the backward pass and the step of the optimizer, with the model in training: a copy of the
     traced model, which may be wrapped. In `kirsch.fit` and `kirsch.distill`, give
@@ -45,10 +46,8 @@ class Movement:
 
     @checked
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        axes = {group: gating_axes(graph, group) for group in graph.groups}
-        self._sums = UnitSums(graph, {group: keys for group, (keys, _) in axes.items()})
-        self._shares = {group.name: share for group, (_, share) in axes.items()}
+        entries = {group: gating_entries(graph, group) for group in graph.groups}
+        self._sums = UnitSums(graph, {g: {(e.name, e.axis): e.factor for e in found} for g, found in entries.items()})
         self._parameters = TracedParameters(graph, (name for name, _ in self._sums.axes), type(self).__name__)
         self._total: Any = None
         self.steps = 0
@@ -96,4 +95,4 @@ class Movement:
                 "The weights that read the units have no finite gradients.",
                 "Check that these weights are trained, and that the losses are finite.",
             )
-        return {name: part * self._shares[name] for name, part in self._sums.by_group(total).items()}
+        return self._sums.by_group(total)

@@ -65,7 +65,7 @@ class GroupLasso:
             )
         self.strength, self.alpha = strength, alpha
         parameters = set(graph.parameters)
-        self._sums = UnitSums(graph, {g: [key for key in g.footprint if key[0] in parameters] for g in groups})
+        self._sums = UnitSums(graph, {g: {key: 1.0 for key in g.footprint if key[0] in parameters} for g in groups})
         self._parameters = TracedParameters(graph, (name for name, _ in self._sums.axes), type(self).__name__)
         sizes = [group.size for group in groups]
         self._placed = PlacedArrays(

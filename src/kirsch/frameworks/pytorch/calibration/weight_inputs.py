@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kirsch.frameworks.pytorch.analysis.count import GROUPED, plain_kernels
 from kirsch.frameworks.pytorch.analysis.program import name_of
@@ -57,7 +58,7 @@ class _Storage(NamedTuple):
         return self.offset <= view.storage_offset() <= self.offset + last
 
 
-def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
+def weight_inputs(graph: Graph, inputs: Any, see: See) -> set[str]:
     """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations in a run of the model.
 
     The model runs in inference mode, without gradient.
@@ -70,9 +71,13 @@ def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
             experts, the index on axis 0 of the weight for each position, else None. The positions are those of the
             samples, tokens and pixels, in this order, or in any order for experts. A convolution with several groups
             has more channels than the axis of its weight.
+
+    Returns:
+        The weights that other operations use, and whose products are not passed to `see`: a weight from which another
+        one is computed, such as that of weight normalization, or the weight of an operation of another package.
     """
     labels = _ChannelLabels(graph)
-    _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
+    return _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
 def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
@@ -96,22 +101,24 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
     _observe(graph, inputs, observe)
 
 
-def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> None:
-    """Run the model, and call `observe` for each product of a weight with activations."""
+def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> set[str]:
+    """Run the model, and call `observe` for each product of a weight with activations; see `weight_inputs`."""
     weights: dict[int, list[_Storage]] = {}
     for name, value in part_of(graph.model, graph.tracing.module).named_parameters():
         if value.dim() > 1:
             weights.setdefault(value.untyped_storage().data_ptr(), []).append(_Storage.of(name, value))
     args, options = arguments_of(graph.model, copied(tensors(inputs, graph.model)))
+    observer = _Observer(weights, observe)
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
         inference(graph.model),
         torch.no_grad(),
         plain_kernels(),
         torch.backends.cudnn.flags(enabled=False),
-        _Observer(weights, observe),
+        observer,
     ):
         call_model(graph.model, args, options)
+    return observer.used - observer.observed
 
 
 class _ChannelLabels:
@@ -182,11 +189,22 @@ class _Product:
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
-    """Calls `observe` for each product of a weight with activations."""
+    """Calls `observe` for each product of a weight with activations.
+
+    Attributes:
+        used: names of the weights that an operation reads; views of a weight do not count.
+        observed: names of the weights whose products were passed to `observe`.
+    """
 
     def __init__(self, weights: dict[int, list[_Storage]], observe: Callable[[_Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weights, self._observe = weights, observe
+        self._weights, self._see = weights, observe
+        self.used: set[str] = set()
+        self.observed: set[str] = set()
+
+    def _observe(self, product: _Product) -> None:
+        self.observed.add(product.name)
+        self._see(product)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
@@ -198,6 +216,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             self._product(args[1], args[2])
         elif any(name is getattr(namespace, grouped, None) for namespace, grouped in GROUPED):
             self._grouped_product(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {})["offs"])  # noqa: PLR2004
+        if not func.is_view:
+            found = [self._weight(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            self.used.update(weight.name for weight in found if weight is not None)
         result = func(*args, **(kwargs or {}))
         if name is aten.index:
             self._selection(args[0], args[1], result)
