@@ -47,7 +47,7 @@ def test_views_of_a_dict_are_accepted_for_a_sequence(view):
             ),
         ),
         (lambda: kirsch.Objective.kd(4.0), r"Its arguments are temperature, weight; pass them by name\.$"),
-        (lambda: kirsch.Goal(0.5), r"Its arguments are macs, parameters, size, memory; pass them by name\.$"),
+        (lambda: kirsch.Goal(0.5), r"Its arguments are macs, parameters, size, memory, of; pass them by name\.$"),
         (lambda: kirsch.Ramp(0.0, 1.0, 5.0, 2.0), r"are start, end, epochs, after; pass after by name\.$"),
         (lambda: kirsch.ensemble([], "logits"), r"; pass combine, activation, outputs by name\.$"),
         (lambda: kirsch.ArrayData(X, X, 8), r"; pass batch_size, augment, ids, views, seed by name\.$"),

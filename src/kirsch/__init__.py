@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from kirsch.pruning.regularizers.growing import GrowingRegularization
     from kirsch.pruning.regularizers.l1 import L1
     from kirsch.pruning.regularizers.slimming import Slimming
+    from kirsch.pruning.sensitivity import sensitivity
+    from kirsch.pruning.sensitivity_table import Sensitivity
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.gates import learn_gates
@@ -65,6 +67,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Ramp",
+    "Sensitivity",
     "Slimming",
     "Split",
     "TeacherStore",
@@ -92,6 +95,7 @@ __all__ = [
     "read_gates",
     "recovery",
     "save",
+    "sensitivity",
     "trace",
     "with_gates",
 ]
@@ -120,6 +124,7 @@ _MODULES = {
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
+    "Sensitivity": "kirsch.pruning.sensitivity_table",
     "Slimming": "kirsch.pruning.regularizers.slimming",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
@@ -147,6 +152,7 @@ _MODULES = {
     "read_gates": "kirsch.pruning.learned.gates",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
     "with_gates": "kirsch.pruning.learned.gates",
 }

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
+from kirsch.annotations import AtLeastZero, Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.jobs.goal import MaxDrop
 from kirsch.options import Options
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ Amount = Annotated[
 """A number of units, or a fraction of the units of a group."""
 Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
+ClassWeights: TypeAlias = Mapping[str | int, AtLeastZero] | None
+Minimize: TypeAlias = Literal["macs", "parameters", "size", "memory"] | None
+
+ONLY_WITH_MAX_DROP = ("metric", "class_weights", "minimize")
+"""Options without effect on a plan without `max_drop`."""
 
 ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
@@ -89,6 +95,28 @@ class PlanOptions(Options):
             "are kept, or the fraction of them; the goal then applies to the other layers"
         ),
     )
+    max_drop: MaxDrop | None = Field(
+        None,
+        description=(
+            "largest drop of the quality without training, measured on validation data: 0.02 is two percentage points; "
+            "without a goal, the smallest such model is searched for"
+        ),
+    )
+    metric: str | None = Field(
+        None,
+        description=(
+            'metric of max_drop: "accuracy", "balanced_accuracy", "log_likelihood", "next_token_accuracy", '
+            '"next_token_log_likelihood", "binary_accuracy", "r2"; without labels "agreement", "kl", "output_r2"; '
+            "default: by the form of the labels"
+        ),
+    )
+    class_weights: ClassWeights = Field(
+        None,
+        description="a dict from class to weight for the accuracy of max_drop; the weight of other classes is 1",
+    )
+    minimize: Minimize = Field(
+        None, description="the cost that max_drop minimizes without a goal; default: macs, or parameters without MACs"
+    )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
     seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
@@ -110,6 +138,13 @@ class PlanOptions(Options):
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
+        unused = next((name for name in ONLY_WITH_MAX_DROP if getattr(self, name) is not None), None)
+        if self.max_drop is None and unused is not None:
+            raise UsageError(
+                f"`{unused}` has no effect without `max_drop`.",
+                "The quality of pruned models is measured only for `max_drop`.",
+                f"Give max_drop, such as max_drop=0.02, or remove `{unused}`.",
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):

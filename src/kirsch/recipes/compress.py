@@ -23,7 +23,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.jobs.goal import JobGoal, MaxDrop
+from kirsch.jobs.goal import JobGoal, MaxDrop, check_no_reference
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions
@@ -141,6 +141,8 @@ def compress(
         KirschError: a step failed; the run folder keeps the finished steps.
     """
     _refuse_unknown(plan_options)
+    if goal is not None:
+        check_no_reference(goal)
     if distill is not None and student is None:
         raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
     if steps is None:

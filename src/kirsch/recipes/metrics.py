@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import UsageError
+from kirsch.jobs.job import TRACED
 from kirsch.jobs.step import keys_of
 from kirsch.recipes.goals import goal_items, goal_texts
 from kirsch.recipes.run_folder import events_of
@@ -69,6 +70,11 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
             for key, record in records.items()
             if "removed" in record
         ],
+        "sensitivities": [
+            {"step": key, "analysis": record["sensitivity"]}
+            for key, record in records.items()
+            if "sensitivity" in record
+        ],
         "export": next((record["export"] for record in records.values() if "export" in record), None),
     }
 
@@ -127,6 +133,7 @@ def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "name": name,
                 "parameters": record["parameters"],
                 "macs": record["macs"],
+                **{cost: record[cost] for cost in TRACED if cost in record},
                 "bytes": size,
                 "accuracy": {figure: record["accuracy"][figure] for figure in ("value", "low", "high", "n")},
                 "balanced_accuracy": record.get("balanced_accuracy"),
