@@ -228,6 +228,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/allocation.md", "A largest drop of accuracy"): classified,
     ("docs/compensation.md", "Compensation without training"): normalized,
     ("docs/learned_pruning.md", "Widths by search"): calibration,
+    ("docs/learned_pruning.md", "Regularizers"): calibration,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -31,12 +31,18 @@ if TYPE_CHECKING:
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
     from kirsch.pruning.compensation import Compensation
+    from kirsch.pruning.learned.gates import LearnedGates, read_gates, with_gates
+    from kirsch.pruning.learned.movement import Movement
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
-    from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.regularizers.group_lasso import GroupLasso
+    from kirsch.pruning.regularizers.growing import GrowingRegularization
+    from kirsch.pruning.regularizers.l1 import L1
+    from kirsch.pruning.regularizers.slimming import Slimming
     from kirsch.pruning.sensitivity import sensitivity
     from kirsch.pruning.sensitivity_table import Sensitivity
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
+    from kirsch.recipes.gates import learn_gates
     from kirsch.recipes.recovery import recovery
 
 __all__ = [
@@ -52,9 +58,13 @@ __all__ = [
     "GeneratedData",
     "Goal",
     "Graph",
+    "GroupLasso",
+    "GrowingRegularization",
     "KirschError",
+    "LearnedGates",
     "Measurement",
     "ModelGenerator",
+    "Movement",
     "Objective",
     "Plan",
     "Pruned",
@@ -78,15 +88,18 @@ __all__ = [
     "ensemble",
     "export",
     "fit",
+    "learn_gates",
     "load",
     "measure",
     "plan",
     "prune",
     "prune_with_verification",
+    "read_gates",
     "recovery",
     "save",
     "sensitivity",
     "trace",
+    "with_gates",
 ]
 
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
@@ -102,16 +115,20 @@ _MODULES = {
     "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
+    "GroupLasso": "kirsch.pruning.regularizers.group_lasso",
+    "GrowingRegularization": "kirsch.pruning.regularizers.growing",
     "KirschError": "kirsch.errors",
-    "L1": "kirsch.pruning.regularizers",
+    "L1": "kirsch.pruning.regularizers.l1",
+    "LearnedGates": "kirsch.pruning.learned.gates",
     "Measurement": "kirsch.deploy.measure",
     "ModelGenerator": "kirsch.frameworks.model_generator",
+    "Movement": "kirsch.pruning.learned.movement",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
     "Sensitivity": "kirsch.pruning.sensitivity_table",
-    "Slimming": "kirsch.pruning.regularizers",
+    "Slimming": "kirsch.pruning.regularizers.slimming",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
@@ -129,15 +146,18 @@ _MODULES = {
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "fit": "kirsch.distillation.distill",
+    "learn_gates": "kirsch.recipes.gates",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
     "prune": "kirsch.pruning.prune",
     "prune_with_verification": "kirsch.pruning.prune",
+    "read_gates": "kirsch.pruning.learned.gates",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
     "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
+    "with_gates": "kirsch.pruning.learned.gates",
 }
 
 

@@ -85,6 +85,10 @@ def untrained(model, batches, loss, training, hooks):
     return dataclasses.replace(trained, model=model)
 
 
+def without_hooks(model, batches, loss, training, hooks):
+    return TRAINING.train(model, batches, loss, training, dataclasses.replace(hooks, before_step=None))
+
+
 def unseeded(model, batches, loss, training, hooks):
     seed = int(torch.randint(1000, ()))
     return TRAINING.train(model, batches, loss, training.changed(seed=seed), hooks)
@@ -250,6 +254,31 @@ FAULTS = [
         "check_weight_arrays_are_parameters_with_two_axes",
         planted("training", batch_norm_scales=lambda model: []),
         "batch_norm_scales returns nothing",
+    ),
+    (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", parameters_by_path=lambda model: dict(model.named_parameters())),
+        "the parameters by path are",  # with adapters, the names have a prefix
+    ),
+    (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", gradients_by_path=TRAINING.parameters_by_path),
+        "a new model has gradients",
+    ),
+    (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", train=without_hooks),
+        "before_step is called 0 times",
+    ),
+    (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", without_gates=lambda model: copy.deepcopy(model.model)),
+        "the model without gates: the largest difference",
+    ),
+    (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", train=untrained),
+        "no gate is trained",
     ),
     (
         "check_training_is_reproducible_and_lowers_the_loss",

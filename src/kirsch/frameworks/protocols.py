@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.data.batches import Batch
+    from kirsch.frameworks.gates import Gating
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Tracing
     from kirsch.graph.inputs import Input
@@ -307,6 +308,28 @@ class TrainingLoop(Protocol):
 
     def weight_arrays(self, model: Any) -> Iterable[Any]:
         """Return the weights with two or more axes, as arrays with gradients."""
+
+    def parameters_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the parameters of a model by path, as arrays with gradients; tied parameters once.
+
+        The paths are those of the model that was traced, also if the model is wrapped for distributed training, for
+        compilation or with adapters.
+        """
+
+    def gradients_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the gradients of the last backward pass by path, for the parameters that have one."""
+
+    def gated(self, model: Any, gating: Gating) -> Any:
+        """Return a copy of a model whose weights are multiplied by trainable gates, which are random in training mode.
+
+        With `train_weights=False` of the gating, only the gates have gradients.
+        """
+
+    def gate_values(self, model: Any) -> NDArray[Any]:
+        """Return the trainable numbers of a result of `gated`, times the speed of the gating, as float64."""
+
+    def without_gates(self, model: Any) -> Any:
+        """Return a copy of the model in a result of `gated`, whose weights include the factors used after training."""
 
 
 class Inference(Protocol):

@@ -92,6 +92,24 @@ class GroupCost:
         }
 
 
+@dataclass(frozen=True)
+class CostPolynomial:
+    """A cost as the sum of coefficients times products of numbers of kept components.
+
+    Args:
+        coefficient: coefficient of each term, shape (terms,).
+        factor: factors of each term, shape (terms, most factors): 0 for the factor 1, and n for the number of kept
+            components of array n - 1.
+        components: the components of all arrays, one array after the other.
+        array: index of the array to which each entry of `components` belongs.
+    """
+
+    coefficient: NDArray[np.float64]
+    factor: NDArray[np.int64]
+    components: NDArray[np.int64]
+    array: NDArray[np.int64]
+
+
 class CostModel:
     """The cost terms of a model, from which the cost of the model is counted for any set of kept components.
 
@@ -154,6 +172,22 @@ class CostModel:
                 first[index] += 1  # until then, the input of the module is counted by itself
             costs[removed] = 0
         return costs, self._memory(costs, first)
+
+    def polynomial(self, quantity: str) -> CostPolynomial:
+        """Return a cost as a polynomial in the numbers of kept components; terms with the same factors are added.
+
+        Args:
+            quantity: "parameters", "macs", "activations" or "size". The peak memory is not a polynomial.
+        """
+        counted = self._quantity == quantity
+        factor, term = np.unique(self._factor[counted], axis=0, return_inverse=True)
+        ends = np.append(self._start[1:], len(self._flat)) if len(self._start) else self._start
+        return CostPolynomial(
+            np.asarray(np.bincount(term.reshape(-1), self._coefficient[counted], len(factor)), np.float64),
+            factor,
+            self._flat,
+            np.repeat(np.arange(len(self._start)), ends - self._start),
+        )
 
     def _output_of(self, path: str) -> int | None:
         """Return the index among the tensors in memory of the output of a module: the one that is read last."""

@@ -29,6 +29,7 @@ from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.graph import Tracing
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
+from kirsch.pruning.learned.gates import UnitGates
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-5
 """Tolerance for sums in float32 in another order, relative to the largest value."""
+
+BATCH = 8
+"""Batch size of the trainings."""
 
 APPROXIMATE = 0.05
 """Tolerance for differences in place of derivatives, relative to the norm."""
@@ -362,11 +366,50 @@ def check_weight_arrays_are_parameters_with_two_axes(example: FrameworkExample) 
         assert all(len(shape) in axes for shape in found), f"{name} returns arrays of shapes {found}"
 
 
+def check_parameters_are_found_by_the_paths_of_the_graph(example: FrameworkExample) -> None:
+    """`parameters_by_path` has the names and shapes of the graph, also with adapters; new models have no gradients."""
+    framework, model = example.framework, example.model()
+    graph = _traced(example, model)
+    student = framework.features.with_adapters(model, ("logits",), {}, {}, None)
+    for found in (framework.training.parameters_by_path(model), framework.training.parameters_by_path(student)):
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        assert shapes == framework.inference.parameter_shapes(model), f"the parameters by path are {shapes}"
+        missing = [name for name in graph.parameters if shapes.get(name) != graph.tensors[name].shape]
+        assert not missing, f"{missing} of the graph are missing, or have other shapes"
+    gradients = framework.training.gradients_by_path(model)
+    assert not gradients, f"a new model has gradients for {list(gradients)}"
+    steps: list[set[str]] = []
+    hooks = TrainingHooks(
+        event=lambda _event: None,
+        before_step=lambda trained: steps.append(set(framework.training.gradients_by_path(trained))),
+    )
+    _trained(example, model, Training(epochs=1), hooks)
+    assert len(steps) == -(-len(example.inputs) // BATCH), f"before_step is called {len(steps)} times"
+    assert all(step == set(shapes) for step in steps), f"before_step has gradients of {sorted(steps[0])}"
+
+
+def check_gates_are_trained_and_folded_into_the_weights(example: FrameworkExample) -> None:
+    """A gated model computes the same as the model without gates that it becomes; training moves the gates."""
+    training, model = example.framework.training, example.model()
+    predict, before = example.framework.inference.predict, example.framework.inference.fingerprint(model)
+    graph = _traced(example, model)
+    gating = UnitGates(graph, Goal(macs=0.6), graph.groups, steps=3, train_weights=True, speed=50.0)
+    gated = training.gated(model, gating)
+    assert training.gate_values(gated).shape == (gating.size,), "there is not one value for each gate"
+    settings, hooks = Training(epochs=1, optimizer="adamw"), TrainingHooks(event=lambda _event: None)
+    trained = example.framework.features.student_of(_trained(example, gated, settings, hooks).model)
+    assert not np.array_equal(training.gate_values(trained), training.gate_values(gated)), "no gate is trained"
+    folded = training.without_gates(trained)
+    _assert_close(predict(folded, example.inputs), predict(trained, example.inputs), "the model without gates")
+    assert example.framework.inference.fingerprint(model) == before, "gated changes the model"
+
+
 def check_training_is_reproducible_and_lowers_the_loss(example: FrameworkExample) -> None:
     """Two runs of one seed end in the same weights with a lower loss; the model itself is not changed."""
     model, fingerprint = example.model(), example.framework.inference.fingerprint
     before = fingerprint(model)
-    first, second = (_trained(example, model) for _ in range(2))
+    training, hooks = Training(epochs=3, learning_rate=0.05, weight_decay=0.0), TrainingHooks(event=lambda _event: None)
+    first, second = (_trained(example, model, training, hooks) for _ in range(2))
     losses = [record["loss"] for record in first.history]
     trained = fingerprint(example.framework.features.student_of(first.model))
     assert fingerprint(model) == before, "train changes the model"
@@ -375,15 +418,14 @@ def check_training_is_reproducible_and_lowers_the_loss(example: FrameworkExample
     assert losses[-1] < losses[0], f"the loss of the epochs is {losses}"
 
 
-def _trained(example: FrameworkExample, model: Any) -> Trained:
-    """Return a model after three epochs on the labels."""
+def _trained(example: FrameworkExample, model: Any, training: Training, hooks: TrainingHooks) -> Trained:
+    """Return a model after training on the labels."""
     framework = example.framework
     shape = framework.inference.predict(model, example.inputs[:2]).shape[1:]
     step = DistillationStep(framework.features, Objective.labels(), logits_shape=tuple(shape))
-    data = ArrayData(example.inputs, example.labels, batch_size=8)
+    data = ArrayData(example.inputs, example.labels, batch_size=BATCH)
     student = framework.features.with_adapters(model, ("logits",), {}, {}, None)
-    settings = Training(epochs=3, learning_rate=0.05, weight_decay=0.0)
-    return framework.training.train(student, data, step, settings, TrainingHooks(event=lambda _event: None))
+    return framework.training.train(student, data, step, training, hooks)
 
 
 def _assert_close(found: Any, expected: NDArray[Any], what: str) -> None:
@@ -410,6 +452,8 @@ FRAMEWORK_CHECKS = (
     check_parameters_and_statistics_of_a_model_can_be_set,
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
+    check_parameters_are_found_by_the_paths_of_the_graph,
+    check_gates_are_trained_and_folded_into_the_weights,
     check_training_is_reproducible_and_lowers_the_loss,
 )
 """All checks, in the order in which an implementation needs them."""
