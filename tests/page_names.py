@@ -170,6 +170,18 @@ def calibration() -> dict[str, Any]:
     return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
 
 
+def sparse() -> dict[str, Any]:
+    images, labels = torch.randn(16, 8, 4, 4), torch.arange(16) % 3
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    return {
+        "torch": torch,
+        "model": model.eval(),
+        "images": images,
+        "data": kirsch.ArrayData(images.numpy(), labels.numpy(), batch_size=8),
+        "loader": [(images, labels)] * 3,
+    }
+
+
 def stages() -> dict[str, Any]:
     layers = {
         "layer3": nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
@@ -186,6 +198,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
     ("docs/allocation.md", "Widths by hand"): stages,
+    ("docs/sparsity.md", "Sparsity"): sparse,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

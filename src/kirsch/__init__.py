@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from kirsch.pruning.choose import plan
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.sparsity.schedule import SparsitySchedule
+    from kirsch.pruning.sparsity.sparsified import Sparsified
+    from kirsch.pruning.sparsity.sparsify import fold_masks, sparsify
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.recovery import recovery
@@ -56,6 +59,8 @@ __all__ = [
     "Pruned",
     "Ramp",
     "Slimming",
+    "Sparsified",
+    "SparsitySchedule",
     "Split",
     "TeacherStore",
     "Term",
@@ -73,6 +78,7 @@ __all__ = [
     "ensemble",
     "export",
     "fit",
+    "fold_masks",
     "load",
     "measure",
     "plan",
@@ -80,6 +86,7 @@ __all__ = [
     "prune_with_verification",
     "recovery",
     "save",
+    "sparsify",
     "trace",
 ]
 
@@ -104,6 +111,8 @@ _MODULES = {
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
     "Slimming": "kirsch.pruning.regularizers",
+    "Sparsified": "kirsch.pruning.sparsity.sparsified",
+    "SparsitySchedule": "kirsch.pruning.sparsity.schedule",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
@@ -121,6 +130,7 @@ _MODULES = {
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "fit": "kirsch.distillation.distill",
+    "fold_masks": "kirsch.pruning.sparsity.sparsify",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
@@ -128,6 +138,7 @@ _MODULES = {
     "prune_with_verification": "kirsch.pruning.prune",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sparsify": "kirsch.pruning.sparsity.sparsify",
     "trace": "kirsch.frameworks.trace",
 }
 

@@ -21,7 +21,7 @@ from kirsch.options import FieldsError, Options
 from kirsch.recipes.changes import changes_of
 from kirsch.recipes.models import is_random
 from kirsch.recipes.yaml import dump, read
-from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Step, Train
+from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Sparsify, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Recipe(Options):
     teacher: ModelSection = Field(description="the large model")
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
     steps: tuple[SerializeAsAny[Step], ...] = Field(
-        description="steps in order: evaluate, train, distill, prune, recover, export, measure"
+        description="steps in order: evaluate, train, distill, prune, sparsify, recover, export, measure"
     )
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
@@ -165,7 +165,7 @@ class Recipe(Options):
     @property
     def student_is_not_trained(self) -> bool:
         """Whether there is a student, and its weights are not trained; a step of another package may train them."""
-        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, Prune))
+        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, (Prune, Sparsify)))
         return self.student is not None and not any(step.changes_model for step in others)
 
     def to_yaml(self) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.frameworks.masking import WeightMatrix
     from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import Trained
     from kirsch.graph.graph import Graph
@@ -251,6 +252,66 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
             _assert_close(x.sum((0, 2)), sums[0][name], f"the patches of {name!r}")
 
 
+def check_layer_inputs_have_the_columns_of_the_weights(example: FrameworkExample) -> None:
+    """`layer_inputs` passes the activations of each sample that each weight reads, one for each of its columns."""
+    framework, model = example.framework, example.model()
+    weights = {w.name: w for w in framework.masking.weight_matrices(model) if not w.kept}
+    assert weights, "weight_matrices lists no weight that may be masked"
+    sums = []
+    for inputs in (example.inputs, example.inputs[::2], example.inputs[1::2]):
+        found: dict[str, NDArray[np.float64]] = {}
+        read: list[tuple[str, int, int, int]] = []
+
+        def see(name: str, axis: int, groups: int, x: Any, found: Any = found, read: Any = read) -> None:
+            read.append((name, axis, groups, x.shape[1] * x.shape[2] // groups))
+            found[name] = found.get(name, 0.0) + host(x).astype(np.float64).sum(0)
+
+        framework.calibration.layer_inputs(model, inputs, list(weights), see)
+        assert set(found) == set(weights), f"layer_inputs does not see {sorted(set(weights) - set(found))}"
+        for name, axis, groups, columns in read:
+            weight = weights[name]
+            assert (axis, groups) == (weight.input_axis, weight.groups), f"{name!r} is read along axis {axis}"
+            assert columns == _columns(weight), f"{name!r} reads {columns} columns"
+        sums.append(found)
+    for name, whole in sums[0].items():
+        _assert_close(sums[1][name] + sums[2][name], whole, f"the inputs of {name!r} in two halves")
+
+
+def _columns(weight: WeightMatrix) -> int:
+    """Return the number of values that one output of a layer reads."""
+    others = [size for axis, size in enumerate(weight.shape) if axis > 1]
+    inputs = weight.shape[weight.input_axis] // (weight.groups if weight.input_axis == 0 else 1)
+    return int(np.prod([inputs, *others]))
+
+
+def check_masks_hold_while_a_model_is_trained(example: FrameworkExample) -> None:
+    """Masked weights are zero in the held, the trained and the folded model; other weights are trained."""
+    framework, model = example.framework, example.model()
+    masking, predict, before = framework.masking, framework.inference.predict, framework.inference.fingerprint(model)
+    weights = [w for w in masking.weight_matrices(model) if not w.kept]
+    random = np.random.default_rng(0)
+    masks = {w.name: random.random(w.shape) < APPROXIMATE + 0.5 for w in weights}
+    held = masking.fold(model)
+    values = {name: masking.values(held, name) for name in masks}
+    masking.hold(held, masks, {weights[0].name: -values[weights[0].name]})
+    assert framework.inference.fingerprint(model) == before, "hold changes another model"
+    trained = framework.features.student_of(_trained(example, held).model)
+    for each, what in ((held, "model with masks"), (trained, "trained model"), (masking.fold(trained), "folded model")):
+        folded = what == "folded model"
+        found = masking.masks(each)
+        same = found.keys() == masks.keys() and all(np.array_equal(found[name], masks[name]) for name in masks)
+        assert folded or same, f"the {what} has other masks"
+        assert not (folded and found), "the folded model has masks"
+        for name, mask in masks.items():
+            zeros = masking.values(each, name)[~mask]
+            assert not zeros.any(), f"{name!r} of the {what} has {np.count_nonzero(zeros)} masked values that are not 0"
+            changed = np.any(masking.values(each, name)[mask] != values[name][mask])
+            assert changed == (each is not held or name == weights[0].name), f"the kept values of {name!r}, {what}"
+    shapes = framework.inference.parameter_shapes
+    assert shapes(masking.fold(trained)) == shapes(model), "the folded model has other parameters"
+    _assert_close(predict(masking.fold(trained), example.inputs), predict(trained, example.inputs), "the folded model")
+
+
 def _traced(example: FrameworkExample, model: Any) -> Graph:
     inputs = example.framework.inference.from_numpy(example.inputs[:1])
     return example.framework.analysis.trace(model, inputs, Tracing())
@@ -342,8 +403,10 @@ FRAMEWORK_CHECKS = (
     check_gradients_predict_the_change_of_loss_and_gradient,
     check_loss_without_units_is_that_of_the_pruned_model,
     check_activations_belong_to_weights_and_samples,
+    check_layer_inputs_have_the_columns_of_the_weights,
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
     check_training_is_reproducible_and_lowers_the_loss,
+    check_masks_hold_while_a_model_is_trained,
 )
 """All checks, in the order in which an implementation needs them."""

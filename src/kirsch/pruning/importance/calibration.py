@@ -40,7 +40,7 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(self._batches(), start=1):
+        for number, batch in enumerate(batches_in(self.data), start=1):
             if self.importance.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
@@ -48,14 +48,6 @@ class CalibrationBatches:
                 yield batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
-
-    def _batches(self) -> Iterator[Batch]:
-        if isinstance(self.data, SeededData):
-            yield from self.data.epoch(0, 0)
-        elif isinstance(self.data, list) or not has_arrays(self.data):
-            yield from batches_of(self.data, "`data`")
-        else:
-            yield Batch.of(self.data)
 
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
@@ -75,6 +67,16 @@ class CalibrationBatches:
                 "A causal language model predicts the next token, and the loss does not shift the labels.",
                 f'Give loss="{NEXT_TOKEN}".',
             )
+
+
+def batches_in(data: Any) -> Iterator[Batch]:
+    """Yield the batches of a loader, `ArrayData` or a list, or the one batch that is given."""
+    if isinstance(data, SeededData):
+        yield from data.epoch(0, 0)
+    elif isinstance(data, list) or not has_arrays(data):
+        yield from batches_of(data, "`data`")
+    else:
+        yield Batch.of(data)
 
 
 def _predicted(batch: Batch, number: int) -> Batch:

@@ -2,12 +2,13 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
-from kirsch.frameworks.pytorch.calibration.weight_inputs import weight_input_patches, weight_inputs
+from kirsch.frameworks.pytorch.calibration.weight_inputs import layer_inputs, weight_input_patches, weight_inputs
 
 __all__ = [
     "block_features",
     "gradients",
     "hessian_products",
+    "layer_inputs",
     "loss_without",
     "outputs",
     "weight_input_patches",

@@ -18,6 +18,8 @@ from kirsch.frameworks.pytorch.modules.submodule import part_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+    from torch import nn
+
     from kirsch.graph.graph import Graph
     from kirsch.graph.labels import Labels
 
@@ -72,7 +74,8 @@ def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
             has more channels than the axis of its weight.
     """
     labels = _ChannelLabels(graph)
-    _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
+    part = part_of(graph.model, graph.tracing.module)
+    _observe(graph.model, part, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
 def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
@@ -93,25 +96,44 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
         for x in product.patches() if product.name in names else ():
             see(product.name, product.axis, labels(product), product.groups, x, product.experts)
 
-    _observe(graph, inputs, observe)
+    _observe(graph.model, part_of(graph.model, graph.tracing.module), inputs, observe)
 
 
-def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> None:
-    """Run the model, and call `observe` for each product of a weight with activations."""
+def layer_inputs(
+    model: nn.Module, inputs: Any, names: Collection[str], see: Callable[[str, int, int, torch.Tensor], None]
+) -> None:
+    """Call `see(name, axis, groups, x)` for each product of one of the named weights with activations.
+
+    Args:
+        model: a model, which need not be traced.
+        inputs: inputs of one batch.
+        names: paths of weights.
+        see: called as in `weight_input_patches`, without labels and experts.
+    """
+
+    def observe(product: _Product) -> None:
+        for x in product.patches() if product.name in names else ():
+            see(product.name, product.axis, product.groups, x)
+
+    _observe(model, model, inputs, observe)
+
+
+def _observe(model: nn.Module, part: nn.Module, inputs: Any, observe: Callable[[_Product], None]) -> None:
+    """Run a model, and call `observe` for each product of a weight of the part with activations."""
     weights: dict[int, list[_Storage]] = {}
-    for name, value in part_of(graph.model, graph.tracing.module).named_parameters():
+    for name, value in part.named_parameters():
         if value.dim() > 1:
             weights.setdefault(value.untyped_storage().data_ptr(), []).append(_Storage.of(name, value))
-    args, options = arguments_of(graph.model, copied(tensors(inputs, graph.model)))
+    args, options = arguments_of(model, copied(tensors(inputs, model)))
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
-        inference(graph.model),
+        inference(model),
         torch.no_grad(),
         plain_kernels(),
         torch.backends.cudnn.flags(enabled=False),
         _Observer(weights, observe),
     ):
-        call_model(graph.model, args, options)
+        call_model(model, args, options)
 
 
 class _ChannelLabels:
