@@ -173,13 +173,7 @@ def calibration() -> dict[str, Any]:
 def sparse() -> dict[str, Any]:
     images, labels = torch.randn(16, 8, 4, 4), torch.arange(16) % 3
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
-    return {
-        "torch": torch,
-        "model": model.eval(),
-        "images": images,
-        "data": kirsch.ArrayData(images.numpy(), labels.numpy(), batch_size=8),
-        "loader": [(images, labels)] * 3,
-    }
+    return {"kirsch": kirsch, "torch": torch, "model": model.eval(), "loader": [(images, labels)] * 3}
 
 
 def stages() -> dict[str, Any]:
@@ -198,7 +192,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
     ("docs/allocation.md", "Widths by hand"): stages,
-    ("docs/sparsity.md", "Sparsity"): sparse,
+    ("docs/sparsity.md", "A growing sparsity"): sparse,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -38,6 +38,16 @@ def test_the_parameters_that_are_kept_have_a_reason():
     assert "no known type" in kept["positions"]
 
 
+def test_a_parameter_from_which_a_weight_is_computed_is_kept():
+    layers = (
+        torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        torch.nn.utils.prune.identity(nn.Linear(4, 4), "weight"),
+    )
+    for layer in layers:
+        reasons = {w.kept for w in MASKING.weight_matrices(layer) if len(w.shape) > 1}
+        assert reasons == {"its layer computes the weight from it (weight normalization and the like)"}
+
+
 def test_every_parameter_is_listed_once():
     names = [w.name for w in MASKING.weight_matrices(Layers())]
     assert sorted(names) == sorted(name for name, _ in Layers().named_parameters())

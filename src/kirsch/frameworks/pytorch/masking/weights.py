@@ -94,7 +94,8 @@ def _reason(module: nn.Module, name: str, value: torch.Tensor) -> str:
         return NOT_FLOATING
     if value.dim() < 2:  # noqa: PLR2004 - rows and columns
         return A_VECTOR
-    if isinstance(module, ParametrizationList) or name.endswith(("_v", "_orig", "_bar")):
+    computes = module._forward_pre_hooks and name.endswith(("_v", "_orig"))  # noqa: SLF001 - has no public name
+    if isinstance(module, ParametrizationList) or computes:
         return COMPUTED
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return AN_EMBEDDING
