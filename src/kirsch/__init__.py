@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.compensation import Compensation
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
     from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.sensitivity import sensitivity
+    from kirsch.pruning.sensitivity_table import Sensitivity
     from kirsch.pruning.sparsity.schedule import SparsitySchedule
     from kirsch.pruning.sparsity.sparsified import Sparsified
     from kirsch.pruning.sparsity.sparsify import fold_masks, sparsify
@@ -44,6 +47,7 @@ __all__ = [
     "ArrayData",
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "DataSet",
     "Dense",
@@ -58,6 +62,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Ramp",
+    "Sensitivity",
     "Slimming",
     "Sparsified",
     "SparsitySchedule",
@@ -86,6 +91,7 @@ __all__ = [
     "prune_with_verification",
     "recovery",
     "save",
+    "sensitivity",
     "sparsify",
     "trace",
 ]
@@ -95,6 +101,7 @@ _MODULES = {
     "ArrayData": "kirsch.data.batches",
     "Artifact": "kirsch.deploy.export",
     "Batch": "kirsch.data.batches",
+    "Compensation": "kirsch.pruning.compensation",
     "Compressed": "kirsch.recipes.compress",
     "DataSet": "kirsch.data.dataset",
     "Dense": "kirsch.distillation.store.record",
@@ -110,6 +117,7 @@ _MODULES = {
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
+    "Sensitivity": "kirsch.pruning.sensitivity_table",
     "Slimming": "kirsch.pruning.regularizers",
     "Sparsified": "kirsch.pruning.sparsity.sparsified",
     "SparsitySchedule": "kirsch.pruning.sparsity.schedule",
@@ -139,6 +147,7 @@ _MODULES = {
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
     "sparsify": "kirsch.pruning.sparsity.sparsify",
+    "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
 }
 

@@ -68,7 +68,7 @@ def changed(model):
 
 
 INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch().training
-CALIBRATION, MASKING = pytorch().calibration, pytorch().masking
+CALIBRATION, SURGERY, MASKING = pytorch().calibration, pytorch().surgery, pytorch().masking
 
 
 def changing_predict(model, inputs, *, batch_size=256):
@@ -123,6 +123,12 @@ def without_the_first_sample(function):
         function(graph, inputs, *names, lambda *args: see(*args[:-2], args[-2][1:], args[-1]))
 
     return observe
+
+
+def shifted_pairs(graph, pruned, inputs, names, see):
+    CALIBRATION.paired_inputs(
+        graph, pruned, inputs, names, lambda name, groups, x, y: see(name, groups, x, y.roll(1, 1))
+    )
 
 
 FAULTS = [
@@ -215,6 +221,26 @@ FAULTS = [
         "check_activations_belong_to_weights_and_samples",
         planted("calibration", outputs=lambda graph, inputs: CALIBRATION.outputs(graph, 2 * inputs)),
         "the outputs",
+    ),
+    (
+        "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
+        planted("calibration", paired_inputs=shifted_pairs),
+        "the activations of",
+    ),
+    (
+        "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
+        planted("calibration", paired_outputs=lambda graph, pruned, inputs: [(np.zeros((24, 3)),) * 2]),
+        "the outputs of the original",
+    ),
+    (
+        "check_parameters_and_statistics_of_a_model_can_be_set",
+        planted("surgery", set_parameters=lambda model, graph, values: None),
+        "has other values",
+    ),
+    (
+        "check_parameters_and_statistics_of_a_model_can_be_set",
+        planted("surgery", batch_norms=lambda model: []),
+        "no batch normalization",
     ),
     (
         "check_features_have_the_shape_of_their_layer",

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kirsch.frameworks.pruned_models import ChangedValues, PairedRuns
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -52,7 +54,7 @@ class Analysis(Protocol):
         """Return random inputs of the structure, shapes and types that a plan stores, on the device of a model."""
 
 
-class Calibration(Protocol):
+class Calibration(PairedRuns, Protocol):
     """Runs of a traced model on calibration data, in inference mode. `graph.model` is the model.
 
     `batch` is a batch of inputs with targets, and `loss` a function of the model's logits and the targets. Arrays by
@@ -67,8 +69,11 @@ class Calibration(Protocol):
 
     def weight_inputs(
         self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]
-    ) -> None:
+    ) -> set[str]:
         """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations.
+
+        Return the names of the weights that other operations use, and whose products are not passed to `see`, such as
+        a weight from which another one is computed.
 
         `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
         channels (None if they are frozen), and `x` the activations, shape (positions, channels). If the weight is a
@@ -101,7 +106,10 @@ class Calibration(Protocol):
         """Return the parameters by path, without gradient."""
 
     def gradients(self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any]) -> dict[str, Any]:
-        """Return the gradient of the loss for each parameter, also for frozen parameters."""
+        """Return the gradient of the loss for each parameter, also for frozen parameters.
+
+        The lookups of an embedding table that also multiplies activations, as in tied embeddings, do not count.
+        """
 
     def hessian_products(
         self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Mapping[str, Any]
@@ -114,7 +122,7 @@ class Calibration(Protocol):
         """Return the loss after the removal of the components for which `keep` is False."""
 
 
-class Surgery(Protocol):
+class Surgery(ChangedValues, Protocol):
     """Application of plans to models; the result is the pruned model."""
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
@@ -328,6 +336,12 @@ class Inference(Protocol):
 
         Raises:
             UsageError: the losses would train another output than the logits.
+        """
+
+    def named_arguments(self, model: Any, inputs: Any) -> Any:
+        """Return a tuple or list of inputs as a dict by the names of the arguments of a model's `forward`.
+
+        Other inputs, and those of a `forward` whose arguments have no names, are returned unchanged.
         """
 
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:

@@ -100,6 +100,11 @@ PLAN = record(
                 "uniform": flag,
                 "min_keep": number(above=0, most=1),
                 "keep": nullable(mapping(either(integer(1), number(above=0, most=1)))),
+                "max_drop": nullable(number(least=0, below=1)),
+                "metric": nullable(text(1)),
+                "class_weights": nullable(mapping(number(least=0))),
+                "minimize": nullable(one_of(tuple(WORDS))),
+                "measured": array(mapping(number(), (*WORDS, "quality", "drop"))),
                 "seed": integer(0, 2**128),
                 "weights": text(1),
             },
@@ -124,7 +129,8 @@ PLAN = record(
         ),
         "notes": array(text()),
         "configuration": mapping(number(above=0, most=1e12)),
-    }
+    },
+    {"goal_of": COST},
 )
 
 

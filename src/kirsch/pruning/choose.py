@@ -4,45 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.annotations import Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
-from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
+from kirsch.errors import GoalError, PlanError, UnknownNameError, UsageError, listing
+from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan, Removal
-from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
+from kirsch.jobs.goal import MaxDrop
+from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
 from kirsch.pruning.by_hand import kept_units, tied_number
 from kirsch.pruning.exclusion import exclusion_notes
-from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
-from kirsch.pruning.importance.calibration import batches_for, loss_of
-from kirsch.pruning.importance.statistics import Statistics
+from kirsch.pruning.importance import IMPORTANCES, importance_of
+from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
 from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
     landing_note,
+    met_note,
     too_few_units,
     uncounted_notes,
     unused_notes,
     width_notes,
 )
 from kirsch.pruning.obstacles import Least, unreachable
-from kirsch.pruning.options import Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
+from kirsch.pruning.options import (
+    ClassWeights,
+    Keep,
+    Kinds,
+    Minimize,
+    MinKeep,
+    Norm,
+    PlanOptions,
+    Ranking,
+    RoundTo,
+)
+from kirsch.pruning.quality import Quality
+from kirsch.pruning.scores import scores_of
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
+from kirsch.tasks.metrics import GIVEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from kirsch.graph.cost import Cost
     from kirsch.graph.group import Group
-
-    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
-    """Returns the importance of each unit of a group, divided by the weight of its kind."""
+    from kirsch.pruning.scores import ScoreCache, Scores
 
 
 @checked
@@ -60,6 +76,11 @@ def plan(
     uniform: bool = False,
     min_keep: MinKeep = 0.1,
     keep: Keep = None,
+    max_drop: MaxDrop | None = None,
+    validation: Calibration | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    class_weights: ClassWeights = None,
+    minimize: Minimize = None,
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
@@ -70,7 +91,9 @@ def plan(
 
     Args:
         graph: result of `kirsch.trace`.
-        goal: fractions of the original cost. None: only the units that `keep` names are removed.
+        goal: fractions of the original cost. None: `max_drop` determines the cost, or only the units that `keep` names
+            are removed. If the model already meets a goal that is a fraction of an earlier model (`Goal.of`), the plan
+            removes nothing.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
             (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
             a list of such batches.
@@ -103,6 +126,20 @@ def plan(
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
             name of a group. The least important units of these layers are removed; the goal, if there is one, is
             reached with the other layers. `round_to` and `min_keep` do not apply to these layers.
+        max_drop: largest drop of the quality, without training, measured on `validation`: 0.02 is two percentage
+            points. Without a goal, the smallest model inside this limit is searched for by bisection over the cost;
+            about seven models are evaluated. With a goal, an error is raised if the plan for the goal exceeds it.
+        validation: samples on which the quality is measured: batches of (inputs, labels), or of inputs for metrics that
+            compare outputs with those of the original. None: `data`.
+        metric: metric of `max_drop`; larger values are better. With labels: "accuracy", "balanced_accuracy",
+            "log_likelihood", "next_token_accuracy", "next_token_log_likelihood", "binary_accuracy", "r2". Compared with
+            the outputs of the original: "agreement" (same predicted class), "kl" (minus the KL divergence),
+            "output_r2". Or a function (outputs, labels) → number. None: by the form of the labels, see
+            `kirsch.tasks.metrics.default_metric`.
+        class_weights: class number → weight, such as {3: 5.0}; the accuracy is then the weighted mean of the recalls of
+            the classes. The weight of other classes is 1.
+        minimize: the cost that is minimized with `max_drop` and no goal: "macs", "parameters", "size" or "memory".
+            None: MACs, or parameters if the model has no MACs.
         exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
             The units that these layers read are kept, too. For kinds="block", the blocks that are named, or that
             contain a named layer, are kept.
@@ -133,13 +170,20 @@ def plan(
         uniform=uniform,
         min_keep=min_keep,
         keep=keep,
+        max_drop=max_drop,
+        metric=metric if metric is None or isinstance(metric, str) else GIVEN,
+        class_weights=class_weights,
+        minimize=minimize,
         exclude=exclude,
         keep_outputs=keep_outputs,
         seed=seed,
     )
     _check_importance(options)
-    if goal is None and not options.keep:
-        raise UsageError("The goal is missing.", fix="Give a goal, kirsch.Goal(macs=0.5), or widths by hand in `keep`.")
+    if goal is None and not options.keep and max_drop is None:
+        raise UsageError(
+            "The goal is missing.",
+            fix="Give a goal, kirsch.Goal(macs=0.5), a largest drop, max_drop=0.02, or widths by hand in `keep`.",
+        )
     if goal is not None and not graph.cost.macs and list(goal.to_dict()) == ["macs"]:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
@@ -148,15 +192,46 @@ def plan(
             if graph.cost.parameters
             else "Give a model that has layers with parameters to prune.",
         )
-    if options.of_blocks and goal is not None:
-        return plan_blocks(graph, goal, options, data)
-    chosen = importance_of(options.importance_name if importance is None else importance)
-    options.check_importance(chosen)
-    if isinstance(importance, Mapping):
-        _check_groups(graph, importance)
-    batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
-    statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
-    return _plan_units(graph, goal, options, _ScoreCache(graph, options, chosen, statistics))
+    if goal is not None:
+        _check_reference(graph, goal)
+    check_validation(options, goal, data, validation)
+    plan_for: Callable[..., Plan]
+    if options.of_blocks:
+        plan_for = partial(plan_blocks, graph, options=options, block_scores=BlockScores(graph, options, data))
+    else:
+        chosen = importance_of(options.importance_name if importance is None else importance)
+        options.check_importance(chosen)
+        if isinstance(importance, Mapping):
+            _check_groups(graph, importance)
+        only_measured = max_drop is not None and validation is None and chosen.needs == "weights"
+        scores = scores_of(graph, options, chosen, None if only_measured else data, loss)
+        plan_for = partial(_plan_units, graph, options=options, scores=scores)
+    if max_drop is None:
+        return plan_for(goal)
+    samples, argument = (data, "data") if validation is None else (validation, "validation")
+    quality = Quality(graph, samples, metric, class_weights, argument=argument)
+    search = DropSearch(graph, quality, max_drop, minimized_cost(graph, goal, minimize), plan_for)
+    return search.within(goal, least_cost(graph, options))
+
+
+def least_cost(graph: Graph, options: PlanOptions) -> Cost:
+    """Return the least cost that plans with these options and any goal reach."""
+    if options.of_blocks:
+        return least_cost_of_blocks(graph, options)
+    return _least(graph, Goal(parameters=0.5), options, _equal_scores).cost
+
+
+def _check_reference(graph: Graph, goal: Goal) -> None:
+    """Raise a GoalError if the model costs more than the original that the goal states."""
+    for name in goal.to_dict() if goal.of is not None else ():
+        cost, reference = getattr(graph.cost, name), getattr(goal.of, name)
+        if cost > reference:
+            raise GoalError(
+                f"The goal is a fraction of {figures.count(reference)} {WORDS[name]}, and {graph.model_name} has "
+                f"{figures.count(cost)}.",
+                "A model that is pruned cannot cost more than its original.",
+                "Trace both with example inputs of the same shape, and give of=graph.cost of the original.",
+            )
 
 
 def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
@@ -184,7 +259,7 @@ def _check_importance(options: PlanOptions) -> None:
         )
 
 
-def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _ScoreCache) -> Plan:
+def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache) -> Plan:
     """Return the units to remove from the layers of a model."""
     if goal is None:
         chooser = _chooser(graph, None, options, scores.get, 0)
@@ -201,12 +276,14 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
         before=graph.cost,
         after=chooser.price(counts),
         goal={} if goal is None else goal.to_dict(),
+        goal_of=None if goal is None else goal.of,
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
         graph=graph,
     )
     notes = (
+        met_note(chosen),
         landing_note(chosen),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
@@ -217,7 +294,7 @@ def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _
     return replace(chosen, notes=tuple(note for note in notes if note))
 
 
-def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> tuple[Chooser, list[int]]:
+def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache) -> tuple[Chooser, list[int]]:
     """Return the number of units to remove from each candidate, so that the goal is met."""
     # A goal that is out of reach is found before the importances are computed, which may run the model.
     least = _least(graph, goal, options, _equal_scores)
@@ -271,40 +348,11 @@ def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
     return np.zeros(group.size)
 
 
-class _ScoreCache:
-    """Importance of each unit of each group, computed once per group."""
-
-    def __init__(
-        self, graph: Graph, options: PlanOptions, importance: Importance, statistics: Statistics | None
-    ) -> None:
-        self._graph, self._importance = graph, importance
-        self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
-        self._cache: dict[str, NDArray[np.float64]] = {}
-
-    def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
-        """Return the importance of each unit, divided by the weight of its kind.
-
-        Raises:
-            UsageError: an importance is negative, and the ranking divides it by a cost.
-        """
-        if group.name not in self._cache:
-            self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
-        scores, weight = self._cache[group.name], options.kind_weights[group.kind]
-        if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
-            raise UsageError(
-                f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
-                'ranking="per_cost" and the weights in `kinds` divide importances. This has no meaning for negative '
-                "numbers.",
-                "Use neither of them, or an importance that is not negative, such as 'taylor'.",
-            )
-        return scores / weight
-
-
 def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
     """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
     without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
-    fractions = goal.fractions(without, graph.cost)
-    cost = sum(1 - value for value, _ in fractions.values()) / sum(group.size for group in groups)
+    remaining, present = (goal.fractions(cost, graph.cost) for cost in (without, graph.cost))
+    cost = sum(present[name][0] - remaining[name][0] for name in present) / sum(group.size for group in groups)
     return max(cost, np.finfo(float).eps)
 
 
@@ -319,36 +367,6 @@ def _removals(
         if count
     }
     return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
-
-
-def _importance_scores(
-    graph: Graph, group: Group, importance: Importance, settings: dict[str, Any]
-) -> NDArray[np.float64]:
-    """Return one finite number per unit."""
-    with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
-        scores = np.asarray(importance(graph, group, **settings))
-    numbers = scores.dtype.kind in "fiu"
-    if scores.shape == (group.size,) and numbers and not np.isfinite(scores).all():
-        _refuse_not_finite(graph, group)
-    if scores.shape != (group.size,) or not numbers or not np.isfinite(scores).all():
-        wrong = "" if not numbers or np.isfinite(scores).all() else " with NaN or infinity"
-        raise UsageError(
-            f"The importance {importance.name!r} returns no usable scores for {group.name!r}.",
-            f"Expected {group.size} finite numbers, found {scores.dtype} of shape {scores.shape}{wrong}.",
-            "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data.",
-        )
-    return scores.astype(np.float64)
-
-
-def _refuse_not_finite(graph: Graph, group: Group) -> None:
-    """Raise a NumericError if a parameter of a group is not finite."""
-    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
-        if not np.isfinite(graph.values(name)).all():
-            raise NumericError(
-                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
-                "Its units cannot be ranked, and the outputs of the model are not finite.",
-                "Give a model with finite weights, such as an earlier checkpoint.",
-            )
 
 
 def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
+from kirsch.annotations import AtLeastZero, Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.jobs.goal import MaxDrop
 from kirsch.options import Options
-from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
+
+if TYPE_CHECKING:
+    from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
@@ -27,6 +30,11 @@ Amount = Annotated[
 """A number of units, or a fraction of the units of a group."""
 Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
+ClassWeights: TypeAlias = Mapping[str | int, AtLeastZero] | None
+Minimize: TypeAlias = Literal["macs", "parameters", "size", "memory"] | None
+
+ONLY_WITH_MAX_DROP = ("metric", "class_weights", "minimize")
+"""Options without effect on a plan without `max_drop`."""
 
 ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "min_keep", "keep", "keep_outputs")
 """Options without effect on a plan of blocks."""
@@ -87,6 +95,28 @@ class PlanOptions(Options):
             "are kept, or the fraction of them; the goal then applies to the other layers"
         ),
     )
+    max_drop: MaxDrop | None = Field(
+        None,
+        description=(
+            "largest drop of the quality without training, measured on validation data: 0.02 is two percentage points; "
+            "without a goal, the smallest such model is searched for"
+        ),
+    )
+    metric: str | None = Field(
+        None,
+        description=(
+            'metric of max_drop: "accuracy", "balanced_accuracy", "log_likelihood", "next_token_accuracy", '
+            '"next_token_log_likelihood", "binary_accuracy", "r2"; without labels "agreement", "kl", "output_r2"; '
+            "default: by the form of the labels"
+        ),
+    )
+    class_weights: ClassWeights = Field(
+        None,
+        description="a dict from class to weight for the accuracy of max_drop; the weight of other classes is 1",
+    )
+    minimize: Minimize = Field(
+        None, description="the cost that max_drop minimizes without a goal; default: macs, or parameters without MACs"
+    )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
     seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
@@ -98,6 +128,8 @@ class PlanOptions(Options):
             UnknownNameError: kinds or round_to names an unknown kind.
             UsageError: kinds names blocks together with other kinds, or an option has no effect.
         """
+        from kirsch.pruning.importance import IMPORTANCES, importance_of  # noqa: PLC0415 - `kirsch --help` loads no numpy
+
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
                 raise UnknownNameError("kind of unit", kind, (*KINDS, BLOCK), len(KINDS) + 1, "kinds")
@@ -106,6 +138,13 @@ class PlanOptions(Options):
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
+        unused = next((name for name in ONLY_WITH_MAX_DROP if getattr(self, name) is not None), None)
+        if self.max_drop is None and unused is not None:
+            raise UsageError(
+                f"`{unused}` has no effect without `max_drop`.",
+                "The quality of pruned models is measured only for `max_drop`.",
+                f"Give max_drop, such as max_drop=0.02, or remove `{unused}`.",
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
@@ -125,7 +164,7 @@ class PlanOptions(Options):
                 "Use another ranking, or an importance that is not negative, such as 'taylor'.",
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
-        used["loss"] &= importance.needs != "inputs" or importance.name not in IMPORTANCES
+        used["loss"] &= importance.needs != "inputs" or importance.name.startswith("given")
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(

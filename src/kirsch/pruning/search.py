@@ -153,6 +153,8 @@ class Chooser:
         """
         limits = [candidate.steps[-1] for candidate in self.candidates]
         best = self.refine(*self.descend(classes, limits))
+        if self.distance(best) > close:  # the same fraction of each list is too far from the goal
+            best = self.refine(best, [0] * len(best))
         while self.distance(best) > close:
             trials = []
             for index in (i for i, c in enumerate(self.candidates) if best[i] and c.kept is None):

@@ -29,6 +29,7 @@ from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.graph import Tracing
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
+from kirsch.pruning.sparsity.matrix import matrix_shape
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kirsch.frameworks.masking import WeightMatrix
     from kirsch.frameworks.protocols import Framework
     from kirsch.frameworks.training import Trained
     from kirsch.graph.graph import Graph
@@ -256,32 +256,19 @@ def check_layer_inputs_have_the_columns_of_the_weights(example: FrameworkExample
     """`layer_inputs` passes the activations of each sample that each weight reads, one for each of its columns."""
     framework, model = example.framework, example.model()
     weights = {w.name: w for w in framework.masking.weight_matrices(model) if not w.kept}
-    assert weights, "weight_matrices lists no weight that may be masked"
-    sums = []
-    for inputs in (example.inputs, example.inputs[::2], example.inputs[1::2]):
-        found: dict[str, NDArray[np.float64]] = {}
-        read: list[tuple[str, int, int, int]] = []
+    sums: list[dict[str, Any]] = [{}, {}, {}]
+    for inputs, found in zip((example.inputs, example.inputs[::2], example.inputs[1::2]), sums, strict=True):
 
-        def see(name: str, axis: int, groups: int, x: Any, found: Any = found, read: Any = read) -> None:
-            read.append((name, axis, groups, x.shape[1] * x.shape[2] // groups))
-            found[name] = found.get(name, 0.0) + host(x).astype(np.float64).sum(0)
+        def see(name: str, _axis: int, groups: int, x: Any, found: Any = found) -> None:
+            rows = host(x).astype(np.float64).reshape(x.shape[0], groups, -1)
+            found[name] = found.get(name, 0.0) + rows.sum(0)
 
         framework.calibration.layer_inputs(model, inputs, list(weights), see)
-        assert set(found) == set(weights), f"layer_inputs does not see {sorted(set(weights) - set(found))}"
-        for name, axis, groups, columns in read:
-            weight = weights[name]
-            assert (axis, groups) == (weight.input_axis, weight.groups), f"{name!r} is read along axis {axis}"
-            assert columns == _columns(weight), f"{name!r} reads {columns} columns"
-        sums.append(found)
+    assert set(sums[0]) == set(weights), f"layer_inputs sees {sorted(sums[0])}; expected {sorted(weights)}"
     for name, whole in sums[0].items():
+        groups, _, kernel, columns = matrix_shape(weights[name])
+        assert whole.shape == (groups, kernel * columns), f"{name!r} reads {whole.shape[1]} columns"
         _assert_close(sums[1][name] + sums[2][name], whole, f"the inputs of {name!r} in two halves")
-
-
-def _columns(weight: WeightMatrix) -> int:
-    """Return the number of values that one output of a layer reads."""
-    others = [size for axis, size in enumerate(weight.shape) if axis > 1]
-    inputs = weight.shape[weight.input_axis] // (weight.groups if weight.input_axis == 0 else 1)
-    return int(np.prod([inputs, *others]))
 
 
 def check_masks_hold_while_a_model_is_trained(example: FrameworkExample) -> None:
@@ -307,9 +294,57 @@ def check_masks_hold_while_a_model_is_trained(example: FrameworkExample) -> None
             assert not zeros.any(), f"{name!r} of the {what} has {np.count_nonzero(zeros)} masked values that are not 0"
             changed = np.any(masking.values(each, name)[mask] != values[name][mask])
             assert changed == (each is not held or name == weights[0].name), f"the kept values of {name!r}, {what}"
-    shapes = framework.inference.parameter_shapes
-    assert shapes(masking.fold(trained)) == shapes(model), "the folded model has other parameters"
     _assert_close(predict(masking.fold(trained), example.inputs), predict(trained, example.inputs), "the folded model")
+
+
+def check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original(example: FrameworkExample) -> None:
+    """`paired_inputs` passes what the same layer reads in both models, for the layers in `reading_order`."""
+    framework, model = example.framework, example.model()
+    calibration, graph = framework.calibration, _traced(example, model)
+    pruned, _ = framework.surgery.prune(model, plan(graph, Goal(macs=0.6)), graph, verify=False)
+    names = list(calibration.linear_layers(graph))
+    assert names, "the model has no linear layers"
+    order = [name for stage in calibration.reading_order(graph, pruned, example.inputs, names) for name in stage]
+    assert sorted(order) == sorted(set(order)), f"a layer is listed twice: {order}"
+    sums: list[dict[str, Any]] = [{}, {}, {}]
+
+    def add(found: dict[str, Any], name: str, x: Any) -> None:
+        found[name] = found.get(name, 0) + host(x).astype(np.float64).sum(0)
+
+    def see_pair(name: str, _: tuple[int, int], x: Any, y: Any) -> None:
+        assert x.shape[0] == y.shape[0], f"{name!r} reads {x.shape[0]} and {y.shape[0]} positions"
+        add(sums[0], name, x)
+        add(sums[1], name, y)
+
+    calibration.paired_inputs(graph, pruned, example.inputs, order, see_pair)
+    assert set(sums[0]) == set(order), f"the activations of {set(order) - set(sums[0])} are missing"
+    for traced, found in ((graph, sums[0]), (_traced(example, pruned), sums[1])):
+        sums[2].clear()
+        calibration.weight_input_patches(
+            traced, example.inputs, order, lambda name, _axis, _labels, _groups, x, _experts: add(sums[2], name, x)
+        )
+        for name in order:
+            _assert_close(found[name], sums[2][name], f"the activations of {name!r}")
+    ((original, small),) = calibration.paired_outputs(graph, pruned, example.inputs)
+    _assert_close(original, framework.inference.predict(model, example.inputs), "the outputs of the original")
+    _assert_close(small, framework.inference.predict(pruned, example.inputs), "the outputs of the pruned model")
+
+
+def check_parameters_and_statistics_of_a_model_can_be_set(example: FrameworkExample) -> None:
+    """`set_parameters` sets the named parameters alone; an estimate of batch normalization changes no parameter."""
+    surgery, model = example.framework.surgery, example.model()
+    graph = _traced(example, model)
+    before = {name: surgery.parameter_values(model, graph, name) for name in graph.parameters}
+    name = next(iter(example.framework.calibration.linear_layers(graph)))
+    surgery.set_parameters(model, graph, {name: 2 * before[name]})
+    surgery.estimate_batch_norms(model, [(len(example.inputs), example.inputs)])
+    for other, value in before.items():
+        expected = 2 * value if other == name else value
+        assert np.array_equal(surgery.parameter_values(model, graph, other), expected), f"{other!r} has other values"
+    assert surgery.batch_norms(model), "the model has no batch normalization"
+    estimated = example.framework.inference.predict(model, example.inputs)
+    surgery.estimate_batch_norms(model, [(len(example.inputs), example.inputs)])
+    _assert_close(example.framework.inference.predict(model, example.inputs), estimated, "a second estimate")
 
 
 def _traced(example: FrameworkExample, model: Any) -> Graph:
@@ -404,6 +439,8 @@ FRAMEWORK_CHECKS = (
     check_loss_without_units_is_that_of_the_pruned_model,
     check_activations_belong_to_weights_and_samples,
     check_layer_inputs_have_the_columns_of_the_weights,
+    check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original,
+    check_parameters_and_statistics_of_a_model_can_be_set,
     check_features_have_the_shape_of_their_layer,
     check_weight_arrays_are_parameters_with_two_axes,
     check_training_is_reproducible_and_lowers_the_loss,

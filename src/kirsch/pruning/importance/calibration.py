@@ -40,7 +40,7 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(batches_in(self.data), start=1):
+        for number, batch in enumerate(read_batches(self.data), start=1):
             if self.importance.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
@@ -69,14 +69,25 @@ class CalibrationBatches:
             )
 
 
-def batches_in(data: Any) -> Iterator[Batch]:
-    """Yield the batches of a loader, `ArrayData` or a list, or the one batch that is given."""
+def read_batches(data: Any) -> Iterator[Batch]:
+    """Yield the batches of calibration data: of a loader, `ArrayData` or a list, or the single batch."""
     if isinstance(data, SeededData):
         yield from data.epoch(0, 0)
-    elif isinstance(data, list) or not has_arrays(data):
+    elif (isinstance(data, list) and not _is_pair(data)) or not has_arrays(data):
         yield from batches_of(data, "`data`")
     else:
         yield Batch.of(data)
+
+
+def _is_pair(data: list[Any]) -> bool:
+    """Return whether a list is one batch of inputs and labels, as loaders return it, not a list of batches of inputs.
+
+    Labels have other axes than inputs; batches of inputs differ in their sizes only.
+    """
+    shapes = [tuple(getattr(value, "shape", ())) for value in data]
+    return (
+        len(data) == len(("inputs", "labels")) and len({len(s) for s in shapes}) > 1 and shapes[0][:1] == shapes[1][:1]
+    )
 
 
 def _predicted(batch: Batch, number: int) -> Batch:

@@ -2,6 +2,12 @@
 
 from kirsch.frameworks.pytorch.calibration.blocks import block_features, outputs
 from kirsch.frameworks.pytorch.calibration.gradients import gradients, hessian_products, loss_without, weights
+from kirsch.frameworks.pytorch.calibration.paired_inputs import (
+    linear_layers,
+    paired_inputs,
+    paired_outputs,
+    reading_order,
+)
 from kirsch.frameworks.pytorch.calibration.weight_inputs import layer_inputs, weight_input_patches, weight_inputs
 
 __all__ = [
@@ -9,8 +15,12 @@ __all__ = [
     "gradients",
     "hessian_products",
     "layer_inputs",
+    "linear_layers",
     "loss_without",
     "outputs",
+    "paired_inputs",
+    "paired_outputs",
+    "reading_order",
     "weight_input_patches",
     "weight_inputs",
     "weights",
