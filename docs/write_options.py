@@ -20,6 +20,8 @@ from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.options import Options
 from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.sparsity.options import SparsityOptions
+from kirsch.pruning.sparsity.step import Sparsify
 from kirsch.pruning.step import Prune
 from kirsch.recipes.recipe import DataSection, ModelSection, Recipe, own_fields_first
 from kirsch.recipes.repeat import Repeat
@@ -49,6 +51,10 @@ PLAN = """\
 Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`. In Python, `kirsch.plan` also
 takes `data` and `loss`, for importances that run the model and for residual blocks; a job uses its training part.
 """
+SPARSITY = """\
+Options of `kirsch.sparsify` and of the step `sparsify`. In Python, `kirsch.sparsify` also takes `data`, for importances
+that run the model; a job uses its training part.
+"""
 SECTIONS = {DataSection: "data", ModelSection: "teacher and student", JobGoal: "goal", Step: "steps"}
 TYPES = {
     "objective": "a preset, or a dict of an objective",
@@ -69,6 +75,7 @@ def page() -> str:
     parts += ["### repeat\n", f"{_doc(Repeat).strip()} In Python, `kirsch.steps.repeat` returns the steps.\n"]
     parts += [table(Repeat), "## Plan\n", PLAN]
     parts += [table(PlanOptions, flags=True), _kinds(), "`kirsch.Goal`, the goal of a plan:\n", table(Goal, flags=True)]
+    parts += ["## Sparsity\n", SPARSITY, table(SparsityOptions)]
     parts += ["## Training\n", "`kirsch.Training`, and keys of the steps that train.\n", table(Training)]
     for kind, where in (
         (Objective, "`kirsch.Objective`, and the value of the key `objective`."),
@@ -91,6 +98,8 @@ def _step(step: type[Step]) -> list[str]:
     shared = ""
     if issubclass(step, Prune):
         base, shared = PlanOptions, "The step has all options of a [plan](#plan), and:"
+    elif issubclass(step, Sparsify):
+        base, shared = SparsityOptions, "The step has all options of [sparsity](#sparsity), and:"
     elif issubclass(step, TrainingStep):
         base, shared = Training, "The step has all options of [training](#training), and:"
     names = [

@@ -170,6 +170,12 @@ def calibration() -> dict[str, Any]:
     return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
 
 
+def sparse() -> dict[str, Any]:
+    images, labels = torch.randn(16, 8, 4, 4), torch.arange(16) % 3
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    return {"kirsch": kirsch, "torch": torch, "model": model.eval(), "loader": [(images, labels)] * 3}
+
+
 def normalized() -> dict[str, Any]:
     """Return a convolutional model with batch normalization whose statistics are those of the images."""
     torch.manual_seed(0)
@@ -225,6 +231,7 @@ NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("docs/allocation.md", "Widths by measured output changes"): stages,
     ("docs/allocation.md", "Several rounds"): rounds,
     ("docs/allocation.md", "Widths by hand"): stages,
+    ("docs/sparsity.md", "A growing sparsity"): sparse,
     ("docs/allocation.md", "A largest drop of accuracy"): classified,
     ("docs/compensation.md", "Compensation without training"): normalized,
     ("docs/learned_pruning.md", "Widths by search"): calibration,

@@ -130,6 +130,24 @@ def public_calls(folder):
             kirsch.prune_with_verification,
             {"model": model, "plan": plan, "example_inputs": x, "verify": True, "compensate": "bias", "data": x},
         ),
+        "sparsify": (
+            kirsch.sparsify,
+            {
+                "model": model,
+                "sparsity": 0.5,
+                "pattern": "unstructured",
+                "importance": "magnitude",
+                "ranking": "global",
+                "data": None,
+                "exclude": (),
+                "seed": 0,
+            },
+        ),
+        "fold_masks": (kirsch.fold_masks, {"model": model}),
+        "SparsitySchedule": (
+            kirsch.SparsitySchedule,
+            {"final": 0.9, "steps": 10, "initial": 0.0, "begin": 0, "every": 1, "kind": "cubic"},
+        ),
         "save": (kirsch.save, {"model": small, "folder": folder / "again"}),
         "load": (kirsch.load, {"folder": folder / "saved", "build": Net, "example_inputs": x}),
         "export": (

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from kirsch.pruning.regularizers.slimming import Slimming
     from kirsch.pruning.sensitivity import sensitivity
     from kirsch.pruning.sensitivity_table import Sensitivity
+    from kirsch.pruning.sparsity.schedule import SparsitySchedule
+    from kirsch.pruning.sparsity.sparsified import Sparsified
+    from kirsch.pruning.sparsity.sparsify import fold_masks, sparsify
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.gates import learn_gates
@@ -71,6 +74,8 @@ __all__ = [
     "Ramp",
     "Sensitivity",
     "Slimming",
+    "Sparsified",
+    "SparsitySchedule",
     "Split",
     "TeacherStore",
     "Term",
@@ -88,6 +93,7 @@ __all__ = [
     "ensemble",
     "export",
     "fit",
+    "fold_masks",
     "learn_gates",
     "load",
     "measure",
@@ -98,6 +104,7 @@ __all__ = [
     "recovery",
     "save",
     "sensitivity",
+    "sparsify",
     "trace",
     "with_gates",
 ]
@@ -129,6 +136,8 @@ _MODULES = {
     "Ramp": "kirsch.distillation.term",
     "Sensitivity": "kirsch.pruning.sensitivity_table",
     "Slimming": "kirsch.pruning.regularizers.slimming",
+    "Sparsified": "kirsch.pruning.sparsity.sparsified",
+    "SparsitySchedule": "kirsch.pruning.sparsity.schedule",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
@@ -146,6 +155,7 @@ _MODULES = {
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "fit": "kirsch.distillation.distill",
+    "fold_masks": "kirsch.pruning.sparsity.sparsify",
     "learn_gates": "kirsch.recipes.gates",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
@@ -155,6 +165,7 @@ _MODULES = {
     "read_gates": "kirsch.pruning.learned.gates",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sparsify": "kirsch.pruning.sparsity.sparsify",
     "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
     "with_gates": "kirsch.pruning.learned.gates",

@@ -6,6 +6,7 @@ from kirsch.jobs.job import Job, Record
 from kirsch.jobs.step import STEPS, Step
 from kirsch.pruning.repeat import repeat
 from kirsch.pruning.sensitivity_step import MeasureSensitivity
+from kirsch.pruning.sparsity.step import Sparsify
 from kirsch.pruning.step import Prune
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Prune",
     "Record",
     "Recover",
+    "Sparsify",
     "Step",
     "Train",
     "repeat",

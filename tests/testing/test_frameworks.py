@@ -68,7 +68,7 @@ def changed(model):
 
 
 INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch().training
-CALIBRATION, SURGERY = pytorch().calibration, pytorch().surgery
+CALIBRATION, SURGERY, MASKING = pytorch().calibration, pytorch().surgery, pytorch().masking
 
 
 def changing_predict(model, inputs, *, batch_size=256):
@@ -105,6 +105,20 @@ def unverified(model, plan, graph, *, verify):
 
 def doubled(function):
     return lambda *args: {name: 2 * value for name, value in function(*args).items()}
+
+
+def unmasked(model):
+    """Return the model with ones in place of zeros."""
+    for parameter in model.parameters():
+        parameter.data[parameter.data == 0] = 1
+    return model
+
+
+def without_the_first_input(function):
+    def observe(model, inputs, names, see):
+        function(model, inputs, names, lambda name, axis, groups, x: see(name, axis, groups, x[:, 1:]))
+
+    return observe
 
 
 def without_the_first_sample(function):
@@ -286,6 +300,26 @@ FAULTS = [
         "returns the model as it was",
     ),
     ("check_training_is_reproducible_and_lowers_the_loss", planted("training", train=unseeded), "two runs of one seed"),
+    (
+        "check_layer_inputs_have_the_columns_of_the_weights",
+        planted("calibration", layer_inputs=without_the_first_input(CALIBRATION.layer_inputs)),
+        "reads 4 columns",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", fold=lambda model: unmasked(MASKING.fold(model))),
+        "masked values that are not 0",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", hold=lambda model, masks, values=None: None),
+        "model with masks has other masks",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", hold=lambda model, masks, values=None: MASKING.hold(model, masks)),
+        "the kept values of",
+    ),
 ]
 
 

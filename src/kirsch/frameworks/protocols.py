@@ -1,8 +1,8 @@
 """Protocols that a framework package implements.
 
-A `Framework` has one object for each of the six protocols `Analysis`, `Calibration`, `Surgery`, `Features`,
-`TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these protocols
-return.
+A `Framework` has one object for each of the seven protocols `Analysis`, `Calibration`, `Surgery`, `Masking`,
+`Features`, `TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these
+protocols return.
 
 `model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
 adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from kirsch.data.batches import Batch
     from kirsch.frameworks.gates import Gating
+    from kirsch.frameworks.masking import Masking
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.graph import Graph, Tracing
     from kirsch.graph.inputs import Input
@@ -92,6 +93,14 @@ class Calibration(PairedRuns, Protocol):
         `groups` is the number of groups of a convolution, else 1. `x` holds the activations that each output of the
         layer reads, shape (outputs, channels, kernel size), of one sample at a time for a kernel larger than 1. The
         other arguments are those of `weight_inputs`.
+        """
+
+    def layer_inputs(
+        self, model: Any, inputs: Any, names: Collection[str], see: Callable[[str, int, int, Any], None]
+    ) -> None:
+        """Call `see(name, axis, groups, x)` for each product of a named weight with activations, in a run of a model.
+
+        The model need not be traced. The arguments are those of `weight_input_patches`, without labels and experts.
         """
 
     def weights(self, graph: Graph) -> dict[str, Any]:
@@ -412,12 +421,12 @@ class Inference(Protocol):
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework: its name, one object for each of the six protocols, and its built-in models.
+    """A framework: its name, one object for each of the seven protocols, and its built-in models.
 
     Args:
         name: name of the framework.
-        analysis, calibration, surgery, features, training, inference: implementations, such as modules with these
-            functions.
+        analysis, calibration, surgery, masking, features, training, inference: implementations, such as modules with
+            these functions.
         models: functions that build the built-in models, by names such as "digits:teacher".
     """
 
@@ -425,6 +434,7 @@ class Framework:
     analysis: Analysis
     calibration: Calibration
     surgery: Surgery
+    masking: Masking
     features: Features
     training: TrainingLoop
     inference: Inference

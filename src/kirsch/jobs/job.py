@@ -120,8 +120,8 @@ class Job:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether an earlier step has removed units."""
-        return any("removed" in record for record in self.records.values())
+        """Whether an earlier step has removed units, or set weights to zero."""
+        return any("removed" in record or "sparsity" in record for record in self.records.values())
 
     def set_trained(self, name: str, model: Any) -> None:
         """Set the teacher or student before pruning, as the result of the current step; ignored after pruning."""
@@ -194,9 +194,14 @@ class Job:
         return {"roles": roles, **self.cost(model, *limits), **self.quality(logits)}
 
     def save_and_evaluate(self, model: Any, folder: Path) -> Record:
-        """Write the weights of a model to the folder of its step, and return its size, cost and test quality."""
-        framework_of(model).inference.save_weights(model, folder / WEIGHTS)
-        return {"bytes": (folder / WEIGHTS).stat().st_size, **self.evaluate(model, folder)}
+        """Write the weights of a model to the folder of its step, and return its size, cost and test quality.
+
+        The file has the masks of the model, too, one byte a weight, which do not count for its size.
+        """
+        framework = framework_of(model)
+        framework.inference.save_weights(model, folder / WEIGHTS)
+        size = (folder / WEIGHTS).stat().st_size - sum(mask.size for mask in framework.masking.masks(model).values())
+        return {"bytes": size, **self.evaluate(model, folder)}
 
     def quality(self, logits: NDArray[Any]) -> Record:
         """Return the quality of outputs on the test part, as the task measures it.

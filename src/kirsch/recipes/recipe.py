@@ -22,7 +22,7 @@ from kirsch.recipes.changes import Change, changes_of
 from kirsch.recipes.models import is_random
 from kirsch.recipes.repeat import REPEAT, Expansion, Repeat, expand, is_repetition, items_of
 from kirsch.recipes.yaml import dump, read
-from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Step, Train
+from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Sparsify, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Recipe(Options):
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
     steps: tuple[SerializeAsAny[Step], ...] = Field(
         description=(
-            "steps in order: evaluate, train, distill, prune, recover, export, measure; an item repeat stands for the "
-            "same steps several times"
+            "steps in order: evaluate, train, distill, prune, sparsify, recover, export, measure; an item repeat "
+            "stands for the same steps several times"
         )
     )
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
@@ -170,7 +170,7 @@ class Recipe(Options):
     @property
     def student_is_not_trained(self) -> bool:
         """Whether there is a student, and its weights are not trained; a step of another package may train them."""
-        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, Prune))
+        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, (Prune, Sparsify)))
         return self.student is not None and not any(step.changes_model for step in others)
 
     def to_yaml(self) -> str:

@@ -185,6 +185,8 @@ def run(
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
         _run_steps(job, steps, materials.origin, altered)
+        masking = framework_of(job.model).masking
+        job.model = masking.fold(job.model) if masking.masks(job.model) else job.model
         if any(isinstance(step, Prune) for step in steps.values()):
             save(job.model, folder / PRUNED)
         seconds = sum(record["seconds"] for record in job.records.values())

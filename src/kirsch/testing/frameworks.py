@@ -30,6 +30,7 @@ from kirsch.graph.graph import Tracing
 from kirsch.graph.plan import Goal
 from kirsch.pruning.choose import plan
 from kirsch.pruning.learned.gates import UnitGates
+from kirsch.pruning.sparsity.matrix import matrix_shape
 from kirsch.tasks.label_losses import LABEL_LOSSES
 
 if TYPE_CHECKING:
@@ -268,6 +269,51 @@ def check_activations_belong_to_weights_and_samples(example: FrameworkExample) -
             _assert_close(x.sum((0, 2)), sums[0][name], f"the patches of {name!r}")
 
 
+def check_layer_inputs_have_the_columns_of_the_weights(example: FrameworkExample) -> None:
+    """`layer_inputs` passes the activations of each sample that each weight reads, one for each of its columns."""
+    framework, model = example.framework, example.model()
+    weights = {w.name: w for w in framework.masking.weight_matrices(model) if not w.kept}
+    sums: list[dict[str, Any]] = [{}, {}, {}]
+    for inputs, found in zip((example.inputs, example.inputs[::2], example.inputs[1::2]), sums, strict=True):
+
+        def see(name: str, _axis: int, groups: int, x: Any, found: Any = found) -> None:
+            rows = host(x).astype(np.float64).reshape(x.shape[0], groups, -1)
+            found[name] = found.get(name, 0.0) + rows.sum(0)
+
+        framework.calibration.layer_inputs(model, inputs, list(weights), see)
+    assert set(sums[0]) == set(weights), f"layer_inputs sees {sorted(sums[0])}; expected {sorted(weights)}"
+    for name, whole in sums[0].items():
+        groups, _, kernel, columns = matrix_shape(weights[name])
+        assert whole.shape == (groups, kernel * columns), f"{name!r} reads {whole.shape[1]} columns"
+        _assert_close(sums[1][name] + sums[2][name], whole, f"the inputs of {name!r} in two halves")
+
+
+def check_masks_hold_while_a_model_is_trained(example: FrameworkExample) -> None:
+    """Masked weights are zero in the held, the trained and the folded model; other weights are trained."""
+    framework, model = example.framework, example.model()
+    masking, predict, before = framework.masking, framework.inference.predict, framework.inference.fingerprint(model)
+    weights = [w for w in masking.weight_matrices(model) if not w.kept]
+    random = np.random.default_rng(0)
+    masks = {w.name: random.random(w.shape) < APPROXIMATE + 0.5 for w in weights}
+    held = masking.fold(model)
+    values = {name: masking.values(held, name) for name in masks}
+    masking.hold(held, masks, {weights[0].name: -values[weights[0].name]})
+    assert framework.inference.fingerprint(model) == before, "hold changes another model"
+    trained = framework.features.student_of(_trained(example, held).model)
+    for each, what in ((held, "model with masks"), (trained, "trained model"), (masking.fold(trained), "folded model")):
+        folded = what == "folded model"
+        found = masking.masks(each)
+        same = found.keys() == masks.keys() and all(np.array_equal(found[name], masks[name]) for name in masks)
+        assert folded or same, f"the {what} has other masks"
+        assert not (folded and found), "the folded model has masks"
+        for name, mask in masks.items():
+            zeros = masking.values(each, name)[~mask]
+            assert not zeros.any(), f"{name!r} of the {what} has {np.count_nonzero(zeros)} masked values that are not 0"
+            changed = np.any(masking.values(each, name)[mask] != values[name][mask])
+            assert changed == (each is not held or name == weights[0].name), f"the kept values of {name!r}, {what}"
+    _assert_close(predict(masking.fold(trained), example.inputs), predict(trained, example.inputs), "the folded model")
+
+
 def check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original(example: FrameworkExample) -> None:
     """`paired_inputs` passes what the same layer reads in both models, for the layers in `reading_order`."""
     framework, model = example.framework, example.model()
@@ -448,6 +494,7 @@ FRAMEWORK_CHECKS = (
     check_loss_without_units_is_that_of_the_pruned_model,
     check_outputs_without_units_are_those_of_the_pruned_model,
     check_activations_belong_to_weights_and_samples,
+    check_layer_inputs_have_the_columns_of_the_weights,
     check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original,
     check_parameters_and_statistics_of_a_model_can_be_set,
     check_features_have_the_shape_of_their_layer,
@@ -455,5 +502,6 @@ FRAMEWORK_CHECKS = (
     check_parameters_are_found_by_the_paths_of_the_graph,
     check_gates_are_trained_and_folded_into_the_weights,
     check_training_is_reproducible_and_lowers_the_loss,
+    check_masks_hold_while_a_model_is_trained,
 )
 """All checks, in the order in which an implementation needs them."""

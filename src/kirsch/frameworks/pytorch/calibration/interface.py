@@ -9,12 +9,13 @@ from kirsch.frameworks.pytorch.calibration.paired_inputs import (
     paired_outputs,
     reading_order,
 )
-from kirsch.frameworks.pytorch.calibration.weight_inputs import weight_input_patches, weight_inputs
+from kirsch.frameworks.pytorch.calibration.weight_inputs import layer_inputs, weight_input_patches, weight_inputs
 
 __all__ = [
     "block_features",
     "gradients",
     "hessian_products",
+    "layer_inputs",
     "linear_layers",
     "loss_without",
     "outputs",

@@ -104,6 +104,25 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
     observe(graph.model, part_of(graph.model, graph.tracing.module), inputs, see_product)
 
 
+def layer_inputs(
+    model: nn.Module, inputs: Any, names: Collection[str], see: Callable[[str, int, int, torch.Tensor], None]
+) -> None:
+    """Call `see(name, axis, groups, x)` for each product of one of the named weights with activations.
+
+    Args:
+        model: a model, which need not be traced.
+        inputs: inputs of one batch.
+        names: paths of weights.
+        see: called as in `weight_input_patches`, without labels and experts.
+    """
+
+    def see_product(product: Product) -> None:
+        for x in product.patches() if product.name in names else ():
+            see(product.name, product.axis, product.groups, x)
+
+    observe(model, model, inputs, see_product)
+
+
 def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> set[str]:
     """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations.
 
