@@ -1,6 +1,6 @@
 """Measure which families of transformers models are pruned to half of their parameters, and load without Kirsch.
 
-Each model has a small configuration and random weights. It is pruned with the defaults of `kirsch.plan`, so that the
+Each model has a small configuration and random weights. It is pruned with `loadable=True`, so that the
 configuration states all cuts, and saved with `save_pretrained`. A process that cannot import Kirsch loads it with an
 `AutoModel` class, and compares the outputs and the generated tokens. The result is docs/loadable.md.
 
@@ -203,7 +203,7 @@ HEADER = """\
 
 <!-- written by benchmarks/loadable.py; do not edit -->
 
-`kirsch.plan` makes only cuts that the configuration of a transformers model can state, except with `loadable=False`.
+`kirsch.plan(..., loadable=True)` makes only cuts that the configuration of a transformers model can state.
 `save_pretrained` of the pruned model then writes a checkpoint that `from_pretrained` loads in a process without Kirsch.
 
 The cuts are found by trials, not by the names of models or layers. Kirsch decreases each number of the configuration,
@@ -212,8 +212,8 @@ of the built model are those after the removal of units from some groups, and if
 returns the same bits as the pruned model. The numbers of layers are found in the same way. Of the widths and layers
 that reach the goal, those are removed whose importances have the smallest sum.
 
-The table shows models with small configurations and random weights, pruned to at most half of their parameters with the
-defaults; to 52 % if the few values of the numbers have no combination between 48 and 50 %. *Left* is the fraction of
+The table shows models with small configurations and random weights, pruned to at most half of their parameters; to
+52 % if the few values of the numbers have no combination between 48 and 50 %. *Left* is the fraction of
 the parameters that remain. *Same outputs*: a process without Kirsch loads the checkpoint with an `AutoModel` class, and
 its outputs have the same bits. *Same tokens*: it generates the same tokens with and without its cache.
 

@@ -14,13 +14,17 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.steps import TrainingStep
 from kirsch.distillation.term import Ramp, Term
 from kirsch.frameworks.training import Training
+from kirsch.graph.cost import WORDS
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.options import Options
 from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.sparsity.options import SparsityOptions
+from kirsch.pruning.sparsity.step import Sparsify
 from kirsch.pruning.step import Prune
 from kirsch.recipes.recipe import DataSection, ModelSection, Recipe, own_fields_first
+from kirsch.recipes.repeat import Repeat
 from kirsch.steps import STEPS, Step
 
 if typing.TYPE_CHECKING:
@@ -47,10 +51,14 @@ PLAN = """\
 Options of `kirsch.plan`, of the step `prune`, and of the commands `plan` and `prune`. In Python, `kirsch.plan` also
 takes `data` and `loss`, for importances that run the model and for residual blocks; a job uses its training part.
 """
+SPARSITY = """\
+Options of `kirsch.sparsify` and of the step `sparsify`. In Python, `kirsch.sparsify` also takes `data`, for importances
+that run the model; a job uses its training part.
+"""
 SECTIONS = {DataSection: "data", ModelSection: "teacher and student", JobGoal: "goal", Step: "steps"}
 TYPES = {
     "objective": "a preset, or a dict of an objective",
-    "goal": "a dict from macs or parameters to a fraction, or None",
+    "goal": f"a dict from {', '.join(WORDS)} to a fraction, or None",
 }
 """Types that are read by functions of their own."""
 
@@ -64,8 +72,10 @@ def page() -> str:
     parts += ["## Steps\n", "Classes of `kirsch.steps`, also for `kirsch.compress(model, data, steps=[...])`.\n"]
     for name in STEPS:
         parts += [f"### {name}\n", *_step(STEPS[name])]
-    parts += ["## Plan\n", PLAN]
+    parts += ["### repeat\n", f"{_doc(Repeat).strip()} In Python, `kirsch.steps.repeat` returns the steps.\n"]
+    parts += [table(Repeat), "## Plan\n", PLAN]
     parts += [table(PlanOptions, flags=True), _kinds(), "`kirsch.Goal`, the goal of a plan:\n", table(Goal, flags=True)]
+    parts += ["## Sparsity\n", SPARSITY, table(SparsityOptions)]
     parts += ["## Training\n", "`kirsch.Training`, and keys of the steps that train.\n", table(Training)]
     for kind, where in (
         (Objective, "`kirsch.Objective`, and the value of the key `objective`."),
@@ -88,6 +98,8 @@ def _step(step: type[Step]) -> list[str]:
     shared = ""
     if issubclass(step, Prune):
         base, shared = PlanOptions, "The step has all options of a [plan](#plan), and:"
+    elif issubclass(step, Sparsify):
+        base, shared = SparsityOptions, "The step has all options of [sparsity](#sparsity), and:"
     elif issubclass(step, TrainingStep):
         base, shared = Training, "The step has all options of [training](#training), and:"
     names = [
@@ -105,7 +117,8 @@ def table(kind: type, names: list[str] | None = None, *, flags: bool = False) ->
     rows = [f"| option | type | default |{' flag |' * flags} description |", "|---|---|---|" + "---|" * flags + "---|"]
     for name, (default, description) in _fields(kind).items():
         if names is None or name in names:
-            flag = f" `--{name.replace('_', '-')}` |" if flags else ""
+            command = f"`--{name.replace('_', '-')}`" if kind is not Goal or name in WORDS else ""
+            flag = f" {command} |" if flags else ""
             rows.append(f"| `{name}` | {_type(name, hints[name])} | {default} |{flag} {_cell(description)} |")
     return "\n".join(rows) + "\n"
 

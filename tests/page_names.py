@@ -170,6 +170,22 @@ def calibration() -> dict[str, Any]:
     return {"model": model.eval(), "images": torch.randn(8, 3, 9, 9), "labels": torch.arange(8) % 2}
 
 
+def sparse() -> dict[str, Any]:
+    images, labels = torch.randn(16, 8, 4, 4), torch.arange(16) % 3
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    return {"kirsch": kirsch, "torch": torch, "model": model.eval(), "loader": [(images, labels)] * 3}
+
+
+def normalized() -> dict[str, Any]:
+    """Return a convolutional model with batch normalization whose statistics are those of the images."""
+    torch.manual_seed(0)
+    images, norm = torch.randn(64, 3, 9, 9), nn.BatchNorm2d(16, momentum=1.0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(400, 2))
+    model(images)
+    return {"model": model.eval(), "images": images}
+
+
 def stages() -> dict[str, Any]:
     layers = {
         "layer3": nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()),
@@ -179,13 +195,47 @@ def stages() -> dict[str, Any]:
         "act": nn.ReLU(),
         "fc": nn.Linear(16, 4),
     }
-    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), torch.randn(1, 3, 12, 12))}
+    images = torch.randn(4, 3, 12, 12)
+    return {"graph": kirsch.trace(nn.Sequential(OrderedDict(layers)).eval(), images[:1]), "images": images}
+
+
+def rounds() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, CLASSES)
+    )
+    images, labels = samples()
+    return {
+        "model": model,
+        "inputs": torch.tensor(images[:1]),
+        "data": kirsch.ArrayData(images, labels, batch_size=16),
+    }
+
+
+def classified() -> dict[str, Any]:
+    """Return a classifier of bright and dark images by its hidden units, of which two are enough."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.outer(torch.linspace(1, 0, 16), torch.ones(12)))
+        model[1].bias.zero_()
+        model[3].weight.copy_(torch.stack([torch.zeros(16), torch.ones(16)]))
+        model[3].bias.copy_(torch.tensor([0.5, 0.0]))
+    labels = np.arange(32) % 2
+    images = np.ones((32, 3, 2, 2), np.float32) * (2 * labels - 1)[:, None, None, None].astype(np.float32)
+    return {"graph": kirsch.trace(model, torch.tensor(images[:1])), "images": images, "labels": labels}
 
 
 NAMES: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "Your own model"): readme,
     ("docs/importances.md", "Importances"): calibration,
+    ("docs/allocation.md", "Widths by measured output changes"): stages,
+    ("docs/allocation.md", "Several rounds"): rounds,
     ("docs/allocation.md", "Widths by hand"): stages,
+    ("docs/sparsity.md", "A growing sparsity"): sparse,
+    ("docs/allocation.md", "A largest drop of accuracy"): classified,
+    ("docs/compensation.md", "Compensation without training"): normalized,
+    ("docs/learned_pruning.md", "Widths by search"): calibration,
+    ("docs/learned_pruning.md", "Regularizers"): calibration,
     ("docs/store.md", "The teacher store"): store,
     ("docs/training.md", "A loop of your own"): own_loop,
     ("docs/training.md", "transformers"): trainer,

@@ -27,9 +27,10 @@ def test_the_page_has_the_options_of_the_code():
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_each_option_of_a_step_is_in_its_section_or_in_the_section_plan_or_training(name):
+def test_each_option_of_a_step_is_in_its_section_or_in_a_section_that_it_names(name):
     text = section(f"### {name}")
     shared = section("## Plan") * ("(#plan)" in text) + section("## Training") * ("(#training)" in text)
+    shared += section("## Sparsity") * ("(#sparsity)" in text)
     assert [field for field in STEPS[name].model_fields if f"| `{field}` |" not in text + shared] == []
 
 

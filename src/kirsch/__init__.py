@@ -30,10 +30,22 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Goal, Plan
     from kirsch.graph.verification import Verification
     from kirsch.pruning.choose import plan
+    from kirsch.pruning.compensation import Compensation
+    from kirsch.pruning.learned.gates import LearnedGates, read_gates, with_gates
+    from kirsch.pruning.learned.movement import Movement
     from kirsch.pruning.prune import Pruned, prune, prune_with_verification
-    from kirsch.pruning.regularizers import L1, Slimming
+    from kirsch.pruning.regularizers.group_lasso import GroupLasso
+    from kirsch.pruning.regularizers.growing import GrowingRegularization
+    from kirsch.pruning.regularizers.l1 import L1
+    from kirsch.pruning.regularizers.slimming import Slimming
+    from kirsch.pruning.sensitivity import sensitivity
+    from kirsch.pruning.sensitivity_table import Sensitivity
+    from kirsch.pruning.sparsity.schedule import SparsitySchedule
+    from kirsch.pruning.sparsity.sparsified import Sparsified
+    from kirsch.pruning.sparsity.sparsify import fold_masks, sparsify
     from kirsch.pruning.store import load, save
     from kirsch.recipes.compress import Compressed, compress
+    from kirsch.recipes.gates import learn_gates
     from kirsch.recipes.recovery import recovery
 
 __all__ = [
@@ -41,6 +53,7 @@ __all__ = [
     "ArrayData",
     "Artifact",
     "Batch",
+    "Compensation",
     "Compressed",
     "DataSet",
     "Dense",
@@ -48,14 +61,21 @@ __all__ = [
     "GeneratedData",
     "Goal",
     "Graph",
+    "GroupLasso",
+    "GrowingRegularization",
     "KirschError",
+    "LearnedGates",
     "Measurement",
     "ModelGenerator",
+    "Movement",
     "Objective",
     "Plan",
     "Pruned",
     "Ramp",
+    "Sensitivity",
     "Slimming",
+    "Sparsified",
+    "SparsitySchedule",
     "Split",
     "TeacherStore",
     "Term",
@@ -73,14 +93,20 @@ __all__ = [
     "ensemble",
     "export",
     "fit",
+    "fold_masks",
+    "learn_gates",
     "load",
     "measure",
     "plan",
     "prune",
     "prune_with_verification",
+    "read_gates",
     "recovery",
     "save",
+    "sensitivity",
+    "sparsify",
     "trace",
+    "with_gates",
 ]
 
 # Module of each public name. Names are imported at first use, so that `import kirsch` loads no framework.
@@ -88,6 +114,7 @@ _MODULES = {
     "ArrayData": "kirsch.data.batches",
     "Artifact": "kirsch.deploy.export",
     "Batch": "kirsch.data.batches",
+    "Compensation": "kirsch.pruning.compensation",
     "Compressed": "kirsch.recipes.compress",
     "DataSet": "kirsch.data.dataset",
     "Dense": "kirsch.distillation.store.record",
@@ -95,15 +122,22 @@ _MODULES = {
     "GeneratedData": "kirsch.data.generated",
     "Goal": "kirsch.graph.plan",
     "Graph": "kirsch.graph.graph",
+    "GroupLasso": "kirsch.pruning.regularizers.group_lasso",
+    "GrowingRegularization": "kirsch.pruning.regularizers.growing",
     "KirschError": "kirsch.errors",
-    "L1": "kirsch.pruning.regularizers",
+    "L1": "kirsch.pruning.regularizers.l1",
+    "LearnedGates": "kirsch.pruning.learned.gates",
     "Measurement": "kirsch.deploy.measure",
     "ModelGenerator": "kirsch.frameworks.model_generator",
+    "Movement": "kirsch.pruning.learned.movement",
     "Objective": "kirsch.distillation.objective",
     "Plan": "kirsch.graph.plan",
     "Pruned": "kirsch.pruning.prune",
     "Ramp": "kirsch.distillation.term",
-    "Slimming": "kirsch.pruning.regularizers",
+    "Sensitivity": "kirsch.pruning.sensitivity_table",
+    "Slimming": "kirsch.pruning.regularizers.slimming",
+    "Sparsified": "kirsch.pruning.sparsity.sparsified",
+    "SparsitySchedule": "kirsch.pruning.sparsity.schedule",
     "Split": "kirsch.data.dataset",
     "TeacherStore": "kirsch.distillation.store.reading",
     "Term": "kirsch.distillation.term",
@@ -121,14 +155,20 @@ _MODULES = {
     "ensemble": "kirsch.distillation.chain",
     "export": "kirsch.deploy.export",
     "fit": "kirsch.distillation.distill",
+    "fold_masks": "kirsch.pruning.sparsity.sparsify",
+    "learn_gates": "kirsch.recipes.gates",
     "load": "kirsch.pruning.store",
     "measure": "kirsch.deploy.measure",
     "plan": "kirsch.pruning.choose",
     "prune": "kirsch.pruning.prune",
     "prune_with_verification": "kirsch.pruning.prune",
+    "read_gates": "kirsch.pruning.learned.gates",
     "recovery": "kirsch.recipes.recovery",
     "save": "kirsch.pruning.store",
+    "sparsify": "kirsch.pruning.sparsity.sparsify",
+    "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
+    "with_gates": "kirsch.pruning.learned.gates",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kirsch import figures
 from kirsch.tables import Line, Piece
@@ -160,6 +160,49 @@ class TrainingProgress:
         """Remove the bar."""
         self._running = None
         self._output.stop_status()
+
+
+class CountProgress:
+    """Show a bar for a known number of equal parts of a call. A context manager: the bar is removed at its end.
+
+    Args:
+        output: where the bar is shown; None shows nothing.
+        name: name of the call.
+        total: number of parts.
+        clock: function that returns the time in seconds.
+    """
+
+    def __init__(
+        self, output: Output | None, name: str, total: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._output, self._name, self._total, self._clock = output, name, total, clock
+        self._done, self._since = 0, clock()
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        if self._output is not None:
+            self._output.start_status(self._line)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
+        if self._output is not None:
+            self._output.stop_status()
+
+    def advance(self) -> None:
+        """Show that a part is done."""
+        self._done += 1
+        if self._output is not None:
+            self._output.refresh_status()
+
+    def _line(self) -> Line:
+        line = [
+            Piece(f"{self._name} "),
+            *bar(self._done / max(self._total, 1)),
+            Piece(f" {self._done}/{self._total}"),
+        ]
+        left = (self._total - self._done) * (self._clock() - self._since) / max(self._done, 1)
+        return [*line, time_left(left)] if self._done else line
 
 
 @dataclass

@@ -59,6 +59,17 @@ def test_trace_explains_a_layer(kirsch, run_json):
     assert (found["layer"], found["explanation"][:3]) == ("2", explanation)
 
 
+@pytest.mark.parametrize("name", ["macs", "parameters", "size", "memory"])
+def test_each_cost_can_be_limited(run_json, kirsch, folder, name):
+    run_json("plan", CHAIN, f"--{name}", "0.8", "--round-to", "1", "-o", "plan.json")
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["goal"] == {name: 0.8}
+    assert plan["cost"]["after"][name] <= 0.8 * plan["cost"]["before"][name]
+    code, _, err = kirsch("plan", CHAIN, f"--{name}", "80%")
+    assert code == 2
+    assert "Write a fraction: 0.5 for 50 %." in err
+
+
 def test_kinds_and_uniform_are_options_of_plan(run_json, kirsch, folder):
     run_json("plan", CHAIN, "--macs", "0.8", "--kinds", "channel", "--uniform", "--round-to", "1", "-o", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())

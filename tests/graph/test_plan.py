@@ -260,7 +260,7 @@ def test_a_goal_that_is_missed_by_little_is_shown_with_as_many_digits_as_differ(
 
 def test_the_error_for_an_unknown_goal_lists_the_known_goals():
     with pytest.raises(
-        UsageError, match=r"has no argument 'mac'\. Known: macs, parameters, size, memory\. Did you mean 'macs'\?"
+        UsageError, match=r"has no argument 'mac'\. Known: macs, parameters, size, memory, of\. Did you mean 'macs'\?"
     ):
         Goal(mac=0.5)
 

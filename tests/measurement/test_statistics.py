@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kirsch.errors import DataError
-from kirsch.measurement.statistics import Paired, Rate, mcnemar, rate
+from kirsch.measurement.statistics import (
+    Paired,
+    Rate,
+    bootstrap_difference,
+    mcnemar,
+    paired_difference,
+    rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +85,59 @@ def test_the_text_of_a_paired_comparison_has_the_counts_and_the_significance():
     result = mcnemar(*two_models(0, 6))
     assert result.text == "0 samples lost, 6 gained of 11; significant (p = 0.031)"
     assert result.to_dict() == {"text": result.text, "p": result.p, "lost": 0, "gained": 6}
+
+
+def test_the_difference_of_paired_accuracies_has_the_closed_form_of_its_source():
+    """Agresti, Min 2005: 1/2 is added to each cell. Here 5 samples are lost and 2 gained of 100."""
+    before, after = np.ones(100, bool), np.ones(100, bool)
+    after[:5], before[5:7] = False, False
+    found = paired_difference(before, after)
+    center = (5.5 - 2.5) / 102
+    half = 1.959964 * math.sqrt((5.5 + 2.5 - (5.5 - 2.5) ** 2 / 102) / 102**2)
+    assert (found.value, found.n) == (0.03, 100)
+    assert (found.low, found.high) == pytest.approx((center - half, center + half), abs=1e-12)
+
+
+def test_equal_predictions_have_a_difference_of_0_and_an_interval_that_narrows():
+    few, many = (paired_difference(np.ones(n, bool), np.ones(n, bool)) for n in (20, 2000))
+    assert few.value == many.value == 0
+    assert few.low < many.low < 0 < many.high < few.high
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_of_paired_accuracies_covers_the_true_difference(seed):
+    """80 % are correct; the second model loses 10 % of the samples and gains 4 %, so the difference is 6 points."""
+    random, n, covered = np.random.default_rng(seed), 200, 0
+    for _ in range(400):
+        kind = random.choice(4, n, p=[0.7, 0.1, 0.04, 0.16])
+        found = paired_difference(kind <= 1, (kind == 0) | (kind == 2))
+        covered += found.low <= 0.06 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98  # 95 % of 400 has a standard deviation of 1.1 points
+
+
+def test_the_bootstrap_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(0).normal(2, 3, 1000)
+    found = bootstrap_difference(lambda samples: float(values[samples].mean()), 1000)
+    assert found.value == pytest.approx(values.mean())
+    error = values.std() / math.sqrt(1000)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.2)  # 5 % for 200 bootstrap samples
+    assert bootstrap_difference(lambda samples: float(values[samples].mean()), 1000) == found
+
+
+def test_bootstrap_samples_for_which_the_difference_is_not_defined_are_left_out():
+    values = np.arange(6.0)
+    # The difference is not defined without the first sample: for (5/6)^6 = 33 % of the bootstrap samples.
+    some = bootstrap_difference(lambda index: float(values[index].mean()) if 0 in index else math.nan, 6)
+    assert some.value == 2.5
+    assert some.low < 2.5 < some.high
+    most = bootstrap_difference(lambda index: 1.0 if len(set(index.tolist())) == 6 else math.nan, 6)
+    assert most.value == 1.0
+    assert math.isnan(most.low)
+    assert math.isnan(most.high)
+
+
+def test_differences_without_samples_are_refused():
+    with pytest.raises(DataError, match="no samples"):
+        paired_difference(np.zeros(0, bool), np.zeros(0, bool))
+    with pytest.raises(DataError, match="no samples"):
+        bootstrap_difference(lambda _: 0.0, 0)

@@ -201,6 +201,8 @@ CALLS = {
     "moveaxis": (MATRIX[None], 0, -1),
     "ones_like": (MATRIX,),
     "reshape": (MATRIX, (3, -1)),
+    "segment_max": (OTHER[0], np.array([2, 0, 2]), 3),
+    "segment_sum": (OTHER[0], np.array([2, 0, 2]), 4),
     "sign": (OTHER,),
     "sort": (MATRIX, 0),
     "sqrt": (np.abs(MATRIX),),

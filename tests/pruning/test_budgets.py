@@ -86,6 +86,44 @@ def test_an_unreachable_memory_goal_names_the_layers_at_the_peak():
         kirsch.plan(graph, kirsch.Goal(memory=0.1), kinds=["channel"], exclude="1.inner")
 
 
+def test_an_unreachable_memory_goal_names_activations_by_the_layers_that_set_their_width():
+    """An activation function has no parameters, and the size of the inputs is fixed."""
+    layers = (
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+    graph = kirsch.trace(nn.Sequential(*layers).eval(), IMAGES)
+    with pytest.raises(GoalError, match=r"in `0` \(.*\), `1` \(.*\), cut as far as min_keep=0\.1"):
+        kirsch.plan(graph, kirsch.Goal(memory=0.01))
+    with pytest.raises(GoalError, match=r"in `0` \(.*\), `1` \(.*\), which exclude=\['0'\] keeps unchanged"):
+        kirsch.plan(graph, kirsch.Goal(memory=0.01), exclude="0")
+    with pytest.raises(GoalError, match=r"in `inputs of the model`, whose sizes do not depend on units that can be"):
+        kirsch.plan(graph, kirsch.Goal(memory=0.01), round_to=1)
+
+
+@pytest.mark.parametrize("name", ["macs", "parameters", "size", "memory"])
+@pytest.mark.parametrize(
+    ("options", "cause", "fix"),
+    [
+        ({"exclude": ["0", "1.*", "5"]}, "keeps unchanged", "exclude"),
+        ({"kinds": ["head"]}, "whose units have the kind 'channel', which `kinds` keeps", "'channel' in kinds"),
+        ({"keep": {"0": 1.0, "1.inner": 1.0, "5": 1.0}}, "whose width `keep` sets", "is reached with keep"),
+        ({"min_keep": 0.9}, "cut as far as min_keep=0.9, round_to='auto' allow", "min_keep=0.1 (the default)"),
+    ],
+)
+def test_an_unreachable_goal_states_the_least_cost_what_holds_it_and_what_reaches_it(name, options, cause, fix):
+    graph, goal = kirsch.trace(network(), IMAGES), kirsch.Goal(**{name: 0.4})
+    with pytest.raises(GoalError) as caught:
+        kirsch.plan(graph, goal, **options)
+    assert caught.value.what.startswith(f"No plan for Sequential reaches the goal: {name} 40% is requested, ")
+    assert cause in caught.value.why
+    assert fix in caught.value.fix
+
+
 def test_a_printed_plan_has_a_row_for_each_limit():
     plan = kirsch.plan(kirsch.trace(network(), IMAGES), kirsch.Goal(size=0.6, memory=0.9))
     text = str(plan)

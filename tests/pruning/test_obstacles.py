@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kirsch
-from kirsch.errors import GoalError
+from kirsch.errors import GoalError, NumericError
 from kirsch.pruning.choose import plan
 
 
@@ -153,14 +153,15 @@ def test_causes_of_less_than_a_hundredth_of_the_cost_are_not_named(outputs, name
     assert ("in `2`, whose units are inputs or outputs of the model" in error.why) is named
 
 
-def test_options_for_which_the_importance_fails_are_not_suggested():
+def test_a_suggested_option_for_which_the_importance_fails_names_the_parameter():
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
     graph = kirsch.trace(model, torch.randn(1, 4))
-    error = refused(graph, kirsch.Goal(parameters=0.1), exclude=["2"])
-    assert "is reached with" not in error.fix
-    assert "The parameter '2.weight' of Sequential holds NaN" in error.fix
+    goal = kirsch.Goal(parameters=0.1)
+    assert "The goal is reached with exclude without '2'" in refused(graph, goal, exclude=["2"]).fix
+    with pytest.raises(NumericError, match=r"The parameter '2\.weight' of Sequential holds NaN"):
+        plan(graph, goal)
 
 
 def test_a_goal_on_macs_is_refused_for_a_model_without_macs():

@@ -22,7 +22,7 @@ from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
 
-NOT_OPTIONS = {"graph", "goal", "data"}
+NOT_OPTIONS = {"graph", "goal", "data", "validation", "quality", "progress"}
 """Arguments of `kirsch.plan` that are not options."""
 
 
@@ -60,7 +60,11 @@ def test_kirsch_plan_and_plan_options_have_the_same_options_and_defaults():
 def test_kirsch_plan_and_plan_options_have_the_same_types():
     signature = typing.get_type_hints(kirsch.plan, include_extras=True)
     fields = typing.get_type_hints(PlanOptions, include_extras=True)
-    also_functions = {"importance", "loss"}  # Python calls also take functions and arrays, which no file can store
+    also_functions = {
+        "importance",
+        "loss",
+        "metric",
+    }  # Python calls also take functions and arrays, which no file can store
     same = fields.keys() - {"model_config"} - also_functions
     assert {name: signature[name] for name in same} == {name: fields[name] for name in same}
     for name in also_functions:
@@ -117,15 +121,25 @@ VALUES = {
     "round_to": (["head=4", "head dim=8"], {"head": 4, "head dim": 8}),
     "kinds": (["head", "channel"], ("head", "channel")),
     "uniform": ([], True),
+    "loadable": ([], True),
     "min_keep": (["0.25"], 0.25),
     "keep": (["layer4.*=0.5", "fc=48", "conv=1.0"], {"layer4.*": 0.5, "fc": 48, "conv": 1.0}),
+    "max_drop": (["0.02"], 0.02),
+    "metric": (["balanced_accuracy"], "balanced_accuracy"),
+    "class_weights": (["cat=5", "3=2"], {"cat": 5, "3": 2}),
+    "minimize": (["parameters"], "parameters"),
     "exclude": (["layer4.*", "fc"], ("layer4.*", "fc")),
     "keep_outputs": (["fc"], ("fc",)),
     "seed": (["7"], 7),
+    "evaluations": (["50"], 50),
 }
 
 
-NEEDED = {"loss": {"importance": "taylor"}}
+NEEDED = {
+    "loss": {"importance": "taylor"},
+    "evaluations": {"ranking": "legr"},
+    **{name: {"max_drop": 0.02} for name in ("metric", "class_weights", "minimize")},
+}
 """Options without which another option has no effect, by the name of the other one."""
 
 
@@ -147,7 +161,7 @@ def test_an_option_set_in_python_recipe_or_command_reaches_the_plan(name, monkey
     monkeypatch.setattr("kirsch.cli.networks.show_plan", planned)
     flag = flags("plan")[name]
     arguments = [part for text in texts for part in (flag, text)] or [flag]
-    arguments += [part for key, item in needed.items() for part in (flags("plan")[key], item)]
+    arguments += [part for key, item in needed.items() for part in (flags("plan")[key], str(item))]
     assert main(["plan", "a:b", "--macs", "0.5", *arguments]) == 0
     assert PlanOptions(**found) == PlanOptions(**{name: value}, **needed)
 
@@ -190,10 +204,19 @@ def test_a_plan_file_accepts_each_option(graph, name):
         ("keep", {"fc": 1.5}),
         ("keep", {"fc": "48"}),
         ("keep", ["fc"]),
+        ("max_drop", 1.0),
+        ("max_drop", -0.1),
+        ("max_drop", "0.1"),
+        ("metric", 3),
+        ("class_weights", {"cat": -1}),
+        ("class_weights", [1.0]),
+        ("minimize", "latency"),
         ("exclude", 3),
         ("keep_outputs", [3]),
         ("seed", -1),
         ("seed", 0.5),
+        ("evaluations", 0),
+        ("evaluations", 10.5),
     ],
 )
 def test_a_value_that_is_refused_in_python_is_refused_in_a_recipe(graph, name, value):

@@ -67,7 +67,7 @@ PRUNES = st.fixed_dictionaries(
     optional={
         "round_to": st.integers(1, 64) | st.just("auto"),
         "uniform": st.booleans(),
-        "loadable": st.booleans() | st.none(),
+        "loadable": st.booleans(),
         "exclude": st.lists(NAMES),
     },
 )
@@ -97,7 +97,7 @@ RECIPES = st.fixed_dictionaries(
 
 
 SECTIONS = "Known: version, name, seed, task, data, teacher, student, steps, goal."
-LIMITS = "Known: macs, parameters, max_drop, speedup."
+LIMITS = "Known: macs, parameters, size, memory, max_drop, speedup."
 
 
 def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), environment: dict | None = None) -> None:
@@ -166,7 +166,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             "- prun: {}",
             (
                 r"line 8: steps[2]: there is no step 'prun'. Known: distill, evaluate, export, measure, prune, "
-                "recover, train. Did you mean 'prune'?"
+                "recover, repeat, sensitivity, train. Did you mean 'prune'?"
             ),
         ),
         (
@@ -315,7 +315,7 @@ def test_a_second_step_prune_needs_a_goal_of_its_own(first):
         "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
         "'prune'. The limits of a step are fractions of the model before this step."
     )
-    fix = "Give the step 'prune-2' a goal, such as macs=0.7."
+    fix = "Give the step 'prune-2' a goal, such as macs=0.7, or goal_of: job to prune to the goal of the job."
     assert_refused(
         f"{MINIMAL}- {first}\n- recover\n- prune\n",
         f"line 5: steps[2]: the step 'prune-2' has no goal of its own. {why} {fix}",
@@ -324,7 +324,10 @@ def test_a_second_step_prune_needs_a_goal_of_its_own(first):
 
 
 def test_prune_without_goal_needs_a_goal_of_the_job():
-    why = "Neither the step nor the job limits macs or parameters. Give the step or the job a goal, such as macs=0.5."
+    why = (
+        "Neither the step nor the job limits a cost: macs, parameters, size, memory. Give the step or the job a goal, "
+        "such as macs=0.5."
+    )
     problem = f"the step 'prune' has no goal. {why}"
     assert_refused(VALID, f"line 3: steps[0]: {problem}", changes=("prune.goal=null",))
     assert_refused(
@@ -369,15 +372,15 @@ def test_invalid_override_is_refused_with_the_form(change):
             "prune.gaol.macs=1",
             (
                 "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. "
-                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, loadable, min_keep, keep, "
-                "exclude, keep_outputs, seed, goal. Did you mean 'goal'?"
+                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, loadable, min_keep, keep, exclude, "
+                "keep_outputs, seed, goal, goal_of. Did you mean 'goal'?"
             ),
         ),
         (
             "prune.goal.mac=0.5",
             (
-                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters. Did you mean "
-                "'macs'?"
+                "--set prune.goal.mac=0.5: steps[0].prune.goal.mac: unknown key. Known: macs, parameters, size, "
+                "memory. Did you mean 'macs'?"
             ),
         ),
         ("student={}", "--set student={}: student.model: this key is required"),

@@ -68,7 +68,7 @@ def changed(model):
 
 
 INFERENCE, ANALYSIS, TRAINING = pytorch().inference, pytorch().analysis, pytorch().training
-CALIBRATION = pytorch().calibration
+CALIBRATION, SURGERY, MASKING = pytorch().calibration, pytorch().surgery, pytorch().masking
 
 
 def changing_predict(model, inputs, *, batch_size=256):
@@ -83,6 +83,10 @@ def batch_predict(model, inputs, *, batch_size=256):
 def untrained(model, batches, loss, training, hooks):
     trained = TRAINING.train(model, batches, loss, training, hooks)
     return dataclasses.replace(trained, model=model)
+
+
+def without_hooks(model, batches, loss, training, hooks):
+    return TRAINING.train(model, batches, loss, training, dataclasses.replace(hooks, before_step=None))
 
 
 def unseeded(model, batches, loss, training, hooks):
@@ -103,12 +107,32 @@ def doubled(function):
     return lambda *args: {name: 2 * value for name, value in function(*args).items()}
 
 
+def unmasked(model):
+    """Return the model with ones in place of zeros."""
+    for parameter in model.parameters():
+        parameter.data[parameter.data == 0] = 1
+    return model
+
+
+def without_the_first_input(function):
+    def observe(model, inputs, names, see):
+        function(model, inputs, names, lambda name, axis, groups, x: see(name, axis, groups, x[:, 1:]))
+
+    return observe
+
+
 def without_the_first_sample(function):
     def observe(graph, inputs, *names_and_see):
         *names, see = names_and_see
         function(graph, inputs, *names, lambda *args: see(*args[:-2], args[-2][1:], args[-1]))
 
     return observe
+
+
+def shifted_pairs(graph, pruned, inputs, names, see):
+    CALIBRATION.paired_inputs(
+        graph, pruned, inputs, names, lambda name, groups, x, y: see(name, groups, x, y.roll(1, 1))
+    )
 
 
 FAULTS = [
@@ -188,6 +212,14 @@ FAULTS = [
         "the loss is",
     ),
     (
+        "check_outputs_without_units_are_those_of_the_pruned_model",
+        planted(
+            "calibration",
+            outputs_without=lambda graph, inputs, keep: CALIBRATION.outputs_without(graph, inputs, keep | True),
+        ),
+        "the first output: the largest difference",
+    ),
+    (
         "check_activations_belong_to_weights_and_samples",
         planted("calibration", weight_inputs=without_the_first_sample(CALIBRATION.weight_inputs)),
         "positions of 24 samples",
@@ -201,6 +233,26 @@ FAULTS = [
         "check_activations_belong_to_weights_and_samples",
         planted("calibration", outputs=lambda graph, inputs: CALIBRATION.outputs(graph, 2 * inputs)),
         "the outputs",
+    ),
+    (
+        "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
+        planted("calibration", paired_inputs=shifted_pairs),
+        "the activations of",
+    ),
+    (
+        "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
+        planted("calibration", paired_outputs=lambda graph, pruned, inputs: [(np.zeros((24, 3)),) * 2]),
+        "the outputs of the original",
+    ),
+    (
+        "check_parameters_and_statistics_of_a_model_can_be_set",
+        planted("surgery", set_parameters=lambda model, graph, values: None),
+        "has other values",
+    ),
+    (
+        "check_parameters_and_statistics_of_a_model_can_be_set",
+        planted("surgery", batch_norms=lambda model: []),
+        "no batch normalization",
     ),
     (
         "check_features_have_the_shape_of_their_layer",
@@ -218,11 +270,56 @@ FAULTS = [
         "batch_norm_scales returns nothing",
     ),
     (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", parameters_by_path=lambda model: dict(model.named_parameters())),
+        "the parameters by path are",  # with adapters, the names have a prefix
+    ),
+    (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", gradients_by_path=TRAINING.parameters_by_path),
+        "a new model has gradients",
+    ),
+    (
+        "check_parameters_are_found_by_the_paths_of_the_graph",
+        planted("training", train=without_hooks),
+        "before_step is called 0 times",
+    ),
+    (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", without_gates=lambda model: copy.deepcopy(model.model)),
+        "the model without gates: the largest difference",
+    ),
+    (
+        "check_gates_are_trained_and_folded_into_the_weights",
+        planted("training", train=untrained),
+        "no gate is trained",
+    ),
+    (
         "check_training_is_reproducible_and_lowers_the_loss",
         planted("training", train=untrained),
         "returns the model as it was",
     ),
     ("check_training_is_reproducible_and_lowers_the_loss", planted("training", train=unseeded), "two runs of one seed"),
+    (
+        "check_layer_inputs_have_the_columns_of_the_weights",
+        planted("calibration", layer_inputs=without_the_first_input(CALIBRATION.layer_inputs)),
+        "reads 4 columns",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", fold=lambda model: unmasked(MASKING.fold(model))),
+        "masked values that are not 0",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", hold=lambda model, masks, values=None: None),
+        "model with masks has other masks",
+    ),
+    (
+        "check_masks_hold_while_a_model_is_trained",
+        planted("masking", hold=lambda model, masks, values=None: MASKING.hold(model, masks)),
+        "the kept values of",
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from kirsch.annotations import FEWEST_ROUNDS
 from kirsch.cli import failure
 from kirsch.cli.interrupts import interruptible
 from kirsch.cli.paths import check_paths
-from kirsch.cli.plan_flags import given_options, with_plan_flags
+from kirsch.cli.plan_flags import given_limits, given_options, with_plan_flags
 from kirsch.cli.streams import discard_stdout, prepare_streams, stdout_for_result
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
@@ -137,10 +137,6 @@ Inputs = Annotated[
 ]
 Weights = Annotated[str, typer.Option("--weights", help="random, pretrained (timm), or a safetensors FILE.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and random choices.", min=0)]
-Macs = Annotated[float | None, typer.Option("--macs", help="Limit of the MACs, as a fraction of the original: 0.5.")]
-Parameters = Annotated[
-    float | None, typer.Option("--parameters", help="Limit of the parameters, as a fraction of the original.")
-]
 BlockData = Annotated[
     str,
     typer.Option(
@@ -222,8 +218,6 @@ def trace(
 def plan(
     session: Session,
     model: Model,
-    macs: Macs = None,
-    parameters: Parameters = None,
     output: Annotated[str, typer.Option("--output", "-o", help="File for the plan, as JSON.", metavar="FILE")] = "",
     inputs: Inputs = None,
     data: BlockData = "",
@@ -234,7 +228,7 @@ def plan(
     """Choose the units to remove, without removing them."""
     from kirsch.cli import networks
 
-    request = networks.PlanRequest(macs, parameters, given_options(options), data, seed)
+    request = networks.PlanRequest(given_limits(options), given_options(options), data, seed)
     loaded = networks.load_model(model, inputs or [], weights, seed=seed)
     return networks.show_plan(loaded, request, output, session.terminal)
 
@@ -246,8 +240,6 @@ def prune(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the pruned model.", metavar="FOLDER")],
     plan_file: Annotated[str, typer.Option("--plan", help="A plan file of kirsch plan.", metavar="FILE")] = "",
-    macs: Macs = None,
-    parameters: Parameters = None,
     inputs: Inputs = None,
     data: BlockData = "",
     weights: Weights = "random",
@@ -260,7 +252,7 @@ def prune(
     return networks.show_prune(
         lambda: networks.load_model(model, inputs or [], weights, seed=seed),
         plan_file,
-        networks.PlanRequest(macs, parameters, given_options(options), data, seed),
+        networks.PlanRequest(given_limits(options), given_options(options), data, seed),
         output,
         session.terminal,
     )
@@ -405,11 +397,12 @@ def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "kirsch"
     option = str(getattr(error, "option_name", ""))
-    from kirsch.graph.plan import IN_PLACE_OF_LATENCY, LATENCY, NO_LATENCY, WHY_NO_LATENCY
+    from kirsch.graph.cost import WORDS
+    from kirsch.graph.goal import IN_PLACE_OF_LATENCY, LATENCY, NO_LATENCY, WHY_NO_LATENCY
 
     if LATENCY.search(option):
         return GoalError(f"There is no option {option}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
     first, *rest = error.format_message().strip().split("\n")
-    fraction = getattr(getattr(error, "param", None), "name", None) in ("macs", "parameters")
+    fraction = getattr(getattr(error, "param", None), "name", None) in WORDS
     fix = "Write a fraction: 0.5 for 50 %." if fraction else f"See {path} --help."
     return UsageError(first, " ".join(rest), fix)

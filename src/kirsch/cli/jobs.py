@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import figures, files
 from kirsch.cli.signals import stop_on_signals
 from kirsch.errors import NOT_REACHED, CheckpointError, LoadError, OutputError
+from kirsch.graph.cost import WORDS
 from kirsch.progress import JobProgress, labeled, verdict_lines
 from kirsch.pruning.step import plan_file
 from kirsch.recipes.manifest import METRICS, RECIPE, REPORT
@@ -121,7 +122,8 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         reduction = ", ".join(
             f"{word} {figures.count(before[key])} → {figures.count(after[key])}"
             f" (−{figures.percent(1 - after[key] / max(before[key], 1))})"
-            for key, word in (("macs", "MACs"), ("parameters", "parameters"))
+            for key, word in WORDS.items()
+            if key in ("macs", "parameters") or key in plan["goal"]
         )
         lines += [[]] if number == 0 else []
         kind = "block" if plan["blocks"] else "unit"

@@ -22,11 +22,13 @@ from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.importance import importance_of
 from kirsch.pruning.prune import prune_with_verification
 from kirsch.pruning.step import CALIBRATION
 from kirsch.pruning.store import is_saved, load, save
 from kirsch.recipes.models import build, stated_inputs
 from kirsch.tables import Part, Piece, Table, notes
+from kirsch.tasks.metrics import class_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,15 +80,14 @@ class PlanRequest:
     """Goal and options of a plan from the command line.
 
     Args:
-        macs, parameters: the goal; see `Goal`.
+        limits: limits of the goal whose flags are given; see `Goal`.
         options: options of `kirsch.plan` whose flags are given.
         data: name or reference of a data source, as in `data.source` of a recipe, for importances that run the model.
             "": none; blocks are ranked on the example inputs.
         seed: seed of the plan and of the data.
     """
 
-    macs: float | None
-    parameters: float | None
+    limits: dict[str, Any]
     options: dict[str, Any]
     data: str
     seed: int
@@ -94,7 +95,7 @@ class PlanRequest:
     @property
     def given_options(self) -> list[str]:
         """Names of the options that the user gave."""
-        values = {"macs": self.macs, "parameters": self.parameters, "data": self.data or None, **self.options}
+        values = {**self.limits, "data": self.data or None, **self.options}
         return [name for name, value in values.items() if value is not None]
 
     @property
@@ -104,25 +105,28 @@ class PlanRequest:
 
     def plan(self, loaded: LoadedModel) -> Plan:
         """Return the plan for a model. Its `method["weights"]` describes the weights that ranked the units."""
-        no_goal = self.macs is None and self.parameters is None
-        if no_goal and not self.options.get("keep"):
+        if not self.limits and not self.options.get("keep") and "max_drop" not in self.options:
             raise UsageError(
                 "The goal is missing.",
-                "A plan needs a limit of the cost, or widths by hand.",
-                "Give a limit: --macs 0.5; or a width: --keep 'layer4.*=0.5'.",
+                "A plan needs a limit of the cost, a largest drop of the quality, or widths by hand.",
+                "Give a limit: --macs 0.5 or --max-drop 0.02; or a width: --keep 'layer4.*=0.5'.",
             )
+        options = dict(self.options)
         data = loaded.inputs if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
             from_numpy = loaded.framework.inference.from_numpy
             of_blocks = self.options.get("kinds") == [BLOCK]
-            data = (
-                [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
-                if of_blocks
-                else source.calibration_batches(CALIBRATION)
-            )
-        goal = None if no_goal else Goal(macs=self.macs, parameters=self.parameters)
-        plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **self.options)
+            measures = "max_drop" in options
+            if measures:
+                options["validation"] = source.validation
+                options["class_weights"] = class_numbers(options.get("class_weights"), source.classes)
+            if of_blocks:
+                data = [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
+            elif not measures or importance_of(options.get("importance", "magnitude")).needs != "weights":
+                data = source.calibration_batches(CALIBRATION)
+        goal = Goal(**self.limits) if self.limits else None
+        plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **options)
         return replace(plan, method=plan.method | {"weights": loaded.weights})
 
     def notes(self) -> list[str]:
@@ -255,7 +259,7 @@ def show_prune(
         "weights": loaded.weights,
     }
     terminal.result(parts, content)
-    goal_met = not plan.goal or Goal(**plan.goal).met_by(plan.after, plan.before)
+    goal_met = plan.limits is None or plan.limits.met_by(plan.after, plan.before)
     return 0 if goal_met else NOT_REACHED
 
 

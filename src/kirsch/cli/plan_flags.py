@@ -1,4 +1,4 @@
-"""Flags of `kirsch plan` and `kirsch prune`, made from the options of a plan."""
+"""Flags of `kirsch plan` and `kirsch prune`, made from the options of a plan and the costs that a goal can limit."""
 
 # typer reads the annotations when a subcommand is registered: no `from __future__ import annotations` here.
 import inspect
@@ -9,16 +9,25 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from kirsch.errors import UsageError
+from kirsch.graph.cost import WORDS
 from kirsch.pruning.options import PlanOptions
 
 
 def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter `**options` of a subcommand with flags for the plan options that are not yet parameters."""
+    """Replace the parameter `**options` of a subcommand with flags.
+
+    There is a flag for each limit of a goal, and for each option of a plan that is not yet a parameter.
+    """
     signature = inspect.signature(function)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     flags = [_flag(name) for name in PlanOptions.model_fields if name not in signature.parameters]
-    function.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]  # read by inspect.signature
+    function.__signature__ = signature.replace(parameters=[*own, *map(_limit_flag, WORDS), *flags])  # type: ignore[attr-defined]  # read by inspect.signature
     return function
+
+
+def given_limits(flags: Mapping[str, Any]) -> dict[str, float]:
+    """Return the limits of a goal whose flags are given."""
+    return {name: flags[name] for name in WORDS if flags[name] is not None}
 
 
 def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +36,16 @@ def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a flag that takes one value is repeated, or a weight is not a number.
     """
-    return {name: _value(name, value) for name, value in flags.items() if value is not None and value != []}
+    given = {name: value for name, value in flags.items() if name not in WORDS and value is not None and value != []}
+    return {name: _value(name, value) for name, value in given.items()}
+
+
+def _limit_flag(name: str) -> inspect.Parameter:
+    """Return the flag of the limit of a cost."""
+    flag = typer.Option(f"--{name}", help=f"Limit of the {WORDS[name]}, as a fraction of the original: 0.5.")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[float | None, flag]
+    )
 
 
 def _flag(name: str) -> inspect.Parameter:
@@ -44,10 +62,7 @@ def _flag(name: str) -> inspect.Parameter:
     else:
         (kind,) = kinds
     # The default is None, so that a flag with the default of the option is known to be given.
-    names = f"--{name.replace('_', '-')}"
-    if kind is bool and field.default is None:
-        names += f"/--no-{name.replace('_', '-')}"
-    flag = typer.Option(names, help=f"{text}.", show_default=False)
+    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
     )
@@ -82,12 +97,12 @@ def _value(name: str, value: Any) -> Any:
     return int(value[0]) if value[0].isascii() and value[0].isdigit() else value[0]  # `kirsch.plan` checks other texts
 
 
-_EXAMPLES = {"kinds": "head=2", "round_to": "head=2", "keep": "layer4.*=0.5"}
+_EXAMPLES = {"kinds": "head=2", "round_to": "head=2", "keep": "layer4.*=0.5", "class_weights": "3=5"}
 """Example of a value of the form KEY=NUMBER for each flag that takes such values."""
 
 
 def _key(name: str) -> str:
-    return "LAYER" if name == "keep" else "KIND"
+    return {"keep": "LAYER", "class_weights": "CLASS"}.get(name, "KIND")
 
 
 def _number(text: str, given: str, name: str) -> float:

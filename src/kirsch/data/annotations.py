@@ -152,11 +152,14 @@ Build = Annotated[
 """A function without arguments that returns a new model."""
 
 Regularizer = Annotated[
-    Callable[[Any], Any],
+    Callable[..., Any],
     Kind(
         "a function of the student",
         lambda value: not is_model(value),
         lambda _: "Give kirsch.L1(1e-4).",
     ),
 ]
-"""Function student → scalar with gradient, which is added to the loss."""
+"""Function student → scalar with gradient, which is added to the loss.
+
+A function with the keyword `epoch` also gets the number of completed epochs, with the fraction of the current one.
+"""

@@ -87,12 +87,10 @@ class Export(Step):
             cells = [f"{same}/{agreed.n} same labels"]
         np.save(folder / LOGITS, logits, allow_pickle=False)
         quality = job.quality(logits)
-        parameters, macs = job.count(job.model)
         return {
             "model": "exported",
             "did": target.name,
-            "parameters": parameters,
-            "macs": macs,
+            **job.cost(job.model, job.goal.cost),
             "bytes": artifact.bytes,
             **quality,
             "artifact": artifact.to_dict(),

@@ -19,6 +19,7 @@ from kirsch.distillation.targets import check_evaluable, uses_labels
 from kirsch.errors import DataError, NumericError
 from kirsch.tasks.classification import PredictionSummary
 from kirsch.tasks.label_losses import IGNORED
+from kirsch.tasks.metrics import r_squared
 from kirsch.tasks.next_token import next_labels, shift_logits
 
 if TYPE_CHECKING:
@@ -226,10 +227,8 @@ def _mean(labels: Sequence[PredictionSummary], name: str) -> float:
 
 
 def _r_squared(found: Sequence[EvaluatedBatch]) -> float | None:
-    """Return R²: 1 for exact predictions, 0 for the mean of the targets; None if the targets do not differ."""
-    outputs, targets = (side.astype(np.float64) for side in _rows_of(found))
-    spread = ((targets - targets.mean(0)) ** 2).sum()
-    return float(1 - ((outputs - targets) ** 2).sum() / spread) if spread > 0 else None
+    """Return R² over all samples and positions; None if the targets do not differ."""
+    return r_squared(*_rows_of(found))
 
 
 def _check_regression(found: Sequence[EvaluatedBatch], name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from kirsch.distillation.distillation_loss import LABEL, DistillationLoss, add
@@ -80,7 +81,7 @@ class DistillationStep:
         objective: supplies the label loss and the weights of the terms.
         terms: terms of the objective, bound to the layers of the models.
         teacher_source: function that returns the outputs of the teachers for a batch; None without terms.
-        regularizers: further loss terms that depend on the student only.
+        regularizers: further loss terms that depend on the student only; they may take the time as keyword `epoch`.
         positions_of: function that converts the mask of a sequence model's inputs to the mask of its hidden states.
         logits_shape: see `TargetCheck`.
     """
@@ -98,7 +99,8 @@ class DistillationStep:
         self.loss = DistillationLoss(objective, terms, positions_of)
         self.factors: dict[str, float] = {}
         self._features, self._objective, self._teacher_source = features, objective, teacher_source
-        self._regularizers, self._targets = regularizers, TargetCheck(objective, logits_shape)
+        self._regularizers = [(regularizer, _takes_epoch(regularizer)) for regularizer in regularizers]
+        self._targets = TargetCheck(objective, logits_shape)
         self._weights: dict[str, float] = {}
         self._unchecked = logit_layers(objective, terms, None)  # checked in the first step in training mode
 
@@ -153,7 +155,7 @@ class DistillationStep:
             batch_counts=batch_counts,
             factors=self.factors,
             targets_checked=self._targets.all_checked is True,
-            regularization=regularization(self._regularizers, model),
+            regularization=regularization(self._regularizers, model, epoch),
         )
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -202,9 +204,20 @@ def balancing_factors(
     return {name: unweighted[present[0]] / unweighted[name] for name in present[1:]}
 
 
-def regularization(regularizers: Sequence[Regularizer], student: Any) -> dict[str, Any]:
-    """Return the values of regularizers for a student, by class name."""
+def regularization(regularizers: Sequence[tuple[Regularizer, bool]], student: Any, epoch: float) -> dict[str, Any]:
+    """Return the values of regularizers for a student after `epoch` epochs, by class name.
+
+    `regularizers`: the regularizers, and whether each takes the keyword `epoch`.
+    """
     values: dict[str, Any] = {}
-    for regularizer in regularizers:
-        add(values, type(regularizer).__name__, regularizer(student))
+    for regularizer, takes_epoch in regularizers:
+        options = {"epoch": epoch} if takes_epoch else {}
+        add(values, type(regularizer).__name__, regularizer(student, **options))
     return values
+
+
+def _takes_epoch(regularizer: Regularizer) -> bool:
+    try:
+        return "epoch" in inspect.signature(regularizer).parameters
+    except ValueError:  # a callable of a compiled module has no signature
+        return False

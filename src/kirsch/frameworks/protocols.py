@@ -1,8 +1,8 @@
 """Protocols that a framework package implements.
 
-A `Framework` has one object for each of the six protocols `Analysis`, `Calibration`, `Surgery`, `Features`,
-`TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these protocols
-return.
+A `Framework` has one object for each of the seven protocols `Analysis`, `Calibration`, `Surgery`, `Masking`,
+`Features`, `TrainingLoop` and `Inference`. `StudentWithAdapters` and `Exportable` are objects that methods of these
+protocols return.
 
 `model` is a model of the framework. `batch` and `inputs` hold numpy arrays or arrays of the framework. Features and
 adapters are objects of the framework, which other packages only pass on. `kirsch.testing.FRAMEWORK_CHECKS` is the
@@ -14,14 +14,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kirsch.frameworks.pruned_models import ChangedValues, PairedRuns
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.data.batches import Batch
+    from kirsch.frameworks.gates import Gating
+    from kirsch.frameworks.masking import Masking
+    from kirsch.frameworks.students import StudentWithAdapters
     from kirsch.frameworks.training import Trained, Training, TrainingHooks
     from kirsch.graph.configuration import Configurable
     from kirsch.graph.graph import Graph, Tracing
@@ -52,7 +57,7 @@ class Analysis(Protocol):
         """Return random inputs of the structure, shapes and types that a plan stores, on the device of a model."""
 
 
-class Calibration(Protocol):
+class Calibration(PairedRuns, Protocol):
     """Runs of a traced model on calibration data, in inference mode. `graph.model` is the model.
 
     `batch` is a batch of inputs with targets, and `loss` a function of the model's logits and the targets. Arrays by
@@ -67,8 +72,11 @@ class Calibration(Protocol):
 
     def weight_inputs(
         self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]
-    ) -> None:
+    ) -> set[str]:
         """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations.
+
+        Return the names of the weights that other operations use, and whose products are not passed to `see`, such as
+        a weight from which another one is computed.
 
         `name` and `axis` are the weight and the axis over which the product is summed, `labels` the labels of the
         channels (None if they are frozen), and `x` the activations, shape (positions, channels). If the weight is a
@@ -89,11 +97,22 @@ class Calibration(Protocol):
         other arguments are those of `weight_inputs`.
         """
 
+    def layer_inputs(
+        self, model: Any, inputs: Any, names: Collection[str], see: Callable[[str, int, int, Any], None]
+    ) -> None:
+        """Call `see(name, axis, groups, x)` for each product of a named weight with activations, in a run of a model.
+
+        The model need not be traced. The arguments are those of `weight_input_patches`, without labels and experts.
+        """
+
     def weights(self, graph: Graph) -> dict[str, Any]:
         """Return the parameters by path, without gradient."""
 
     def gradients(self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any]) -> dict[str, Any]:
-        """Return the gradient of the loss for each parameter, also for frozen parameters."""
+        """Return the gradient of the loss for each parameter, also for frozen parameters.
+
+        The lookups of an embedding table that also multiplies activations, as in tied embeddings, do not count.
+        """
 
     def hessian_products(
         self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Mapping[str, Any]
@@ -105,8 +124,16 @@ class Calibration(Protocol):
     ) -> float:
         """Return the loss after the removal of the components for which `keep` is False."""
 
+    def outputs_without(
+        self, graph: Graph, inputs: Any, keep: NDArray[np.bool_], without: Collection[str] = ()
+    ) -> list[NDArray[Any]]:
+        """Return the floating outputs, the logits first, after the removal of components and residual blocks.
 
-class Surgery(Protocol):
+        The model is not traced again. Hidden states, attention weights and caches are not returned.
+        """
+
+
+class Surgery(ChangedValues, Protocol):
     """Application of plans to models; the result is the pruned model."""
 
     def prune(self, model: Any, plan: Plan, graph: Graph, *, verify: bool) -> tuple[Any, Verification | None]:
@@ -138,60 +165,6 @@ class Surgery(Protocol):
         Returns:
             New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".
         """
-
-
-@dataclass(frozen=True)
-class StudentOutputs:
-    """Results of one forward pass of a student with adapters.
-
-    Args:
-        features: the student's features by layer.
-        adapted: the pair of features that each adapter returns for the loss, student's and teacher's, by name of the
-            adapter.
-        adapter_losses: losses that train only an adapter, by name of the adapter.
-    """
-
-    features: dict[str, Any]
-    adapted: dict[str, tuple[Any, Any]]
-    adapter_losses: dict[str, Any]
-
-
-class StudentWithAdapters(Protocol):
-    """A student and its adapters as one model, so that one forward pass computes all inputs of the loss.
-
-    Attributes:
-        student: the student alone.
-        adapters: the adapters as one object of the framework.
-        training: whether student and adapters are in training mode.
-    """
-
-    student: Any
-    adapters: Any
-    training: bool
-
-    def __call__(
-        self, inputs: Any, teacher_features: Mapping[str, Any] | None = None, ids: Any = None
-    ) -> StudentOutputs:
-        """Run the student on one batch, and each adapter on the student's and the teacher's features.
-
-        `teacher_features`: the teacher's features by name of the adapter. `ids`: ids of the samples, for adapters that
-        store features by sample.
-        """
-
-    def parameters(self) -> Iterator[Any]:
-        """Return the parameters of student and adapters."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Set student and adapters to training mode, or to inference mode."""
-
-    def adapter_state(self) -> dict[str, Any]:
-        """Return the arrays of all adapters by name."""
-
-    def load_adapter_state(self, state: Mapping[str, Any], /) -> None:
-        """Load arrays of `adapter_state`; names and shapes must agree."""
-
-    def close(self) -> None:
-        """Remove the hooks."""
 
 
 class Features(Protocol):
@@ -296,6 +269,28 @@ class TrainingLoop(Protocol):
     def weight_arrays(self, model: Any) -> Iterable[Any]:
         """Return the weights with two or more axes, as arrays with gradients."""
 
+    def parameters_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the parameters of a model by path, as arrays with gradients; tied parameters once.
+
+        The paths are those of the model that was traced, also if the model is wrapped for distributed training, for
+        compilation or with adapters.
+        """
+
+    def gradients_by_path(self, model: Any) -> dict[str, Any]:
+        """Return the gradients of the last backward pass by path, for the parameters that have one."""
+
+    def gated(self, model: Any, gating: Gating) -> Any:
+        """Return a copy of a model whose weights are multiplied by trainable gates, which are random in training mode.
+
+        With `train_weights=False` of the gating, only the gates have gradients.
+        """
+
+    def gate_values(self, model: Any) -> NDArray[Any]:
+        """Return the trainable numbers of a result of `gated`, times the speed of the gating, as float64."""
+
+    def without_gates(self, model: Any) -> Any:
+        """Return a copy of the model in a result of `gated`, whose weights include the factors used after training."""
+
 
 class Inference(Protocol):
     """Running of models, conversion of arrays, weight files, and export."""
@@ -323,6 +318,12 @@ class Inference(Protocol):
 
         Raises:
             UsageError: the losses would train another output than the logits.
+        """
+
+    def named_arguments(self, model: Any, inputs: Any) -> Any:
+        """Return a tuple or list of inputs as a dict by the names of the arguments of a model's `forward`.
+
+        Other inputs, and those of a `forward` whose arguments have no names, are returned unchanged.
         """
 
     def unknown_arguments(self, model: Any, names: Sequence[str]) -> list[str]:
@@ -371,12 +372,12 @@ class Inference(Protocol):
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework: its name, one object for each of the six protocols, and its built-in models.
+    """A framework: its name, one object for each of the seven protocols, and its built-in models.
 
     Args:
         name: name of the framework.
-        analysis, calibration, surgery, features, training, inference: implementations, such as modules with these
-            functions.
+        analysis, calibration, surgery, masking, features, training, inference: implementations, such as modules with
+            these functions.
         models: functions that build the built-in models, by names such as "digits:teacher".
     """
 
@@ -384,6 +385,7 @@ class Framework:
     analysis: Analysis
     calibration: Calibration
     surgery: Surgery
+    masking: Masking
     features: Features
     training: TrainingLoop
     inference: Inference

@@ -180,6 +180,8 @@ class TrainingHooks:
         batch: called after each optimizer step with the number of the epoch (from 1), the number of epochs, the number
             of completed batches of this epoch, and the number of batches of an epoch (None if it is not known).
         close: called when the training ends, also if it ends with an error.
+        before_step: called before each optimizer step with the model. Its gradients are those of the step: the mean
+            over all samples of the step, in all processes, after clipping.
     """
 
     made_by: ClassVar[str] = "kirsch.TrainingHooks(event=..., stop=..., save=...)"
@@ -192,6 +194,7 @@ class TrainingHooks:
     resume: TrainingState | None = None
     batch: Callable[[int, int, int, int | None], None] | None = None
     close: Callable[[], None] | None = None
+    before_step: Callable[[Any], None] | None = None
 
     def warn(self, text: str, **more: Any) -> None:
         """Emit a warning: as an event if there is a callback, otherwise as a Python warning."""

@@ -92,6 +92,24 @@ class GroupCost:
         }
 
 
+@dataclass(frozen=True)
+class CostPolynomial:
+    """A cost as the sum of coefficients times products of numbers of kept components.
+
+    Args:
+        coefficient: coefficient of each term, shape (terms,).
+        factor: factors of each term, shape (terms, most factors): 0 for the factor 1, and n for the number of kept
+            components of array n - 1.
+        components: the components of all arrays, one array after the other.
+        array: index of the array to which each entry of `components` belongs.
+    """
+
+    coefficient: NDArray[np.float64]
+    factor: NDArray[np.int64]
+    components: NDArray[np.int64]
+    array: NDArray[np.int64]
+
+
 class CostModel:
     """The cost terms of a model, from which the cost of the model is counted for any set of kept components.
 
@@ -126,6 +144,24 @@ class CostModel:
             keep: mask of the components that stay, bool of shape (components,).
             without: paths of the modules that are removed, and that return their inputs.
         """
+        costs, memory = self._costs_and_memory(keep, without)
+        parameters, macs, activations, size = (
+            round(float(costs[self._quantity == quantity].sum()))
+            for quantity in ("parameters", "macs", "activations", "size")
+        )
+        return Cost(parameters, macs, activations, size, round(float(memory.max(initial=0))))
+
+    def memory_profile(self, keep: NDArray[np.bool_], without: Collection[str] = ()) -> NDArray[np.float64]:
+        """Return the bytes of the activations that exist during each operation of the pruned model; see `price`.
+
+        The number of operations is that of the original, and the largest value is the peak memory.
+        """
+        return self._costs_and_memory(keep, without)[1]
+
+    def _costs_and_memory(
+        self, keep: NDArray[np.bool_], without: Collection[str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the costs of all terms, and the bytes during each operation; see `price`."""
         costs, first = self._term_costs(keep), self._first
         if without:
             removed = np.array([f"{owner}.".startswith(tuple(f"{path}." for path in without)) for owner in self._owner])
@@ -135,11 +171,23 @@ class CostModel:
                 removed[np.flatnonzero(self._stored)[index]] = False
                 first[index] += 1  # until then, the input of the module is counted by itself
             costs[removed] = 0
-        parameters, macs, activations, size = (
-            round(float(costs[self._quantity == quantity].sum()))
-            for quantity in ("parameters", "macs", "activations", "size")
+        return costs, self._memory(costs, first)
+
+    def polynomial(self, quantity: str) -> CostPolynomial:
+        """Return a cost as a polynomial in the numbers of kept components; terms with the same factors are added.
+
+        Args:
+            quantity: "parameters", "macs", "activations" or "size". The peak memory is not a polynomial.
+        """
+        counted = self._quantity == quantity
+        factor, term = np.unique(self._factor[counted], axis=0, return_inverse=True)
+        ends = np.append(self._start[1:], len(self._flat)) if len(self._start) else self._start
+        return CostPolynomial(
+            np.asarray(np.bincount(term.reshape(-1), self._coefficient[counted], len(factor)), np.float64),
+            factor,
+            self._flat,
+            np.repeat(np.arange(len(self._start)), ends - self._start),
         )
-        return Cost(parameters, macs, activations, size, round(float(self._memory(costs, first).max(initial=0))))
 
     def _output_of(self, path: str) -> int | None:
         """Return the index among the tensors in memory of the output of a module: the one that is read last."""

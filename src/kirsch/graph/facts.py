@@ -47,6 +47,9 @@ class Operation:
     node: str = ""
 
 
+INPUTS = "inputs of the model"
+"""Owner of the memory of the example inputs, in place of the path of a module."""
+
 UNUSED = "the traced forward pass does not use the parameter"
 """Reason of the freeze of a parameter or buffer that no operation reads."""
 

@@ -185,20 +185,26 @@ class Graph(Printable):
 
     def axes_with(self, group: Group, mark: str) -> list[ParameterAxis]:
         """Return the parameter axes of a group that an operation uses in a role, a mark of `kirsch.graph.facts`."""
-        return [key for key in group.footprint if self.has_mark(key, mark)]
+        return self.axes_among(group.footprint, mark)
+
+    def axes_among(self, axes: Sequence[ParameterAxis], mark: str) -> list[ParameterAxis]:
+        """Return those of some parameter axes that an operation uses in a role."""
+        return [key for key in axes if self.has_mark(key, mark)]
 
     def has_mark(self, key: ParameterAxis, mark: str) -> bool:
         """Return whether an operation uses a parameter axis in a role, a mark of `kirsch.graph.facts`."""
-        labels = self.axes.get(key)
-        return labels is not None and bool(self._marked(mark)[labels].any())
+        labels, marked = self.axes.get(key), self._marked.get(mark)
+        return labels is not None and marked is not None and bool(marked[labels].any())
 
-    def _marked(self, mark: str) -> NDArray[np.bool_]:
-        """Return which labels have a mark, bool of shape (labels,)."""
-        marked = np.zeros(self.facts.count, bool)
-        for labels in self.facts.marks.get(mark, ()):
-            marked[labels] = True
-        marked[0] = False
-        return marked
+    @cached_property
+    def _marked(self) -> dict[str, NDArray[np.bool_]]:
+        """Which labels have each mark, bool of shape (labels,)."""
+        found = {mark: np.zeros(self.facts.count, bool) for mark in self.facts.marks}
+        for mark, marked in found.items():
+            for labels in self.facts.marks[mark]:
+                marked[labels] = True
+            marked[0] = False  # the label 0 is frozen
+        return found
 
     def input_axes(self, group: Group) -> list[ParameterAxis]:
         """Return the axes of weights over which a layer sums products of weights and units of a group."""

@@ -206,21 +206,30 @@ def plan_parts(
     return [title, [], Table(rows, gaps=(2,), first=0), [], cost, notes(texts)]
 
 
-def cost_table(before: Cost, after: Cost, goal: Mapping[str, float]) -> Table:
-    """Return the cost before and after, with the remaining share and the goal."""
+def cost_table(before: Cost, after: Cost, goal: Mapping[str, float], goal_of: Cost | None = None) -> Table:
+    """Return the cost before and after, with the remaining share and the goal.
+
+    Args:
+        before, after: cost before and after.
+        goal: limits of the cost.
+        goal_of: cost that the limits are fractions of; None: the cost before.
+    """
     rows: list[list[Cell]] = []
     old, new = before.to_dict(), after.to_dict()
     names = {"parameters": "parameters", "macs": "MACs", "activations": "activations"}
     for key, name in (names | {key: WORDS[key] for key in goal}).items():
         share = figures.percent(new[key] / max(old[key], 1))
+        original = "original" if goal_of is None else "model before"
         row: list[Cell] = [
             name,
             f"{figures.count(old[key]):>6} → {figures.count(new[key]):<6}",
-            f"{share:>7} of the original",
+            f"{share:>7} of the {original}",
         ]
         if key in goal:
-            met = new[key] <= goal[key] * old[key]
+            reference = old[key] if goal_of is None else goal_of.to_dict()[key]
+            met = new[key] <= goal[key] * reference
             verdict = f"goal {'met' if met else 'missed'}: ≤ {100 * goal[key]:g} %"
+            verdict += "" if goal_of is None else f" of {figures.count(reference)}"
             row.append(Piece(verdict, "good" if met else "bad"))
         rows.append(row)
     return Table(rows, gaps=(1, 2, 3))
@@ -245,6 +254,7 @@ def method_text(method: Mapping[str, Any], *, of_blocks: bool) -> str:
         parts += ["loadable"] if method.get("loadable") else []
     if method.get("keep"):
         parts += [f"by hand {', '.join(f'{layer}={amount}' for layer, amount in method['keep'].items())}"]
+    parts += [f"drop at most {method['max_drop']:g}"] if method.get("max_drop") is not None else []
     for option, words in (("exclude", "without"), ("keep_outputs", "all outputs of")):
         parts += [f"{words} {', '.join(method[option])}"] if method.get(option) else []
     return ", ".join(parts)

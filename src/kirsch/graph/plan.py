@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kirsch import figures
 from kirsch.arguments import checked
-from kirsch.errors import GoalError, LoadError, PlanError, nearest
+from kirsch.errors import LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
 from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.goal import Goal as Goal  # noqa: PLC0414 - other modules may import it from here
 from kirsch.graph.graph import Tracing
 from kirsch.tables import Line, Part, Piece, Printable, Table
 
@@ -24,94 +23,6 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
     from kirsch.graph.inputs import Input
-
-
-LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")
-"""Pattern of argument names that ask for a latency limit."""
-NO_LATENCY = "latency goals do not exist yet."
-WHY_NO_LATENCY = "A plan is made from counts of MACs and parameters; latency is known only after a measurement."
-IN_PLACE_OF_LATENCY = (
-    "Use macs, such as macs=0.5, measure the result with kirsch.measure, and lower macs if it is too slow. "
-    "The key goal.speedup of a recipe checks the measured speedup."
-)
-
-
-@checked
-@dataclass(frozen=True)
-class Goal(Printable):
-    """Largest cost of the pruned model, as a fraction of the original.
-
-    MACs are counted for one forward pass on the example inputs of `kirsch.trace`, with all samples of the batch.
-
-    Args:
-        macs: largest number of multiply-accumulates of the pruned model, as a fraction of that of the original; above 0
-            and below 1.
-        parameters: largest number of parameters of the pruned model, as a fraction of that of the original; above 0 and
-            below 1.
-        size: largest number of bytes of the parameters and buffers, as in a file of the weights; above 0 and below 1.
-        memory: largest peak memory of the activations for the example inputs; above 0 and below 1. See
-            `kirsch.graph.cost.Cost`.
-
-    Raises:
-        GoalError: all limits are None, or a fraction is out of range.
-    """
-
-    made_by: ClassVar[str] = "kirsch.Goal(macs=0.5)"
-
-    _: KW_ONLY
-    macs: float | None = None
-    parameters: float | None = None
-    size: float | None = None
-    memory: float | None = None
-
-    @staticmethod
-    def refuse_argument(name: str) -> GoalError | None:
-        """Return the error for a latency limit; None for any other name. Called by `kirsch.arguments.checked`."""
-        if not LATENCY.search(name):
-            return None
-        return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)
-
-    def __post_init__(self) -> None:
-        limits = self.to_dict()
-        if not limits:
-            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or parameters=0.5.")
-        for name, value in limits.items():
-            if not (math.isfinite(value) and 0 < value < 1):
-                raise GoalError(
-                    f"The goal {name}={value} is out of range.",
-                    "A goal is a fraction of the original, between 0 and 1 (exclusive).",
-                    f"For half the cost use {name}=0.5.",
-                )
-
-    def parts(self) -> list[Part]:
-        """Return the limits in one line."""
-        limits = ", ".join(f"{WORDS[name]} ≤ {100 * limit:g} %" for name, limit in self.to_dict().items())
-        return [[Piece(f"{limits} of the original")]]
-
-    def fractions(self, cost: Cost, original: Cost) -> dict[str, tuple[float, float]]:
-        """Return for each limit (cost as a fraction of the original, largest fraction allowed), keyed by its name."""
-        return {
-            name: (getattr(cost, name) / max(getattr(original, name), 1), limit)
-            for name, limit in self.to_dict().items()
-        }
-
-    def met_by(self, cost: Cost, original: Cost) -> bool:
-        """Return whether a cost is within every limit."""
-        return all(value <= limit for value, limit in self.fractions(cost, original).values())
-
-    def shortfall(self, least: Cost, original: Cost) -> str:
-        """Return a text that compares the limits with the least reachable cost, for the limits that are missed."""
-        missed = [(name, *pair) for name, pair in self.fractions(least, original).items() if pair[0] > pair[1]]
-        texts = [(name, *figures.distinct_percents(limit, value)) for name, value, limit in missed]
-        return "; ".join(
-            f"{name} {limit} is requested, {value} is the least reachable with these options"
-            for name, limit, value in texts
-        )
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the limits as JSON."""
-        limits = {name: getattr(self, name) for name in WORDS}
-        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True)
@@ -153,7 +64,7 @@ class Plan(Printable):
         model: class name of the model, for messages.
         groups: units to remove, for each group that loses units.
         before, after: cost of one forward pass on the example inputs.
-        goal: the goal, as JSON.
+        goal: limits of the goal, as JSON.
         method: options by which the units were chosen, as JSON.
         inputs: the example inputs, tensors without their values; empty if they cannot be stored.
         tracing: options of the trace.
@@ -162,6 +73,7 @@ class Plan(Printable):
             the units that `exclude` and `keep_outputs` keep.
         configuration: path of a number in the model's configuration → its new value; set when the plan is applied, if
             a configuration describes the pruned model.
+        goal_of: cost of the model that the limits of the goal are fractions of; None: the cost before this plan.
         graph: the graph that the plan was made from; not stored.
         file: path of the file that the plan was read from, for messages; not stored.
     """
@@ -180,6 +92,7 @@ class Plan(Printable):
     blocks: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     configuration: dict[str, float] = field(default_factory=dict)
+    goal_of: Cost | None = None
     graph: Graph | None = field(default=None, compare=False, repr=False)
     file: str = field(default="", compare=False)
 
@@ -206,7 +119,17 @@ class Plan(Printable):
 
     def cost_table(self) -> Table:
         """Return the cost before and after, with the remaining share and the goal, as a table."""
-        return layout.cost_table(self.before, self.after, self.goal)
+        return layout.cost_table(self.before, self.after, self.goal, self.goal_of)
+
+    @property
+    def limits(self) -> Goal | None:
+        """Goal of the plan; None if there is none."""
+        return Goal(**self.goal, of=self.goal_of) if self.goal else None
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Whether the model before the plan has already met a goal that is a fraction of an earlier model's cost."""
+        return self.goal_of is not None and self.limits is not None and self.limits.met_by(self.before, self.before)
 
     def to_json(self) -> str:
         """Return the plan as JSON of version 1, indented for editing by hand."""
@@ -215,6 +138,7 @@ class Plan(Printable):
                 "kirsch_plan": plan_file.VERSION,
                 "model": {"class": self.model, "fingerprint": self.fingerprint, "parameters": self.before.parameters},
                 "goal": self.goal,
+                **({} if self.goal_of is None else {"goal_of": self.goal_of.to_dict()}),
                 "method": self.method,
                 "groups": [
                     {"name": g.name, "kind": g.kind, "size": g.size, "removed": list(g.removed), "reason": g.reason}
@@ -279,6 +203,7 @@ class Plan(Printable):
             blocks=tuple(Skip(block["name"], block.get("reason", "")) for block in content["blocks"]),
             notes=tuple(content["notes"]),
             configuration=content["configuration"],
+            goal_of=Cost(**content["goal_of"]) if "goal_of" in content else None,
             file=file,
         )
 
@@ -338,7 +263,8 @@ class Plan(Printable):
             if repeated:
                 raise PlanError(f"{self.title} names the {part} {repeated[0]!r} twice.", fix="Merge the two entries.")
         empty = not self.without and not any(removal.removed for removal in self.groups)
-        if empty and not graph.tracing.as_graph:  # with as_graph, the traced program is itself a change
+        # With as_graph, the traced program is itself a change. A round of pruning may meet the goal of the next one.
+        if empty and not graph.tracing.as_graph and not self.needs_nothing:
             raise PlanError(
                 f"{self.title} removes nothing.",
                 "The list `removed` of each group and the list `blocks` are empty.",

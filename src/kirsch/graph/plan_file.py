@@ -81,6 +81,14 @@ def _input(value: Any, path: str) -> Any:
 NESTED = record({"name": text(), "kind": one_of(inputs.CONTAINERS), "items": array(_input)})
 _PLANNED = (*KINDS, BLOCK)
 COST = record(dict.fromkeys(("parameters", "macs", "activations", "size", "memory"), integer(0)))
+SEARCH = record(
+    {
+        "quality": text(1),
+        "evaluated": integer(1),
+        "starts": mapping(nullable(number())),
+        "improvements": array(array(number(), least=2, most=2), least=1),
+    }
+)
 PLAN = record(
     {
         "kirsch_plan": one_of((VERSION,)),
@@ -92,17 +100,24 @@ PLAN = record(
                 "importance": text(1),
                 "loss": text(),
                 "norm": one_of((1, 2)),
-                "ranking": one_of(("global", "local", "isomorphic", "per_cost")),
+                "ranking": one_of(("global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
                 "keep_outputs": array(text(1)),
                 "kinds": nullable(either(mapping(number(least=0), _PLANNED), array(one_of(_PLANNED)))),
                 "uniform": flag,
-                "loadable": nullable(flag),
+                "loadable": flag,
                 "min_keep": number(above=0, most=1),
                 "keep": nullable(mapping(either(integer(1), number(above=0, most=1)))),
+                "max_drop": nullable(number(least=0, below=1)),
+                "metric": nullable(text(1)),
+                "class_weights": nullable(mapping(number(least=0))),
+                "minimize": nullable(one_of(tuple(WORDS))),
+                "measured": array(mapping(number(), (*WORDS, "quality", "drop"))),
                 "seed": integer(0, 2**128),
                 "weights": text(1),
+                "evaluations": integer(1),
+                "search": SEARCH,
             },
         ),
         "groups": array(
@@ -125,7 +140,8 @@ PLAN = record(
         ),
         "notes": array(text()),
         "configuration": mapping(number(above=0, most=1e12)),
-    }
+    },
+    {"goal_of": COST},
 )
 
 

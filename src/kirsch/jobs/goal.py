@@ -11,7 +11,7 @@ from kirsch.arguments import MismatchError, convert
 from kirsch.errors import UsageError, listing, nearest
 from kirsch.graph.cost import WORDS
 from kirsch.graph.plan import Goal
-from kirsch.options import Options, with_fields
+from kirsch.options import FieldsError, Options, with_fields
 
 MaxDrop = Annotated[
     float,
@@ -20,7 +20,7 @@ MaxDrop = Annotated[
 ]
 """A drop of accuracy, as a fraction."""
 
-OF_THE_FIRST = "as a fraction of the number in the model before the first prune step (the student, if there is one)"
+OF_THE_FIRST = "as a fraction of that of the model before the first prune step (the student, if there is one)"
 
 
 class JobGoal(Options):
@@ -28,18 +28,38 @@ class JobGoal(Options):
 
     macs: Fraction | None = Field(None, description=f"largest number of multiply-accumulates, {OF_THE_FIRST}")
     parameters: Fraction | None = Field(None, description=f"largest number of parameters, {OF_THE_FIRST}")
+    size: Fraction | None = Field(
+        None, description=f"largest number of bytes of the parameters and buffers, {OF_THE_FIRST}"
+    )
+    memory: Fraction | None = Field(
+        None, description=f"largest peak memory of the activations for one sample, {OF_THE_FIRST}"
+    )
     max_drop: MaxDrop | None = Field(None, description="allowed drop of accuracy: 0.01 is one percentage point")
     speedup: Positive | None = Field(None, description="smallest speedup over the teacher")
 
     @property
     def cost(self) -> Goal | None:
         """Limits of the cost; None if there are none."""
-        if self.macs is None and self.parameters is None:
-            return None
-        return Goal(macs=self.macs, parameters=self.parameters)
+        limits = {name: getattr(self, name) for name in WORDS}
+        return None if all(limit is None for limit in limits.values()) else Goal(**limits)
+
+
+def check_no_reference(goal: Goal) -> None:
+    """Raise a UsageError for a goal that states the cost of its original: a job knows the model before its steps."""
+    if goal.of is not None:
+        raise UsageError(
+            "The goal has a cost of the original, `of`.",
+            "The limits of a job are fractions of the cost of its own model.",
+            "Leave out `of`. With goal_of='job', the goal of a step prune refers to the model before the first one.",
+        )
 
 
 def _read(value: object) -> object:
+    if isinstance(value, Goal):
+        try:
+            check_no_reference(value)
+        except UsageError as error:
+            raise FieldsError([((), error)]) from error
     return with_fields(_goal, value) if isinstance(value, dict) else value
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from kirsch.data.inputs import rows
 from kirsch.errors import NumericError
 from kirsch.frameworks.find import framework_of
+from kirsch.frameworks.trace import trace
 from kirsch.frameworks.training import TrainingHooks, TrainingState
 from kirsch.jobs import checkpoints
 from kirsch.tasks.task import check_quality
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.data.dataset import DataSet
-    from kirsch.graph.plan import Plan
+    from kirsch.graph.plan import Goal, Plan
     from kirsch.jobs.goal import JobGoal
     from kirsch.tasks.task import Task
 
@@ -33,6 +34,9 @@ that makes a model adds "model", a name such as "pruned", and the keys of `Job.s
 
 CHECKPOINTS, ARTIFACTS, EVENTS = "checkpoints", "artifacts", "events.jsonl"
 RECORD, LOGITS, WEIGHTS = "record.json", "logits.npy", "weights.safetensors"
+
+TRACED = ("size", "memory")
+"""Costs that are counted by a trace, in the order of `WORDS`."""
 
 TRAIN_BETTER = "Lower the learning rate, or train longer."
 REMOVE_LESS = "Lower the learning rate, train longer, or remove less."
@@ -69,7 +73,7 @@ class Job:
     Attributes:
         teacher: model from which the other models learn, and with which they are compared.
         model: model that the steps compress: the student, or the teacher itself.
-        start_cost: parameters and MACs of `model` before any step.
+        start_cost: cost of `model` before any step; see `cost`.
         trained: "teacher" and "student" → key of the step that made the model before pruning, and the model; `Measure`
             compares its latency with that of the exported file.
         key: key of the current step.
@@ -116,8 +120,8 @@ class Job:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether an earlier step has removed units."""
-        return any("removed" in record for record in self.records.values())
+        """Whether an earlier step has removed units, or set weights to zero."""
+        return any("removed" in record or "sparsity" in record for record in self.records.values())
 
     def set_trained(self, name: str, model: Any) -> None:
         """Set the teacher or student before pruning, as the result of the current step; ignored after pruning."""
@@ -171,23 +175,33 @@ class Job:
         """Return inputs and labels of the validation part."""
         return self.data.validation.inputs, self.data.validation.labels
 
-    def evaluate(self, model: Any, folder: Path) -> Record:
+    def evaluate(self, model: Any, folder: Path, *limits: Goal | None) -> Record:
         """Return size, cost and test quality of a model, and write its logits to the folder.
 
         The key "roles" lists the roles of the model in the job: "teacher", "model", both or neither. Goals and report
         use the last record of each role.
+
+        Args:
+            model: the model.
+            folder: folder of the step.
+            limits: goals of the step, in addition to that of the job; see `cost`.
         """
         inference = framework_of(model).inference
         logits = inference.predict(model, self.data.test.inputs, batch_size=self.evaluation_batch_size)
         np.save(folder / LOGITS, logits, allow_pickle=False)
-        parameters, macs = self.count(model)
         roles = [name for name, known in (("teacher", self.teacher), ("model", self.model)) if model is known]
-        return {"roles": roles, "parameters": parameters, "macs": macs, **self.quality(logits)}
+        limits = (self.goal.cost, *limits) if "model" in roles else ()
+        return {"roles": roles, **self.cost(model, *limits), **self.quality(logits)}
 
     def save_and_evaluate(self, model: Any, folder: Path) -> Record:
-        """Write the weights of a model to the folder of its step, and return its size, cost and test quality."""
-        framework_of(model).inference.save_weights(model, folder / WEIGHTS)
-        return {"bytes": (folder / WEIGHTS).stat().st_size, **self.evaluate(model, folder)}
+        """Write the weights of a model to the folder of its step, and return its size, cost and test quality.
+
+        The file has the masks of the model, too, one byte a weight, which do not count for its size.
+        """
+        framework = framework_of(model)
+        framework.inference.save_weights(model, folder / WEIGHTS)
+        size = (folder / WEIGHTS).stat().st_size - sum(mask.size for mask in framework.masking.masks(model).values())
+        return {"bytes": size, **self.evaluate(model, folder)}
 
     def quality(self, logits: NDArray[Any]) -> Record:
         """Return the quality of outputs on the test part, as the task measures it.
@@ -211,6 +225,28 @@ class Job:
         logits = framework.inference.predict(model, self.example)
         self.task.check_outputs(logits, self.data)
         return framework.analysis.count(model, framework.inference.from_numpy(self.example))
+
+    def cost(self, model: Any, *limits: Goal | None) -> dict[str, int]:
+        """Return the cost of a model for one sample, by the names of `kirsch.graph.cost.WORDS`.
+
+        Parameters and MACs are always counted. The size of the weights and the memory of the activations are counted by
+        a trace, and only if one of the goals limits them.
+
+        Args:
+            model: the model.
+            limits: goals of the job or of its steps.
+
+        Raises:
+            UsageError, ShapeError: see `count`.
+            ModelError: size or memory is limited, and the model cannot be traced.
+        """
+        parameters, macs = self.count(model)
+        names = [name for goal in limits if goal is not None for name in goal.to_dict() if name in TRACED]
+        cost = {"parameters": parameters, "macs": macs}
+        if names:
+            traced = trace(model, framework_of(model).inference.from_numpy(self.example)).cost.to_dict()
+            cost |= {name: traced[name] for name in TRACED if name in names}
+        return cost
 
     def check_usable(self, record: Record, fix: str = "") -> None:
         """Refuse a trained model that the task calls unusable.

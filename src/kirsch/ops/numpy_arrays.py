@@ -59,6 +59,18 @@ def take_along_axis(x: Any, indices: Any, axis: int = -1) -> Any:
     return np.take_along_axis(x, np.asarray(indices), axis=axis)
 
 
+def segment_max(x: Any, segment_ids: Any, num_segments: int) -> Any:
+    largest = np.full(num_segments, -np.inf, x.dtype)
+    np.maximum.at(largest, segment_ids, x)
+    return largest
+
+
+def segment_sum(x: Any, segment_ids: Any, num_segments: int) -> Any:
+    total = np.zeros(num_segments, x.dtype)
+    np.add.at(total, segment_ids, x)
+    return total
+
+
 def top_k(x: Any, k: int) -> tuple[Any, Any]:
     indices = np.argsort(-x, axis=-1, kind="stable")[..., :k]
     return np.take_along_axis(x, indices, axis=-1), indices

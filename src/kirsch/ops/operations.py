@@ -119,6 +119,16 @@ def argmax(x: Any, axis: int = -1) -> Any:
     return implementation_of(x).argmax(x, axis)
 
 
+def segment_max(x: Any, segment_ids: Any, num_segments: int) -> Any:
+    """Return the largest value of each segment of an array (N,); `segment_ids` are integers (N,) in any order."""
+    return implementation_of(x).segment_max(x, segment_ids, num_segments)
+
+
+def segment_sum(x: Any, segment_ids: Any, num_segments: int) -> Any:
+    """Return the sum of each segment of an array (N,), 0 for an empty one; `segment_ids` are integers (N,)."""
+    return implementation_of(x).segment_sum(x, segment_ids, num_segments)
+
+
 # ------------------------------------------------------------------------------------------------ shapes
 
 

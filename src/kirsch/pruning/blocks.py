@@ -12,7 +12,7 @@ from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Plan, Skip
 from kirsch.pruning.exclusion import excluded_blocks_note
 from kirsch.pruning.importance.statistics import calibration_of
-from kirsch.pruning.notes import landing_note, uncounted_notes
+from kirsch.pruning.notes import landing_note, met_note, uncounted_notes
 from kirsch.pruning.obstacles import reachable
 from kirsch.pruning.selection import matches, named_parameters, unknown_layer
 from kirsch.registry import Registry
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kirsch.graph.cost import Cost
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal
     from kirsch.pruning.options import PlanOptions
@@ -91,7 +92,42 @@ def random(graph: Graph, batches: Sequence[Any], *, seed: int) -> dict[str, floa
     return dict(zip(graph.blocks, np.random.default_rng(seed).uniform(size=len(graph.blocks)).tolist(), strict=True))
 
 
-def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Plan:
+class BlockScores:
+    """Importances of the blocks, computed once, when they are first used.
+
+    Args:
+        graph: graph of the model.
+        options: options of the plan.
+        data: calibration inputs, or None.
+    """
+
+    def __init__(self, graph: Graph, options: PlanOptions, data: Any) -> None:
+        self._graph, self._options, self._data = graph, options, data
+        self._scores: dict[str, float] | None = None
+
+    def of(self, removable: Sequence[str]) -> dict[str, float]:
+        """Return the importance of each block, finite for those that can be removed."""
+        if self._scores is None:
+            options = self._options
+            self._scores = _scores(self._graph, removable, options.importance_name, self._data, options.seed)
+        return self._scores
+
+
+def removable_blocks(graph: Graph, exclude: Sequence[str]) -> list[str]:
+    """Return the paths of the blocks that are not excluded.
+
+    Raises:
+        UsageError: a pattern of `exclude` matches no layer.
+    """
+    return _removable(graph, exclude)[0]
+
+
+def least_cost_of_blocks(graph: Graph, options: PlanOptions) -> Cost:
+    """Return the cost without all blocks that can be removed."""
+    return graph.prices.price(graph.keep({}), removable_blocks(graph, options.exclude))
+
+
+def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, block_scores: BlockScores) -> Plan:
     """Return the residual blocks to remove, so that the cost of the model is at most the goal; see `kirsch.plan`.
 
     The least important blocks are removed first. Then blocks are restored as long as the goal is met, the most
@@ -113,7 +149,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
             f"{_fix(graph, goal, options.exclude)} {reachable(goal, least, graph.cost)}".strip(),
         )
     name = options.importance_name
-    scores = _scores(graph, removable, name, data, options.seed)
+    scores = block_scores.of(removable)
     removed = _chosen(graph, goal, removable, scores)
     chosen = Plan(
         fingerprint=graph.fingerprint,
@@ -122,6 +158,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         before=graph.cost,
         after=graph.prices.price(graph.keep({}), removed),
         goal=goal.to_dict(),
+        goal_of=goal.of,
         method=options.to_dict(),
         inputs=graph.inputs,
         tracing=graph.tracing,
@@ -133,7 +170,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, data: Any) -> Pl
         f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
         for pattern in without_effect
     )
-    notes = (landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
+    notes = (met_note(chosen), landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
     return replace(chosen, notes=tuple(filter(None, notes)))
 
 

@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kirsch.annotations import Names, Seed
+from kirsch import figures
+from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
-from kirsch.errors import GoalError, NumericError, PlanError, UnknownNameError, UsageError, listing
+from kirsch.errors import GoalError, UnknownNameError, UsageError, listing
+from kirsch.graph.cost import WORDS
 from kirsch.graph.graph import Graph
-from kirsch.graph.plan import Goal, Plan, Removal, Skip
-from kirsch.pruning.blocks import BLOCK_IMPORTANCES, plan_blocks
-from kirsch.pruning.by_hand import kept_units, tied_number
-from kirsch.pruning.exclusion import exclusion_notes
-from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
-from kirsch.pruning.importance.calibration import batches_for, loss_of
-from kirsch.pruning.importance.statistics import Statistics
-from kirsch.pruning.loadable import LoadableSearch, configurable_of
-from kirsch.pruning.notes import (
-    CLOSE,
-    absent_kind_notes,
-    landing_note,
-    too_few_units,
-    uncounted_notes,
-    unused_notes,
-    width_notes,
+from kirsch.graph.plan import Goal, Plan
+from kirsch.jobs.goal import MaxDrop
+from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
+from kirsch.pruning.importance import IMPORTANCES, importance_of
+from kirsch.pruning.learned.quality import check_search, quality_of
+from kirsch.pruning.loadable_plan import plan_loadable
+from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
+from kirsch.pruning.options import (
+    ClassWeights,
+    Keep,
+    Kinds,
+    Minimize,
+    MinKeep,
+    Norm,
+    PlanOptions,
+    Ranking,
+    RoundTo,
 )
-from kirsch.pruning.obstacles import Least, unreachable
-from kirsch.pruning.options import Keep, Kinds, MinKeep, Norm, PlanOptions, Ranking, RoundTo
-from kirsch.pruning.search import Candidate, Chooser
-from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
+from kirsch.pruning.quality import Quality
+from kirsch.pruning.scores import scores_of
+from kirsch.pruning.units import least_units, plan_units
+from kirsch.tasks.metrics import GIVEN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from kirsch.graph.configuration import Configurable
-    from kirsch.graph.group import Group
-    from kirsch.pruning.search import Scores
+    from kirsch.graph.cost import Cost
 
 
 @checked
@@ -58,12 +53,20 @@ def plan(
     round_to: RoundTo = "auto",
     kinds: Kinds = None,
     uniform: bool = False,
-    loadable: bool | None = None,
+    loadable: bool = False,
     min_keep: MinKeep = 0.1,
     keep: Keep = None,
+    max_drop: MaxDrop | None = None,
+    validation: Calibration | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    class_weights: ClassWeights = None,
+    minimize: Minimize = None,
     exclude: Names = (),
     keep_outputs: Names = (),
     seed: Seed = 0,
+    evaluations: Count = 200,
+    quality: Callable[[Any], float] | None = None,
+    progress: bool | None = None,
 ) -> Plan:
     """Return the units to remove from a traced model, so that its cost is at most the goal, and close to the goal.
 
@@ -71,10 +74,12 @@ def plan(
 
     Args:
         graph: result of `kirsch.trace`.
-        goal: fractions of the original cost. None: only the units that `keep` names are removed.
+        goal: fractions of the original cost. None: `max_drop` determines the cost, or only the units that `keep` names
+            are removed. If the model already meets a goal that is a fraction of an earlier model (`Goal.of`), the plan
+            removes nothing.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
-            (inputs, labels); about 256 samples suffice. For kinds="block": inputs in the form of the example inputs, or
-            a list of such batches.
+            (inputs, labels); about 256 samples suffice. ranking="milp" needs inputs for any importance. For
+            kinds="block": inputs in the form of the example inputs, or a list of such batches.
         importance: name of the importance that ranks the units. From the weights: "magnitude" (the default), "lamp",
             "fpgm", "bn_scale", "random". From inputs: "activation", "apoz", "wanda", "flap", "thinet". From inputs and
             labels: "taylor", "fisher", "taylor_weights", "snip", "grasp", "hessian", "leave_one_out". Or a function
@@ -83,10 +88,16 @@ def plan(
             outputs when the block is removed; one run per block) or "random".
         loss: loss for importances from labels: "cross-entropy", "binary", "squared-error"; "next-token" for causal
             language models, whose labels are their input tokens; or a function (logits, labels) → mean over samples.
+            ranking="milp" compares class probabilities for "cross-entropy", "next-token" and "binary", and the outputs
+            themselves for other losses.
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
             goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
-            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
+            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616). "milp"
+            measures, for up to nine widths of each group, how much the outputs on `data` change if only this group is
+            reduced, and chooses the widths with the least sum of changes by an integer program. This runs the model
+            once for each width and batch. "legr" and "actor_critic" search for the number of units of each group with
+            which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -96,25 +107,44 @@ def plan(
             defines the kinds). A dict, such as {"head": 2.0, "head dim": 0}: units of all kinds are removed.
             Importances are divided by the weight of the kind, which is 1 for kinds that are not in the dict; units of a
             kind with weight 0 are kept. None: all kinds, with weight 1. "block" removes whole residual blocks
-            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again.
+            (`graph.blocks`); to reduce widths, too, prune by this plan, trace the result, and plan again. With
+            ranking="milp", "block" may be named together with other kinds: blocks and units are chosen together.
         uniform: remove the same number of units from all groups of the same kind and size, so that one number in a
             configuration describes all layers.
         loadable: only make cuts that the configuration of a transformers model can state, so that `save_pretrained`
             writes a checkpoint that `from_pretrained` loads without Kirsch: FFN width, heads, hidden size, experts,
             and, for kinds=None, numbers of layers. The layers that share a number lose the same number of units. Of the
-            layers and widths, those are removed whose importances have the smallest sum. None: True for a goal on a
-            model whose configuration can state cuts, except if `keep` or kinds="block" is given. See docs/loadable.md.
+            layers and widths, those are removed whose importances have the smallest sum. See docs/loadable.md.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
             name of a group. The least important units of these layers are removed; the goal, if there is one, is
             reached with the other layers. `round_to` and `min_keep` do not apply to these layers.
+        max_drop: largest drop of the quality, without training, measured on `validation`: 0.02 is two percentage
+            points. Without a goal, the smallest model inside this limit is searched for by bisection over the cost;
+            about seven models are evaluated. With a goal, an error is raised if the plan for the goal exceeds it.
+        validation: samples on which the quality is measured: batches of (inputs, labels), or of inputs for metrics that
+            compare outputs with those of the original. None: `data`.
+        metric: metric of `max_drop`; larger values are better. With labels: "accuracy", "balanced_accuracy",
+            "log_likelihood", "next_token_accuracy", "next_token_log_likelihood", "binary_accuracy", "r2". Compared with
+            the outputs of the original: "agreement" (same predicted class), "kl" (minus the KL divergence),
+            "output_r2". Or a function (outputs, labels) → number. None: by the form of the labels, see
+            `kirsch.tasks.metrics.default_metric`.
+        class_weights: class number → weight, such as {3: 5.0}; the accuracy is then the weighted mean of the recalls of
+            the classes. The weight of other classes is 1.
+        minimize: the cost that is minimized with `max_drop` and no goal: "macs", "parameters", "size" or "memory".
+            None: MACs, or parameters if the model has no MACs.
         exclude: one or several module paths, parameter names or globs ("layer4.*") whose parameters are not changed.
             The units that these layers read are kept, too. For kinds="block", the blocks that are named, or that
             contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
-        seed: seed of the importances "random" and "hessian".
+        seed: seed of the importances "random" and "hessian", and of the rankings "legr" and "actor_critic".
+        evaluations: number of plans that "legr" and "actor_critic" evaluate; each runs a pruned model on `data`.
+        quality: for "legr" and "actor_critic", a function of a pruned model that returns a number, larger for better
+            models, such as its accuracy. It may train the model, which is a copy. None: minus `loss` on `data`, or
+            without labels, minus the KL divergence from the outputs of the original.
+        progress: whether to show the progress of rankings that run the model; None: on a terminal and in a notebook.
 
     Returns:
         A `Plan`. Its `notes` state the cost of the units that `exclude` and `keep_outputs` keep, and the reason if the
@@ -122,8 +152,7 @@ def plan(
 
     Raises:
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
-            further, and options that reach the goal. Or the configuration cannot state a plan that reaches the goal;
-            the message has the cuts that it can state. Or the goal is on MACs only, and the model has no MACs.
+            further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
         UsageError: an option is out of range or has no effect with the others, `kinds` names blocks and other kinds, or
             `data` is missing or cannot be used.
@@ -141,13 +170,22 @@ def plan(
         loadable=loadable,
         min_keep=min_keep,
         keep=keep,
+        max_drop=max_drop,
+        metric=metric if metric is None or isinstance(metric, str) else GIVEN,
+        class_weights=class_weights,
+        minimize=minimize,
         exclude=exclude,
         keep_outputs=keep_outputs,
         seed=seed,
+        evaluations=evaluations,
     )
     _check_importance(options)
-    if goal is None and not options.keep:
-        raise UsageError("The goal is missing.", fix="Give a goal, kirsch.Goal(macs=0.5), or widths by hand in `keep`.")
+    check_search(goal, options, quality)
+    if goal is None and not options.keep and max_drop is None:
+        raise UsageError(
+            "The goal is missing.",
+            fix="Give a goal, kirsch.Goal(macs=0.5), a largest drop, max_drop=0.02, or widths by hand in `keep`.",
+        )
     if goal is not None and not graph.cost.macs and list(goal.to_dict()) == ["macs"]:
         raise GoalError(
             f"The goal macs={goal.macs} has no effect.",
@@ -156,19 +194,57 @@ def plan(
             if graph.cost.parameters
             else "Give a model that has layers with parameters to prune.",
         )
-    if options.of_blocks and goal is not None:
-        return plan_blocks(graph, goal, options, data)
-    chosen = importance_of(options.importance_name if importance is None else importance)
-    options.check_importance(chosen)
-    if isinstance(importance, Mapping):
-        _check_groups(graph, importance)
-    batches, calibration_loss = batches_for(chosen, data, loss), loss_of(loss)
-    statistics = None if batches is None else Statistics(graph, batches, calibration_loss, seed)
-    cache = _ScoreCache(graph, options, chosen, statistics)
-    configurable = _configurable(graph, goal, options)
-    if configurable is not None and goal is not None:
-        return _plan_loadable(graph, goal, options, cache, configurable)
-    return _plan_units(graph, goal, options, cache)
+    if goal is not None:
+        _check_reference(graph, goal)
+    elif options.ranking == "milp" and max_drop is None:
+        raise UsageError(
+            'ranking="milp" has no effect without a goal.',
+            "It chooses widths by their cost, and `keep` sets the widths by hand.",
+            "Give a goal, such as kirsch.Goal(macs=0.5), or remove `ranking`.",
+        )
+    check_validation(options, goal, data, validation)
+    plan_for: Callable[..., Plan]
+    if options.of_blocks:
+        plan_for = partial(plan_blocks, graph, options=options, block_scores=BlockScores(graph, options, data))
+    else:
+        chosen = importance_of(options.importance_name if importance is None else importance)
+        options.check_importance(chosen)
+        if isinstance(importance, Mapping):
+            _check_groups(graph, importance)
+        searched = quality_of(graph, options.ranking, data, loss, quality) if options.is_learned else None
+        # `data` may be only for the ranking or for the measurement of the drop.
+        other_use = (options.is_learned and quality is None) or (max_drop is not None and validation is None)
+        unused = other_use and chosen.needs == "weights" and options.ranking != "milp"
+        scores = scores_of(graph, options, chosen, None if unused else data, loss)
+        plan_for = partial(plan_units, graph, options=options, scores=scores, quality=searched, progress=progress)
+        if loadable:
+            plan_for = partial(plan_loadable, graph, options=options, scores=scores)
+    if max_drop is None:
+        return plan_for(goal)
+    samples, argument = (data, "data") if validation is None else (validation, "validation")
+    measured = Quality(graph, samples, metric, class_weights, argument=argument)
+    search = DropSearch(graph, measured, max_drop, minimized_cost(graph, goal, minimize), plan_for)
+    return search.within(goal, least_cost(graph, options))
+
+
+def least_cost(graph: Graph, options: PlanOptions) -> Cost:
+    """Return the least cost that plans with these options and any goal reach."""
+    if options.of_blocks:
+        return least_cost_of_blocks(graph, options)
+    return least_units(graph, Goal(parameters=0.5), options).cost
+
+
+def _check_reference(graph: Graph, goal: Goal) -> None:
+    """Raise a GoalError if the model costs more than the original that the goal states."""
+    for name in goal.to_dict() if goal.of is not None else ():
+        cost, reference = getattr(graph.cost, name), getattr(goal.of, name)
+        if cost > reference:
+            raise GoalError(
+                f"The goal is a fraction of {figures.count(reference)} {WORDS[name]}, and {graph.model_name} has "
+                f"{figures.count(cost)}.",
+                "A model that is pruned cannot cost more than its original.",
+                "Trace both with example inputs of the same shape, and give of=graph.cost of the original.",
+            )
 
 
 def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
@@ -194,237 +270,3 @@ def _check_importance(options: PlanOptions) -> None:
             listing(sorted(IMPORTANCES)),
             "Give kinds='block', or an importance of units.",
         )
-
-
-def _configurable(graph: Graph, goal: Goal | None, options: PlanOptions) -> Configurable | None:
-    """Return the cuts to which the option `loadable` restricts a plan; None if the plan is not restricted.
-
-    Raises:
-        UsageError: loadable=True, and the model has no configuration that could state cuts.
-    """
-    if options.loadable is False or (options.loadable is None and (goal is None or options.keep)):
-        return None
-    if goal is None or options.keep:
-        raise UsageError(
-            "`loadable=True` cannot be used with `keep`.",
-            "Widths by hand may differ between layers that share a number of the configuration.",
-            "Remove `keep` and give a goal, or remove `loadable`.",
-        )
-    configurable = configurable_of(graph)
-    if options.loadable is None:
-        return configurable if configurable and (configurable.usable or configurable.depths) else None
-    if configurable is None:
-        raise UsageError(
-            f"`loadable=True` cannot be used with this {graph.model_name}.",
-            "It has no configuration from which the traced model can be built, like those of the transformers library.",
-            "Remove `loadable`, and save the pruned model with kirsch.save.",
-        )
-    return configurable
-
-
-def _plan_loadable(
-    graph: Graph, goal: Goal, given: PlanOptions, scores: _ScoreCache, configurable: Configurable
-) -> Plan:
-    """Return the cuts that meet the goal and that the configuration of the model states."""
-    options = given.changed(loadable=True)
-    search = LoadableSearch(graph, goal, options, configurable, scores.get)
-    if not goal.met_by(search.least().cost, graph.cost):
-        raise search.error()
-    choice = search.best()
-    chosen = _as_plan(graph, goal, options, choice.chooser, choice.counts, choice.without, choice.numbers)
-
-    def least(changed: PlanOptions) -> Least:
-        return LoadableSearch(graph, goal, changed, configurable, _equal_scores).least()
-
-    return _with_notes(chosen, graph, options, least)
-
-
-def _plan_units(graph: Graph, goal: Goal | None, options: PlanOptions, scores: _ScoreCache) -> Plan:
-    """Return the units to remove from the layers of a model."""
-    if goal is None:
-        chooser = _chooser(graph, None, options, scores.get, 0)
-        counts = chooser.given()
-    else:
-        chooser, counts = _search(graph, goal, options, scores)
-    chosen = _as_plan(graph, goal, options, chooser, counts)
-    return _with_notes(chosen, graph, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-
-
-def _as_plan(
-    graph: Graph,
-    goal: Goal | None,
-    options: PlanOptions,
-    chooser: Chooser,
-    counts: Sequence[int],
-    without: Sequence[str] = (),
-    numbers: Mapping[str, float] | None = None,
-) -> Plan:
-    """Return a choice of units and blocks as a plan, without notes."""
-    name = options.importance_name
-    reason = {"magnitude": f"smallest weights of the group (L{options.norm})"}.get(name, f"least {name}")
-    _check_constants(graph, chooser.keep(counts))
-    return Plan(
-        fingerprint=graph.fingerprint,
-        model=graph.model_name,
-        groups=_removals(removable_groups(graph, options), chooser.candidates, counts, reason),
-        before=graph.cost,
-        after=chooser.price(counts),
-        goal={} if goal is None else goal.to_dict(),
-        method=options.to_dict(),
-        inputs=graph.inputs,
-        tracing=graph.tracing,
-        blocks=tuple(Skip(path, f"least {name} of its units") for path in graph.blocks if path in without),
-        configuration=dict(numbers or {}),
-        graph=graph,
-    )
-
-
-def _with_notes(chosen: Plan, graph: Graph, options: PlanOptions, least: Callable[[PlanOptions], Least]) -> Plan:
-    """Return a plan with its notes. `least`: takes options, and returns the least cost that plans with them reach."""
-    notes = (
-        landing_note(chosen),
-        *width_notes(chosen),
-        *unused_notes(chosen, graph),
-        *uncounted_notes(chosen, graph),
-        *absent_kind_notes(graph, options),
-        *exclusion_notes(graph, options, least),
-    )
-    return replace(chosen, notes=tuple(note for note in notes if note))
-
-
-def _search(graph: Graph, goal: Goal, options: PlanOptions, scores: _ScoreCache) -> tuple[Chooser, list[int]]:
-    """Return the number of units to remove from each candidate, so that the goal is met."""
-    # A goal that is out of reach is found before the importances are computed, which may run the model.
-    least = _least(graph, goal, options, _equal_scores)
-    if not goal.met_by(least.cost, graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    for fineness in range(max_halvings(options) + 1):
-        chooser = _chooser(graph, goal, options, scores.get, fineness)
-        free = [index for index, candidate in enumerate(chooser.candidates) if candidate.kept is None]
-        classes = ranked_together(graph, {index: chooser.candidates[index].groups for index in free}, options)
-        counts = chooser.least()
-        if goal.met_by(chooser.price(counts), graph.cost):
-            counts = chooser.search(classes, CLOSE)
-            if chooser.distance(counts) <= CLOSE:
-                break
-    if not goal.met_by(chooser.price(counts), graph.cost):
-        raise unreachable(graph, goal, options, lambda changed: _least(graph, goal, changed, _equal_scores))
-    return chooser, counts
-
-
-def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores, fineness: int) -> Chooser:
-    """Return the search over the groups that the options allow to change. Without goal, `keep` names the groups."""
-    groups, by_hand = removable_groups(graph, options), kept_units(graph, options)
-    candidates = []
-    for indices in tied_groups(groups, options):
-        tied = [groups[index] for index in indices]
-        kept = tied_number(tied, by_hand)
-        if kept == tied[0].size or (kept is None and goal is None):
-            continue
-        candidates.append(
-            Candidate(
-                tied,
-                [scores(group, options) for group in tied],
-                width_multiple(tied[0], options, fineness),
-                options.min_keep,
-                _unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
-                kept,
-            )
-        )
-    return Chooser(graph, goal, candidates)
-
-
-def _least(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scores) -> Least:
-    """Return the least cost that plans with these options reach."""
-    chooser = _chooser(graph, goal, options, scores, max_halvings(options))
-    counts = chooser.least()
-    return Least(chooser.price(counts), chooser.keep(counts))
-
-
-def _equal_scores(group: Group, _options: PlanOptions) -> NDArray[np.float64]:
-    """Return the importance 0 for each unit. The least cost is almost the same for any choice of units."""
-    return np.zeros(group.size)
-
-
-class _ScoreCache:
-    """Importance of each unit of each group, computed once per group."""
-
-    def __init__(
-        self, graph: Graph, options: PlanOptions, importance: Importance, statistics: Statistics | None
-    ) -> None:
-        self._graph, self._importance = graph, importance
-        self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
-        self._cache: dict[str, NDArray[np.float64]] = {}
-
-    def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
-        """Return the importance of each unit, divided by the weight of its kind.
-
-        Raises:
-            UsageError: an importance is negative, and the ranking divides it by a cost.
-        """
-        if group.name not in self._cache:
-            self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
-        scores, weight = self._cache[group.name], options.kind_weights[group.kind]
-        if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
-            raise UsageError(
-                f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
-                'ranking="per_cost" and the weights in `kinds` divide importances. This has no meaning for negative '
-                "numbers.",
-                "Use neither of them, or an importance that is not negative, such as 'taylor'.",
-            )
-        return scores / weight
-
-
-def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
-    """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
-    without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
-    fractions = goal.fractions(without, graph.cost)
-    cost = sum(1 - value for value, _ in fractions.values()) / sum(group.size for group in groups)
-    return max(cost, np.finfo(float).eps)
-
-
-def _removals(
-    groups: Sequence[Group], candidates: Sequence[Candidate], counts: Sequence[int], reason: str
-) -> tuple[Removal, ...]:
-    """Return the units to remove, in the order of the groups."""
-    units: dict[str, tuple[int, ...]] = {}
-    for candidate, count in zip(candidates, counts, strict=True):
-        units |= candidate.removed_units(count)
-    return tuple(Removal(g.name, g.kind, g.size, units[g.name], reason) for g in groups if g.name in units)
-
-
-def _importance_scores(
-    graph: Graph, group: Group, importance: Importance, settings: dict[str, Any]
-) -> NDArray[np.float64]:
-    """Return one finite number per unit."""
-    with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
-        scores = np.asarray(importance(graph, group, **settings))
-    numbers = scores.dtype.kind in "fiu"
-    if scores.shape == (group.size,) and numbers and not np.isfinite(scores).all():
-        _refuse_not_finite(graph, group)
-    if scores.shape != (group.size,) or not numbers or not np.isfinite(scores).all():
-        wrong = "" if not numbers or np.isfinite(scores).all() else " with NaN or infinity"
-        raise UsageError(
-            f"The importance {importance.name!r} returns no usable scores for {group.name!r}.",
-            f"Expected {group.size} finite numbers, found {scores.dtype} of shape {scores.shape}{wrong}.",
-            "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data.",
-        )
-    return scores.astype(np.float64)
-
-
-def _refuse_not_finite(graph: Graph, group: Group) -> None:
-    """Raise a NumericError if a parameter of a group is not finite."""
-    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
-        if not np.isfinite(graph.values(name)).all():
-            raise NumericError(
-                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
-                "Its units cannot be ranked, and the outputs of the model are not finite.",
-                "Give a model with finite weights, such as an earlier checkpoint.",
-            )
-
-
-def _check_constants(graph: Graph, keep: NDArray[np.bool_]) -> None:
-    graph.constants(keep)
-    found = graph.too_small(keep)
-    if found is not None:
-        raise PlanError(too_few_units("The plan", *found), fix="Raise min_keep.")

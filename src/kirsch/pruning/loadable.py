@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group
     from kirsch.graph.plan import Goal
     from kirsch.pruning.options import PlanOptions
-    from kirsch.pruning.search import Scores
+    from kirsch.pruning.scores import Scores
 
 FEW_STEPS = 12
 """A width with at most so many allowed values is tried with each of them; others are ranked by importance."""

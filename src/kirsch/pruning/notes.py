@@ -10,7 +10,6 @@ from kirsch.graph.cost import WORDS
 from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK, UNROUNDED_KINDS
-from kirsch.graph.plan import Goal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
     from kirsch.pruning.options import PlanOptions
 
-ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "round_to=")
+ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "max_drop=", "round_to=", "ranking=")
 """Beginnings of the notes on options, by which `with_recomputed_costs` recognizes and keeps them."""
 
 CLOSE = 0.01
@@ -35,10 +34,10 @@ Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long i
 def with_recomputed_costs(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
-    landing = landing_note(priced)
+    landing, met = landing_note(priced), met_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
-    notes = [*missed_notes(priced), *([landing] if landing in plan.notes else []), *width_notes(priced)]
-    notes += [*unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
+    notes = [*missed_notes(priced), *([met] if met else []), *([landing] if landing in plan.notes else [])]
+    notes += [*width_notes(priced), *unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
@@ -76,9 +75,9 @@ def _cost_changes(stated: Plan, counted: Plan) -> list[str]:
 
 def missed_notes(plan: Plan) -> list[str]:
     """Return a note for each limit of the goal that the plan misses."""
-    if not plan.goal:
+    if plan.limits is None:
         return []
-    reached = Goal(**plan.goal).fractions(plan.after, plan.before)
+    reached = plan.limits.fractions(plan.after, plan.before)
     return [
         f"The goal is missed: {WORDS[name]} are {value:.1%} of the original, above the goal of {limit:.1%}. Remove "
         "more units, or make a new plan."
@@ -87,25 +86,36 @@ def missed_notes(plan: Plan) -> list[str]:
     ]
 
 
+def met_note(plan: Plan) -> str:
+    """Return a note if the model has met the goal before the plan; empty otherwise."""
+    if plan.limits is None or not plan.needs_nothing:
+        return ""
+    fractions = plan.limits.fractions(plan.before, plan.before)
+    reached = [
+        f"{WORDS[name]} are {value:.1%}, the goal is {limit:.1%} or less" for name, (value, limit) in fractions.items()
+    ]
+    return f"The goal is met before this plan, which removes nothing: {' and '.join(reached)}."
+
+
 def landing_note(plan: Plan) -> str:
     """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
-    if not plan.goal or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
+    if plan.limits is None or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
         return ""
-    reached = Goal(**plan.goal).fractions(plan.after, plan.before)
+    reached = plan.limits.fractions(plan.after, plan.before)
     name, (value, limit) = min(reached.items(), key=lambda item: item[1][1] - item[1][0])
     if limit - value <= CLOSE:
         return ""
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan, name)}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan)}"
 
 
-def _landing_reason(plan: Plan, name: str) -> str:
-    """Return why a plan is far below its limit of a cost, and the options that may come closer."""
-    if plan.blocks:
+def _landing_reason(plan: Plan) -> str:
+    """Return why a plan is far below its goal, and the options that may come closer."""
+    if plan.blocks and not plan.groups:
         return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
-    one_unit = f"Removing one unit of a pruned group changes the {WORDS[name]} by more than this distance."
+    one_unit = "Restoring any unit misses the goal, and no closer plan with less important units was found."
     why = one_unit if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""

@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kirsch import figures
 from kirsch.errors import GoalError, KirschError
 from kirsch.graph.cost import WORDS
+from kirsch.graph.facts import INPUTS
 from kirsch.pruning.by_hand import kept_units
 from kirsch.pruning.selection import exclusions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.graph.cost import Cost
@@ -36,10 +38,17 @@ MAX_PATTERNS = 20
 
 @dataclass(frozen=True)
 class Least:
-    """The least cost that plans with some options reach, and the components that such a plan keeps."""
+    """The least cost that plans with some options reach, the components that such a plan keeps, and its blocks.
+
+    Args:
+        cost: the cost.
+        keep: mask of the components that stay.
+        without: paths of the removed residual blocks.
+    """
 
     cost: Cost
     keep: NDArray[np.bool_]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,8 @@ def _causes(graph: Graph, goal: Goal, options: PlanOptions, least: Least) -> lis
     costs_by_cause: dict[str, dict[str, int]] = {}
     explain = _CauseFinder(graph, options)
     for owner, cost in graph.prices.shares(least.keep, missed).items():
-        if cost:
-            costs_by_cause.setdefault(explain(owner), {})[owner] = cost
+        if cost and not f"{owner}.".startswith(tuple(f"{path}." for path in least.without)):
+            costs_by_cause.setdefault(explain(owner, missed), {})[owner] = cost
     largest = sorted(costs_by_cause.items(), key=lambda item: -sum(item[1].values()))[:MAX_SHOWN]
     return [
         f"{sum(owners.values()) / total:.1%} of the {word} in {_layer_list(owners, total)}, {cause}"
@@ -135,12 +144,25 @@ class _CauseFinder:
             for name in dict.fromkeys(name for name, _ in group.footprint):
                 self._touching.setdefault(id(graph.tensors[name]), []).append((group.name, group.kind))
 
-    def __call__(self, owner: str) -> str:
-        """Return the reason as a clause that follows the names of the layers."""
-        graph, options = self._graph, self._options
+    def __call__(self, owner: str, quantity: str) -> str:
+        """Return the reason why a cost of a layer is not smaller, as a clause that follows the names of the layers."""
+        graph = self._graph
         names = [name for name in graph.parameters if name.rpartition(".")[0] == owner]
         names = names or [name for name in graph.parameters if f"{name}.".startswith(f"{owner}." if owner else "")]
-        groups = [group for name in names for group in self._touching.get(id(graph.tensors[name]), [])]
+        if quantity == "memory":
+            groups = self._groups_of_activations(owner)
+            names = [] if owner == INPUTS else names
+        else:
+            groups = [group for name in names for group in self._touching.get(id(graph.tensors[name]), [])]
+        if groups:
+            return self._reason_of_groups(groups)
+        if quantity == "memory" and not names:
+            return "whose sizes do not depend on units that can be removed"
+        return self._reason_of_freezes(names)
+
+    def _reason_of_groups(self, groups: Sequence[tuple[str, str]]) -> str:
+        """Return the option that keeps units of some groups, given by name and kind."""
+        options = self._options
         kinds = sorted({kind for _, kind in groups if self._weights[kind] == 0})
         if kinds:
             return f"whose units have the kind {', '.join(map(repr, kinds))}, which `kinds` keeps"
@@ -152,10 +174,12 @@ class _CauseFinder:
             return f"which {setting} keeps unchanged" if option == "exclude" else f"whose units {setting} keeps"
         if any(name in self._by_hand for name, _ in groups):
             return "whose width `keep` sets"
-        if groups:
-            uniform = ", uniform=True" if options.uniform else ""
-            return f"cut as far as min_keep={options.min_keep:g}, round_to={options.round_to!r}{uniform} allow"
-        freezes = [freeze for name in names for freeze in graph.frozen_by(name)]
+        uniform = ", uniform=True" if options.uniform else ""
+        return f"cut as far as min_keep={options.min_keep:g}, round_to={options.round_to!r}{uniform} allow"
+
+    def _reason_of_freezes(self, names: Sequence[str]) -> str:
+        """Return why no units of some parameters can be removed."""
+        freezes = [freeze for name in names for freeze in self._graph.frozen_by(name)]
         obstacles = [f"{f.reason} ({f.operation.source or f.operation.module or f.operation.name})" for f in freezes]
         inner = list(
             dict.fromkeys(text for text, freeze in zip(obstacles, freezes, strict=True) if not freeze.boundary)
@@ -164,6 +188,15 @@ class _CauseFinder:
         if inner:
             return f"frozen: {', '.join([*inner, *boundary][:MAX_SHOWN])}"
         return "whose units are inputs or outputs of the model"
+
+    def _groups_of_activations(self, owner: str) -> list[tuple[str, str]]:
+        """Return name and kind of the groups with units in the activations of a layer."""
+        component, terms = self._graph.coupling.component, self._graph.facts.terms
+        labels = [axis for term in terms if (term.quantity, term.owner) == ("memory", owner) for axis in term.factors]
+        found = np.zeros(len(self._graph.coupling.frozen), bool)
+        for axis in labels:
+            found[component[axis]] = True
+        return [(group.name, group.kind) for group in self._graph.groups if found[group.components].any()]
 
 
 # --------------------------------------------------------------------------------------- options that reach the goal

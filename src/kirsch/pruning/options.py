@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from kirsch.annotations import Between, Count, Fix, Names, OneOrMore, Seed
+from kirsch.annotations import AtLeastZero, Between, Count, Fix, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.jobs.goal import MaxDrop
 from kirsch.options import Options
-from kirsch.pruning.importance import IMPORTANCES, Importance, importance_of
+
+if TYPE_CHECKING:
+    from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost"]
+Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic"]
+FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
+"""Rankings that follow from the importances; the last one only for importances that are not negative."""
+LEARNED_RANKINGS = ("legr", "actor_critic")
+"""Rankings that search for the widths with which pruned models have the best quality on data."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -27,8 +34,14 @@ Amount = Annotated[
 """A number of units, or a fraction of the units of a group."""
 Keep: TypeAlias = Mapping[str, Amount] | None
 MinKeep = Annotated[float, Between(0, 1, exclusive="least")]
+ClassWeights: TypeAlias = Mapping[str | int, AtLeastZero] | None
+Minimize: TypeAlias = Literal["macs", "parameters", "size", "memory"] | None
 
-ONLY_OF_UNITS = ("loss", "norm", "ranking", "round_to", "uniform", "loadable", "min_keep", "keep", "keep_outputs")
+ONLY_WITH_MAX_DROP = ("metric", "class_weights", "minimize")
+"""Options without effect on a plan without `max_drop`."""
+
+_OF_WIDTHS = ("round_to", "uniform", "loadable", "min_keep", "keep", "keep_outputs")
+ONLY_OF_UNITS = ("loss", "norm", "ranking", *_OF_WIDTHS, "evaluations")
 """Options without effect on a plan of blocks."""
 
 
@@ -60,7 +73,9 @@ class PlanOptions(Options):
         "global",
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
-            "(local), or of each class of groups in layers of the same types (isomorphic)"
+            "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
+            "each group by the measured change of the outputs on data; or search for the widths with the best quality "
+            "on data (legr, actor_critic)"
         ),
     )
     round_to: RoundTo = Field(
@@ -75,15 +90,16 @@ class PlanOptions(Options):
         description=(
             "a list: only units of these kinds are removed; a dict from kind to weight: a kind with a "
             "higher weight loses more units, a kind with weight 0 loses none, a kind that is not in the dict has the "
-            "weight 1; block: residual blocks; default: units of all kinds, but no residual blocks"
+            "weight 1; block: residual blocks, with other kinds only for the ranking milp; default: units of all "
+            "kinds, but no residual blocks"
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
-    loadable: bool | None = Field(
-        None,
+    loadable: bool = Field(
+        False,
         description=(
             "only make cuts that the configuration of a transformers model can state, so that from_pretrained loads "
-            "the result without Kirsch; default: true if the configuration can state cuts"
+            "the result without Kirsch"
         ),
     )
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
@@ -94,9 +110,32 @@ class PlanOptions(Options):
             "are kept, or the fraction of them; the goal then applies to the other layers"
         ),
     )
+    max_drop: MaxDrop | None = Field(
+        None,
+        description=(
+            "largest drop of the quality without training, measured on validation data: 0.02 is two percentage points; "
+            "without a goal, the smallest such model is searched for"
+        ),
+    )
+    metric: str | None = Field(
+        None,
+        description=(
+            'metric of max_drop: "accuracy", "balanced_accuracy", "log_likelihood", "next_token_accuracy", '
+            '"next_token_log_likelihood", "binary_accuracy", "r2"; without labels "agreement", "kl", "output_r2"; '
+            "default: by the form of the labels"
+        ),
+    )
+    class_weights: ClassWeights = Field(
+        None,
+        description="a dict from class to weight for the accuracy of max_drop; the weight of other classes is 1",
+    )
+    minimize: Minimize = Field(
+        None, description="the cost that max_drop minimizes without a goal; default: macs, or parameters without MACs"
+    )
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
-    seed: Seed = Field(0, description='seed of the importances "random" and "hessian"')
+    seed: Seed = Field(0, description='seed of the importances "random" and "hessian", and of learned rankings')
+    evaluations: Count = Field(200, description="number of plans that the rankings legr and actor_critic evaluate")
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.
@@ -105,6 +144,8 @@ class PlanOptions(Options):
             UnknownNameError: kinds or round_to names an unknown kind.
             UsageError: kinds names blocks together with other kinds, or an option has no effect.
         """
+        from kirsch.pruning.importance import IMPORTANCES, importance_of  # noqa: PLC0415 - `kirsch --help` loads no numpy
+
         for kind in self.kinds or ():
             if kind not in (*KINDS, BLOCK):
                 raise UnknownNameError("kind of unit", kind, (*KINDS, BLOCK), len(KINDS) + 1, "kinds")
@@ -113,14 +154,32 @@ class PlanOptions(Options):
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
+        unused = next((name for name in ONLY_WITH_MAX_DROP if getattr(self, name) is not None), None)
+        if self.max_drop is None and unused is not None:
+            raise UsageError(
+                f"`{unused}` has no effect without `max_drop`.",
+                "The quality of pruned models is measured only for `max_drop`.",
+                f"Give max_drop, such as max_drop=0.02, or remove `{unused}`.",
+            )
+        if not self.is_learned and self.evaluations != type(self).model_fields["evaluations"].default:
+            raise UsageError(
+                f'`evaluations` has no effect with ranking="{self.ranking}".',
+                fix=f'Remove `evaluations`, or give ranking="{LEARNED_RANKINGS[0]}".',
+            )
+        if self.loadable and (self.ranking == "milp" or self.is_learned):
+            raise UsageError(
+                f'ranking="{self.ranking}" cannot be used with `loadable`.',
+                "The numbers of a configuration are chosen by the importances alone.",
+                'Use another ranking, such as "global", or remove `loadable`.',
+            )
         if self.of_blocks:
             self._check_blocks()
-        elif BLOCK in (self.kinds or ()) and not (isinstance(self.kinds, Mapping) and self.kinds[BLOCK] == 0):
+        elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
             raise UsageError(
                 "`kinds` names 'block' together with other kinds.",
                 "The units of a layer can be ranked only once it is known which blocks remain.",
                 "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
-                "plan with the other kinds.",
+                'plan with the other kinds. Or give ranking="milp", which chooses blocks and units together.',
             )
 
     def check_importance(self, importance: Importance) -> None:
@@ -132,7 +191,9 @@ class PlanOptions(Options):
                 "Use another ranking, or an importance that is not negative, such as 'taylor'.",
             )
         used = {"norm": "norm" in importance.options, "loss": "statistics" in importance.options}
-        used["loss"] &= importance.needs != "inputs" or importance.name not in IMPORTANCES
+        used["loss"] &= importance.needs != "inputs" or importance.name.startswith("given")
+        # They state whether the outputs are logits, or which loss pruned models have.
+        used["loss"] |= self.ranking == "milp" or self.is_learned
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(
@@ -154,6 +215,22 @@ class PlanOptions(Options):
     def of_blocks(self) -> bool:
         """Whether the plan removes residual blocks instead of units of layers."""
         return self.kinds is not None and not isinstance(self.kinds, Mapping) and set(self.kinds) == {BLOCK}
+
+    @property
+    def _keeps_blocks(self) -> bool:
+        return isinstance(self.kinds, Mapping) and self.kinds.get(BLOCK) == 0
+
+    @property
+    def block_weight(self) -> float:
+        """Weight of residual blocks in a plan that removes both units and blocks; 0 in other plans."""
+        if self.ranking != "milp" or self.of_blocks or BLOCK not in (self.kinds or ()):
+            return 0.0
+        return float(self.kinds[BLOCK]) if isinstance(self.kinds, Mapping) else 1.0
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the ranking evaluates pruned models on data."""
+        return self.ranking in LEARNED_RANKINGS
 
     @property
     def importance_name(self) -> str:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
 from kirsch.arguments import checked
-from kirsch.data.annotations import Inputs, Model
+from kirsch.data.annotations import Calibration, Inputs, Model
 from kirsch.errors import KirschError, ModelError, PlanError, UsageError, VerificationError, error_text, nearest
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan, Removal, Skip
 from kirsch.graph.verification import UNUSUAL_LAYERS
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
+from kirsch.pruning.compensation import Compensate, Compensation, check_data, check_model, methods_of
+from kirsch.pruning.compensation import compensate as compensate_pruned
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.notes import change_notes, too_few_units, with_recomputed_costs
 from kirsch.tables import Line, Part, Piece, Printable, notes
@@ -43,6 +45,8 @@ class Pruned(Printable):
         plan: the removed units, with the cost before and after, and the numbers of the model's configuration.
         notes: notes on the plan and the result.
         warnings: the notes on possible later problems with the model; `prune` issues each as a `UserWarning`.
+        compensation: what `compensate` changed, and the errors before and after; None without it. The verification is
+            that of the model before compensation.
     """
 
     model: Any
@@ -50,6 +54,7 @@ class Pruned(Printable):
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    compensation: Compensation | None = None
 
     def __repr__(self) -> str:
         """Return one line."""
@@ -65,11 +70,20 @@ class Pruned(Printable):
             Piece(f"   {figures.counted(count, 'group')} pruned{blocks}"),
         ]
         verification = self.verification.parts() if self.verification is not None else []
-        return [title, self.plan.cost_table(), *verification, notes(self.notes)]
+        compensation = self.compensation.parts() if self.compensation is not None else []
+        return [title, self.plan.cost_table(), *verification, *compensation, notes(self.notes)]
 
 
 @checked
-def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True) -> Any:
+def prune(
+    model: Model,
+    plan: Plan,
+    *,
+    example_inputs: Inputs | None = None,
+    verify: bool = True,
+    compensate: Compensate = None,
+    data: Calibration | None = None,
+) -> Any:
     """Return a new model of the same class without the units of the plan; the original is not changed.
 
     Args:
@@ -78,6 +92,12 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
             and compared with its goal again, so they need not be corrected in a plan that is edited by hand.
         example_inputs: only needed if the plan comes from JSON and could not store its inputs.
         verify: whether to compare the outputs of the pruned model with those of the masked original.
+        compensate: how the kept weights are changed after the verification, without training, so that the outputs are
+            closer to those of the original: "least_squares" fits the weights and biases of the layers that have lost
+            inputs; "bias" changes only their biases; "batch_norm" estimates the statistics of batch normalization
+            again. A list combines methods, such as ["least_squares", "batch_norm"]; None: no change. See
+            docs/compensation.md.
+        data: calibration data for `compensate`: batches of inputs, with or without labels; 256 samples suffice.
 
     Returns:
         The pruned model. Mode, hooks, types, devices and requires_grad are those of the original. An optimizer of the
@@ -86,14 +106,17 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
     Warns:
         UserWarning: the model has `save_pretrained`, and no configuration describes the result, so that
             `save_pretrained` raises an error. Or the weights of kept units changed, because they are computed from all
-            units, as in spectral normalization.
+            units, as in spectral normalization. Or compensation has left out layers, or has increased the error.
 
     Raises:
+        UsageError: `compensate` or `data` are wrong, or do not fit the model.
         PlanError: the plan is for another model, names unknown groups or units, removes nothing, or states a wrong
             cost of the original.
         VerificationError: the outputs of the pruned model and the masked original differ; the message names the groups.
     """
-    result = prune_with_verification(model, plan, example_inputs=example_inputs, verify=verify)
+    result = prune_with_verification(
+        model, plan, example_inputs=example_inputs, verify=verify, compensate=compensate, data=data
+    )
     for text in result.warnings:
         warn(text)
     return result.model
@@ -101,9 +124,18 @@ def prune(model: Model, plan: Plan, *, example_inputs: Inputs | None = None, ver
 
 @checked
 def prune_with_verification(
-    model: Model, plan: Plan, *, example_inputs: Inputs | None = None, verify: bool = True
+    model: Model,
+    plan: Plan,
+    *,
+    example_inputs: Inputs | None = None,
+    verify: bool = True,
+    compensate: Compensate = None,
+    data: Calibration | None = None,
 ) -> Pruned:
     """Prune as `prune` does, and return verification and notes with the model instead of issuing warnings."""
+    methods = methods_of(compensate)
+    check_data(methods, data)
+    check_model(methods, model, plan)
     graph = graph_of(model, plan, example_inputs)
     plan.check(graph)
     plan.check_cost(graph)
@@ -114,10 +146,16 @@ def prune_with_verification(
             _check_inputs(model, plan)
         raise
     sizes = {} if verify else framework_of(model).surgery.changed_computed_weights(model, result.plan, graph)
-    if not sizes:
+    if sizes:
+        result = _with_warnings(result, [_reweighted_note(sizes)])
+    if not methods:
         return result
-    text = _reweighted_note(sizes)
-    return replace(result, notes=(*result.notes, text), warnings=(*result.warnings, text))
+    compensation = compensate_pruned(result.model, result.plan, graph, methods, data)
+    return replace(_with_warnings(result, compensation.notes), compensation=compensation)
+
+
+def _with_warnings(result: Pruned, texts: Sequence[str]) -> Pruned:
+    return replace(result, notes=(*result.notes, *texts), warnings=(*result.warnings, *texts))
 
 
 def _check_inputs(model: Any, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import Group
     from kirsch.graph.plan import Goal
-    from kirsch.pruning.options import PlanOptions
-
-    Scores = Callable[[Group, PlanOptions], NDArray[np.float64]]
-    """Returns the importance of each unit of a group, divided by the weight of its kind."""
 
 
 @dataclass
@@ -37,6 +33,7 @@ class Candidate:
         unit_cost: number by which importances are divided for the ranking.
         kept: number of kept portions, if it is given.
         portions: number of units in a portion of each group; empty for single units.
+        removal_scores: importance of the first, second, ... portion to be removed, if it is not that of `group_scores`.
     """
 
     groups: Sequence[Group]
@@ -46,6 +43,7 @@ class Candidate:
     unit_cost: float = 1.0
     kept: int | None = None
     portions: Sequence[int] = ()
+    removal_scores: NDArray[np.float64] | None = None
 
     @property
     def size(self) -> int:
@@ -69,6 +67,8 @@ class Candidate:
     @cached_property
     def scores(self) -> NDArray[np.float64]:
         """Importance of the first, second, ... portion to be removed: the mean over its units, divided by the cost."""
+        if self.removal_scores is not None:
+            return self.removal_scores
         portions = [
             np.sort(scores)[: self.size * portion].reshape(self.size, portion).mean(axis=1)
             for scores, portion in zip(self.group_scores, self._portions, strict=True)
@@ -123,7 +123,7 @@ class Chooser:
 
     Args:
         graph: graph of the model.
-        goal: limits of the cost.
+        goal: the goal; None without a limit.
         candidates: groups that may lose units.
         without: paths of the residual blocks that are removed in every choice.
     """
@@ -134,8 +134,8 @@ class Chooser:
         self._graph = graph
         self._goal = goal
         self.candidates = candidates
-        self._without = without
-        self._prices: dict[tuple[int, ...], Cost] = {}
+        self.without = tuple(without)
+        self._prices: dict[tuple[tuple[int, ...], tuple[str, ...]], Cost] = {}
 
     def keep(self, counts: Sequence[int]) -> NDArray[np.bool_]:
         """Return whether each component is kept."""
@@ -146,9 +146,9 @@ class Chooser:
 
     def price(self, counts: Sequence[int]) -> Cost:
         """Return the cost of a choice, computed once."""
-        key = tuple(counts)
+        key = tuple(counts), self.without
         if key not in self._prices:
-            self._prices[key] = self._graph.prices.price(self.keep(counts), self._without)
+            self._prices[key] = self._graph.prices.price(self.keep(counts), self.without)
         return self._prices[key]
 
     def fits(self, counts: Sequence[int]) -> bool:
@@ -165,7 +165,7 @@ class Chooser:
             replace(candidate, kept=candidate.size - counts[index]) if index in counts else candidate
             for index, candidate in enumerate(self.candidates)
         ]
-        return Chooser(self._graph, self._goal, candidates, self._without)
+        return Chooser(self._graph, self._goal, candidates, self.without)
 
     def least(self) -> list[int]:
         """Return the choice that removes all units that may be removed."""
@@ -203,6 +203,8 @@ class Chooser:
         """
         limits = [candidate.steps[-1] for candidate in self.candidates]
         best = self.refine(*self.descend(classes, limits))
+        if self.distance(best) > close:  # the same fraction of each list is too far from the goal
+            best = self.refine(best, [0] * len(best))
         while self.distance(best) > close:
             trials = []
             for index in (i for i, c in enumerate(self.candidates) if best[i] and c.kept is None):

@@ -4,42 +4,71 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from kirsch import figures, files
 from kirsch.annotations import Seed
-from kirsch.errors import UsageError
+from kirsch.errors import GoalError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
+from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
+from kirsch.pruning.choose import least_cost
 from kirsch.pruning.choose import plan as choose
+from kirsch.pruning.compensation import Compensate, check_model, methods_of
 from kirsch.pruning.importance import importance_of
-from kirsch.pruning.options import PlanOptions
+from kirsch.pruning.max_drop import minimized_cost
+from kirsch.pruning.options import ONLY_WITH_MAX_DROP, PlanOptions
 from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
+from kirsch.pruning.quality import Quality
 from kirsch.pruning.store import last_plan, load, save
+from kirsch.tasks.metrics import METRIC_OF_LOSS, class_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import Goal, Plan
+    from kirsch.graph.plan import Plan
     from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION, PREVIEW = 256, 8
-"""Number of training samples on which units and residual blocks are ranked; and units before the job starts."""
+"""Number of training samples for the ranking of units and blocks and for compensation; and for the ranking of units
+before the job starts."""
+
+SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
+"""Short names of the costs in `WORDS`."""
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
 
 
+FIRST = "prune"
+"""Key of the first step that prunes, to which the limits of the job apply."""
+
+
 def plan_file(key: str) -> str:
     """Return the file name of the plan of a step: "plan.json", or "plan-2.json" for the second step."""
     return f"{key.replace('prune', 'plan')}.json"
+
+
+def validation_of(job: Job, metric: str | None, class_weights: Mapping[str | int, float] | None) -> dict[str, Any]:
+    """Return the arguments of `kirsch.plan` for measurements on the validation part of a job.
+
+    Args:
+        job: the job; its task determines the metric if none is given.
+        metric: name of a metric, or None.
+        class_weights: class name or number → weight, or None.
+    """
+    if metric is None and class_weights is None:
+        metric = METRIC_OF_LOSS.get(job.task.label_loss)
+    weights = class_numbers(class_weights, job.data.classes)
+    return {"validation": job.data.validation, "metric": metric, "class_weights": weights}
 
 
 @STEPS.register("prune")
@@ -52,50 +81,107 @@ class Prune(PlanOptions, Step):
     goal: PlanGoal | None = Field(
         None,
         description=(
-            "limits, as fractions of the model before this step; null: the goal of the job, for the first step prune"
+            "limits, as fractions of the cost of a model; null: the goal of the job, for the first step prune or with "
+            "goal_of: job"
+        ),
+    )
+    goal_of: Literal["step", "job"] = Field(
+        "step",
+        description=(
+            'model whose cost the limits are fractions of: "step", the model before this step; "job", the model before '
+            "the first step prune, as for the goal of the job"
         ),
     )
     seed: Seed | None = Field(
         None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
     )  # type: ignore[assignment]
+    compensate: Compensate = Field(
+        None,
+        description=(
+            'how the kept weights are changed after the cut, from 256 training samples and without training: "bias", '
+            '"least_squares", "batch_norm", or a list of them; null: not at all'
+        ),
+    )
+
+    def check(self) -> None:
+        """Check the options of the plan, and the methods of compensation."""
+        super().check()
+        methods_of(self.compensate)
 
     def identity(self, job: Job) -> str:
         """Return the options, and the goal of the job if the step has none."""
         return self.model_dump_json() if self.goal is not None else f"{self.model_dump_json()} {job.goal.cost}"
 
     def preview(self, job: Job) -> None:
-        """Check that a plan reaches the goal, and remove units, without verification."""
-        _, plan = self._plan(job, PREVIEW)
+        """Check that a plan reaches the goal, and remove units, without verification.
+
+        The quality of the model before training says nothing. With `max_drop` and no goal, the size of the result is
+        therefore not known; a model of about half the cost takes its place.
+        """
+        _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
         job.plans[job.key] = plan
+        check_model(methods_of(self.compensate), job.model, plan)
         job.model = prune_with_verification(job.model, plan, verify=False).model
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
-        """Return the goal of this step, or the limits of the job's `goal` if the step has none; None for `keep` alone.
+        """Return the goal of this step, or the limits of the job's `goal` if it applies to this step.
+
+        The goal of the job applies to the first step without a goal, and to steps with goal_of="job". None for `keep`
+        or `max_drop` alone.
 
         Raises:
-            UsageError: neither the step nor the job limits the cost, and no widths are given by hand.
+            UsageError: neither the step nor the job limits the cost or the drop, and no widths are given by hand.
         """
-        own = self.goal or goal.cost
-        if own is None and not self.keep:
+        own = self.goal or (goal.cost if key == FIRST or self.goal_of == "job" else None)
+        if own is None and not self.keep and self.max_drop is None:
             raise UsageError(
                 f"The step {key!r} has no goal.",
-                "Neither the step nor the job limits macs or parameters.",
-                "Give the step or the job a goal, such as macs=0.5.",
+                f"Neither the step nor the job limits a cost: {', '.join(WORDS)}.",
+                "Give the step or the job a goal, such as macs=0.5, or the step a largest drop, such as max_drop=0.02.",
             )
         return own
 
-    def _plan(self, job: Job, samples: int = CALIBRATION) -> tuple[Graph, Plan]:
-        """Return the graph of the model of a job, and the plan of this step from a number of training samples."""
+    def _plan(self, job: Job, samples: int = CALIBRATION, evaluations: int | None = None) -> tuple[Graph, Plan]:
+        """Return the graph of the model of a job, and the plan of this step.
+
+        Args:
+            job: the job.
+            samples: number of training samples for the importance or the ranking.
+            evaluations: number of plans that a learned ranking evaluates; None: the option of the step.
+        """
         goal = self.goal_in(job.goal, job.key)
+        if goal is not None and self.goal_of == "job":
+            goal = Goal(**goal.to_dict(), of=Cost(**{"parameters": 0, "macs": 0, "activations": 0} | job.start_cost))
         inference = framework_of(job.model).inference
         graph = trace(job.model, inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
+        options["progress"] = False  # the job shows its own progress
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        elif importance_of(self.importance_name).needs != "weights":
+        elif self.ranking == "milp" or self.is_learned or importance_of(self.importance_name).needs != "weights":
             options["data"] = self._calibration(job, job.data.calibration_batches, samples)
-        return graph, choose(graph, goal, **options)
+        if self.is_learned:
+            options["evaluations"] = evaluations or self.evaluations
+        if self.max_drop is not None:
+            options |= validation_of(job, self.metric, self.class_weights)
+        try:
+            return graph, choose(graph, goal, **options)
+        except GoalError as error:  # several steps may have the same options
+            raise GoalError(f"The step {job.key!r} cannot prune. {error.what}", error.why, error.fix) from error
+
+    def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
+        """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""
+        inference = framework_of(job.model).inference
+        graph = trace(job.model, inference.from_numpy(job.example))
+        validation = validation_of(job, self.metric, self.class_weights)
+        Quality(graph, validation["validation"], validation["metric"], validation["class_weights"])  # checks them
+        step = self.changed(max_drop=None, **dict.fromkeys(ONLY_WITH_MAX_DROP))
+        if self.goal_in(job.goal, job.key) is None:
+            name = minimized_cost(graph, None, self.minimize)
+            least = getattr(least_cost(graph, step), name) / max(getattr(graph.cost, name), 1)
+            step = step.changed(goal=Goal(**{name: min((1 + least) / 2, 0.999)}))
+        return step._plan(job, PREVIEW, evaluations=1)  # noqa: SLF001 - of the same class
 
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
         """Return training samples; a shuffling loader gives the same samples each time."""
@@ -104,7 +190,8 @@ class Prune(PlanOptions, Step):
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""
         graph, plan = self._plan(job)
-        pruned = prune_with_verification(job.model, plan)
+        samples = None if not self.compensate else self._calibration(job, job.data.calibration_batches)
+        pruned = prune_with_verification(job.model, plan, compensate=self.compensate, data=samples)
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
@@ -112,13 +199,16 @@ class Prune(PlanOptions, Step):
         for text in notes:
             job.note(text)
         error = pruned.verification.error if pruned.verification else float("nan")
-        record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder)}
+        record: Record = {"model": "pruned", "did": _reduction(plan), **job.evaluate(pruned.model, folder, plan.limits)}
         record["bytes"] = (folder / PRUNED / "model.safetensors").stat().st_size
         record["verification"] = pruned.verification.to_dict() if pruned.verification else None
         record["removed"] = removal_record(graph, plan)
         record["plan"] = json.loads(pruned.plan.to_json())
         record["notes"] = notes
-        record["before"] = {"parameters": plan.before.parameters, "macs": plan.before.macs}
+        if pruned.compensation is not None:
+            record["compensation"] = pruned.compensation.to_dict()
+            record["notes"] = [*notes, f"Compensation: {pruned.compensation.text}."]
+        record["before"] = plan.before.to_dict()
         parts = (
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
@@ -135,9 +225,10 @@ class Prune(PlanOptions, Step):
 
 
 def _reduction(plan: Plan) -> str:
-    if "macs" in plan.goal or not plan.goal:
-        return f"−{figures.percent(1 - plan.after.macs / max(plan.before.macs, 1))} MACs"
-    return f"−{figures.percent(1 - plan.after.parameters / max(plan.before.parameters, 1))} params"
+    """Return the reduction of the first cost that the goal limits, MACs by default, as text."""
+    name = next(iter(plan.goal), "macs")
+    removed = 1 - plan.after.to_dict()[name] / max(plan.before.to_dict()[name], 1)
+    return f"−{figures.percent(removed)} {SHORT[name]}"
 
 
 def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def save(model: Model, folder: str | Path) -> Path:
     """Save a pruned model to a folder: plan.json, model.safetensors, manifest.json.
 
     Args:
-        model: result of `kirsch.prune`, pruned once or several times; further plans are plan.2.json, ...
+        model: result of `kirsch.prune`, pruned once or several times; further plans are plan.2.json, ... Masks of
+            `kirsch.sparsify` are folded into the stored weights.
         folder: written atomically; an older folder is replaced.
 
     Returns:
@@ -35,6 +36,8 @@ def save(model: Model, folder: str | Path) -> Path:
             not restore it.
         OutputError: the folder cannot be written.
     """
+    if framework_of(model).masking.masks(model):
+        model = framework_of(model).masking.fold(model)
     plans = getattr(model, PLANS, None)
     if not plans:
         inside = getattr(model, "module", None)

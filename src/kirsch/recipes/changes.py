@@ -31,6 +31,12 @@ class Change:
     value: Any
     origin: str
 
+    def is_of_step(self, items: Sequence[Any], name: str) -> bool:
+        """Return whether the value belongs to a step of this name; arguments: see `path`."""
+        names = [str(next(iter(item), "")) if isinstance(item, dict) else "" for item in items]
+        keys = [key for key, step in zip(keys_of(names), names, strict=True) if step == name]
+        return _plain(self.key[0]) in map(_plain, keys)
+
     def path(self, items: Any, sections: Sequence[str]) -> list[str]:
         """Return the path of the value in the data of a recipe; the key of a step becomes ["steps", number, name].
 

@@ -23,7 +23,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.jobs.goal import JobGoal, MaxDrop
+from kirsch.jobs.goal import JobGoal, MaxDrop, check_no_reference
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions
@@ -133,7 +133,8 @@ def compress(
         listen: function that is called with each event.
         progress: show the lines of the command `kirsch compress`, on the standard error. None: only on a terminal and
             in a notebook. Without these lines and without `listen`, warnings of the run are Python warnings.
-        plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`.
+        plan_options: options of `kirsch.plan`, such as `exclude`, `round_to`, `importance`; and `compensate` of
+            `kirsch.prune`.
 
     Raises:
         UsageError: there is no goal, `distill` is given without a student, an option is not valid, or options are given
@@ -141,6 +142,8 @@ def compress(
         KirschError: a step failed; the run folder keeps the finished steps.
     """
     _refuse_unknown(plan_options)
+    if goal is not None:
+        check_no_reference(goal)
     if distill is not None and student is None:
         raise UsageError("`distill` of kirsch.compress needs a student.", fix="Give student=..., or remove distill.")
     if steps is None:
@@ -259,7 +262,7 @@ def _usual_steps(
 def _refuse_unknown(plan_options: dict[str, Any]) -> None:
     """Raise an error for keywords that are not options of a plan."""
     arguments = [name for name in inspect.signature(compress).parameters if name != "plan_options"]
-    options = list(PlanOptions.model_fields)
+    options = [*PlanOptions.model_fields, "compensate"]
     for name, value in plan_options.items():
         if name not in options:
             refused = Goal.refuse_argument(name)

@@ -34,8 +34,9 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
 
     Returns:
         JSON values: "name", "goals", "expected" (for each limit of the cost, the cost that the steps reach), "data",
-        "steps" (key, model, parameters, macs, and seconds, which is None if the time cannot be estimated), "plans" (key
-        of a step → plan), "plan_weights", "disk_bytes", "seconds", "missing", "notes".
+        "steps" (key, model, parameters, macs, size and memory if the goal of the job limits them, and seconds, which is
+        None if the time cannot be estimated), "plans" (key of a step → plan), "plan_weights",
+        "disk_bytes", "seconds", "missing", "notes".
 
         "model" of a step is the reference of the teacher or of the student in the first step that uses it, otherwise
         None. "seconds" is the sum over the steps whose time can be estimated; the times of the others are not included.
@@ -56,13 +57,11 @@ def forecast(recipe: Recipe, *, base: Path, folder: Path | None = None) -> dict[
     for key, step in recipe.all_steps.items():
         job.key = key
         step.preview(job)
-        parameters, macs = job.count(job.teacher if is_of_teacher(step) else job.model)
         steps.append(
             {
                 "key": job.key,
                 "model": references[key],
-                "parameters": parameters,
-                "macs": macs,
+                **(job.cost(job.teacher) if is_of_teacher(step) else job.cost(job.model, job.goal.cost)),
                 "seconds": step.seconds(job),
             }
         )

@@ -28,12 +28,14 @@ class CostGoal:
         key: key of the step whose result is limited; empty for the final model of the job.
         limits: the limits.
         reference: name of the model whose cost the limits are fractions of.
+        of_job: whether this is the model before any step, otherwise the model before the step.
         prefix: beginning of the texts on these limits; empty if the job has no other limits.
     """
 
     key: str
     limits: Goal
     reference: str
+    of_job: bool
     prefix: str
 
     def text(self) -> str:
@@ -52,21 +54,28 @@ class CostGoal:
 def cost_goals(job: Job, steps: Mapping[str, Step]) -> list[CostGoal]:
     """Return the limits of the cost of all steps and of the final model.
 
-    A limit of the first step `Prune` that equals the limit of the final model is left out, since it would be listed
-    twice.
+    A limit of a step `Prune` that equals the limit of the final model, and is a fraction of the same cost, is left out,
+    since it would be listed twice.
     """
     final, goals = job.goal.cost, []
     prunings = [(key, step) for key, step in steps.items() if isinstance(step, Prune)]
     for number, (key, step) in enumerate(prunings):
-        limits = step.goal.to_dict() if step.goal is not None else {}
-        if number == 0 and final is not None:
+        of_job = step.goal_of == "job"
+        of_start = of_job or number == 0
+        limits: dict[str, Any] = step.goal.to_dict() if step.goal is not None else {}
+        if of_start and final is not None:
             limits = {name: limit for name, limit in limits.items() if final.to_dict().get(name) != limit}
         if limits:
-            goals.append((key, Goal(**limits), "model before this step" if number else job.model_name))
-    found = [CostGoal(key, limits, reference, f"{key}: ") for key, limits, reference in goals]
+            goals.append((key, Goal(**limits), job.model_name if of_start else "model before this step", of_job))
+    found = [CostGoal(*goal, f"{goal[0]}: ") for goal in goals]
     if final is not None:
-        found.append(CostGoal("", final, job.model_name, "at the end: " if found else ""))
+        found.append(CostGoal("", final, job.model_name, True, "at the end: " if found else ""))
     return found
+
+
+def goals_of_steps(steps: Mapping[str, Step]) -> list[Goal]:
+    """Return the goals of the steps that prune."""
+    return [step.goal for step in steps.values() if isinstance(step, Prune) and step.goal is not None]
 
 
 def goal_texts(job: Job, steps: Mapping[str, Step]) -> list[str]:
@@ -93,7 +102,7 @@ def goal_items(job: Job, steps: Mapping[str, Step], first: str, final: str, sign
     records, goal = job.records, job.goal
     items: list[dict[str, Any]] = []
     for cost in cost_goals(job, steps):
-        before = records[cost.key]["before"] if cost.key else job.start_cost
+        before = job.start_cost if cost.of_job else records[cost.key]["before"]
         items += cost.items(records[cost.key or final], before)
     if goal.max_drop is not None:
         items.append(_drop_item(records[first], records[final], goal.max_drop, significance))
@@ -131,7 +140,7 @@ def expected_items(job: Job, steps: Mapping[str, Step], final: Mapping[str, int]
     for goal in cost_goals(job, steps):
         if goal.key:
             plan = job.plans[goal.key]
-            items += goal.items(plan.after.to_dict(), plan.before.to_dict())
+            items += goal.items(plan.after.to_dict(), job.start_cost if goal.of_job else plan.before.to_dict())
         else:
             items += goal.items(final, job.start_cost)
     return items

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from kirsch.errors import UsageError
+from kirsch.jobs.job import TRACED
 from kirsch.jobs.step import keys_of
 from kirsch.recipes.goals import goal_items, goal_texts
 from kirsch.recipes.run_folder import events_of
@@ -55,6 +56,10 @@ def _warnings(events: list[dict[str, Any]], records: Mapping[str, Record]) -> li
     return [{"step": step, "text": text} for step, text in dict.fromkeys(found)]
 
 
+REMOVAL = ("verification", "compensation", "notes")
+"""Keys of the record of a step that the entry of the removal in the metrics repeats."""
+
+
 def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
     """Return the part of the metrics that depends only on the records of the steps."""
     return {
@@ -65,9 +70,14 @@ def metrics_of_records(records: Mapping[str, Record]) -> dict[str, Any]:
         ],
         "curves": [_curve(key, record["history"]) for key, record in records.items() if record.get("history")],
         "removals": [
-            {"step": key, "verification": record["verification"], "notes": record["notes"], **record["removed"]}
+            {"step": key, **{name: record[name] for name in REMOVAL if name in record}, **record["removed"]}
             for key, record in records.items()
             if "removed" in record
+        ],
+        "sensitivities": [
+            {"step": key, "analysis": record["sensitivity"]}
+            for key, record in records.items()
+            if "sensitivity" in record
         ],
         "export": next((record["export"] for record in records.values() if "export" in record), None),
     }
@@ -127,6 +137,7 @@ def _models(records: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "name": name,
                 "parameters": record["parameters"],
                 "macs": record["macs"],
+                **{cost: record[cost] for cost in TRACED if cost in record},
                 "bytes": size,
                 "accuracy": {figure: record["accuracy"][figure] for figure in ("value", "low", "high", "n")},
                 "balanced_accuracy": record.get("balanced_accuracy"),

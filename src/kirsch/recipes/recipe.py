@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from types import MappingProxyType
@@ -12,16 +11,18 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_se
 
 from kirsch.annotations import Count, Kind, Seed
 from kirsch.arguments import ABBREVIATIONS
-from kirsch.errors import RecipeError, UsageError, listing, nearest
-from kirsch.graph import plan
-from kirsch.graph.plan import Goal
+from kirsch.errors import RecipeError, UnknownNameError, UsageError, listing, nearest
+from kirsch.graph import goal
+from kirsch.graph.cost import WORDS
+from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of
 from kirsch.options import FieldsError, Options
-from kirsch.recipes.changes import changes_of
+from kirsch.recipes.changes import Change, changes_of
 from kirsch.recipes.models import is_random
+from kirsch.recipes.repeat import REPEAT, Expansion, Repeat, expand, is_repetition, items_of
 from kirsch.recipes.yaml import dump, read
-from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Step, Train
+from kirsch.steps import STEPS, Evaluate, Export, Measure, Prune, Sparsify, Step, Train
 from kirsch.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ class Recipe(Options):
     teacher: ModelSection = Field(description="the large model")
     student: ModelSection | None = Field(None, description="the small model; null: the teacher itself is compressed")
     steps: tuple[SerializeAsAny[Step], ...] = Field(
-        description="steps in order: evaluate, train, distill, prune, recover, export, measure"
+        description=(
+            "steps in order: evaluate, train, distill, prune, sparsify, recover, export, measure; an item repeat "
+            "stands for the same steps several times"
+        )
     )
     goal: JobGoal = Field(default_factory=JobGoal, description="goals, which are checked at the end")
 
@@ -113,13 +117,14 @@ class Recipe(Options):
             yield UsageError(f"The step {name!r} cannot run a file of the format {exported.format!r}.", fix=fix)
         if not step.repeatable and name in before:
             yield UsageError(f"There are two steps {name!r}.", fix="Remove one of them.")
-        if isinstance(step, Prune) and step.goal is None and name in before:
+        no_goal = isinstance(step, Prune) and step.goal is None and step.goal_of == "step" and step.max_drop is None
+        if no_goal and name in before:
             key = keys_of(names)[-1]
             yield UsageError(
                 f"The step {key!r} has no goal of its own.",
                 "The goal of the job limits the cost after all steps, as a fraction of the model before the first step "
                 f"{name!r}. The limits of a step are fractions of the model before this step.",
-                f"Give the step {key!r} a goal, such as macs=0.7.",
+                f"Give the step {key!r} a goal, such as macs=0.7, or goal_of: job to prune to the goal of the job.",
             )
         other = next(
             (name for name, earlier in zip(before, self.steps, strict=False) if not is_of_teacher(earlier)), ""
@@ -144,10 +149,10 @@ class Recipe(Options):
             yield ("steps", place), UsageError(problem, why, f"Move 'export' after {late[-1]}.")
 
     def _missing_goals(self, names: list[str]) -> Iterator[tuple[tuple[str | int, ...], UsageError]]:
-        """Yield a problem for the first step that prunes, if neither it nor the job has a goal."""
+        """Yield a problem for a step that prunes to the goal of the job, if the job has none."""
         for number, (key, step) in enumerate(zip(keys_of(names), self.steps, strict=True)):
             try:
-                if isinstance(step, Prune) and names[number] not in names[:number]:
+                if isinstance(step, Prune) and (names[number] not in names[:number] or step.goal_of == "job"):
                     step.goal_in(self.goal, key)
             except UsageError as error:
                 yield ("steps", number), error
@@ -165,7 +170,7 @@ class Recipe(Options):
     @property
     def student_is_not_trained(self) -> bool:
         """Whether there is a student, and its weights are not trained; a step of another package may train them."""
-        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, Prune))
+        others = (step for step in self.steps if not is_of_teacher(step) and not isinstance(step, (Prune, Sparsify)))
         return self.student is not None and not any(step.changes_model for step in others)
 
     def to_yaml(self) -> str:
@@ -202,13 +207,30 @@ def read_recipe(
     document = read(source)
     data, lines = document.data, dict(document.lines)
     steps = data.get("steps")
-    if isinstance(steps, list):
-        steps = data["steps"] = _items(steps)
+    title = "The recipe" if isinstance(source, str) else str(source)
+    changes = changes_of(overrides, environment or {})
+    if not isinstance(steps, list):
+        lines, origins = _changed(data, changes, lines, {})
+        return recipe_of(data, title, lines, origins)
+    data["steps"] = items_of(steps)
+    # The steps of a repetition have keys such as "prune-3" only after it is expanded, and none of its own.
+    of_repetitions = [change for change in changes if change.is_of_step(data["steps"], REPEAT)]
+    lines, origins = _changed(data, of_repetitions, lines, {})
+    expansion = expand(data["steps"])
+    data["steps"] = expansion.steps
+    others = [change for change in changes if change not in of_repetitions]
+    lines, origins = _changed(data, others, expansion.moved(lines), expansion.moved(origins))
+    return recipe_of(data, title, lines, origins, expansion)
+
+
+def _changed(
+    data: dict[str, Any], changes: Sequence[Change], lines: dict[str, int], origins: dict[str, str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Apply changes to the data of a recipe, and return the lines and origins of its keys; see `recipe_of`."""
     sections = [name for name in Recipe.model_fields if name != "steps"]
-    origins: dict[str, str] = {}
     removed: set[int] = set()
-    for change in changes_of(overrides, environment or {}):
-        path = change.path(steps, sections)
+    for change in changes:
+        path = change.path(data.get("steps"), sections)
         key = ".".join(path)
         change.put(data, path)
         if path[0] == "steps":
@@ -220,18 +242,11 @@ def read_recipe(
         origins[key] = change.origin
     for number in removed:
         data["steps"][number] = REMOVED
-    return recipe_of(data, "The recipe" if isinstance(source, str) else str(source), lines, origins)
+    return lines, origins
 
 
 REMOVED = object()
 """Stands for a step that a change has removed, so that the other steps keep their numbers in error messages."""
-
-
-def _items(steps: Any) -> Any:
-    """Return the list of steps, with a plain name such as "export" as {"export": {}}; other values are unchanged."""
-    if not isinstance(steps, list):
-        return steps
-    return [{item: {}} if isinstance(item, str) else item for item in steps]
 
 
 def recipe_of(
@@ -239,6 +254,7 @@ def recipe_of(
     name: str,
     lines: Mapping[str, int] = MappingProxyType({}),
     origins: Mapping[str, str] = MappingProxyType({}),
+    expansion: Expansion | None = None,
 ) -> Recipe:
     """Return a recipe from plain data.
 
@@ -247,11 +263,12 @@ def recipe_of(
         name: name of the source in error messages.
         lines: dotted key → line in the source.
         origins: dotted key → origin in error messages, for keys that are not from the source.
+        expansion: places of the steps in the source, and the problems of repetitions; None if there are none.
 
     Raises:
         RecipeError: the recipe is not valid. The message lists every problem.
     """
-    problems: list[tuple[tuple[int | str, ...], Any]] = []
+    problems = [] if expansion is None else list(expansion.problems)
     steps = _read_steps(data.get("steps"), problems)
     try:
         recipe = Recipe.model_validate(data if steps is None else {**data, "steps": steps})
@@ -261,7 +278,8 @@ def recipe_of(
         problems = [*(item for item in found if item[0]), *problems] if problems else found
         recipe = None
     if recipe is None or problems:
-        texts = [_problem(place, details, lines, origins) for place, details in _expanded(problems)]
+        texts = [_problem(place, details, lines, origins, expansion) for place, details in _expanded(problems)]
+        texts = list(dict.fromkeys(texts))  # the rounds of a repetition have the same problems
         many = f"{len(texts)} problems" if len(texts) > 1 else "a problem"
         raise RecipeError(
             f"{name} has {many}:\n  " + "\n  ".join(texts),
@@ -284,7 +302,7 @@ def _expanded(problems: list[tuple[tuple[int | str, ...], Any]]) -> Iterator[tup
 
 def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -> Any:
     """Return the steps of a list of dicts, and add the problems of invalid steps to `problems`."""
-    items = _items(items)
+    items = items_of(items)
     if isinstance(items, dict) and items:
         fix = f"Write each step as an item of a list, with a hyphen: `- {next(iter(items))}: {{...}}`."
         error = UsageError("Expected a list of steps, found a mapping.", fix=fix)
@@ -296,9 +314,11 @@ def _read_steps(items: Any, problems: list[tuple[tuple[int | str, ...], Any]]) -
     for number, item in enumerate(items):
         if isinstance(item, Step):
             steps.append(item)
-        elif item is not REMOVED:
+        elif item is not REMOVED and not is_repetition(item):
             try:
                 name, options = _name_and_options(item)
+                if name not in STEPS:
+                    raise UnknownNameError("step", name, [*STEPS, REPEAT])
                 steps.append(STEPS[name].model_validate(options))
             except ValidationError as error:
                 problems += [(("steps", number, name, *details["loc"]), details) for details in error.errors()]
@@ -318,7 +338,13 @@ def _name_and_options(item: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int], origins: Mapping[str, str]) -> str:
+def _problem(
+    place: Sequence[int | str],
+    details: Any,
+    lines: Mapping[str, int],
+    origins: Mapping[str, str],
+    expansion: Expansion | None,
+) -> str:
     """Return one line that describes a problem found by pydantic."""
     path: list[str] = []
     *parents, last = place or ("",)
@@ -343,13 +369,17 @@ def _problem(place: Sequence[int | str], details: Any, lines: Mapping[str, int],
         text = _lower(str(details["ctx"]["error"]))
     else:
         text = f"{_lower(details['msg'])}, found {details['input']!r}"
-    shown = re.sub(r"^steps\.(\d+)", r"steps[\1]", key)
+    step = re.match(r"steps\.(\d+)", key)
+    shown = key
+    if step is not None:
+        number = int(step[1])
+        shown = (f"steps[{number}]" if expansion is None else expansion.place(number)) + key[step.end() :]
     return f"{location + ': ' if location else ''}{shown + ': ' if shown else ''}{text}"
 
 
 def _latency_hint(key: str) -> str:
     """Return what to use in place of a latency goal; empty for other keys."""
-    return f"{plan.NO_LATENCY} {plan.IN_PLACE_OF_LATENCY}" if plan.LATENCY.search(key) else ""
+    return f"{goal.NO_LATENCY} {goal.IN_PLACE_OF_LATENCY}" if goal.LATENCY.search(key) else ""
 
 
 def _lower(sentence: str) -> str:
@@ -360,15 +390,15 @@ def _keys(path: Sequence[str]) -> list[str]:
     """Return the keys of the section at a path; empty if there is no section."""
     section: type[BaseModel] | None = Recipe
     if path[:1] == ["steps"] and len(path) > len(("steps", "0")):
-        section, path = STEPS[path[2]], path[3:]
+        section, path = Repeat if path[2] == REPEAT else STEPS[path[2]], path[3:]
     elif path[:1] == ["steps"]:
-        return list(STEPS) if len(path) > 1 else []
+        return [*STEPS, REPEAT] if len(path) > 1 else []
     for name in path:
         field = section.model_fields.get(name) if section is not None else None
         annotation = field.annotation if field is not None else None
         section = next((kind for kind in _classes(annotation) if issubclass(kind, BaseModel)), None)
         if section is None and Goal in _classes(annotation):
-            return [entry.name for entry in dataclasses.fields(Goal)]
+            return list(WORDS)
     return list(section.model_fields) if section is not None else []
 
 

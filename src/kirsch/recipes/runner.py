@@ -20,7 +20,7 @@ from kirsch.jobs.job import CHECKPOINTS, RECORD, Job, ignore, never
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
-from kirsch.recipes.goals import goal_texts, refuse_unreachable
+from kirsch.recipes.goals import goal_texts, goals_of_steps, refuse_unreachable
 from kirsch.recipes.manifest import ENVIRONMENT, LOCK, METRICS, PRUNED, REPORT
 from kirsch.recipes.metrics import metrics_of
 from kirsch.recipes.models import build, random_weights
@@ -185,6 +185,8 @@ def run(
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
         _run_steps(job, steps, materials.origin, altered)
+        masking = framework_of(job.model).masking
+        job.model = masking.fold(job.model) if masking.masks(job.model) else job.model
         if any(isinstance(step, Prune) for step in steps.values()):
             save(job.model, folder / PRUNED)
         seconds = sum(record["seconds"] for record in job.records.values())
@@ -262,14 +264,14 @@ def preflight(job: Job, steps: Mapping[str, Step]) -> None:
     job.build()
     models = [job.teacher, *([job.model] if job.model is not job.teacher else [])]
     counts = [job.count(model) for model in models]
-    job.start_cost = dict(zip(("parameters", "macs"), counts[-1], strict=True))
+    job.start_cost = job.cost(job.model, job.goal.cost, *goals_of_steps(steps))
     sizes = sum(4 * parameters for parameters, _ in counts)
     files.check_writable(job.folder, 12 * sizes + 10_000_000)  # weights and two checkpoints per step
     for key, step in steps.items():
         job.key = key
         step.preview(job)
     if job.goal.cost is not None:
-        refuse_unreachable(job, steps, dict(zip(("parameters", "macs"), job.count(job.model), strict=True)))
+        refuse_unreachable(job, steps, job.cost(job.model, job.goal.cost))
     job.plans.clear()
 
 

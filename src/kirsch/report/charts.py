@@ -302,3 +302,73 @@ def calibration(before: dict[str, Any], after: dict[str, Any], names: tuple[str,
     parts.append(_element("text", "confidence", x=334, y=286, class_="end"))
     text = f"Calibration error {names[0]} {figures.percent(before['ece'])}, {names[1]} {figures.percent(after['ece'])}"
     return _svg("Calibration", text, (360, 292), parts)
+
+
+PANELS = 36
+"""Largest number of groups that the figure of a sensitivity shows: those with the largest drop."""
+
+
+def sensitivity(analysis: dict[str, Any]) -> Markup:
+    """Plot for each group the quality over the fraction of removed units, as small charts with one scale.
+
+    The dotted line is the quality of the original. Values that are missing are gaps.
+
+    Args:
+        analysis: result of `Sensitivity.to_dict`, with at least one group.
+    """
+    original = analysis["original"]
+    rows = shown_rows(analysis)
+    values = [point["quality"] for row in rows for point in row["points"] if point["quality"] is not None]
+    low, high = min([original, *values]), max([original, *values])
+    margin = 0.05 * (high - low) or max(0.05 * abs(high), 1e-3)
+    columns, width, height = 4, WIDTH / 4, 128.0
+    value_text = figures.percent if analysis["percent"] else figures.digits
+    parts = []
+    for number, row in enumerate(rows):
+        left, top = number % columns * width, number // columns * height
+        x = Scale(0, 1, left + 48, left + width - 14)
+        y = Scale(low - margin, high + margin, top + height - 30, top + 24)
+        panel = [
+            _element("text", _shorten(row["name"], 22), x=left + 48, y=top + 14),
+            _element("line", x1=x.start, x2=x.end, y1=y(original), y2=y(original), class_="front"),
+            _element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"),
+            *(_element("text", value_text(v), x=x.start - 6, y=y(v) + 4, class_="end") for v in _ends(low, high)),
+            *(_element("text", figures.percent(v, 0), x=x(v), y=y.start + 15, class_="middle") for v in (0, 0.5, 1)),
+        ]
+        for run in _panel_runs(row, original):
+            coordinates = [(x(fraction), y(value)) for fraction, value in run]
+            panel += [_element("polyline", points=_points(coordinates), class_="line")] * (len(run) > 1)
+            for (fraction, value), (at_x, at_y) in zip(run, coordinates, strict=True):
+                tooltip = f"{row['name']} without {figures.percent(fraction)} of its units: {value_text(value)}"
+                parts_of_dot = _element("title", tooltip)
+                panel.append(_element("circle", parts_of_dot, cx=at_x, cy=at_y, r=2.5, class_="dot"))
+        parts.append(_element("g", _join(panel)))
+    worst = [f"{row['name']} {value_text(lowest)}" for row in rows[:3] if (lowest := _lowest(row)) is not None]
+    text = f"{analysis['metric']} {value_text(original)} without removal; lowest values: {', '.join(worst) or 'none'}"
+    total = height * math.ceil(len(rows) / columns)
+    return _svg(f"{analysis['metric']} over the fraction of removed units", text, (WIDTH, total), parts)
+
+
+def shown_rows(analysis: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups in the figure of a sensitivity, the lowest quality first; those without a value are last."""
+    groups = [(_lowest(row), row) for row in analysis["rows"] if row["kind"] != "block"]
+    return [row for _, row in sorted(groups, key=lambda pair: math.inf if pair[0] is None else pair[0])][:PANELS]
+
+
+def _lowest(row: dict[str, Any]) -> float | None:
+    return min((point["quality"] for point in row["points"] if point["quality"] is not None), default=None)
+
+
+def _ends(low: float, high: float) -> list[float]:
+    return [low, high] if high > low else [low]
+
+
+def _panel_runs(row: dict[str, Any], original: float) -> list[list[tuple[float, float]]]:
+    """Return the points of a group without gaps between them, as (fraction, quality), from the original on."""
+    runs: list[list[tuple[float, float]]] = [[(0.0, original)]]
+    for point in row["points"]:
+        if point["quality"] is not None:
+            runs[-1].append((point["removed"] / row["units"], point["quality"]))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]

@@ -21,6 +21,9 @@ HOME = re.compile(r"(?<![^\s'\"=])(/home|/Users|[A-Za-z]:[/\\]Users)[/\\][^/\\\s
 FOLDERS = re.compile(r"(?<![^\s'\"=])(/(?:[^/\s:'\"]+/)+|(?:~|[A-Za-z]:)[/\\](?:[^/\\\s:'\"]+[/\\])*)")
 """A user's home folder, and the folders of an absolute path, at the beginning of a word."""
 
+COSTS = {"size": "weights", "memory": "peak memory"}
+"""Costs of a model that are counted only if a goal limits them, and their names in the table of models."""
+
 SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -47,6 +50,7 @@ def render(metrics: dict[str, Any]) -> str:
         **metrics,
         style=style,
         summary=summary(metrics),
+        costs={cost: word for cost, word in COSTS.items() if any(cost in model for model in metrics["models"])},
         lost=[row for row in quality.get("lost", ()) if row["after"] < row["before"]],
         has_confusion=has_confusion,
         errors=frequent_errors(quality) if has_confusion and len(quality["classes"]) > MOST_CLASSES else None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import strict_json
 from kirsch.errors import LoadError
 from kirsch.json_schema import Check, anything, array, flag, integer, mapping, nullable, number, one_of, record, text
+from kirsch.pruning.sensitivity_table import SCHEMA as ANALYSIS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,15 +25,19 @@ RATIO = _fields(value=TIME, low=TIME, high=TIME)
 LATENCY = _fields(
     median_us=TIME, p95_us=TIME, speedup=record({"value": TIME, "low": TIME, "high": TIME, "of": text()}, more=True)
 )
-MODEL = _fields(
-    key=text(1),
-    name=text(1),
-    parameters=COUNT,
-    macs=COUNT,
-    bytes=integer(1),
-    accuracy=_fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
-    latency=nullable(LATENCY),
-    chosen=flag,
+MODEL = record(
+    {
+        "key": text(1),
+        "name": text(1),
+        "parameters": COUNT,
+        "macs": COUNT,
+        "bytes": integer(1),
+        "accuracy": _fields(value=SHARE, low=SHARE, high=SHARE, n=COUNT),
+        "latency": nullable(LATENCY),
+        "chosen": flag,
+    },
+    {"size": COUNT, "memory": COUNT},
+    more=True,
 )
 CURVE = _fields(
     step=text(),
@@ -68,6 +73,7 @@ QUALITY = record(
     },
     more=True,
 )
+SENSITIVITIES = array(_fields(step=text(), analysis=ANALYSIS))
 SCHEMA = _fields(
     kirsch_metrics=one_of((VERSION,)),
     name=text(),
@@ -125,6 +131,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     try:
         metrics: dict[str, Any] = SCHEMA(strict_json.read(path), "")
+        if "sensitivities" in metrics:  # files of earlier versions have none
+            metrics["sensitivities"] = SENSITIVITIES(metrics["sensitivities"], "sensitivities")
         _check_consistency(metrics)
     except ValueError as error:
         raise LoadError(f"{path} is damaged.", f"{error}.", f"Write it again: kirsch resume {path.parent}") from error

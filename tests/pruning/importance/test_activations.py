@@ -43,12 +43,20 @@ def padded():
     return graph, graph.groups[0], Statistics(graph, batches)
 
 
+@pytest.fixture
+def padded_by_position(padded):
+    """Return the same with one batch of both samples, whose inputs are a tuple."""
+    graph, group, _ = padded
+    return graph, group, Statistics(graph, [Batch((HIDDEN, MASK))])
+
+
 def relative(values):
     return values / values.mean()
 
 
-def test_activation_is_the_mean_absolute_value_without_padding(padded):
-    graph, group, statistics = padded
+@pytest.mark.parametrize("fixture", ["padded", "padded_by_position"])
+def test_activation_is_the_mean_absolute_value_without_padding(request, fixture):
+    graph, group, statistics = request.getfixturevalue(fixture)
     found = IMPORTANCES["activation"](graph, group, statistics=statistics)
     np.testing.assert_allclose(found, relative(np.abs(COUNTED).mean(0)))
 
@@ -102,3 +110,13 @@ def test_units_that_no_weight_reads_raise_an_error(attention, graph_of, statisti
     group = next(group for group in graph.groups if group.name == "query")
     with pytest.raises(UsageError, match=r"The activations of 'query' are not known.*exclude='query'"):
         IMPORTANCES["activation"](graph, group, statistics=statistics_of(graph))
+
+
+def test_a_layer_whose_weight_is_computed_from_another_one_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), nn.Linear(2, 2))
+    graph = trace(model.eval(), torch.ones(1, 3))
+    statistics = Statistics(graph, [Batch(torch.ones(2, 3))])
+    first, second = graph.groups
+    with pytest.raises(UsageError, match=r"The activations that '1\.parametrizations\.weight\.original1' reads are"):
+        IMPORTANCES["wanda"](graph, first, statistics=statistics)
+    assert len(IMPORTANCES["wanda"](graph, second, statistics=statistics)) == 2

@@ -37,6 +37,7 @@ def test_calibration_data_may_be_a_loader_array_data_a_list_or_one_batch(graph, 
         kirsch.ArrayData(samples, labels, batch_size=5),
         [(samples[:5], labels[:5]), (samples[5:], labels[5:])],
         (samples, labels),
+        [samples, labels],
     ]
     plans = [removed(plan(graph, importance="taylor", data=data)) for data in forms]
     assert plans[0]

@@ -116,6 +116,16 @@ def take_along_axis(x: Tensor, indices: Any, axis: int = -1) -> Tensor:
     return torch.take_along_dim(x, torch.as_tensor(indices, device=x.device).long(), dim=axis)
 
 
+def segment_max(x: Tensor, segment_ids: Any, num_segments: int) -> Tensor:
+    ids = torch.as_tensor(segment_ids, device=x.device).long()
+    return x.new_full((num_segments,), -torch.inf).scatter_reduce(0, ids, x, "amax")
+
+
+def segment_sum(x: Tensor, segment_ids: Any, num_segments: int) -> Tensor:
+    ids = torch.as_tensor(segment_ids, device=x.device).long()
+    return x.new_zeros(num_segments).index_add(0, ids, x)
+
+
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = torch.topk(x, k, dim=-1)
     return values, indices

@@ -12,6 +12,7 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch
 from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -103,16 +104,20 @@ def _between(
 
 def input_statistics(
     graph: Graph, calibration: Calibration, batches: Iterable[Batch]
-) -> dict[tuple[str, int], InputStatistics]:
+) -> tuple[dict[tuple[str, int], InputStatistics], set[str]]:
     """Return the statistics of the activations that each weight reads, by weight and summed axis.
 
     Positions that an attention mask marks as padding do not count. Memory does not grow with the number of batches.
+
+    Returns:
+        The statistics, and the names of the weights whose activations are not known; see `Calibration.weight_inputs`.
 
     Raises:
         NumericError: an activation is NaN or infinite.
         UsageError: padding cannot be left out.
     """
     found: dict[ParameterAxis, InputStatistics] = {}
+    unknown: set[str] = set()
     for batch, padding in without_padding(batches):
 
         def see(name: str, axis: int, labels: Labels | None, x: Any, experts: Any, padding: Padding = padding) -> None:
@@ -136,8 +141,8 @@ def input_statistics(
                     name, axis, of_channels, x.shape[0], count, total, absolute, squares, nonzero, centered, of_experts
                 )
 
-        calibration.weight_inputs(graph, batch.inputs, see)
-    return found
+        unknown |= calibration.weight_inputs(graph, batch.inputs, see)
+    return found, unknown
 
 
 def _sums(x: Any) -> NDArray[np.float64]:
@@ -228,6 +233,12 @@ class Padding:
                 "Give batches without padding, such as one sequence for each batch.",
             )
         return x[masks[0]] if masks else x
+
+    def of_output(self, pair: tuple[NDArray[Any], NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return two outputs (1, tokens, ...) of one sample without padding; other outputs are returned unchanged."""
+        masks = [mask for mask in self._masks if pair[0].shape[:2] == (1, len(mask))]
+        first, second = pair
+        return (first[:, masks[0]], second[:, masks[0]]) if masks else pair
 
 
 def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Padding]]:
@@ -362,3 +373,9 @@ def _products(weight: NDArray[np.float64], axis: int, channels: int, gram: NDArr
         part = slice(group * size, (group + 1) * size)
         result[part, part] = block
     return result
+
+
+def labels_in(batch: Batch) -> int:
+    """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
+    labels = host(batch.targets)
+    return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)

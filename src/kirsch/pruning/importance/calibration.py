@@ -16,7 +16,7 @@ from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
 from kirsch.tasks.next_token import next_labels, shift_logits
 
 if TYPE_CHECKING:
-    from kirsch.pruning.importance.importance import Importance
+    from kirsch.pruning.importance.importance import Importance, Needs
     from kirsch.pruning.importance.statistics import Loss
 
 NEXT_TOKEN = "next-token"  # noqa: S105 - not a password
@@ -29,19 +29,21 @@ class CalibrationBatches:
 
     Args:
         data: a loader, `ArrayData`, a list of batches, or one batch.
-        importance: the importance that uses the batches, for messages.
+        needs: what the batches must have, inputs or labels.
+        reader: what reads the batches, such as "The importance 'taylor'", for messages.
         loss: name of the loss, or a function. For "next-token", the labels of the batches are those that the positions
             predict, shape (N, L - 1), and padding has no label.
     """
 
     data: Any
-    importance: Importance
+    needs: Needs
+    reader: str
     loss: Any
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(self._batches(), start=1):
-            if self.importance.needs == "labels":
+        for number, batch in enumerate(read_batches(self.data), start=1):
+            if self.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
             else:
@@ -49,19 +51,11 @@ class CalibrationBatches:
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
 
-    def _batches(self) -> Iterator[Batch]:
-        if isinstance(self.data, SeededData):
-            yield from self.data.epoch(0, 0)
-        elif isinstance(self.data, list) or not has_arrays(self.data):
-            yield from batches_of(self.data, "`data`")
-        else:
-            yield Batch.of(self.data)
-
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
             raise DataError(
                 f"Batch {number} of `data` has no labels.",
-                f"The importance {self.importance.name!r} is computed from the loss on labels.",
+                f"{self.reader} is computed from the loss on labels.",
                 "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
             )
         tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
@@ -75,6 +69,27 @@ class CalibrationBatches:
                 "A causal language model predicts the next token, and the loss does not shift the labels.",
                 f'Give loss="{NEXT_TOKEN}".',
             )
+
+
+def read_batches(data: Any) -> Iterator[Batch]:
+    """Yield the batches of calibration data: of a loader, `ArrayData` or a list, or the single batch."""
+    if isinstance(data, SeededData):
+        yield from data.epoch(0, 0)
+    elif (isinstance(data, list) and not _is_pair(data)) or not has_arrays(data):
+        yield from batches_of(data, "`data`")
+    else:
+        yield Batch.of(data)
+
+
+def _is_pair(data: list[Any]) -> bool:
+    """Return whether a list is one batch of inputs and labels, as loaders return it, not a list of batches of inputs.
+
+    Labels have other axes than inputs; batches of inputs differ in their sizes only.
+    """
+    shapes = [tuple(getattr(value, "shape", ())) for value in data]
+    return (
+        len(data) == len(("inputs", "labels")) and len({len(s) for s in shapes}) > 1 and shapes[0][:1] == shapes[1][:1]
+    )
 
 
 def _predicted(batch: Batch, number: int) -> Batch:
@@ -91,13 +106,21 @@ def _predicted(batch: Batch, number: int) -> Batch:
     return replace(batch, targets=next_labels(labels, inputs, IGNORED))
 
 
-def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatches | None:
+def batches_for(
+    importance: Importance, data: Any, loss: Any, *, for_ranking: bool = False
+) -> CalibrationBatches | None:
     """Return the batches for an importance; None if it is computed from the weights alone.
+
+    Args:
+        importance: the importance.
+        data: see `CalibrationBatches`.
+        loss: see `CalibrationBatches`.
+        for_ranking: whether the ranking of the layers runs the model, too.
 
     Raises:
         UsageError: data is missing, has no effect, or can be iterated over only once.
     """
-    if importance.needs == "weights":
+    if importance.needs == "weights" and not for_ranking:
         if data is not None:
             raise UsageError(
                 "`data` of kirsch.plan has no effect.",
@@ -107,17 +130,23 @@ def batches_for(importance: Importance, data: Any, loss: Any) -> CalibrationBatc
         return None
     if data is None:
         wanted = "(inputs, labels)" if importance.needs == "labels" else "inputs"
+        cause = 'ranking="milp"' if importance.needs == "weights" else f"the importance {importance.name!r}"
         raise UsageError(
-            f"`data` of kirsch.plan is missing: the importance {importance.name!r} runs the model.",
+            f"`data` of kirsch.plan is missing: {cause} runs the model.",
             fix=f"Give calibration batches of {wanted}: a DataLoader, kirsch.ArrayData or a list; 256 samples suffice. "
             "On the command line, give --data SOURCE.",
         )
+    check_reusable(data)
+    return CalibrationBatches(data, importance.needs, f"The importance {importance.name!r}", loss)
+
+
+def check_reusable(data: Any) -> None:
+    """Raise a UsageError for data that can be iterated over only once."""
     if isinstance(data, Iterator):
         raise UsageError(
             f"`data` of kirsch.plan is a {type(data).__name__}, which can be iterated over only once.",
             fix="Give a DataLoader, or a list: list(data).",
         )
-    return CalibrationBatches(data, importance, loss)
 
 
 def loss_of(loss: Any) -> Loss:

@@ -92,7 +92,15 @@ def as_importance(
     Raises:
         UsageError: the function has keywords that are not in `OPTIONS`.
     """
-    options = tuple(inspect.signature(formula).parameters)[2:]
+    signature = inspect.signature(formula)
+    first = list(signature.parameters.values())[:2]
+    if len(first) < len(("graph", "group")) or any(p.kind > p.POSITIONAL_OR_KEYWORD for p in first):
+        raise UsageError(
+            f"The importance {name!r} cannot be called with a graph and a group.",
+            f"Its signature is {signature}.",
+            "Give a function (graph, group) → scores.",
+        )
+    options = tuple(signature.parameters)[2:]
     unknown = [option for option in options if option not in OPTIONS]
     if unknown:
         raise UsageError(

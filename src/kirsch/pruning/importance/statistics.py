@@ -13,9 +13,15 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import InputStatistics, contribution_products, input_statistics, samples_of
+from kirsch.pruning.importance.activations import (
+    InputStatistics,
+    contribution_products,
+    input_statistics,
+    labels_in,
+    samples_of,
+)
+from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
-from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -54,14 +60,23 @@ class Gates:
     mean_sum_of_squares: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class _NamedBatches:
+    """Batches whose inputs are dicts, so that an attention mask is found if inputs are given by position."""
+
+    graph: Graph
+    batches: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            named = framework_of(self.graph.model).inference.named_arguments(self.graph.model, batch.inputs)
+            yield batch if named is batch.inputs else replace(batch, inputs=named)
+
+
 class Statistics:
     """Statistics of calibration data. Each is computed for all groups in one pass over the data, when first used.
 
-    The derivative for the gate of a unit is the sum of w · ∂L/∂w over the weights that read the unit. This equals the
-    sum of a · ∂L/∂a over the values a of the unit where they are read, after normalization and activation; it is exact
-    for all layers that multiply the unit with a weight. The gate of an expert multiplies its output. Units that no
-    weight reads, such as the index of queries and keys inside a head, are gated by the weights that produce them, on
-    average over these weights.
+    The derivative for the gate of a unit is a sum of w · ∂L/∂w over weights, see `kirsch.pruning.importance.gates`.
 
     Args:
         graph: graph of the model.
@@ -71,10 +86,10 @@ class Statistics:
     """
 
     def __init__(self, graph: Graph, batches: Iterable[Batch], loss: Loss | None = None, seed: int = 0) -> None:
-        self._graph, self._batches, self._seed = graph, batches, seed
-        self._loss = loss
+        self._graph, self._loss, self._seed = graph, loss, seed
         self._calibration = calibration_of(graph)
-        self._readers = {group.name: _gating_axes(graph, group) for group in graph.groups}
+        self._batches = _NamedBatches(graph, batches)
+        self._gating = {group.name: gating_entries(graph, group) for group in graph.groups}
 
     # ------------------------------------------------------------------------------------------------ derivatives
 
@@ -134,7 +149,7 @@ class Statistics:
     def _hessian_diagonal(self) -> dict[str, Any]:
         """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator)."""
         random = np.random.default_rng(self._seed)
-        gating = {name for axes, _ in self._readers.values() for name, _ in axes}  # others would only add noise
+        gating = {part.name for parts in self._gating.values() for part in parts}  # others would only add noise
         weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
 
         vectors = max(1, round(HESSIAN_VECTORS / max(1, sum(1 for _ in self._batches))))
@@ -162,13 +177,22 @@ class Statistics:
         The activations of an expert are those that its weights read.
 
         Raises:
-            UsageError: no weight reads the units of the group.
+            UsageError: no weight reads the units of the group, or the activations of one of them are not known.
         """
-        found = [self._of_inputs[key] for key in self._graph.input_axes(group) if key in self._of_inputs]
-        found = found or [inputs for inputs in self._of_inputs.values() if self._occurs(group, inputs.labels)]
+        known, unknown = self._of_inputs
+        read = self._graph.input_axes(group)
+        hidden = next((name for name, _ in read if name in unknown), None)
+        if hidden is not None:
+            raise UsageError(
+                f"The activations that {hidden!r} reads are not known.",
+                "Another weight is computed from it, or an operation of another package uses it.",
+                f"Exclude the layer, exclude={group.name!r}, or use another importance, such as 'taylor'.",
+            )
+        found = [known[key] for key in read if key in known]
+        found = found or [inputs for inputs in known.values() if self._occurs(group, inputs.labels)]
         found = found or [
             replace(inputs, labels=inputs.experts)
-            for inputs in self._of_inputs.values()
+            for inputs in known.values()
             if inputs.experts is not None and self._occurs(group, inputs.experts)
         ]
         if not found:
@@ -182,7 +206,7 @@ class Statistics:
     @cached_property
     def has_zeros(self) -> bool:
         """Whether an activation of a unit is 0 in some position."""
-        return any((inputs.nonzero < inputs.positions).any() for inputs in self._of_inputs.values())
+        return any((inputs.nonzero < inputs.positions).any() for inputs in self._of_inputs[0].values())
 
     def contribution_products(self, group: Group) -> list[NDArray[np.float64]]:
         """Return the products of the contributions of the units to each layer that reads them, shape (units, units).
@@ -201,7 +225,7 @@ class Statistics:
         return bool((unit_of_index(self._graph, group, labels) >= 0).any())
 
     @cached_property
-    def _of_inputs(self) -> dict[ParameterAxis, InputStatistics]:
+    def _of_inputs(self) -> tuple[dict[ParameterAxis, InputStatistics], set[str]]:
         return input_statistics(self._graph, self._calibration, self._batches)
 
     # ------------------------------------------------------------------------------------------------ helpers
@@ -220,13 +244,8 @@ class Statistics:
         """Yield each sample with a label as a batch."""
         for batch in self._batches:
             for sample in samples_of(batch):
-                if self._labels_in(sample):
+                if labels_in(sample):
                     yield sample
-
-    def _labels_in(self, batch: Batch) -> int:
-        """Return over how many labels the loss of a batch is averaged; labels equal to -100 do not count."""
-        labels = host(batch.targets)
-        return int((labels != IGNORED).sum()) if labels.dtype.kind in "iu" else len(batch)
 
     def _check_samples(self, samples: int) -> None:
         if not samples:
@@ -237,7 +256,7 @@ class Statistics:
         total: dict[str, Any] = {}
         count = 0
         for batch in self._batches:
-            labels = self._labels_in(batch)
+            labels = labels_in(batch)
             count += labels
             for name, value in compute(batch).items() if labels else ():
                 term = ops.upcast(value) * labels
@@ -248,7 +267,7 @@ class Statistics:
     def _mean_loss(self, keep: NDArray[np.bool_]) -> float:
         total, count = 0.0, 0
         for batch in self._batches:
-            labels = self._labels_in(batch)
+            labels = labels_in(batch)
             count += labels
             if labels:
                 loss = self._calibration.loss_without(self._graph, batch, self._required_loss, keep)
@@ -262,54 +281,19 @@ class Statistics:
 
     def _per_unit(self, group: Group, products: Mapping[str, Any]) -> NDArray[np.float64]:
         """Return the sum of the products over the entries of each unit in the weights that gate the group."""
-        axes, share = self._readers[group.name]
         total = np.zeros(group.size)
-        for name, axis in axes:
-            others = tuple(other for other in range(len(products[name].shape)) if other != axis)
-            sums = host(ops.sum(products[name], others) if others else products[name]).astype(np.float64)
+        for part in self._gating[group.name]:
+            product = products[part.name]
+            others = tuple(other for other in range(len(product.shape)) if other != part.axis)
+            sums = host(ops.sum(product, others) if others else product).astype(np.float64)
             if not np.isfinite(sums).all():
                 raise NumericError(
-                    f"The derivative of the loss for {name!r} is NaN or infinite.",
+                    f"The derivative of the loss for {part.name!r} is NaN or infinite.",
                     "Its units cannot be ranked.",
                     "Check the weights of the model and the calibration data.",
                 )
-            total += sum_per_unit(self._graph, group, self._graph.axes[name, axis], sums)
-        return total * share
-
-
-def _gating_axes(graph: Graph, group: Group) -> tuple[list[ParameterAxis], float]:
-    """Return the parameter axes whose products are summed for the gate of a unit, and a factor of the sum."""
-    found = graph.input_axes(group) or (_last_weights(graph, group) if group.kind == "expert" else [])
-    if found:
-        return found, 1.0
-    parameters = [(name, axis) for name, axis in group.footprint if name in graph.parameters]
-    weights = [key for key in parameters if len(graph.tensors[key[0]].shape) > 1]
-    return parameters, 1 / max(len(weights), 1)
-
-
-def _last_weights(graph: Graph, experts: Group) -> list[ParameterAxis]:
-    """Return the axes of experts in the weights whose products are the outputs of the experts, and in their biases.
-
-    No other weight of the experts reads the outputs of such a weight. Empty if it is not known which weights these are.
-    """
-    component, contracted = graph.coupling.component, "contracted"
-    inputs: dict[str, set[int]] = {}
-    outputs: dict[str, set[int]] = {}
-    for name, _ in experts.footprint:
-        read = [axis for axis in (1, 2) if graph.has_mark((name, axis), contracted)]
-        if name in graph.parameters and len(graph.tensors[name].shape) == len("EIO") and len(read) == 1:
-            inputs[name] = set(component[graph.axes[name, read[0]]].tolist())
-            outputs[name] = set(component[graph.axes.get((name, 3 - read[0]), np.zeros(0, np.int64))].tolist())
-    last = [name for name in outputs if not any(outputs[name] & inputs[other] for other in inputs if other != name)]
-    produced = set().union(*(outputs[name] for name in last))
-    biases = [
-        name
-        for name, _ in experts.footprint
-        if name in graph.parameters
-        and len(graph.tensors[name].shape) == len("EO")
-        and produced & set(component[graph.axes.get((name, 1), np.zeros(0, np.int64))].tolist())
-    ]
-    return [(name, 0) for name in (*last, *biases)]
+            total += sum_per_unit(self._graph, group, part.labels, sums * part.factor)
+        return total
 
 
 def calibration_of(graph: Graph) -> Calibration:

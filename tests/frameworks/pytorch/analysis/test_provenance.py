@@ -118,7 +118,7 @@ class Layered(nn.Module):
 
 def test_the_traceable_copy_has_traced_integers_and_shares_the_tensors():
     model = Layered().train()
-    copied = traceable_copy(model, shared=True, training=False)
+    copied = traceable_copy(model, share_buffers=True, training=False)
     record_calls(copied, RecordedCalls())
     assert copied.conv.weight is model.conv.weight
     assert (copied.training, model.training) == (False, True)
@@ -168,7 +168,7 @@ def test_tensors_that_are_never_read_are_recorded():
 
 def test_the_calls_within_multi_head_attention_are_recorded_and_pytorch_is_restored():
     recorded = RecordedCalls()
-    model = traceable_copy(nn.MultiheadAttention(8, 2, batch_first=True), shared=False, training=True)
+    model = traceable_copy(nn.MultiheadAttention(8, 2, batch_first=True), share_buffers=False, training=True)
     record_calls(model, recorded)
     x = torch.randn(1, 5, 8)
     model(x, x, x)

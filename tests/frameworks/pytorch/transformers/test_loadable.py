@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("tra
 
 def half(recipe, **options):
     model, inputs = recipe.build()
-    plan = kirsch.plan(kirsch.trace(with_noise(model), inputs), kirsch.Goal(parameters=0.5), **options)
+    plan = kirsch.plan(kirsch.trace(with_noise(model), inputs), kirsch.Goal(parameters=0.5), loadable=True, **options)
     return model, inputs, plan
 
 
@@ -143,7 +143,7 @@ def assert_configuration_builds(model):
 
 @pytest.mark.parametrize("parameters", [0.8, 0.6, 0.4, 0.2])
 def test_the_configuration_states_the_result_of_each_goal(small, parameters):
-    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=parameters), round_to=1)
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=parameters), round_to=1, loadable=True)
     pruned = kirsch.prune(small, plan)
     assert parameters - 0.02 <= plan.after.parameters / plan.before.parameters <= parameters
     for path, number in plan.configuration.items():
@@ -155,28 +155,30 @@ def test_the_configuration_states_the_result_of_each_goal(small, parameters):
 
 def test_width_and_heads_are_cut_together_if_the_head_width_follows_from_both(small):
     graph = kirsch.trace(small, INPUT)
-    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.7), kinds=["head"])
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.7), loadable=True, kinds=["head"])
     assert set(plan.configuration) == {"width", "heads"}
     assert plan.configuration["width"] / plan.configuration["heads"] == 6
     with pytest.raises(GoalError, match=r"It cannot state width: .*scale is 0\.\d+ and would be") as caught:
-        kirsch.plan(graph, kirsch.Goal(parameters=0.7), kinds=["head dim"])
+        kirsch.plan(graph, kirsch.Goal(parameters=0.7), loadable=True, kinds=["head dim"])
     assert "loadable=False" in caught.value.fix
 
 
 def test_the_error_names_what_the_configuration_can_state_and_the_goal_that_would_fit(small):
     graph = kirsch.trace(small, INPUT)
     with pytest.raises(GoalError, match=r"cannot state a plan for the goal: parameters 10% is requested") as caught:
-        kirsch.plan(graph, kirsch.Goal(parameters=0.1), kinds=["ffn unit"])
+        kirsch.plan(graph, kirsch.Goal(parameters=0.1), loadable=True, kinds=["ffn unit"])
     assert "It can state ffn (ffn unit)." in caught.value.why
     fitting = float(re.search(r"parameters=(0\.\d+)", caught.value.fix).group(1))
-    kirsch.plan(graph, kirsch.Goal(parameters=fitting), kinds=["ffn unit"])
+    kirsch.plan(graph, kirsch.Goal(parameters=fitting), loadable=True, kinds=["ffn unit"])
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.1), loadable=False)
     assert plan.configuration == {}
 
 
 @pytest.mark.parametrize("option", ["exclude", "keep_outputs"])
 def test_widths_and_layers_that_an_option_keeps_are_not_cut(small, option):
-    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.7), **{option: ["layers.1.up"]})
+    plan = kirsch.plan(
+        kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.7), loadable=True, **{option: ["layers.1.up"]}
+    )
     assert "ffn" not in plan.configuration
     assert "layers.1" not in plan.without
 
@@ -189,7 +191,7 @@ def test_the_cuts_of_a_plan_have_the_least_importance_among_those_of_equal_cost(
     small.config.kinds = ["a"] * 3
     for layer in small.layers:
         layer.kind = "a"
-    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.68))
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.68), loadable=True)
     assert plan.without == ("layers.1",)
     assert plan.configuration["depth"] == 2
     assert_configuration_builds(kirsch.prune(small, plan))
@@ -232,7 +234,7 @@ def test_a_configuration_that_states_no_cut_is_refused_if_asked_and_else_not_use
 
 
 def test_a_loadable_plan_is_stored_and_read(small):
-    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.4), round_to=1)
+    plan = kirsch.plan(kirsch.trace(small, INPUT), kirsch.Goal(parameters=0.4), round_to=1, loadable=True)
     again = kirsch.Plan.from_json(plan.to_json())
     assert (again.configuration, again.method["loadable"]) == (plan.configuration, True)
     assert "loadable" in str(plan)

@@ -12,7 +12,7 @@ from kirsch.frameworks.pytorch.analysis import trace as tracing
 from kirsch.frameworks.pytorch.analysis.attention import QueryScaling
 from kirsch.frameworks.pytorch.analysis.operators import RULES, recurrent
 from kirsch.frameworks.pytorch.surgery import cut as surgery
-from kirsch.frameworks.pytorch.verification import verify as verifying
+from kirsch.frameworks.pytorch.verification import candidate
 from kirsch.graph import relations
 from kirsch.graph.facts import Facts
 from kirsch.graph.labels import Tensor
@@ -244,7 +244,7 @@ def in_both(make):
     """Return a function that replaces `sliced` in the surgery, and in the verification, where it cuts the noise."""
 
     def plant(patch):
-        for module in (surgery, verifying):
+        for module in (surgery, candidate):
             replaced(module, "sliced", make)(patch)
 
     return plant

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kirsch.graph.facts import INPUTS
 from kirsch.graph.labels import Tensor
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def add_memory(
             shaped = state if isinstance(state, Tensor) else Tensor.of(value.shape)  # without labels
             constant = math.prod(size for size, axis in zip(shaped.shape, shaped.axes, strict=True) if axis is None)
             life = start, last[node]
-            facts.cost("memory", constant * value.element_size(), shaped.axes, owners.get(node, ""), life)
+            owner = INPUTS if node.op == "placeholder" else owners.get(node, "")
+            facts.cost("memory", constant * value.element_size(), shaped.axes, owner, life)
 
 
 def _sequence(value: Any) -> list[Any]:

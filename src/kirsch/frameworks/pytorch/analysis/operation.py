@@ -135,6 +135,12 @@ class OperationContext:
         for axis in tensor.axes:
             self.facts.mark(axis, "activated")
 
+    def mark_weight(self, value: object, use: str) -> None:
+        """Mark the axes of a value, if it is a tensor computed from parameters and constants only."""
+        if isinstance(value, Tensor) and self.is_weight(value):
+            for axis in value.axes:
+                self.facts.mark(axis, use)
+
     def pin(self, number: TracedInt) -> None:
         """Require that an integer of the code keeps its value."""
         expression = self.expression(number)

@@ -61,8 +61,8 @@ def export(
     Raises:
         ModelError: the model cannot be exported.
     """
-    shared = decisions == "refuse"  # otherwise the exporter computes with values, and `forward` may change the buffers
-    copied = traceable_copy(model, shared=shared, training=training)
+    # With "example", the exporter computes with values, and `forward` may change the buffers.
+    copied = traceable_copy(model, share_buffers=decisions == "refuse", training=training)
     if decisions == "example":
         _parameters_to_buffers(copied)
     with_values = dict.fromkeys(WITH_VALUES, decisions == "example")

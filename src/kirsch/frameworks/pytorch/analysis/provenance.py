@@ -291,21 +291,21 @@ def _without_tensors(value: Any) -> Any:
     return value
 
 
-def traceable_copy(model: nn.Module, *, shared: bool, training: bool) -> nn.Module:
-    """Return a copy of a model in inference or training mode.
+def traceable_copy(model: nn.Module, *, share_buffers: bool, training: bool) -> nn.Module:
+    """Return a copy of a model in inference or training mode, with the parameters of the model itself.
 
     The copy keeps the hooks of the model, because they may change the outputs of a module.
 
     Args:
         model: the model to copy.
-        shared: whether the copy uses the parameters and buffers of the model itself.
+        share_buffers: whether the copy has the buffers of the model itself, too.
         training: the mode.
 
     Raises:
         ModelError: the model cannot be copied.
     """
-    same: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]} if shared else {}
-    copied = copy_of(model, same)
+    same = [*model.parameters(), *(model.buffers() if share_buffers else ())]
+    copied = copy_of(model, {id(tensor): tensor for tensor in same})
     return plain_module_of(copied.train(training))
 
 

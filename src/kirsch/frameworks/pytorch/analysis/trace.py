@@ -219,11 +219,9 @@ def _unused(tensors: dict[str, Tensor], traced: Traced) -> set[int]:
 
 
 class _Walk:
-    """Visits the nodes in order.
+    """Visits the nodes in order; `states` maps each node to the labels of its result.
 
-    Attributes:
-        states: node → labels of its result.
-        weights: nodes that are computed from parameters and constants only.
+    `weights` are the nodes that are computed from parameters and constants only.
     """
 
     def __init__(

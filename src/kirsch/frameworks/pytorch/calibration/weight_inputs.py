@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kirsch.frameworks.pytorch.analysis.count import GROUPED, plain_kernels
 from kirsch.frameworks.pytorch.analysis.program import name_of
@@ -17,6 +18,8 @@ from kirsch.frameworks.pytorch.modules.submodule import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
+
+    from torch import nn
 
     from kirsch.graph.graph import Graph
     from kirsch.graph.labels import Labels
@@ -57,7 +60,7 @@ class _Storage(NamedTuple):
         return self.offset <= view.storage_offset() <= self.offset + last
 
 
-def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
+def weight_inputs(graph: Graph, inputs: Any, see: See) -> set[str]:
     """Call `see(name, axis, labels, x, experts)` for each product of a weight with activations in a run of the model.
 
     The model runs in inference mode, without gradient.
@@ -70,9 +73,14 @@ def weight_inputs(graph: Graph, inputs: Any, see: See) -> None:
             experts, the index on axis 0 of the weight for each position, else None. The positions are those of the
             samples, tokens and pixels, in this order, or in any order for experts. A convolution with several groups
             has more channels than the axis of its weight.
+
+    Returns:
+        The weights that other operations use, and whose products are not passed to `see`: a weight from which another
+        one is computed, such as that of weight normalization, or the weight of an operation of another package.
     """
     labels = _ChannelLabels(graph)
-    _observe(graph, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
+    part = part_of(graph.model, graph.tracing.module)
+    return observe(graph.model, part, inputs, lambda p: see(p.name, p.axis, labels(p), p.positions(), p.experts))
 
 
 def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see: SeePatches) -> None:
@@ -89,29 +97,53 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
     """
     labels = _ChannelLabels(graph)
 
-    def observe(product: _Product) -> None:
+    def see_product(product: Product) -> None:
         for x in product.patches() if product.name in names else ():
             see(product.name, product.axis, labels(product), product.groups, x, product.experts)
 
-    _observe(graph, inputs, observe)
+    observe(graph.model, part_of(graph.model, graph.tracing.module), inputs, see_product)
 
 
-def _observe(graph: Graph, inputs: Any, observe: Callable[[_Product], None]) -> None:
-    """Run the model, and call `observe` for each product of a weight with activations."""
+def layer_inputs(
+    model: nn.Module, inputs: Any, names: Collection[str], see: Callable[[str, int, int, torch.Tensor], None]
+) -> None:
+    """Call `see(name, axis, groups, x)` for each product of one of the named weights with activations.
+
+    Args:
+        model: a model, which need not be traced.
+        inputs: inputs of one batch.
+        names: paths of weights.
+        see: called as in `weight_input_patches`, without labels and experts.
+    """
+
+    def see_product(product: Product) -> None:
+        for x in product.patches() if product.name in names else ():
+            see(product.name, product.axis, product.groups, x)
+
+    observe(model, model, inputs, see_product)
+
+
+def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> set[str]:
+    """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations.
+
+    Returns the weights of the part that `weight_inputs` returns.
+    """
     weights: dict[int, list[_Storage]] = {}
-    for name, value in part_of(graph.model, graph.tracing.module).named_parameters():
+    for name, value in part.named_parameters():
         if value.dim() > 1:
             weights.setdefault(value.untyped_storage().data_ptr(), []).append(_Storage.of(name, value))
-    args, options = arguments_of(graph.model, copied(tensors(inputs, graph.model)))
+    args, options = arguments_of(model, copied(tensors(inputs, model)))
+    observer = _Observer(weights, see)
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
-        inference(graph.model),
+        inference(model),
         torch.no_grad(),
         plain_kernels(),
         torch.backends.cudnn.flags(enabled=False),
-        _Observer(weights, observe),
+        observer,
     ):
-        call_model(graph.model, args, options)
+        call_model(model, args, options)
+    return observer.used - observer.observed
 
 
 class _ChannelLabels:
@@ -128,14 +160,14 @@ class _ChannelLabels:
             if labels is not None:
                 self._of_convolution.setdefault(graph.traced.slots[weight.name], labels)
 
-    def __call__(self, product: _Product) -> Labels | None:
+    def __call__(self, product: Product) -> Labels | None:
         labels = self._axes.get((product.name, product.axis))
         fits = labels is not None and len(labels) == product.channels
         return labels if fits else self._of_convolution.get(product.name)
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A product of a weight with activations.
 
     Args:
@@ -157,6 +189,7 @@ class _Product:
 
     @property
     def channels(self) -> int:
+        """Number of channels of the activations."""
         return self.x.shape[1 if self.kernel else -1]
 
     def positions(self) -> torch.Tensor:
@@ -169,24 +202,40 @@ class _Product:
 
         A convolution with a kernel larger than 1 yields the outputs of one sample at a time, to save memory.
         """
-        if self.convolution is None or math.prod(self.kernel) == 1:
+        if self.convolution is None:
             yield self.positions()[:, :, None]
             return
-        x, kernel, options = self.x, self.kernel, self.convolution
-        if len(kernel) == 1:  # `unfold` takes images
-            x, kernel = x[:, :, None], (1, *kernel)
-            options = {name: (1 - (name == "padding"), *value) for name, value in options.items()}
-        for image in x.unsqueeze(1):
-            columns = torch.nn.functional.unfold(image, kernel, **options)  # (1, channels * kernel size, outputs)
-            yield columns.mT.reshape(-1, x.shape[1], math.prod(kernel))
+        stride, padding, dilation = (self.convolution[name] for name in ("stride", "padding", "dilation"))
+        if math.prod(self.kernel) == 1 and not any(padding):
+            strided: Any = (..., *(slice(None, None, step) for step in stride))
+            yield self.x[strided].movedim(1, -1).flatten(0, -2)[:, :, None]
+            return
+        widths = [width for size in reversed(padding) for width in (size, size)]
+        for image in self.x:
+            windows = torch.nn.functional.pad(image, widths)  # (channels, ...)
+            for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=1):
+                windows = windows.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
+            # (channels, outputs ..., kernel ...)
+            yield windows.movedim(0, len(self.kernel)).reshape(-1, self.channels, math.prod(self.kernel))
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
-    """Calls `observe` for each product of a weight with activations."""
+    """Calls `see` for each product of a weight with activations.
 
-    def __init__(self, weights: dict[int, list[_Storage]], observe: Callable[[_Product], None]) -> None:
+    Attributes:
+        used: names of the weights that an operation reads; views of a weight do not count.
+        observed: names of the weights whose products were passed to `see`.
+    """
+
+    def __init__(self, weights: dict[int, list[_Storage]], see: Callable[[Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weights, self._observe = weights, observe
+        self._weights, self._see = weights, see
+        self.used: set[str] = set()
+        self.observed: set[str] = set()
+
+    def _observe(self, product: Product) -> None:
+        self.observed.add(product.name)
+        self._see(product)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
@@ -198,6 +247,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
             self._product(args[1], args[2])
         elif any(name is getattr(namespace, grouped, None) for namespace, grouped in GROUPED):
             self._grouped_product(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {})["offs"])  # noqa: PLR2004
+        if not func.is_view:
+            found = [self._weight(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            self.used.update(weight.name for weight in found if weight is not None)
         result = func(*args, **(kwargs or {}))
         if name is aten.index:
             self._selection(args[0], args[1], result)
@@ -212,7 +264,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if found is not None:
             transposed, _, groups = others
             options = None if transposed else {"stride": stride, "padding": padding, "dilation": dilation}
-            self._observe(_Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
+            self._observe(Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
 
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:
         """Observe the product of two (batches of) matrices of which exactly one is a weight."""
@@ -222,7 +274,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
                 continue
             axis = _axis_of(found, weight, dim)
             if axis is not None:
-                self._observe(_Product(found.name, axis, x, experts=_experts(found, weight, x)))
+                self._observe(Product(found.name, axis, x, experts=_experts(found, weight, x)))
             return
 
     def _grouped_product(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> None:
@@ -232,7 +284,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
         if found is not None and axis is not None:
             rows = torch.arange(int(ends[-1]), device=ends.device, dtype=ends.dtype)
             experts = torch.searchsorted(ends, rows, right=True)
-            self._observe(_Product(found.name, axis, x[: len(rows)], experts=experts))
+            self._observe(Product(found.name, axis, x[: len(rows)], experts=experts))
 
     def _selection(self, weight: torch.Tensor, indices: Any, copy: torch.Tensor) -> None:
         """Register the copy of those slices of a stack of weights that a tensor of indices selects."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.frameworks.layers import OUTPUT, LayerName, pattern
@@ -16,7 +17,7 @@ from kirsch.frameworks.pytorch.inference.outputs import named
 from kirsch.frameworks.pytorch.inference.predict import arguments, call_model, copied, inference, logits_of, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten)
@@ -55,9 +56,9 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     if layer.layered or layer.of_outputs or not ("*" in layer.path or layer.index):
         return [text]
     matcher = re.compile(pattern(layer.path))
-    paths = [path for path, _ in model.named_modules() if path and matcher.fullmatch(path)]
+    paths = [path for path, _ in _layers(model) if matcher.fullmatch(path)]
     if not paths:
-        known = [path for path, _ in model.named_modules() if path]
+        known = [path for path, _ in _layers(model)]
         raise UnknownNameError(f"layer in {type(model).__name__} named", layer.path, known)
     if layer.index and layer.index != "*":
         if not -len(paths) <= int(layer.index) < len(paths):
@@ -67,6 +68,17 @@ def expand(model: nn.Module, text: str, inputs: Any) -> list[str]:
     return [path + suffix for path in paths]
 
 
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of each part of a model, except of modules that compute weights, such as masks."""
+    computing = {
+        id(inner)
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for inner in cast(nn.ModuleDict, module.parametrizations).modules()
+    }
+    return ((path, module) for path, module in model.named_modules() if path and id(module) not in computing)
+
+
 def _last_layer(model: nn.Module, inputs: Any) -> str:
     """Return the path of the last module with parameters; only operations without parameters may follow it.
 
@@ -74,10 +86,11 @@ def _last_layer(model: nn.Module, inputs: Any) -> str:
         UsageError: the logits are not computed from the output of such a module.
     """
     outputs: dict[str, Any] = {}
+    layers = dict(_layers(model))
     handles = [
         module.register_forward_hook(lambda _m, _a, out, path=path: outputs.update({path: out}))
-        for path, module in model.named_modules()
-        if path and not any(module.children()) and not is_torchscript(module)
+        for path, module in layers.items()
+        if not any(other.startswith(f"{path}.") for other in layers) and not is_torchscript(module)
     ]
     try:
         with inference(model), torch.no_grad():
@@ -127,9 +140,7 @@ def shapes(model: nn.Module, inputs: Any) -> list[tuple[str, tuple[int, ...]]]:
         return hook
 
     handles = [
-        module.register_forward_hook(record(path))
-        for path, module in model.named_modules()
-        if path and not is_torchscript(module)
+        module.register_forward_hook(record(path)) for path, module in _layers(model) if not is_torchscript(module)
     ]
     try:
         with inference(model), torch.no_grad():

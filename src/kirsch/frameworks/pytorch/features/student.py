@@ -9,10 +9,10 @@ from torch import nn
 
 from kirsch.errors import NumericError
 from kirsch.frameworks.layers import at_layers
-from kirsch.frameworks.protocols import StudentOutputs
 from kirsch.frameworks.pytorch.features.adapters import Adapter
 from kirsch.frameworks.pytorch.features.capture import FeatureCapture
 from kirsch.frameworks.pytorch.features.gradients import gradients_of, norm_of
+from kirsch.frameworks.students import StudentOutputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -88,6 +88,19 @@ def unknown_arguments(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in known] if known and len(names) > 1 else []
 
 
+def named_arguments(model: nn.Module, inputs: Any) -> Any:
+    """Return a tuple or list of inputs as a dict by the names of the arguments of `forward`.
+
+    Other inputs, and those of a `forward` whose arguments have no names, are returned unchanged.
+    """
+    parameters = _parameters(model) or []
+    known = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if not isinstance(inputs, (tuple, list)) or len(known) < len(inputs):
+        return inputs
+    names = [p.name for p in known[: len(inputs)]]
+    return dict(zip(names, inputs, strict=True)) if known[: len(inputs)] == parameters[: len(inputs)] else inputs
+
+
 def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
     """Return the parameters of a model's `forward`; None if they are not known."""
     try:

@@ -1,7 +1,7 @@
 """`Inference` of PyTorch, see `kirsch.frameworks.protocols`."""
 
 from kirsch.frameworks.pytorch.analysis.randomness import nondeterminism
-from kirsch.frameworks.pytorch.inference.calling import unknown_arguments
+from kirsch.frameworks.pytorch.inference.calling import named_arguments, unknown_arguments
 from kirsch.frameworks.pytorch.inference.check import check_runs, check_training_outputs
 from kirsch.frameworks.pytorch.inference.outputs import class_names
 from kirsch.frameworks.pytorch.inference.placement import from_numpy, frozen_copy, inference_mode, to_device
@@ -24,6 +24,7 @@ __all__ = [
     "inference_mode",
     "load_weights",
     "match_dtypes",
+    "named_arguments",
     "nondeterminism",
     "parameter_shapes",
     "predict",

@@ -25,7 +25,7 @@ from kirsch.frameworks.pytorch.inference.calling import embedding_fix, fix_of_in
 from kirsch.frameworks.pytorch.io import onnx_file
 from kirsch.frameworks.pytorch.io.flat import Flat, output_names
 from kirsch.frameworks.pytorch.io.rounding import Rounding
-from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.frameworks.pytorch.masking.hold import fold
 from kirsch.frameworks.pytorch.modules.unsupported import check_exportable, reason_of
 from kirsch.frameworks.pytorch.training.finite import not_finite_names
 
@@ -62,7 +62,7 @@ class TorchExportable:
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self.name = type(model).__name__
         check_exportable(model)
-        copied = copy_of(model).eval()
+        copied = fold(model).eval()  # masks become zeros of the weights
         for parameter in copied.parameters():
             parameter.requires_grad = False  # with gradients, PyTorch exports attention as other operators
         _without_cache(copied)

@@ -1,6 +1,17 @@
 """`Surgery` of PyTorch, see `kirsch.frameworks.protocols`."""
 
+from kirsch.frameworks.pytorch.surgery.batch_norm import batch_norms, estimate_batch_norms
 from kirsch.frameworks.pytorch.surgery.prune import changed_computed_weights, configure, prune
+from kirsch.frameworks.pytorch.surgery.values import parameter_values, set_parameters
 from kirsch.frameworks.pytorch.transformers.widths import configurable
 
-__all__ = ["changed_computed_weights", "configurable", "configure", "prune"]
+__all__ = [
+    "batch_norms",
+    "changed_computed_weights",
+    "configurable",
+    "configure",
+    "estimate_batch_norms",
+    "parameter_values",
+    "prune",
+    "set_parameters",
+]

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TOTAL = "loss"
+PART = "part."
+"""Prefix of the terms of a loss among the losses of an epoch."""
+
 READ_EVERY = {"cpu": 1}
 """Number of batches after which losses are read, by type of device.
 
@@ -76,3 +79,8 @@ class EpochLosses:
             for name, value in values.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value * weight
         return dict(self._sums)
+
+
+def prefixed(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the terms of a loss with the prefix in their names."""
+    return {f"{PART}{name}": part for name, part in parts.items()}

@@ -25,7 +25,7 @@ from kirsch.frameworks.pytorch.features.student import StudentWithAdapters, grad
 from kirsch.frameworks.pytorch.inference.predict import array_to_device, device_of, inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.unsupported import check_trainable
-from kirsch.frameworks.pytorch.training.epoch_losses import TOTAL, EpochLosses, NotFiniteLosses
+from kirsch.frameworks.pytorch.training.epoch_losses import PART, TOTAL, EpochLosses, NotFiniteLosses, prefixed
 from kirsch.frameworks.pytorch.training.finite import FIX, check_initial, not_finite, not_finite_names
 from kirsch.frameworks.pytorch.training.loaders import generators_of, length_of, set_epoch
 from kirsch.frameworks.pytorch.training.optimizer import (
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kirsch.frameworks.training import LossFunction, LossOutput, Training, TrainingHooks
-
-PART = "part."
-"""Prefix of the terms of a loss among the losses of an epoch."""
 
 
 def train(model: nn.Module, batches: Any, loss: LossFunction, training: Training, hooks: TrainingHooks) -> Trained:
@@ -253,6 +250,10 @@ class _Run:
             self.batch += 1
         if self.training.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
+        elif self.hooks.before_step is not None:
+            self.accelerator.unscale_gradients()  # of float16; clipping includes it
+        if self.hooks.before_step is not None:
+            self.hooks.before_step(self.module.student)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.module.student)
@@ -275,7 +276,7 @@ class _Run:
             self._check_shares(loss)
         # DDP averages the gradients of the processes, but the loss of the step is the sum of the losses of the shards.
         factor = 1 if shard.replicated else self.accelerator.num_processes
-        values = {TOTAL: loss.total, **_prefixed(loss.terms), **_prefixed(loss.adapter_losses)}
+        values = {TOTAL: loss.total, **prefixed(loss.terms), **prefixed(loss.adapter_losses)}
         self.last_batch = batch
         with self._naming_losses():
             self.losses.add(self.batch + 1, factor * samples, values)
@@ -444,7 +445,3 @@ class _Run:
         self.first_batch = dict(state.values["first_batch"])
         self.shares.restore(state.values["shares"], self.first_batch.get("gradient_shares", {}))
         self.loss.restore(state.values["loss"])
-
-
-def _prefixed(parts: dict[str, Any]) -> dict[str, Any]:
-    return {f"{PART}{name}": part for name, part in parts.items()}

@@ -28,8 +28,7 @@ from kirsch.frameworks.pytorch.transformers.blueprint import (
 )
 from kirsch.frameworks.pytorch.transformers.pretrained import allow, refuse, refused, savers
 from kirsch.frameworks.pytorch.verification.distance import distance
-from kirsch.frameworks.pytorch.verification.noise import noise_of
-from kirsch.frameworks.pytorch.verification.verify import seeded
+from kirsch.frameworks.pytorch.verification.noise import Noise, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,7 +224,7 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
     difference. The outputs of both must then be bit-identical. The new configuration must not change the outputs of the
     pruned model, either.
     """
-    noise = noise_of(pruned)
+    noise = Noise(pruned)
     copied = copy_of(pruned).eval()
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kirsch.frameworks.pytorch.analysis.traced import Traced
 
@@ -89,13 +89,32 @@ class OneType(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch ha
         if isinstance(options.get("dtype"), torch.dtype) and options["dtype"].is_floating_point:
             options["dtype"] = self._dtype
         if not func._schema.is_mutable:  # noqa: SLF001 - has no public name
-            args, options = tree_map(self._cast, (args, options))
+            args, options = mapped(self._cast, args), mapped(self._cast, options)
         out = func(*args, **options)
-        creates = not any(isinstance(value, torch.Tensor) for value in tree_leaves((args, options)))
-        return tree_map(self._cast, out) if creates else out
+        return out if has_tensor(args) or has_tensor(options) else mapped(self._cast, out)
 
-    def _cast(self, value: Any) -> Any:
-        return cast(value, self._dtype) if isinstance(value, torch.Tensor) else value
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        right = tensor.dtype is self._dtype or not tensor.is_floating_point()
+        return tensor if right else tensor.to(self._dtype)
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return the arguments or results of an operation with a function applied to the tensors.
+
+    These are tensors, lists, tuples and dicts of them, and other values; `tree_map` takes ten times as long.
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: mapped(function, item) for name, item in value.items()}
+    return type(value)([mapped(function, item) for item in value]) if type(value) in (list, tuple) else value
+
+
+def has_tensor(value: Any) -> bool:
+    """Return whether the arguments of an operation contain a tensor."""
+    if isinstance(value, dict):
+        return any(map(has_tensor, value.values()))
+    return any(map(has_tensor, value)) if isinstance(value, (list, tuple)) else isinstance(value, torch.Tensor)
 
 
 class WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from kirsch.frameworks.pytorch.analysis.program import ASSERTIONS, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -30,17 +30,6 @@ if TYPE_CHECKING:
 
 RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial")
 """Parts of the names of operations that draw random numbers."""
-
-
-def mask_of(labeled: Tensor, graph: Graph, keep: NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:
-    """Return 1 for kept and 0 for removed entries of a tensor, in a shape that broadcasts against the tensor."""
-    mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
-    for axis, labels in enumerate(labeled.axes):
-        kept = graph.kept(labels, keep)
-        if kept is not None:
-            shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
-            mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
-    return mask
 
 
 def input_free_nodes(traced: Traced) -> set[Node]:
@@ -89,28 +78,28 @@ class MaskedRun(Interpreter):
         self._entries = {block.exit: block.entry for block in self._traced.blocks if block.path in blocks}
         self._entered: dict[Node, Any] = {}
         self._input_free = input_free_nodes(self._traced)
+        self._kept_of: dict[int, NDArray[np.bool_] | None] = {}
         super().__init__(self._traced.program.graph_module)
 
-    def outputs(
-        self, inputs: list[Any], *, gradients: bool = False, outputs_keep: NDArray[np.bool_] | None = None
-    ) -> list[torch.Tensor]:
-        """Return the outputs of the program.
+    def outputs(self, inputs: list[Any], *, gradients: bool = False) -> list[torch.Tensor]:
+        """Return the outputs of the program, without removed units.
 
         Args:
             inputs: the flat user inputs.
             gradients: record gradients.
-            outputs_keep: boolean mask of the components whose units are returned, for outputs that may lose units; by
-                default `keep`.
         """
-        outputs_keep = self._keep if outputs_keep is None else outputs_keep
         with torch.set_grad_enabled(gradients):
             outputs = self.run(*self.feed(inputs))
+        return self.kept_outputs([outputs[i] for i in self._traced.outputs], self._keep)
+
+    def kept_outputs(self, outputs: Sequence[torch.Tensor], keep: NDArray[np.bool_]) -> list[torch.Tensor]:
+        """Return outputs of the program without the units that a mask of components removes from them."""
         output_node = next(iter(reversed(self._traced.program.graph.nodes)))
         nodes: Any = output_node.args[0]
         states, selected = self._traced.states, self._traced.selected_outputs  # selected outputs keep all units
         return [
-            outputs[i] if i in selected else self._kept(outputs[i], states.get(nodes[i]), outputs_keep)
-            for i in self._traced.outputs
+            output if i in selected else self._kept(output, states.get(nodes[i]), keep)
+            for i, output in zip(self._traced.outputs, outputs, strict=True)
         ]
 
     def feed(self, inputs: list[Any]) -> list[Any]:
@@ -129,10 +118,10 @@ class MaskedRun(Interpreter):
                 feed.append(next(user_inputs))
         return feed
 
-    def _kept(self, value: torch.Tensor, labeled: Tensor | None, outputs_keep: NDArray[np.bool_]) -> torch.Tensor:
+    def _kept(self, value: torch.Tensor, labeled: Tensor | None, keep: NDArray[np.bool_]) -> torch.Tensor:
         """Return the kept units of an output that may lose units."""
         for axis, labels in enumerate(labeled.axes if labeled is not None else ()):
-            mask = self._graph.kept(labels, outputs_keep)
+            mask = self._graph.kept(labels, keep)
             if mask is not None:
                 value = value.index_select(axis, torch.from_numpy(mask.nonzero()[0]).to(value.device))
         return value
@@ -174,21 +163,39 @@ class MaskedRun(Interpreter):
             super().fetch_args_kwargs_from_env(n),
         )
 
+    def _masks(self, labeled: Tensor) -> list[NDArray[np.bool_] | None]:
+        """Return for each axis of a tensor which entries are kept; None if all are."""
+        for labels in labeled.axes:
+            if id(labels) not in self._kept_of:
+                self._kept_of[id(labels)] = self._graph.kept(labels, self._keep)
+        return [self._kept_of[id(labels)] for labels in labeled.axes]
+
+    def _is_cut(self, labeled: Tensor) -> bool:
+        return any(kept is not None for kept in self._masks(labeled))
+
+    def _mask_of(self, labeled: Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return 1 for kept and 0 for removed entries of a tensor, in a shape that broadcasts against the tensor."""
+        mask = torch.ones((1,) * len(labeled.shape), dtype=like.dtype, device=like.device)
+        for axis, kept in enumerate(self._masks(labeled)):
+            if kept is not None:
+                shape = [-1 if position == axis else 1 for position in range(len(labeled.shape))]
+                mask = mask * torch.from_numpy(kept).to(like.device, like.dtype).reshape(shape)
+        return mask
+
     def _masked(self, name: str) -> torch.Tensor:
         value, labeled = self._tensors[name], self._graph.tensors[name]
-        uncut = all(self._graph.kept(labels, self._keep) is None for labels in labeled.axes)
-        if uncut or not (value.is_floating_point() or value.is_complex()):
+        if not self._is_cut(labeled) or not (value.is_floating_point() or value.is_complex()):
             return value
-        return value * mask_of(labeled, self._graph, self._keep, value)
+        return value * self._mask_of(labeled, value)
 
     def _zeroed(self, value: Any, labeled: Any) -> Any:
         """Return the value with 0 in removed units, for a weight that is computed from others.
 
         If a mean is subtracted from the weight, removed units are not 0 and would affect the next computed weight.
         """
-        if not isinstance(value, torch.Tensor) or labeled is None:
+        if not isinstance(value, torch.Tensor) or labeled is None or not self._is_cut(labeled):
             return value
-        return value.masked_fill(mask_of(labeled, self._graph, self._keep, value) == 0, 0)
+        return value.masked_fill(self._mask_of(labeled, value) == 0, 0)
 
     def _finite(self, value: Any, labeled: Any) -> Any:
         """Return the value with 0 in place of infinity and NaN in removed units.
@@ -196,16 +203,18 @@ class MaskedRun(Interpreter):
         A removed channel is zero, so its logarithm is infinite. Infinity times a masked weight of 0 is NaN, which would
         spread to kept units.
         """
-        if not isinstance(value, torch.Tensor) or labeled is None or bool(value.isfinite().all()):
+        if not isinstance(value, torch.Tensor) or labeled is None or not self._is_cut(labeled):
             return value
-        removed = mask_of(labeled, self._graph, self._keep, value) == 0
+        if bool(value.sum().isfinite()):  # much cheaper than a test of each entry
+            return value
+        removed = self._mask_of(labeled, value) == 0
         return torch.where(removed & ~value.isfinite(), 0, value)
 
     def _statistic(self, n: Node) -> Any:
         args, options = self.fetch_args_kwargs_from_env(n)
         source = n.args[0]
         labeled = self._traced.states[source]  # type: ignore[index]
-        mask = mask_of(labeled, self._graph, self._keep, args[0]).expand(args[0].shape)
+        mask = self._mask_of(labeled, args[0]).expand(args[0].shape)
         return STATISTICS[n.target.__name__.partition(".")[0]](mask, *args, **options)  # type: ignore[union-attr]
 
 

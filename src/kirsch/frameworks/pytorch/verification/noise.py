@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kirsch.frameworks.pytorch.verification.dtypes import cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import nn
 
 
@@ -15,8 +21,20 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def noise_of(model: nn.Module, factor: float = 1.0, seed: int = 0) -> dict[int, torch.Tensor]:
-    """Return noise for each floating tensor, by its id.
+POOL = 1_048_583
+"""Number of random numbers from which the noise of all tensors is taken.
+
+Noise is computed each time that an operation reads a tensor, so it must be cheap: it is a part of this pool, repeated
+for larger tensors. The number is prime, so that the rows of a matrix have different noise.
+"""
+
+
+SMALL = 1 << 14
+"""Largest number of entries of a tensor that is stored after it has been computed."""
+
+
+class Noise(Mapping[int, torch.Tensor]):
+    """Noise for each floating tensor of a model, by the tensor's id, computed at each access.
 
     The standard deviation is 0.1. For tensors of two or more axes, it is 0.1 times their mean absolute value, and at
     least 0.001. The noise has the sign of the value, because variances and arguments of logarithms must stay positive.
@@ -28,21 +46,87 @@ def noise_of(model: nn.Module, factor: float = 1.0, seed: int = 0) -> dict[int, 
             noise can activate any unit. The noise for -factor has the opposite sign.
         seed: seed of the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise_by_id: dict[int, torch.Tensor] = {}
-    for name, value in named_tensors(model).items():
-        if not value.is_floating_point() or id(value) in noise_by_id:
-            continue
-        plain = value.detach().to("cpu", torch.float32)
-        noise = torch.randn(value.shape, generator=generator)
-        size = float(plain.nan_to_num(posinf=0.0, neginf=0.0).abs().mean()) if value.numel() else 0.0
-        noise *= factor * (0.1 * max(size, 1e-2) if value.dim() > 1 else 0.1)
-        if name.endswith("running_var"):
-            noise.abs_()
-        elif factor == 1:
-            noise = noise.abs() * torch.where(plain < 0, -1, 1)  # positive noise on zero biases activates units
-        noise_by_id[id(value)] = noise
-    return noise_by_id
+
+    def __init__(self, model: nn.Module, factor: float = 1.0, seed: int = 0) -> None:
+        self._factor = factor
+        self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).repeat(2)
+        self._tensors: dict[int, tuple[str, torch.Tensor, int, float]] = {}
+        offset = 0
+        for name, value in named_tensors(model).items():
+            if value.is_floating_point() and id(value) not in self._tensors:
+                self._tensors[id(value)] = name, value, offset, self._deviation(value)
+                offset = (offset + value.numel()) % POOL
+
+    def _deviation(self, value: torch.Tensor) -> float:
+        if value.dim() <= 1 or not value.numel():
+            return 0.1
+        size = float(value.detach().float().nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        return 0.1 * max(size, 1e-2)
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        """Return the noise of a tensor, float32 on the CPU."""
+        name, value, offset, deviation = self._tensors[key]
+        times = -(-value.numel() // POOL)
+        pool = self._pool if times <= 1 else self._pool.repeat(times)
+        with _disable_current_modes():
+            noise = (pool[offset : offset + value.numel()] * (self._factor * deviation)).reshape(value.shape)
+            if name.endswith("running_var"):
+                return noise.abs_()
+            if self._factor == 1:  # positive noise on zero biases activates units
+                return noise.copysign_(value.detach().to("cpu"))
+            return noise
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class ConvertedTensors(Mapping[str, torch.Tensor]):
+    """Parameters and buffers of a model by path, in a dtype and with noise, computed at each access.
+
+    So only the tensors that an operation reads exist in this dtype.
+
+    Args:
+        model: the model.
+        noise: the noise of its tensors; None for no noise.
+        dtype: dtype of the floating-point tensors.
+    """
+
+    def __init__(self, model: nn.Module, noise: Noise | None, dtype: torch.dtype) -> None:
+        self._tensors, self._noise, self._dtype = named_tensors(model), noise, dtype
+        self._small: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._small:
+            value = self._converted(self._tensors[name])
+            if value.numel() > SMALL:
+                return value
+            self._small[name] = value
+        return self._small[name]
+
+    def _converted(self, value: torch.Tensor) -> torch.Tensor:
+        with _disable_current_modes():
+            converted: torch.Tensor = cast(value.detach(), self._dtype)
+            if self._noise is not None and id(value) in self._noise:
+                converted = converted + self._noise[id(value)].to(value.device)
+        return converted
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def seeded(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the outputs of a run from a fixed seed, so that equal models draw equal random numbers."""
+    torch.manual_seed(0)
+    return forward()
 
 
 def without_constant(value: Any) -> Any:

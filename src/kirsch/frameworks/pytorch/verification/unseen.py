@@ -6,16 +6,18 @@ of queries and keys would pass the verification. The gradients of the outputs sh
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from kirsch.errors import error_text
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -23,32 +25,58 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
 
 FAINT = 1e-6
-"""Effects below this fraction of the largest effect are rounding errors. `verify` adds noise to the parameters
-before the call, so real effects are above 1e-3 of the largest effect."""
+"""Effects below this fraction of the largest effect are rounding errors in float64. `verify` adds noise to the
+parameters before the call, so most real effects are above 1e-3 of the largest effect."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""
 
 
-def unseen(
-    graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor], inputs: list[Any]
-) -> tuple[str, ...]:
-    """Return the paths of modules in which the units of a cut group have no effect on any output.
+@dataclass(frozen=True)
+class OriginalRun:
+    """Outputs of the original, and the modules in which the units of a cut group have no effect on them.
+
+    Args:
+        outputs: the outputs without the units that the cut removes from them.
+        unseen: paths of the modules, in the order of the groups; also empty if no output is differentiable.
+        undetermined: the error because of which these modules are not known, else "".
+    """
+
+    outputs: list[torch.Tensor]
+    unseen: tuple[str, ...] = ()
+    undetermined: str = ""
+
+
+def run_original(
+    graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor], inputs: list[Any], faint: float | None
+) -> OriginalRun:
+    """Run the trace of the original.
 
     Args:
         graph: graph of the original.
         keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
-
-    Returns:
-        Paths in the order of the groups. The result is also empty if no output is differentiable.
-
-    Raises:
-        RuntimeError: an operator has no derivative, or the gradients do not fit into memory.
+        faint: effects below this fraction of the largest effect are rounding errors; None: do not compute the effects.
     """
-    effects = _effects(graph, tensors, inputs)
-    threshold = FAINT * max((float(effect.max()) for effect in effects.values()), default=0.0)
+    undetermined = ""
+    if faint is not None:
+        weights = _Weights(graph, tensors)
+        try:
+            outputs = weights.run(inputs)
+        except (
+            RuntimeError
+        ) as error:  # PyTorch raises it for an operator without a derivative, and for a lack of memory
+            undetermined = error_text(error)
+        else:
+            return OriginalRun(outputs(keep), _unseen(graph, keep, weights.effects, faint))
+    run = MaskedRun(graph, graph.keep({}), tensors)
+    torch.manual_seed(0)
+    return OriginalRun(run.kept_outputs(run.outputs(inputs), keep), (), undetermined)
+
+
+def _unseen(graph: Graph, keep: NDArray[np.bool_], effects: Effects, faint: float) -> tuple[str, ...]:
+    threshold = faint * max((float(effect.max()) for effect in effects.values()), default=0.0)
     cut = [group for group in graph.groups if not keep[group.components].all()]
     return tuple(
         dict.fromkeys(
@@ -66,36 +94,105 @@ def _without_effect(group: Group, path: str, graph: Graph, effects: Effects, thr
     return bool(axes) and all(bool((effect <= threshold).all()) for effect in of_units)
 
 
-def _effects(graph: Graph, tensors: Mapping[str, torch.Tensor], inputs: list[Any]) -> Effects:
-    """Return the largest |gradient x value| for each index of each axis, for a random weighting of the outputs.
+class _Weights(Mapping["str", "torch.Tensor"]):
+    """Parameters and buffers for a run with gradients; each exists only while an operation reads it.
 
-    Only axes of parameters have an effect: batch normalization has no derivative with respect to its buffers.
+    Attributes:
+        effects: the largest |gradient · value| for each index of each axis, after `run`. Only axes of parameters have
+            an effect: batch normalization has no derivative with respect to its buffers.
     """
-    tied: dict[int, torch.Tensor] = {}
-    leaves = {name: tied.setdefault(id(graph.tensors[name]), value.detach()) for name, value in tensors.items()}
-    axes: dict[str, list[int]] = {}
-    parameters = set(graph.parameters)
-    for name, axis in graph.axes:
-        if name in parameters and leaves[name].is_floating_point() and leaves[name].numel():
-            axes.setdefault(name, []).append(axis)
-    effects: Effects = {(name, axis): np.zeros(leaves[name].shape[axis]) for name in axes for axis in axes[name]}
 
-    def record(name: str, leaf: torch.Tensor) -> None:
-        effect = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad * leaf).detach()
-        effect = effect.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-        leaf.grad = None  # so that the gradients of all tensors are never in memory at once
-        for axis in axes[name]:
-            rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1)
-            effects[name, axis] = rows.amax(1).cpu().double().numpy()
+    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._graph, self._tensors = graph, tensors
+        self._requires_grad = torch.ones((), requires_grad=True)
+        self._last = "", torch.empty(0)
+        first: dict[int, str] = {}
+        self._name_of = {name: first.setdefault(id(graph.tensors[name]), name) for name in tensors}  # of tied tensors
+        parameters = set(graph.parameters)
+        self.effects: Effects = {
+            (name, axis): np.zeros(graph.tensors[name].shape[axis])
+            for name, axis in graph.axes
+            if name in parameters and 0 not in graph.tensors[name].shape
+        }
+        self._axes: dict[str, list[int]] = {}
+        for name, axis in self.effects:
+            self._axes.setdefault(name, []).append(axis)
 
-    for name in axes:
-        leaf: Any = leaves[name].requires_grad_()  # PyTorch does not annotate hooks
-        leaf.register_post_accumulate_grad_hook(functools.partial(record, name))
-    torch.manual_seed(0)
-    outputs = MaskedRun(graph, graph.keep({}), leaves).outputs(inputs, gradients=True)
-    differentiable = [out.abs() if out.is_complex() else out for out in outputs if out.requires_grad]
-    if not differentiable:
-        return {}
-    sums = [torch.where(out.isfinite(), out * torch.rand_like(out), 0).sum() for out in differentiable]
-    torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
-    return effects
+    def run(self, inputs: list[Any]) -> Callable[[NDArray[np.bool_]], list[torch.Tensor]]:
+        """Run the original, compute the effects for a random weighting of the outputs, and return the outputs."""
+        run = MaskedRun(self._graph, self._graph.keep({}), self)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(self._without_weight, self._with_weight):
+            outputs = run.outputs(inputs, gradients=True)
+        differentiable = [out.abs() if out.is_complex() else out for out in outputs if out.requires_grad]
+        if differentiable:
+            sums = [torch.where(out.isfinite(), out * torch.rand_like(out), 0).sum() for out in differentiable]
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
+        else:
+            self.effects = {}
+        detached = [out.detach() for out in outputs]
+        return lambda keep: run.kept_outputs(detached, keep)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        first = self._name_of[name]
+        if first not in self._axes:
+            return self._tensors[name]
+        value: torch.Tensor = _Read.apply(self._requires_grad, self._tensors, first, self._record)  # type: ignore[no-untyped-call]
+        setattr(value, NAME, first)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _record(self, name: str, gradient: torch.Tensor) -> None:
+        effect = (gradient * self._value(name)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
+        for axis in self._axes[name]:
+            rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1).amax(1).cpu().double().numpy()
+            self.effects[name, axis] = np.maximum(self.effects[name, axis], rows)
+
+    def _without_weight(self, value: torch.Tensor) -> Any:
+        """Return what the derivative of an operation stores: for a weight or a view of it, its name and strides."""
+        name = getattr(value if value._base is None else value._base, NAME, None)  # noqa: SLF001 - has no public name
+        return value if name is None else (name, value.size(), value.stride(), value.storage_offset())
+
+    def _with_weight(self, stored: Any) -> torch.Tensor:
+        if isinstance(stored, torch.Tensor):
+            return stored
+        name, *view = stored
+        return self._value(name).as_strided(*view)
+
+    def _value(self, name: str) -> torch.Tensor:
+        """Return a weight; an operation that needs the weight for its gradient also passes on the weight's gradient."""
+        if self._last[0] != name:
+            self._last = name, self._tensors[name]
+        return self._last[1]
+
+
+Record = Callable[[str, torch.Tensor], None]
+
+NAME = "_kirsch_name"
+"""Attribute of a weight that an operation reads: its path."""
+
+
+class _Read(torch.autograd.Function):
+    """A weight whose gradient is passed to a function, and which the graph of the gradients does not keep."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        requires_grad: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
+        record: Callable[..., None],
+    ) -> torch.Tensor:
+        del requires_grad
+        ctx.name, ctx.record = name, record
+        return tensors[name]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.record(ctx.name, gradient)
+        return None, None, None, None

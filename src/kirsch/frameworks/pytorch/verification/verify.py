@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +15,24 @@ from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
-from kirsch.frameworks.pytorch.surgery.cut import sliced
+from kirsch.frameworks.pytorch.verification.candidate import Candidate, Removal
 from kirsch.frameworks.pytorch.verification.computed_weights import changed_weight_ratios
 from kirsch.frameworks.pytorch.verification.distance import distance, power
-from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace
+from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
-from kirsch.frameworks.pytorch.verification.noise import named_tensors, noise_of, without_constant
-from kirsch.frameworks.pytorch.verification.unseen import unseen
+from kirsch.frameworks.pytorch.verification.noise import (
+    ConvertedTensors,
+    Noise,
+    named_tensors,
+    seeded,
+    without_constant,
+)
+from kirsch.frameworks.pytorch.verification.unseen import FAINT, OriginalRun, run_original
 from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -46,10 +51,11 @@ QUERY_SCALING = (
     "rounding of weights that contain an attention scale; a wrong index changes outputs by 1e-3",
 )
 
-NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0)
+NOISE_FACTORS = (100.0, 30.0, 10.0, 300.0, 1000.0) * 2
 """Factors of the noise for units that have no effect on the outputs, such as units behind a ReLU with negative biases.
 
-The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one.
+The first factor makes noise that is larger than usual biases. A function such as `exp` may need a smaller one. One unit
+behind a batch normalization stays inactive for two in five noises of a single sample.
 """
 CLEAR = 1e-3
 """Power at which a wrong index changes the outputs clearly; see `Verification.power`."""
@@ -90,7 +96,7 @@ def verify(
             "It is on the meta device and has no values.",
             "Prune with verify=False, or load the weights of the model first.",
         )
-    removal = _Removal(keep, without, moved)
+    removal = Removal(keep, without, moved)
     if not _same_ties(pruned, original, removal):  # copies of a tied tensor give equal outputs until they are trained
         raise VerificationError(
             f"The pruned {graph.model_name} does not share the tensors that the original shares.",
@@ -102,24 +108,7 @@ def verify(
         return _verify(pruned, original, graph, removal)
 
 
-@dataclass(frozen=True)
-class _Removal:
-    """The removed components and blocks; see `verify`."""
-
-    keep: NDArray[np.bool_]
-    without: Collection[str]
-    moved: Mapping[str, str] | None
-
-    def new_name(self, name: str) -> str | None:
-        """Return the name of a tensor of the original in the pruned model; None if it was dropped with a block."""
-        if self.moved is None:
-            return name
-        path, _, leaf = name.rpartition(".")
-        new_path = self.moved.get(path)
-        return new_path if new_path is None else f"{new_path}.{leaf}".removeprefix(".")
-
-
-def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal) -> Verification:
+def _verify(pruned: nn.Module, original: nn.Module, graph: Graph, removal: Removal) -> Verification:
     dtype = torch.float64
     try:
         verification = _compare(pruned, original, graph, removal, dtype)
@@ -145,7 +134,7 @@ def _verify_training(
     pruned: nn.Module,
     original: nn.Module,
     graph: Graph,
-    removal: _Removal,
+    removal: Removal,
     dtype: torch.dtype,
 ) -> Verification:
     """Return the verification with the result of the comparison in training mode, or why there was none.
@@ -153,6 +142,11 @@ def _verify_training(
     Raises:
         VerificationError: the outputs in training mode differ, or only the original runs in training mode.
     """
+    compared = graph.traced.training is not None and not graph.tracing.as_graph and not removal.without
+    if compared and _equal_in_training(pruned, original, graph, removal, dtype, verification.tolerance):
+        # Modules that only run in training mode were compared in this run.
+        in_inference = _modules_read(graph.traced)
+        return replace(verification, unseen=tuple(path for path in verification.unseen if path in in_inference))
     exception = _training_exception(pruned, graph)
     if exception is not None:
         in_original = _training_exception(original, graph)
@@ -172,18 +166,15 @@ def _verify_training(
         why = "the comparison of removed blocks is in inference mode only."
         return replace(verification, not_compared=(f"training mode: {why}",))
     try:
-        error = _training_error(pruned, original, graph, removal, dtype)
+        _check_original_in_training(original, graph, dtype)
+        error = _training_error(pruned, original, graph, removal, dtype, verification.tolerance)
     except _OriginalDiffersError as reason:
         return replace(verification, not_compared=(f"training mode: {reason}",))
-    if not error <= verification.tolerance:
-        raise VerificationError(
-            f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
-            f"Its outputs in training mode differ by {error:.0e}. {WRONG_CUT}",
-            f"Exclude {UNUSUAL_LAYERS}, and report the model.",
-        )
-    # Modules that only run in training mode were compared in this run.
-    in_inference = _modules_read(graph.traced)
-    return replace(verification, unseen=tuple(path for path in verification.unseen if path in in_inference))
+    raise VerificationError(
+        f"The pruned {graph.model_name} in training mode is not equal to the masked original.",
+        f"Its outputs in training mode differ by {error:.0e}. {WRONG_CUT}",
+        f"Exclude {UNUSUAL_LAYERS}, and report the model.",
+    )
 
 
 def _raise_if_unstable(pruned: nn.Module, graph: Graph) -> None:
@@ -224,13 +215,11 @@ def computed_weight_ratios(
 ) -> dict[str, float]:
     """Return the modules whose computed weights change for the kept units; see `changed_weight_ratios`."""
     with OneType(dtype):
-        return changed_weight_ratios(
-            graph, keep, {name: cast(value, dtype) for name, value in named_tensors(original).items()}
-        )
+        return changed_weight_ratios(graph, keep, ConvertedTensors(original, None, dtype))
 
 
 def _compare_activated(
-    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: Removal, dtype: torch.dtype
 ) -> Verification | None:
     """Compare with noise that is so large that removed units without effect get an effect on the outputs.
 
@@ -245,7 +234,7 @@ def _compare_activated(
     # A unit that the noise does not activate is often activated by the noise of the opposite sign.
     for seed, factor in [(seed, sign * factor) for seed, factor in enumerate(NOISE_FACTORS, 1) for sign in (1, -1)]:
         try:
-            verification = _compare(pruned, original, graph, removal, dtype, noise_of(original, factor, seed))
+            verification = _compare(pruned, original, graph, removal, dtype, Noise(original, factor, seed))
         except Exception as error:  # the code of the model can raise any exception for such parameters
             if lacks_memory(error):
                 raise
@@ -262,49 +251,59 @@ def _compare(
     pruned: nn.Module,
     original: nn.Module,
     graph: Graph,
-    removal: _Removal,
+    removal: Removal,
     dtype: torch.dtype,
-    noise: dict[int, torch.Tensor] | None = None,
+    noise: Noise | None = None,
 ) -> Verification:
     keep = removal.keep
     traced: Traced = graph.traced
-    noise = noise_of(original) if noise is None else noise
-    tensors = _noisy(original, noise, dtype)
-    candidate = _candidate(pruned, original, graph, removal, noise, dtype)
+    noise = Noise(original) if noise is None else noise
+    tensors = ConvertedTensors(original, noise, dtype)
     args, options = _inputs(graph, dtype)
     flat = tree_leaves((args, options))
-    with OneType(dtype):
-        masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
-        dense = seeded(lambda: MaskedRun(graph, graph.keep({}), tensors).outputs(flat, outputs_keep=keep))
-        with constants_of_the_trace(traced, dtype):
-            found = seeded(functools.partial(run, candidate, args, options))
     scaled = any(graph.kept(scaling.width, keep) is not None for scaling in traced.query_scalings)
     tolerance, reason = max(TOLERANCES[dtype], QUERY_SCALING) if scaled else TOLERANCES[dtype]
-    error = distance(masked, found)
-    del candidate, noise
     with OneType(dtype):
-        unseen_modules, undetermined = _unseen(graph, keep, tensors, flat) if error <= tolerance else ((), "")
-        reweighted = computed_weight_ratios(original, graph, keep, dtype) if error <= tolerance else {}
+        masked = seeded(lambda: MaskedRun(graph, keep, tensors, removal.without).outputs(flat))
+    error = Candidate(pruned, original, graph, removal, noise, dtype).distance(masked, args, options, tolerance)
+    equal = error <= tolerance
+    dense = _run_original(original, graph, keep, noise, dtype, masked, gradients=equal)
     return Verification(
         error=error,
         tolerance=tolerance,
         reason=reason,
-        power=power(masked, dense),
+        power=power(masked, dense.outputs),
         statistics=tuple(sorted(graph.facts.statistics)),
-        unseen=unseen_modules,
-        reweighted=reweighted,
-        undetermined=undetermined,
+        unseen=dense.unseen,
+        reweighted=computed_weight_ratios(original, graph, keep, dtype) if equal else {},
+        undetermined=dense.undetermined,
     )
 
 
-def _unseen(
-    graph: Graph, keep: NDArray[np.bool_], tensors: dict[str, torch.Tensor], inputs: list[Any]
-) -> tuple[tuple[str, ...], str]:
-    """Return the modules without effect on the outputs, and the error if they could not be determined, else ""."""
-    try:
-        return unseen(graph, keep, tensors, inputs), ""
-    except RuntimeError as error:  # PyTorch raises it for an operator without a derivative, and for a lack of memory
-        return (), error_text(error)
+def _run_original(
+    original: nn.Module,
+    graph: Graph,
+    keep: NDArray[np.bool_],
+    noise: Noise,
+    dtype: torch.dtype,
+    masked: list[torch.Tensor],
+    *,
+    gradients: bool,
+) -> OriginalRun:
+    """Return the outputs of the original, and the modules without effect on them.
+
+    A run in float32 takes half the memory and much less time. It decides unless an effect is so small that it may be a
+    rounding error.
+    """
+    for trial in dict.fromkeys([torch.float32, dtype]):
+        args, options = _inputs(graph, trial)
+        tensors = ConvertedTensors(original, noise, trial)
+        faint = FAINT if trial is dtype else CLEAR
+        with OneType(trial):
+            found = run_original(graph, keep, tensors, tree_leaves((args, options)), faint if gradients else None)
+        if not found.unseen and not found.undetermined and power(masked, found.outputs) > CLEAR:
+            break
+    return found
 
 
 def _modules_read(traced: Traced) -> set[str]:
@@ -317,46 +316,48 @@ class _OriginalDiffersError(Exception):
     """The original cannot be compared with its own trace in training mode; the message is the reason."""
 
 
+def _equal_in_training(
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: Removal, dtype: torch.dtype, tolerance: float
+) -> bool:
+    """Return whether the pruned model runs in training mode and equals the masked original."""
+    try:
+        return _training_error(pruned, original, graph, removal, dtype, tolerance) <= tolerance
+    except Exception as failure:  # the code of the model, or an operation that does not support the dtype
+        if lacks_memory(failure):
+            raise
+        return False
+
+
 def _training_error(
-    pruned: nn.Module, original: nn.Module, graph: Graph, removal: _Removal, dtype: torch.dtype
+    pruned: nn.Module, original: nn.Module, graph: Graph, removal: Removal, dtype: torch.dtype, tolerance: float
 ) -> float:
-    """Return the distance of the pruned module from the masked original in training mode, without dropout.
+    """Return the distance of the pruned module from the masked original in training mode, without dropout."""
+    noise = Noise(original)
+    args, options = _inputs(graph, dtype)
+    run_of_trace = MaskedRun(graph, removal.keep, ConvertedTensors(original, noise, dtype), training=True)
+    with OneType(dtype), WithoutDropout():  # type: ignore[no-untyped-call]
+        masked = seeded(lambda: run_of_trace.outputs(tree_leaves((args, options))))
+    candidate = Candidate(pruned, original, graph, removal, noise, dtype, training=True)
+    return candidate.distance(masked, args, options, tolerance)
+
+
+def _check_original_in_training(original: nn.Module, graph: Graph, dtype: torch.dtype) -> None:
+    """Check that the original in training mode equals its own trace.
 
     Raises:
         _OriginalDiffersError: the original does not run in this dtype, or differs from its own trace because it
             chooses branches at random.
     """
-    noise = noise_of(original)
-    tensors = _noisy(original, noise, dtype)
-    args, options = _inputs(graph, dtype)
-    flat = tree_leaves((args, options))
-    nothing = _Removal(graph.keep({}), (), None)
-
-    def error(model: nn.Module, removal: _Removal) -> float:
-        candidate = _candidate(model, original, graph, removal, noise, dtype).train()
-        with OneType(dtype), WithoutDropout():  # type: ignore[no-untyped-call]
-            masked = seeded(lambda: MaskedRun(graph, removal.keep, tensors, training=True).outputs(flat))
-            with constants_of_the_trace(graph.traced.training, dtype):
-                return distance(masked, seeded(functools.partial(run, candidate, args, options)))
-
+    tolerance = TOLERANCES[dtype][0]
     try:
-        difference = error(original, nothing)
+        difference = _training_error(original, original, graph, Removal(graph.keep({})), dtype, tolerance)
     except Exception as failure:  # an operation that does not support the dtype may raise any class of error
         if lacks_memory(failure):
             raise
         name = str(dtype).removeprefix("torch.")
         raise _OriginalDiffersError(f"the original does not run in {name}: {error_text(failure)}") from failure
-    if not difference <= TOLERANCES[dtype][0]:
+    if not difference <= tolerance:
         raise _OriginalDiffersError(f"the original differs by {difference:.0e} from its own trace.")
-    return error(pruned, removal)
-
-
-def _noisy(model: nn.Module, noise: Mapping[int, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers with noise added."""
-    return {
-        name: torch.add(cast(value, dtype), noise[id(value)].to(value.device)) if id(value) in noise else value.detach()
-        for name, value in named_tensors(model).items()
-    }
 
 
 def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -367,40 +368,7 @@ def _inputs(graph: Graph, dtype: torch.dtype) -> tuple[Any, Any]:
     return both
 
 
-def seeded(forward: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Return the outputs of a run from a fixed seed, so that equal models draw equal random numbers."""
-    torch.manual_seed(0)
-    return forward()
-
-
-def _candidate(
-    pruned: nn.Module,
-    original: nn.Module,
-    graph: Graph,
-    removal: _Removal,
-    noise: dict[int, torch.Tensor],
-    dtype: torch.dtype,
-) -> nn.Module:
-    """Return a copy of the pruned module in inference mode, with slices of the noise added."""
-    candidate = copy_of(pruned).eval()
-    candidate = candidate.double() if dtype is torch.float64 else candidate.float()  # keeps complex tensors complex
-    tensors = named_tensors(candidate)
-    done = set()
-    with torch.no_grad():
-        for name, value in named_tensors(original).items():
-            new_name = removal.new_name(name)
-            if new_name is None:
-                continue
-            if new_name not in tensors and graph.tracing.as_graph:  # no operation reads the tensor
-                continue
-            target = tensors[new_name]
-            if id(value) in noise and id(target) not in done:
-                done.add(id(target))
-                target.add_(sliced(noise[id(value)], graph.tensors[name], graph, removal.keep).to(target.device))
-    return candidate
-
-
-def _same_ties(pruned: nn.Module, original: nn.Module, removal: _Removal) -> bool:
+def _same_ties(pruned: nn.Module, original: nn.Module, removal: Removal) -> bool:
     """Return whether the same names share a tensor in the pruned model and in the original."""
     tensors = named_tensors(pruned)
     pairs = {

@@ -52,6 +52,10 @@ def contract(op: OperationContext, operands: Sequence[tuple[Tensor, str]], resul
 def _mark(op: OperationContext, operands: Sequence[tuple[Tensor, str]], result: str) -> None:
     """Mark the axes of a product of activations. Axes that all operands and the result have are heads."""
     axes = [dict(zip(tensor_letters, tensor.axes, strict=True)) for tensor, tensor_letters in operands]
+    for by_letter in axes:
+        for letter, axis in by_letter.items():
+            if letter not in result:
+                op.facts.mark(axis, "contracted with activations")
     common = {letter for letter in axes[0] if all(letter in others for others in axes[1:])}
     heads = [
         [by_letter[letter] for by_letter in axes] for letter in common & set(result) if axes[0][letter] is not None

@@ -42,6 +42,8 @@ def _layer_norm(op: OperationContext) -> Tensor:
     x, sizes = op.args[0], op.args[1]
     last = letters(x)[-len(sizes) :]
     parameters = [(t, last) for t in (op.arg(2, "weight"), op.arg(3, "bias")) if isinstance(t, Tensor)]
+    op.mark_weight(op.arg(2, "weight"), "scale")
+    op.mark_weight(op.arg(3, "bias"), "shift")
     out = relations.relate(op.facts, [(x, letters(x)), *parameters], letters(x), op.shape)
     op.mark_activated(out)
     normalized = out.axes[-len(sizes) :]

@@ -41,6 +41,9 @@ def _elementwise(op: OperationContext) -> Tensor:
     if op.name == "add" and several and op.is_residual():
         for axis in tensors[0].axes:
             op.facts.mark(axis, "summed")
+    if op.name == "mul" and not several:
+        for tensor in tensors:
+            op.mark_weight(tensor, "scale")
     out = relations.elementwise(op.facts, tensors, op.shape)
     if op.name not in LINEAR or (several and op.name in ("mul", "div")):
         op.mark_activated(out)

@@ -1,4 +1,4 @@
-"""Terms of the training loss that drive weights or channels towards zero, in preparation for pruning."""
+"""L1 norm of the scales of batch normalizations (Network Slimming)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from kirsch.annotations import Between
 from kirsch.arguments import checked
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
-
-
-@checked
-@dataclass(frozen=True)
-class L1:
-    """strength · Σ |w| over all weights of two or more axes.
-
-    Args:
-        strength: >= 0; 1e-5 to 1e-4 is usual.
-
-    Source: Han et al. 2015, arXiv:1506.02626, section 3.1.
-    """
-
-    strength: Annotated[float, Between(0)]
-
-    def __call__(self, model: Any) -> Any:
-        """Return the term, a scalar with gradient."""
-        return self.strength * sum(abs(weight).sum() for weight in framework_of(model).training.weight_arrays(model))
 
 
 @checked

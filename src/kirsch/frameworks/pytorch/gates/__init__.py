@@ -1,0 +1,1 @@
+"""Models with gates on their units."""

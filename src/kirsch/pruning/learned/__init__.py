@@ -1,0 +1,1 @@
+"""Pruning that is learned, in training or by a search."""

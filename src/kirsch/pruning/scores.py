@@ -1,0 +1,109 @@
+"""Importances of the units of all groups, computed once and checked to be finite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from kirsch.errors import NumericError, UsageError
+from kirsch.pruning.importance.calibration import batches_for, loss_of
+from kirsch.pruning.importance.statistics import Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.graph import Graph
+    from kirsch.graph.group import Group
+    from kirsch.pruning.importance import Importance
+    from kirsch.pruning.importance.calibration import CalibrationBatches
+    from kirsch.pruning.options import PlanOptions
+
+Scores: TypeAlias = "Callable[[Group, PlanOptions], NDArray[np.float64]]"
+"""Returns the importance of each unit of a group, divided by the weight of its kind."""
+
+
+class ScoreCache:
+    """Importance of each unit of each group, computed once per group.
+
+    Args:
+        graph: graph of the model.
+        options: options of the plan.
+        importance: the importance.
+        batches: calibration batches; None if neither the importance nor the ranking runs the model.
+        statistics: statistics of the batches, for importances that use them.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        options: PlanOptions,
+        importance: Importance,
+        batches: CalibrationBatches | None,
+        statistics: Statistics | None,
+    ) -> None:
+        self._graph, self._importance, self.batches = graph, importance, batches
+        self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
+        self._cache: dict[str, NDArray[np.float64]] = {}
+
+    def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
+        """Return the importance of each unit, divided by the weight of its kind.
+
+        Raises:
+            UsageError: an importance is negative, and the ranking divides it by a cost.
+        """
+        if group.name not in self._cache:
+            self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
+        scores, weight = self._cache[group.name], options.kind_weights[group.kind]
+        if options.ranking == "milp":  # the weights divide the measured changes of the outputs
+            return scores
+        if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
+            raise UsageError(
+                f"The importance {self._importance.name!r} is negative for units of {group.name!r}.",
+                'ranking="per_cost" and the weights in `kinds` divide importances. This has no meaning for negative '
+                "numbers.",
+                "Use neither of them, or an importance that is not negative, such as 'taylor'.",
+            )
+        return scores / weight
+
+
+def scores_of(graph: Graph, options: PlanOptions, importance: Importance, data: Any, loss: Any) -> ScoreCache:
+    """Return the importances of all groups, which are computed when they are first used."""
+    calibration_loss = loss_of(loss)
+    batches = batches_for(importance, data, loss, for_ranking=options.ranking == "milp")
+    statistics = None
+    if batches is not None and importance.needs != "weights":
+        statistics = Statistics(graph, batches, calibration_loss, options.seed)
+    return ScoreCache(graph, options, importance, batches, statistics)
+
+
+def _importance_scores(
+    graph: Graph, group: Group, importance: Importance, settings: dict[str, Any]
+) -> NDArray[np.float64]:
+    """Return one finite number per unit."""
+    with np.errstate(invalid="ignore"):  # NaN and infinity raise an error below
+        scores = np.asarray(importance(graph, group, **settings))
+    numbers = scores.dtype.kind in "fiu"
+    if scores.shape == (group.size,) and numbers and not np.isfinite(scores).all():
+        _refuse_not_finite(graph, group)
+    if scores.shape != (group.size,) or not numbers or not np.isfinite(scores).all():
+        wrong = "" if not numbers or np.isfinite(scores).all() else " with NaN or infinity"
+        raise UsageError(
+            f"The importance {importance.name!r} returns no usable scores for {group.name!r}.",
+            f"Expected {group.size} finite numbers, found {scores.dtype} of shape {scores.shape}{wrong}.",
+            "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data.",
+        )
+    return scores.astype(np.float64)
+
+
+def _refuse_not_finite(graph: Graph, group: Group) -> None:
+    """Raise a NumericError if a parameter of a group is not finite."""
+    for name in dict.fromkeys(name for name, _ in group.footprint if name in graph.parameters):
+        if not np.isfinite(graph.values(name)).all():
+            raise NumericError(
+                f"The parameter {name!r} of {graph.model_name} holds NaN or infinity.",
+                "Its units cannot be ranked, and the outputs of the model are not finite.",
+                "Give a model with finite weights, such as an earlier checkpoint.",
+            )
