@@ -154,6 +154,19 @@ class PlanOptions(Options):
                 raise UnknownNameError("kind of unit", kind, KINDS, len(KINDS), "round_to")
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
+        self._check_measurements()
+        if self.of_blocks:
+            self._check_blocks()
+        elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
+            raise UsageError(
+                "`kinds` names 'block' together with other kinds.",
+                "The units of a layer can be ranked only once it is known which blocks remain.",
+                "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
+                'plan with the other kinds. Or give ranking="milp", which chooses blocks and units together.',
+            )
+
+    def _check_measurements(self) -> None:
+        """Check the options of plans that are measured, and of `loadable`, which uses the importances alone."""
         unused = next((name for name in ONLY_WITH_MAX_DROP if getattr(self, name) is not None), None)
         if self.max_drop is None and unused is not None:
             raise UsageError(
@@ -171,15 +184,6 @@ class PlanOptions(Options):
                 f'ranking="{self.ranking}" cannot be used with `loadable`.',
                 "The numbers of a configuration are chosen by the importances alone.",
                 'Use another ranking, such as "global", or remove `loadable`.',
-            )
-        if self.of_blocks:
-            self._check_blocks()
-        elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
-            raise UsageError(
-                "`kinds` names 'block' together with other kinds.",
-                "The units of a layer can be ranked only once it is known which blocks remain.",
-                "Make two plans, one after the other: prune by a plan with kinds='block', trace the result, and make a "
-                'plan with the other kinds. Or give ranking="milp", which chooses blocks and units together.',
             )
 
     def check_importance(self, importance: Importance) -> None:
