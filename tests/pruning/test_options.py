@@ -18,6 +18,7 @@ from kirsch.cli import main
 from kirsch.cli.app import app
 from kirsch.cli.plan_flags import given_options, with_plan_flags
 from kirsch.errors import RecipeError, UsageError
+from kirsch.graph.cost import WORDS
 from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune
@@ -42,8 +43,9 @@ def class_options(options: type[PlanOptions] = PlanOptions) -> dict[str, Any]:
 
 
 def recipe_options() -> dict[str, Any]:
-    """Return the default of each option of the step prune; the step uses the seed of the recipe."""
-    defaults = {name: field.default for name, field in Prune.model_fields.items() if name != "goal"}
+    """Return the default of each option of the step prune that `kirsch.plan` has, too; it uses the recipe's seed."""
+    others = ("goal", "goal_of", "compensate")
+    defaults = {name: field.default for name, field in Prune.model_fields.items() if name not in others}
     return defaults | {"seed": Recipe.model_fields["seed"].default}
 
 
@@ -110,7 +112,7 @@ def test_a_subcommand_keeps_its_own_flag_for_an_option():
 
     parameters = inspect.signature(with_plan_flags(subcommand)).parameters
     assert parameters["seed"].default == 5
-    assert parameters.keys() - {"session"} == class_options().keys()
+    assert parameters.keys() - {"session", *WORDS} == class_options().keys()
 
 
 VALUES = {

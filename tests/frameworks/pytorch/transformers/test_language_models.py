@@ -34,7 +34,7 @@ CASES = {
         KEEP_HEAD_DIM,
         (),
         0.5,
-        {"hidden_size", "intermediate_size", "head_dim"},
+        {"hidden_size", "intermediate_size", "head_dim", "num_attention_heads"},
     ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT, FFN, (), 0.8, {"n_inner"}),
     "t5": (
