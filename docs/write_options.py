@@ -14,7 +14,7 @@ from kirsch.distillation.objective import Objective
 from kirsch.distillation.steps import TrainingStep
 from kirsch.distillation.term import Ramp, Term
 from kirsch.frameworks.training import Training
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.graph.plan import Goal
 from kirsch.jobs.goal import JobGoal

@@ -230,3 +230,11 @@ def plural(noun: str) -> str:
 def with_article(noun: str) -> str:
     """Return a noun with "a" or "an" before it."""
     return f"{'an' if noun[:1].lower() in 'aeio' or noun.startswith('nd') else 'a'} {noun}"
+
+
+MaxDrop = Annotated[
+    float,
+    Between(0, 1, exclusive="most"),
+    Fix("For a drop of at most one percentage point, write max_drop=0.01."),
+]
+"""A drop of accuracy, as a fraction."""

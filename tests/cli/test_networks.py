@@ -343,7 +343,8 @@ def test_prune_measure_and_export_print_their_results(kirsch):
     assert "saved        small" in out
     code, out, _ = kirsch("measure", TEACHER, "--pruned", "small", "--rounds", "6")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == [
+    words = [line.split()[0] for line in out.splitlines()]
+    assert [word for word in words if word != "note"] == [  # a busy machine gets a note on noise
         "size", "input", "latency", "runtime", "noise", "not", "weights",
     ]  # fmt: skip
     code, out, _ = kirsch("export", TEACHER, "-o", "teacher.onnx")

@@ -21,6 +21,9 @@ from kirsch.steps import Distill, Prune, Recover, Train
 NEEDED = {"measure": "- export\n"}
 """Step → the lines of the steps that must come before it in a recipe."""
 
+REQUIRED = {"sparsify": {"pattern": "2:4"}}
+"""Step → options without which it cannot be made."""
+
 
 def recipe_with(name: str, *changes: str):
     """Return a recipe with one step of this name without options."""
@@ -36,10 +39,12 @@ def options(steps=STEPS):
 @pytest.mark.parametrize(("name", "field"), options())
 def test_each_option_can_be_set_and_is_written_with_its_description(name, field):
     kind = STEPS[name]
-    default = kind.model_fields[field].get_default(call_default_factory=True)
-    value = json.dumps(kind().model_dump(mode="json")[field])
-    recipe = recipe_with(name, *([] if value == "null" else [f"{name}.{field}={value}"]))
-    assert getattr(recipe.steps[-1], field) == default == getattr(kind(), field)
+    required = REQUIRED.get(name, {})
+    default = required.get(field, kind.model_fields[field].get_default(call_default_factory=True))
+    value = json.dumps(kind(**required).model_dump(mode="json")[field])
+    changes = [f"{name}.{key}={needed}" for key, needed in required.items()]
+    recipe = recipe_with(name, *changes, *([] if value == "null" else [f"{name}.{field}={value}"]))
+    assert getattr(recipe.steps[-1], field) == default == getattr(kind(**required), field)
     line = [line for line in commented(recipe).splitlines() if line.startswith(f"    {field}: ")][-1]
     assert line.endswith(f"  # {kind.model_fields[field].description}")
 
@@ -75,7 +80,7 @@ def test_steps_that_train_have_the_options_of_training(step):
 
 
 def test_the_step_that_prunes_has_the_options_of_a_plan():
-    assert {*PlanOptions.model_fields, "goal"} == set(Prune.model_fields)
+    assert {*PlanOptions.model_fields, "goal", "goal_of", "compensate"} == set(Prune.model_fields)
 
 
 def test_a_new_option_can_be_set_and_appears_in_the_commented_recipe(monkeypatch):

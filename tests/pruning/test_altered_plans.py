@@ -211,13 +211,13 @@ def test_a_missing_field_is_named(tmp_path, path):
     assert path.rpartition("/")[2] in str(caught.value) or path.rpartition("/")[2].isdecimal()
 
 
-NULLABLE = {"method/kinds", "method/keep"}
+NULLABLE = {f"method/{name}" for name in ("kinds", "keep", "max_drop", "metric", "class_weights", "minimize")}
 
 
 @pytest.mark.parametrize("path", ALL_FIELDS)
 def test_a_field_of_the_wrong_type_is_refused(tmp_path, path):
     file = tmp_path / "edited.json"
-    number = 0.5 if path.endswith(("uniform", "as_graph")) else False
+    number = 0.5 if path.endswith(("uniform", "loadable", "as_graph")) else False
     for value in ({"deep": []}, [[]], number, *([] if path in NULLABLE else [None])):
         file.write_text(altered(path, value))
         with pytest.raises(KirschError) as caught:

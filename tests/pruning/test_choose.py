@@ -201,7 +201,7 @@ def test_an_unknown_importance_lists_known_names_and_the_nearest():
     [([1.0, 2.0], r"found \S+ of shape \(2,\)\."), ([1.0, np.nan, 2.0], r"found \S+ of shape \(3,\) with NaN")],
 )
 def test_an_importance_must_return_a_finite_number_for_each_unit(monkeypatch, scores, found):
-    monkeypatch.setitem(IMPORTANCES._objects, "constant", lambda *_, **__: np.array(scores))
+    monkeypatch.setitem(IMPORTANCES._objects, "constant", lambda graph, group: np.array(scores))
     graph = kirsch.trace(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(1, 4))
     with pytest.raises(UsageError, match=rf"'constant' returns no usable scores for '0'\. Expected 3 .*, {found}"):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), importance="constant")

@@ -12,7 +12,7 @@ from torch import nn
 import kirsch
 from kirsch.errors import GoalError
 from kirsch.frameworks.pytorch.io.vision import import_beside
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 
 RANKINGS = ("global", "per_cost", "local", "isomorphic")
 FRACTIONS = (0.3, 0.5, 0.7)

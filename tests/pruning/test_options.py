@@ -18,7 +18,7 @@ from kirsch.cli import main
 from kirsch.cli.app import app
 from kirsch.cli.plan_flags import given_options, with_plan_flags
 from kirsch.errors import RecipeError, UsageError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.pruning.options import PlanOptions
 from kirsch.recipes.recipe import Recipe, read_recipe, recipe_of
 from kirsch.steps import Prune

@@ -10,7 +10,7 @@ import torch
 import kirsch
 from kirsch.cli.jobs import forecast_lines
 from kirsch.errors import GoalError, UsageError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.jobs.goal import JobGoal
 from kirsch.recipes.forecast import forecast
 from kirsch.recipes.runner import materials_of

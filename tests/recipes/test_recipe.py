@@ -166,7 +166,7 @@ def assert_refused(text: str, *sentences: str, changes: tuple[str, ...] = (), en
             "- prun: {}",
             (
                 r"line 8: steps[2]: there is no step 'prun'. Known: distill, evaluate, export, measure, prune, "
-                "recover, repeat, sensitivity, train. Did you mean 'prune'?"
+                "recover, repeat, sensitivity, sparsify, train. Did you mean 'prune'?"
             ),
         ),
         (
@@ -326,7 +326,7 @@ def test_a_second_step_prune_needs_a_goal_of_its_own(first):
 def test_prune_without_goal_needs_a_goal_of_the_job():
     why = (
         "Neither the step nor the job limits a cost: macs, parameters, size, memory. Give the step or the job a goal, "
-        "such as macs=0.5."
+        "such as macs=0.5, or the step a largest drop, such as max_drop=0.02."
     )
     problem = f"the step 'prune' has no goal. {why}"
     assert_refused(VALID, f"line 3: steps[0]: {problem}", changes=("prune.goal=null",))
@@ -372,8 +372,9 @@ def test_invalid_override_is_refused_with_the_form(change):
             "prune.gaol.macs=1",
             (
                 "--set prune.gaol.macs=1: steps[0].prune.gaol: unknown key. "
-                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, loadable, min_keep, keep, exclude, "
-                "keep_outputs, seed, goal, goal_of. Did you mean 'goal'?"
+                "Known: importance, loss, norm, ranking, round_to, kinds, uniform, loadable, min_keep, keep, max_drop, "
+                "metric, class_weights, minimize, exclude, keep_outputs, seed, evaluations, goal, goal_of, compensate. "
+                "Did you mean 'goal'?"
             ),
         ),
         (

@@ -22,8 +22,8 @@ def test_table_of_the_page_lists_all_steps():
 
 
 def test_recipe_and_changes_are_valid():
-    (text,), (command,) = blocks("yaml"), blocks("sh")
+    (text, *_), (command,) = blocks("yaml"), blocks("sh")
     steps = read_recipe(text, re.findall(r"--set (\S+)", command)).all_steps
-    assert list(steps) == ["train", "prune", "recover", "prune-2", "recover-2", "export"]
+    assert list(steps) == ["train", "prune", "recover", "prune-2", "recover-2", "recover-3", "export"]
     assert steps["recover-2"].epochs == 20
     assert shlex.split(command)[:2] == ["kirsch", "compress"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from kirsch.data.arrays import map_arrays
 from kirsch.frameworks.find import pytorch
-from kirsch.testing import FRAMEWORK_CHECKS, FrameworkExample, frameworks
+from kirsch.testing import FRAMEWORK_CHECKS, FrameworkExample, calibration, frameworks
 
 
 def images():
@@ -45,8 +45,12 @@ def test_pytorch_passes_the_suite(check, case):
     check(example(*case))
 
 
+CHECKS = {check.__name__: check for check in FRAMEWORK_CHECKS}
+
+
 def test_the_suite_contains_every_check_of_its_module():
-    assert set(FRAMEWORK_CHECKS) == {value for name, value in vars(frameworks).items() if name.startswith("check_")}
+    checks = vars(frameworks) | vars(calibration)
+    assert set(FRAMEWORK_CHECKS) == {value for name, value in checks.items() if name.startswith("check_")}
     assert len(set(FRAMEWORK_CHECKS)) == len(FRAMEWORK_CHECKS)
 
 
@@ -326,7 +330,7 @@ FAULTS = [
 @pytest.mark.parametrize(("check", "framework", "sentence"), FAULTS)
 def test_a_check_fails_for_a_planted_fault(check, framework, sentence):
     with pytest.raises(AssertionError, match=sentence):
-        getattr(frameworks, check)(example(framework=framework))
+        CHECKS[check](example(framework=framework))
 
 
 def test_every_check_has_a_planted_fault():

@@ -397,7 +397,7 @@ def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "kirsch"
     option = str(getattr(error, "option_name", ""))
-    from kirsch.graph.cost import WORDS
+    from kirsch.graph.cost_names import WORDS
     from kirsch.graph.goal import IN_PLACE_OF_LATENCY, LATENCY, NO_LATENCY, WHY_NO_LATENCY
 
     if LATENCY.search(option):

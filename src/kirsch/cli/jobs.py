@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import figures, files
 from kirsch.cli.signals import stop_on_signals
 from kirsch.errors import NOT_REACHED, CheckpointError, LoadError, OutputError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.progress import JobProgress, labeled, verdict_lines
 from kirsch.pruning.step import plan_file
 from kirsch.recipes.manifest import METRICS, RECIPE, REPORT

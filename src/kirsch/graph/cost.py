@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from kirsch.graph.labels import Labels
 
 
-WORDS = {
-    "macs": "MACs",
-    "parameters": "parameters",
-    "size": "bytes of the weights",
-    "memory": "bytes of the activations",
-}
-"""Costs that a goal can limit, and their names in texts."""
-
-
 @dataclass(frozen=True)
 class Cost:
     """The cost of one forward pass on the example inputs.

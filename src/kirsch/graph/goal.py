@@ -11,7 +11,8 @@ from kirsch import figures
 from kirsch.annotations import Count, Fix
 from kirsch.arguments import checked
 from kirsch.errors import GoalError
-from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.cost import Cost
+from kirsch.graph.cost_names import WORDS
 from kirsch.tables import Part, Piece, Printable
 
 LATENCY = re.compile(r"(?i)latency|speed|fps|milli|(?<![a-z])ms(?![a-z])")

@@ -11,7 +11,8 @@ from kirsch import figures
 from kirsch.arguments import checked
 from kirsch.errors import LoadError, PlanError, nearest
 from kirsch.graph import inputs, layout, plan_file
-from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.cost import Cost
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.goal import Goal as Goal  # noqa: PLC0414 - other modules may import it from here
 from kirsch.graph.graph import Tracing
 from kirsch.tables import Line, Part, Piece, Printable, Table

@@ -10,7 +10,7 @@ from typing import Any
 from kirsch import strict_json
 from kirsch.errors import PlanError
 from kirsch.graph import inputs
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.graph import DECISIONS, SOFTMAX
 from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.json_schema import (

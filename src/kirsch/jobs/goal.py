@@ -6,19 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from kirsch.annotations import Between, Fix, Fraction, Positive, value_phrase
+from kirsch.annotations import Fraction, MaxDrop, Positive, value_phrase
 from kirsch.arguments import MismatchError, convert
 from kirsch.errors import UsageError, listing, nearest
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.plan import Goal
 from kirsch.options import FieldsError, Options, with_fields
-
-MaxDrop = Annotated[
-    float,
-    Between(0, 1, exclusive="most"),
-    Fix("For a drop of at most one percentage point, write max_drop=0.01."),
-]
-"""A drop of accuracy, as a fraction."""
 
 OF_THE_FIRST = "as a fraction of that of the model before the first prune step (the student, if there is one)"
 

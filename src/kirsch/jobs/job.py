@@ -227,7 +227,7 @@ class Job:
         return framework.analysis.count(model, framework.inference.from_numpy(self.example))
 
     def cost(self, model: Any, *limits: Goal | None) -> dict[str, int]:
-        """Return the cost of a model for one sample, by the names of `kirsch.graph.cost.WORDS`.
+        """Return the cost of a model for one sample, by the names of `kirsch.graph.cost_names.WORDS`.
 
         Parameters and MACs are always counted. The size of the weights and the memory of the activations are counted by
         a trace, and only if one of the goals limits them.

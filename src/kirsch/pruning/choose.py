@@ -7,14 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
-from kirsch.annotations import Count, Names, Seed
+from kirsch.annotations import Count, MaxDrop, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, UnknownNameError, UsageError, listing
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan
-from kirsch.jobs.goal import MaxDrop
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
 from kirsch.pruning.importance import IMPORTANCES, importance_of
 from kirsch.pruning.learned.quality import check_search, quality_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kirsch import figures
 from kirsch.errors import GoalError, NumericError, UsageError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.plan import Goal
 from kirsch.pruning.notes import landing_note
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kirsch import figures
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK, UNROUNDED_KINDS

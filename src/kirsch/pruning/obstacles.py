@@ -12,7 +12,7 @@ import numpy as np
 
 from kirsch import figures
 from kirsch.errors import GoalError, KirschError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.facts import INPUTS
 from kirsch.pruning.by_hand import kept_units
 from kirsch.pruning.selection import exclusions

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from kirsch.annotations import AtLeastZero, Between, Count, Fix, Names, OneOrMore, Seed
+from kirsch.annotations import AtLeastZero, Between, Count, Fix, MaxDrop, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
 from kirsch.graph.kinds import BLOCK, KINDS
-from kirsch.jobs.goal import MaxDrop
 from kirsch.options import Options
 
 if TYPE_CHECKING:

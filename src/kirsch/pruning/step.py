@@ -13,7 +13,8 @@ from kirsch.annotations import Seed
 from kirsch.errors import GoalError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
-from kirsch.graph.cost import WORDS, Cost
+from kirsch.graph.cost import Cost
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kirsch import files, strict_json
-from kirsch.annotations import Count, Positive, Seed
+from kirsch.annotations import Count, MaxDrop, Positive, Seed
 from kirsch.arguments import ABBREVIATIONS, checked
 from kirsch.data.annotations import Model
 from kirsch.data.dataset import DataSet
@@ -23,7 +23,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.progress import shown_on
 from kirsch.frameworks.training import Training
 from kirsch.graph.plan import Goal
-from kirsch.jobs.goal import JobGoal, MaxDrop, check_no_reference
+from kirsch.jobs.goal import JobGoal, check_no_reference
 from kirsch.jobs.job import ARTIFACTS, CHECKPOINTS, RECORD, WEIGHTS, ignore
 from kirsch.progress import JobProgress, step_line, verdict_lines
 from kirsch.pruning.options import PlanOptions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kirsch import figures
 from kirsch.deploy.steps import RUNTIME
 from kirsch.errors import GoalError
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.plan import Goal
 from kirsch.steps import Measure, Prune
 

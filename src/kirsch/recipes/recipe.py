@@ -13,7 +13,7 @@ from kirsch.annotations import Count, Kind, Seed
 from kirsch.arguments import ABBREVIATIONS
 from kirsch.errors import RecipeError, UnknownNameError, UsageError, listing, nearest
 from kirsch.graph import goal
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import JobGoal
 from kirsch.jobs.step import keys_of

@@ -13,7 +13,7 @@ from kirsch.arguments import checked
 from kirsch.data.annotations import Model
 from kirsch.errors import GoalError, UsageError
 from kirsch.frameworks.find import framework_of
-from kirsch.graph.cost import WORDS
+from kirsch.graph.cost_names import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.choose import plan

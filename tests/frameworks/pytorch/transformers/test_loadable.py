@@ -240,3 +240,14 @@ def test_a_loadable_plan_is_stored_and_read(small):
     assert "loadable" in str(plan)
     pruned = prune_with_verification(small, again)
     assert pruned.plan.configuration == json.loads(plan.to_json())["configuration"]
+
+
+def test_tensors_that_from_pretrained_computes_are_not_those_of_the_pruned_model(tmp_path):
+    """Marian computes the sines of its positions when it is built; they depend on the hidden size."""
+    model, inputs = RECIPES["Marian"].build()
+    plan = kirsch.plan(kirsch.trace(model, inputs), kirsch.Goal(parameters=0.5), loadable=True)
+    assert "d_model" not in plan.configuration
+    found = kirsch.prune(model, plan)
+    found.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(type(model).from_pretrained(tmp_path).eval()(**inputs)[0], found(**inputs)[0])

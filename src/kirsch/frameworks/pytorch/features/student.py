@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StudentWithAdapters(nn.Module):
     """A student, the layers that are captured, and the adapters between student and teacher.
 
-    Implements the protocol `kirsch.frameworks.protocols.StudentWithAdapters`.
+    Implements the protocol `kirsch.frameworks.students.StudentWithAdapters`.
 
     Args:
         student: the model to train.

@@ -238,12 +238,17 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
     with quiet():
         try:
             built = build(pruned, changes, next(pruned.parameters()).device).eval()
+            computed = set(getattr(pruned, "_keys_to_ignore_on_save", None) or ())  # such as sines of positions
             state = {
-                name: value.detach() + noise[id(value)].to(value) if id(value) in noise else value
+                name: value.detach() + noise[id(value)].to(value)
+                if id(value) in noise and name not in computed
+                else value
                 for name, value in pruned.state_dict(keep_vars=True).items()
             }
             copied.load_state_dict(state)
-            built.load_state_dict(state)
+            # `save_pretrained` does not store the computed tensors: the built model has those of its configuration.
+            own = {name: value for name, value in built.state_dict().items() if name in computed}
+            built.load_state_dict({**state, **own})
             if other := _other_words(copied, built):
                 return other
             _convert_buffers(built, copied)
