@@ -177,7 +177,7 @@ def removable_blocks(graph: Graph, options: PlanOptions) -> tuple[str, ...]:
     by_hand = kept_units(graph, options)
     patterns = (*options.exclude, *options.keep_outputs)
     named = {pattern: {name for name in graph.tensors if matches(name, pattern)} for pattern in patterns}
-    # A pattern may be the name of a group, such as "attention.query#2", that is no path.
+    # A pattern may be the name of a group, such as "attention.query#2", which is not a path.
     groups = [group for group in graph.groups if group.name in patterns and not named[group.name]]
     kept = set().union(*named.values(), *({name for name, _ in group.footprint} for group in groups))
     return tuple(

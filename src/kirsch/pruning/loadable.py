@@ -12,6 +12,7 @@ import numpy as np
 from kirsch import figures
 from kirsch.errors import GoalError
 from kirsch.frameworks.find import framework_of
+from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import influence
 from kirsch.pruning.notes import CLOSE
 from kirsch.pruning.obstacles import Least, reachable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from kirsch.graph.configuration import Configurable, ConfiguredWidth
     from kirsch.graph.graph import Graph
-    from kirsch.graph.group import Group
     from kirsch.graph.plan import Goal
     from kirsch.pruning.options import PlanOptions
     from kirsch.pruning.scores import Scores
@@ -138,7 +138,7 @@ class LoadableSearch:
         ]
         held = f"It can state {figures.listed([*widths, *depths], 8)}." if widths or depths else "It can state no cut."
         reason = f" It cannot state {'; '.join(refused[:3])}." if refused else ""
-        fix = "Give loadable=False, and save the pruned model with kirsch.save."
+        fix = "Remove `loadable`, and save the pruned model with kirsch.save."
         if self._goal.met_by(least, self._graph.cost):
             what = f"No plan for {self._graph.model_name} that its configuration can state was found."
             reason = (
@@ -182,7 +182,7 @@ class LoadableSearch:
             portions = list(width.units.values())
             multiple = width_multiple(groups[0], self._options, fineness)
             scores = [
-                np.zeros(group.size) if zero or _inside(group, without) else self._scores(group, self._options)
+                np.zeros(group.size) if zero or is_inside(group, without) else self._scores(group, self._options)
                 for group in groups
             ]
             candidates.append(
@@ -215,7 +215,7 @@ class LoadableSearch:
         not compare layers.
         """
         if path not in self._block_importances:
-            inside = [group for group in self._groups.values() if _inside(group, [path])]
+            inside = [group for group in self._groups.values() if is_inside(group, [path])]
             prices, all_kept = self._graph.prices, self._graph.keep({})
             without_units = prices.price(self._graph.keep({g.name: tuple(range(g.size)) for g in inside}))
             of_units = self._graph.cost.parameters - without_units.parameters
@@ -331,11 +331,6 @@ class LoadableSearch:
         for width, count in changed:
             numbers |= width.numbers(count)
         return numbers
-
-
-def _inside(group: Group, blocks: Sequence[str]) -> bool:
-    """Return whether all units of a group lie in one of some blocks."""
-    return any(all(name.startswith(f"{path}.") for name, _ in group.footprint) for path in blocks)
 
 
 def _names(width: ConfiguredWidth) -> str:

@@ -33,7 +33,7 @@ class SearchQuality:
 
     Args:
         of_model: function of a pruned model.
-        words: what it is, in words.
+        words: description of the quality, for the note of the plan.
     """
 
     of_model: QualityFunction

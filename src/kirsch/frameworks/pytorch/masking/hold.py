@@ -81,7 +81,7 @@ def hold(
     Args:
         model: the model.
         masks: name of a parameter → its mask, False where the weight is zero.
-        values: name of a parameter → its new values; others keep theirs.
+        values: name of a parameter → its new values; the other parameters are not changed.
 
     Raises:
         ModelError: a module stores the parameter a second time, where the mask would have no effect.
