@@ -244,7 +244,9 @@ class Job:
         names = [name for goal in limits if goal is not None for name in goal.to_dict() if name in TRACED]
         cost = {"parameters": parameters, "macs": macs}
         if names:
-            traced = trace(model, framework_of(model).inference.from_numpy(self.example)).cost.to_dict()
+            framework = framework_of(model)
+            plain = framework.masking.fold(model) if framework.masking.masks(model) else model  # masks are not stored
+            traced = trace(plain, framework.inference.from_numpy(self.example)).cost.to_dict()
             cost |= {name: traced[name] for name in TRACED if name in names}
         return cost
 

@@ -25,12 +25,12 @@ goal: {max_drop: 0.9}
 """
 
 
-def run(folder, **options):
+def run(folder, text=RECIPE_STEPS, **options):
     from kirsch.recipes.recipe import read_recipe
     from kirsch.recipes.runner import run as run_recipe
 
     (folder / "nets.py").write_text(NETS)
-    (folder / "recipe.yaml").write_text(RECIPE_STEPS)
+    (folder / "recipe.yaml").write_text(text)
     events = []
     outcome = run_recipe(
         read_recipe(folder / "recipe.yaml", ()), folder / "run", base=folder, listen=events.append, **options
@@ -102,3 +102,10 @@ def kirsch_data():
     split = kirsch.Split((inputs + labels[:, None]).numpy(), labels.numpy())
     model = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
     return model, kirsch.DataSet("data", split, split, split, classes=("a", "b", "c"))
+
+
+def test_masks_do_not_count_for_a_goal_on_the_size(tmp_path):
+    steps = "- prune: {goal: {size: 0.6}, round_to: 1}\n- sparsify: {sparsity: 0.5}\ngoal: {size: 0.6}\n"
+    outcome, _ = run(tmp_path, RECIPE_STEPS.partition("- sparsify")[0] + steps)
+    sizes = {model["key"]: model["size"] for model in outcome.metrics["models"] if "size" in model}
+    assert sizes["sparsified"] == sizes["pruned"]
