@@ -48,16 +48,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet56(nn.Module):
-    """ResNet-56: three stages of nine blocks with 16, 32 and 64 channels."""
+    """ResNet-56: three stages of nine blocks, by default with 16, 32 and 64 channels."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, 1)
-        self.layer2 = self._stage(16, 32, 2)
-        self.layer3 = self._stage(32, 64, 2)
-        self.linear = nn.Linear(64, classes)
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = self._stage(first, first, 1)
+        self.layer2 = self._stage(first, second, 2)
+        self.layer3 = self._stage(second, third, 2)
+        self.linear = nn.Linear(third, classes)
 
     @staticmethod
     def _stage(width_in: int, width_out: int, stride: int) -> nn.Sequential:

@@ -77,17 +77,23 @@ def resnet(widths: tuple[int, ...] = (32, 64, 128, 256), repeats: int = 2) -> nn
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
 
 
-def mobilenet() -> nn.Module:
-    """Return a small MobileNetV2 for 32 x 32 pixels: narrower, with fewer blocks, and with a total stride of 8."""
+def mobilenet(scale: float = 1.0) -> nn.Module:
+    """Return a small MobileNetV2 for 32 x 32 pixels: narrower, with fewer blocks, and with a total stride of 8.
+
+    Args:
+        scale: factor of all widths.
+    """
     rows = [(1, 16, 1, 1), (4, 16, 2, 1), (4, 24, 2, 2), (4, 32, 2, 2), (4, 48, 1, 1)]
+    stem_width, head_width = round(16 * scale), round(160 * scale)
     blocks: list[nn.Module] = []
-    before = 16
+    before = stem_width
     for widen, width, repeats, stride in rows:
         for place in range(repeats):
-            blocks.append(Inverted(before, width, 1 if place else stride, widen))
-            before = width
-    stem = [*unit(3, 16, 3, 2), nn.ReLU6(inplace=True)]
-    head = [*unit(before, 160, 1), nn.ReLU6(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10)]
+            blocks.append(Inverted(before, round(width * scale), 1 if place else stride, widen))
+            before = round(width * scale)
+    stem = [*unit(3, stem_width, 3, 2), nn.ReLU6(inplace=True)]
+    head = [*unit(before, head_width, 1), nn.ReLU6(inplace=True)]
+    head += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(head_width, 10)]
     return nn.Sequential(*stem, *blocks, *head)
 
 

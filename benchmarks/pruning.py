@@ -1,0 +1,576 @@
+"""Accuracy after pruning by Kirsch and by Torch-Pruning 1.6.1, and the tables in docs/benchmarks.md.
+
+A ResNet-56 with public weights, a small MobileNetV2 and a small vision transformer are pruned to fixed fractions of
+their MACs, and trained for the same number of steps with the same data, augmentation, optimizer and schedule. Each
+method is compared before and after this training.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/pruning.py run --networks resnet56 vit mobilenet --seeds 0 1 2
+    python benchmarks/pruning.py table
+
+Each finished row is appended to benchmarks/pruning.jsonl; rows that the file already has are not run again. Needs
+CIFAR-10 and the weights of the ResNet-56 in `$KIRSCH_DATA` (default ../shared/data). Without Torch-Pruning, only the
+rows of Kirsch are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kirsch
+from kirsch import figures
+from kirsch.data.sources.cifar10 import cifar10
+from kirsch.deploy.measure import compare_latencies
+from kirsch.distillation.losses.logits import soft_target
+from kirsch.frameworks.find import framework_of
+from kirsch.measurement.machine import cpu, version_of
+from kirsch.pruning.importance import IMPORTANCES
+
+ROOT = Path(__file__).parents[1]
+ROWS, PAGE = ROOT / "benchmarks" / "pruning.jsonl", ROOT / "docs" / "benchmarks.md"
+START, END = "<!-- tables: written by benchmarks/pruning.py -->", "<!-- end of the tables of pruning -->"
+sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from rankings import ViT  # noqa: E402 - the network of the other benchmark
+from resnet56 import PadShortcut, ResNet56, resnet56  # noqa: E402 - the example's own network
+from resnet_to_mobilenet import mobilenet  # noqa: E402 - the example's own network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CALIBRATION, BATCH, TEST, FEW = 256, 64, 10_000, 2_000
+IMAGE = torch.zeros(1, 3, 32, 32)
+TEMPERATURE, WEIGHT = 4.0, 0.9
+"""Temperature and weight of the distillation loss."""
+SPARSE_STRENGTH = 5e-4
+"""Strength of the sparse training: that of the examples of Torch-Pruning."""
+
+
+@cache
+def images() -> tuple[torch.Tensor, ...]:
+    """Return inputs and labels of the training and of the test images."""
+    data = cifar10(seed=0, train=49_000, validation=1_000, test=TEST, augment=False)
+    return tuple(map(torch.as_tensor, (data.train.inputs, data.train.labels, data.test.inputs, data.test.labels)))
+
+
+def calibration(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return training images and labels for importances and compensation."""
+    x, y, *_ = images()
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1000 + seed))[:CALIBRATION]
+    return x[rows], y[rows]
+
+
+def augmented(x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Return images that are mirrored and shifted by up to 4 pixels at random."""
+    flip = torch.rand(len(x), generator=random) < 0.5  # noqa: PLR2004 - a probability
+    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (4, 4, 4, 4))
+    top, left = torch.randint(0, 9, (2, len(x)), generator=random)
+    place = torch.arange(32)
+    rows, columns = top[:, None] + place, left[:, None] + place
+    return x[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def train(
+    model: nn.Module,
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    teacher: nn.Module | None = None,
+    penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+    change_gradients: Callable[[nn.Module], None] | None = None,
+    adam: bool = False,
+    bfloat16: bool = False,
+) -> nn.Module:
+    """Train a model in place with a one-cycle schedule, and return it in inference mode."""
+    x, y, *_ = images()
+    random = torch.Generator().manual_seed(seed)
+    model.train().to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer: torch.optim.Optimizer
+    if adam:
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.2, cycle_momentum=False)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (BATCH,), generator=random)
+        batch = augmented(x[rows], random).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = model(batch)
+        loss = F.cross_entropy(logits.float(), y[rows])
+        if teacher is not None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                targets = teacher(batch).float()
+            soft = soft_target(logits.float(), targets, temperature=TEMPERATURE)
+            loss = (1 - WEIGHT) * loss + WEIGHT * soft
+        if penalty is not None:
+            loss = loss + penalty(model)
+        optimizer.zero_grad()
+        loss.backward()
+        if change_gradients is not None:
+            change_gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, count: int = TEST, *, bfloat16: bool = False) -> float:
+    """Return the accuracy on the first test images, in percent."""
+    _, _, x, y = images()
+    model = model.eval().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        parts = [model(part.contiguous(memory_format=torch.channels_last)) for part in x[:count].split(500)]
+    return 100 * float((torch.cat(parts).argmax(1) == y[:count]).float().mean())
+
+
+def conv_shortcuts(model: nn.Module) -> nn.Module:
+    """Replace the shortcuts that pad with zeros by 1 × 1 convolutions that compute the same.
+
+    Torch-Pruning ignores the offset of the padding, so that it would remove other channels than those that belong
+    together. With convolutions, both tools prune the same network.
+    """
+    for block in [module for module in model.modules() if isinstance(getattr(module, "shortcut", None), PadShortcut)]:
+        outputs, inputs = block.conv1.weight.shape[:2]
+        layer = nn.Conv2d(inputs, outputs, 1, 2, bias=False)
+        nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            layer.weight[range(block.shortcut.before, block.shortcut.before + inputs), range(inputs)] = 1.0
+        block.shortcut = layer
+    return model
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the benchmark.
+
+    Args:
+        title: heading of its tables.
+        make: returns the network, with public weights or with random ones.
+        fractions: fractions of the MACs to which it is pruned.
+        base_steps, base_rate: steps and learning rate of the training before pruning.
+        steps, rate: the same for the training after pruning.
+        adam: whether the optimizer is AdamW; otherwise it is SGD with momentum.
+        narrower: returns a network with random weights and about the given fraction of the MACs.
+    """
+
+    title: str
+    make: Callable[[], nn.Module]
+    fractions: tuple[float, ...]
+    base_steps: int
+    base_rate: float
+    steps: int
+    rate: float
+    narrower: Callable[[float], nn.Module]
+    adam: bool = False
+    bfloat16: bool = False
+
+
+def narrower_resnet(fraction: float) -> nn.Module:
+    """Return a ResNet-56 with random weights and fewer channels."""
+    widths = [round(width * math.sqrt(fraction)) for width in (16, 32, 64)]
+    return conv_shortcuts(ResNet56(widths=widths))
+
+
+NETWORKS = {
+    "resnet56": Network(
+        "ResNet-56 with public weights",
+        lambda: conv_shortcuts(resnet56()),
+        (1 / 2.1, 1 / 2.57),
+        base_steps=760,
+        base_rate=0.02,
+        steps=200,
+        rate=0.02,
+        narrower=narrower_resnet,
+        bfloat16=True,
+    ),
+    "mobilenet": Network(
+        "A small MobileNetV2",
+        mobilenet,
+        (0.5,),
+        base_steps=1600,
+        base_rate=0.1,
+        steps=200,
+        rate=0.05,
+        narrower=lambda fraction: mobilenet(math.sqrt(fraction)),
+    ),
+    "vit": Network(
+        "A small vision transformer",
+        ViT,
+        (0.5,),
+        base_steps=3000,
+        base_rate=1e-3,
+        steps=300,
+        rate=1e-3,
+        narrower=lambda fraction: ViT(4 * round(16 * math.sqrt(fraction))),
+        adam=True,
+    ),
+}
+
+
+def base(name: str, seed: int) -> nn.Module:
+    """Return the trained network before pruning, which is stored for later runs.
+
+    The ResNet-56 has the same weights for all seeds: the public ones, fine-tuned on the compressed images.
+    """
+    network, seed = NETWORKS[name], 0 if name == "resnet56" else seed
+    file = ROOT / "build" / "pruning" / f"{name}-{seed}.safetensors"
+    torch.manual_seed(seed)
+    model = network.make()
+    inference = framework_of(model).inference
+    if file.is_file():
+        inference.load_weights(model, file)
+        return model.eval()
+    train(model, network.base_steps, network.base_rate, seed, adam=network.adam, bfloat16=network.bfloat16)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    inference.save_weights(model, file)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a goal and a seed.
+
+    Args:
+        network: name of the network.
+        fraction: fraction of the MACs.
+        seed: seed of the calibration data and of the training after pruning.
+        original: the trained network.
+    """
+
+    network: str
+    fraction: float
+    seed: int
+    original: nn.Module
+
+    def accuracy(self, model: nn.Module, count: int = TEST) -> float:
+        """Return the accuracy on the first test images, in percent."""
+        return accuracy(model, count, bfloat16=NETWORKS[self.network].bfloat16)
+
+    def train(self, model: nn.Module, steps: int, **options: Any) -> nn.Module:
+        """Train a model, as after pruning."""
+        settings = NETWORKS[self.network]
+        kind = {"adam": settings.adam, "bfloat16": settings.bfloat16}
+        return train(model, steps, settings.rate, 100 + self.seed, **kind, **options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a small network.
+
+    Args:
+        tool: the library.
+        name: description of the method in the tables.
+        prune: takes the case and the network, which may have been trained to be sparse; returns a small network.
+        sparse: returns the options of `train` for the first half of the steps, before pruning; None: no such training.
+        teacher: whether the training after pruning has the original as teacher.
+    """
+
+    tool: str
+    name: str
+    prune: Callable[[Case, nn.Module], nn.Module]
+    sparse: Callable[[nn.Module], dict[str, Any]] | None = None
+    teacher: bool = False
+
+
+def by_kirsch(compensate: list[str] | None = None, **options: Any) -> Callable[[Case, nn.Module], nn.Module]:
+    """Return the function that prunes by Kirsch with options of `kirsch.plan`."""
+
+    def prune(case: Case, model: nn.Module) -> nn.Module:
+        inputs, labels = calibration(case.seed)
+        graph = kirsch.trace(model, IMAGE)
+        needs_data = IMPORTANCES[options.get("importance", "magnitude")].needs != "weights"
+        data = [(inputs, labels)] if needs_data or options.get("ranking") == "milp" else None
+        goal = kirsch.Goal(macs=case.fraction)
+        plan = kirsch.plan(graph, goal, data=data, seed=case.seed, progress=False, **options)
+        pruned: nn.Module = kirsch.prune(
+            model, plan, compensate=compensate, data=None if compensate is None else [inputs]
+        )
+        return pruned
+
+    return prune
+
+
+def by_peer(importance: str, *, labels: bool = False, **options: Any) -> Callable[[Case, nn.Module], nn.Module]:
+    """Return the function that prunes by Torch-Pruning, in up to 100 steps until the MACs are reached."""
+
+    def prune(case: Case, model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        pruner = peer_pruner(model, importance, **options)
+        inputs, targets = calibration(case.seed)
+        target = case.fraction * macs(model)
+        while macs(model) > target:
+            if labels:
+                model.zero_grad()
+                F.cross_entropy(model(inputs), targets).backward()
+            pruner.step()
+        return model
+
+    return prune
+
+
+def peer_pruner(model: nn.Module, importance: str, pruner: str = "BasePruner", **options: Any) -> Any:
+    """Return a pruner of Torch-Pruning for all layers but the classifier."""
+    import torch_pruning  # noqa: PLC0415 - optional
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return getattr(torch_pruning.pruner, pruner)(
+        model,
+        IMAGE,
+        importance=getattr(torch_pruning.importance, importance)(),
+        pruning_ratio=1.0,
+        iterative_steps=100,
+        ignored_layers=[classifier],
+        num_heads={module: module.num_heads for module in attention},
+        **options,
+    )
+
+
+def macs(model: nn.Module) -> int:
+    """Return the multiply-accumulates for one image."""
+    return int(framework_of(model).analysis.count(model.eval(), IMAGE)[1])
+
+
+KIRSCH, TORCH_PRUNING, NONE = "Kirsch", "Torch-Pruning", "–"
+
+
+def group_lasso(model: nn.Module) -> dict[str, Any]:
+    """Return the penalty of Kirsch's group lasso."""
+    return {"penalty": kirsch.GroupLasso(kirsch.trace(model, IMAGE), SPARSE_STRENGTH)}
+
+
+def peer_sparsity(model: nn.Module) -> dict[str, Any]:
+    """Return the regularization of Torch-Pruning's group norm, which changes the gradients."""
+    pruner = peer_pruner(model, "GroupMagnitudeImportance", "GroupNormPruner", reg=SPARSE_STRENGTH, global_pruning=True)
+    return {"change_gradients": pruner.regularize}
+
+
+def narrower(case: Case, _model: nn.Module) -> nn.Module:
+    """Return a narrower network with random weights."""
+    torch.manual_seed(case.seed)
+    return NETWORKS[case.network].narrower(case.fraction)
+
+
+DEFAULTS = {"importance": "taylor", "ranking": "per_cost", "round_to": 8}
+"""What Kirsch chooses for these networks if it has labels; the rows below change one of these options."""
+DEFAULT = by_kirsch(**DEFAULTS)
+PEER_TAYLOR = by_peer("GroupTaylorImportance", labels=True, global_pruning=True)
+METHODS = (
+    Method(KIRSCH, "defaults: taylor, per_cost, round_to=8, with teacher", DEFAULT, teacher=True),
+    Method(TORCH_PRUNING, "magnitude, global", by_peer("GroupMagnitudeImportance", global_pruning=True)),
+    Method(TORCH_PRUNING, "Taylor, global", PEER_TAYLOR),
+    Method(TORCH_PRUNING, "Taylor, global, with Kirsch's teacher", PEER_TAYLOR, teacher=True),
+    Method(
+        TORCH_PRUNING,
+        "sparse training, then group norm, global",
+        by_peer("GroupMagnitudeImportance", pruner="GroupNormPruner", global_pruning=True),
+        peer_sparsity,
+    ),
+    Method(TORCH_PRUNING, "defaults: magnitude, local", by_peer("GroupMagnitudeImportance")),
+    Method(KIRSCH, "without teacher", DEFAULT),
+    Method(KIRSCH, "round_to=1", by_kirsch(**DEFAULTS | {"round_to": 1}), teacher=True),
+    Method(KIRSCH, "magnitude, ranking global", by_kirsch(round_to=8, ranking="global"), teacher=True),
+    Method(NONE, "narrower network from random weights, with teacher", narrower, teacher=True),
+    Method(KIRSCH, "random units of each layer", by_kirsch(importance="random", ranking="local", round_to=8)),
+    Method(KIRSCH, "with least squares", by_kirsch(["least_squares"], **DEFAULTS), teacher=True),
+    Method(KIRSCH, "after training with group lasso", DEFAULT, group_lasso, teacher=True),
+    *(
+        Method(KIRSCH, f"ranking {ranking}", by_kirsch(**DEFAULTS | {"ranking": ranking}), teacher=True)
+        for ranking in ("global", "isomorphic", "milp", "local")
+    ),
+    *(
+        Method(KIRSCH, name, by_kirsch(**DEFAULTS | {"importance": name}), teacher=True)
+        for name in ("fisher", "bn_scale", "fpgm", "activation")
+    ),
+)
+"""The methods, those first whose rows matter most."""
+
+
+def known_rows() -> list[dict[str, Any]]:
+    """Return the finished rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+
+
+def write(row: dict[str, Any]) -> None:
+    """Append a row."""
+    row |= {"machine": cpu()[0][0], "torch": version_of("torch"), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+def run(network: str, fraction: float, seed: int) -> None:
+    """Prune and train a network by all methods that have no row yet."""
+    keys = ("network", "fraction", "seed", "tool", "method")
+    done = {tuple(row[key] for key in keys) for row in known_rows()}
+    short = round(fraction, 3)
+    methods = [method for method in METHODS if (network, short, seed, method.tool, method.name) not in done]
+    if importlib.util.find_spec("torch_pruning") is None:
+        methods = [method for method in methods if method.tool != TORCH_PRUNING]
+    if not methods:
+        return
+    case = Case(network, fraction, seed, base(network, seed))
+    before = {"macs": macs(case.original), "accuracy": case.accuracy(case.original)}
+    shared: dict[Any, nn.Module] = {}
+    for method in methods:
+        row: dict[str, Any] = dict(zip(keys, (network, short, seed, method.tool, method.name), strict=True))
+        begun = time.process_time()
+        try:
+            small, steps = pruned(case, method, shared)
+        except Exception as error:  # noqa: BLE001 - a tool that fails on the network is a result
+            write(row | {"error": f"{type(error).__name__}: {error}"[:200]})
+            continue
+        row |= {"seconds": round(time.process_time() - begun, 1), "original": before["accuracy"]}
+        row |= {"macs": macs(small) / before["macs"], "parameters": sum(p.numel() for p in small.parameters())}
+        row["one_shot"] = case.accuracy(small, FEW)
+        if seed == 0:
+            kirsch.export(small, onnx_file(network, fraction, method), example_inputs=IMAGE)
+        case.train(small, steps, teacher=case.original if method.teacher else None)
+        write(row | {"trained": case.accuracy(small), "cpu": round(time.process_time() - begun)})
+
+
+def pruned(case: Case, method: Method, shared: dict[Any, nn.Module]) -> tuple[nn.Module, int]:
+    """Return the small network of a method, and the number of steps that are left for the training after pruning.
+
+    `shared` has the pruned networks by function that prunes, so that methods that differ in the training alone prune
+    once.
+    """
+    steps = NETWORKS[case.network].steps
+    if method.sparse is None:
+        if method.prune not in shared:
+            shared[method.prune] = method.prune(case, case.original)
+        return copy.deepcopy(shared[method.prune]), steps
+    model = copy.deepcopy(case.original)
+    case.train(model, steps // 2, **method.sparse(model))
+    return method.prune(case, model), steps - steps // 2
+
+
+def onnx_file(network: str, fraction: float, method: Method) -> Path:
+    """Return the path of the exported small network, whose latency is measured by the command `latency`."""
+    name = re.sub(r"\W+", "-", f"{network} {fraction:.3f} {method.tool} {method.name}").strip("-").lower()
+    return ROOT / "build" / "pruning" / f"{name}.onnx"
+
+
+def latency(network: str, fraction: float) -> None:
+    """Measure the small networks of seed 0 on ONNX Runtime, in turn with the original, and write a row for each."""
+    original = ROOT / "build" / "pruning" / f"{network}.onnx"
+    kirsch.export(base(network, 0), original, example_inputs=IMAGE)
+    rows = {(row["network"], row["fraction"], row["tool"], row["method"]): row for row in known_rows()}
+    files = {"original": original}
+    for method in METHODS:
+        file = onnx_file(network, fraction, method)
+        if file.is_file() and (network, round(fraction, 3), method.tool, method.name) in rows:
+            files[f"{method.tool}: {method.name}"] = file
+    compared = compare_latencies(files, IMAGE.numpy(), reference="original", rounds=100, threads=1)
+    for method in METHODS:
+        if (found := compared.speedups.get(f"{method.tool}: {method.name}")) is not None:
+            row = {"network": network, "fraction": round(fraction, 3), "tool": method.tool, "method": method.name}
+            write(row | {"speedup": found.value, "low": found.low, "high": found.high, "runtime": compared.runtime})
+
+
+HEAD = """\
+{original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps are
+before it. Mean of {seeds} seeds ± standard deviation."""
+
+
+def table(network: str, fraction: float) -> list[str]:
+    """Return the table of a network and a goal."""
+    short, settings = round(fraction, 3), NETWORKS[network]
+    rows = [row for row in known_rows() if (row["network"], row["fraction"]) == (network, short)]
+    trained = [row for row in rows if "trained" in row]
+    if not trained:
+        return []
+    seeds = sorted({row["seed"] for row in trained})
+    original = np.mean([row["original"] for row in trained])
+    lines = [
+        f"### {settings.title}, 1/{1 / fraction:.3g} of the MACs",
+        "",
+        HEAD.format(original=original, steps=settings.steps, batch=BATCH, seeds=len(seeds)),
+        "",
+        "| tool | method | one-shot, % | trained, % | parameters | MACs | times faster | ÷ MACs ratio |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    complete = {method: [row for row in trained if is_by(row, method)] for method in METHODS}
+    means = {method: np.mean([row["trained"] for row in found]) for method, found in complete.items() if found}
+    for method in METHODS:
+        if not (found := complete[method]):
+            failed = next((row["error"] for row in rows if "error" in row and is_by(row, method)), None)
+            if failed is not None:
+                lines.append(f"| {method.tool} | {method.name} | {failed.replace('|', '/')} | – | – | – | – | – |")
+            continue
+        speed = next((row for row in reversed(rows) if "speedup" in row and is_by(row, method)), None)
+        ratio = float(np.mean([row["macs"] for row in found]))
+        cells = [spread([row[key] for row in found]) for key in ("one_shot", "trained")]
+        if means[method] == max(means.values()):
+            cells[1] = f"**{cells[1]}**"
+        cells += [figures.count(round(np.mean([row["parameters"] for row in found]))), f"{ratio:.1%}"]
+        cells += ["–", "–"] if speed is None else [f"{speed['speedup']:.2f}", f"{speed['speedup'] * ratio:.2f}"]
+        lines.append(f"| {method.tool} | {method.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def is_by(row: dict[str, Any], method: Method) -> bool:
+    """Return whether a row belongs to a method."""
+    return (row["tool"], row["method"]) == (method.tool, method.name)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation, or one value."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def page() -> str:
+    """Return the text between the markers of the page."""
+    rows = known_rows()
+    measured = ", ".join(sorted({f"{row['machine']}, {row['date']}" for row in rows}))
+    hours = sum(row.get("cpu", 0) for row in rows) / 3600
+    head = f"`python benchmarks/pruning.py` writes these tables; {hours:.1f} hours of one core of {measured}."
+    tables = [table(name, fraction) for name, network in NETWORKS.items() for fraction in network.fractions]
+    return "\n\n".join([START, head, *("\n".join(lines) for lines in tables if lines), END])
+
+
+def main() -> None:
+    """Run the benchmark, measure latencies, or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "latency", "table"))
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        before, rest = PAGE.read_text().split(START)
+        PAGE.write_text(before + page() + rest.split(END)[1])
+        return
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for seed in arguments.seeds if arguments.command == "run" else [0]:
+        for name in arguments.networks:
+            for fraction in NETWORKS[name].fractions:
+                run(name, fraction, seed) if arguments.command == "run" else latency(name, fraction)
+
+
+if __name__ == "__main__":
+    main()
