@@ -417,18 +417,18 @@ def known_rows() -> list[dict[str, Any]]:
 
 def write(row: dict[str, Any]) -> None:
     """Append a row."""
-    row |= {"machine": cpu()[0][0], "torch": version_of("torch"), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    row |= {"machine": cpu()[0], "torch": version_of("torch"), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     with ROWS.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
 
 
-def run(network: str, fraction: float, seed: int) -> None:
-    """Prune and train a network by all methods that have no row yet."""
+def run(network: str, fraction: float, seed: int, count: int) -> None:
+    """Prune and train a network by the first methods, unless they have a row."""
     keys = ("network", "fraction", "seed", "tool", "method")
     done = {tuple(row[key] for key in keys) for row in known_rows()}
     short = round(fraction, 3)
-    methods = [method for method in METHODS if (network, short, seed, method.tool, method.name) not in done]
+    methods = [method for method in METHODS[:count] if (network, short, seed, method.tool, method.name) not in done]
     if importlib.util.find_spec("torch_pruning") is None:
         methods = [method for method in methods if method.tool != TORCH_PRUNING]
     if not methods:
@@ -559,6 +559,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "latency", "table"))
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--first", type=int, default=len(METHODS), help="run only the first methods")
     arguments = parser.parse_args()
     if arguments.command == "table":
         before, rest = PAGE.read_text().split(START)
@@ -569,7 +570,7 @@ def main() -> None:
     for seed in arguments.seeds if arguments.command == "run" else [0]:
         for name in arguments.networks:
             for fraction in NETWORKS[name].fractions:
-                run(name, fraction, seed) if arguments.command == "run" else latency(name, fraction)
+                run(name, fraction, seed, arguments.first) if arguments.command == "run" else latency(name, fraction)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def test_kept_widths_are_multiples_of_round_to(round_to):
         (15, [4, 4, 4]),
         (16, [8, 4, 4]),
         (31, [8, 4, 4]),
-        (32, [16, 8, 4]),
+        (127, [8, 4, 4]),
+        (128, [16, 8, 4]),
     ],
 )
 def test_round_to_auto_is_1_below_8_units_and_at_least_4_otherwise(units, multiples):

@@ -48,7 +48,7 @@ def plan(
     importance: str | Callable[..., Any] | Mapping[str, Any] | None = None,
     loss: str | Callable[..., Any] = "cross-entropy",
     norm: Norm = 2,
-    ranking: Ranking = "global",
+    ranking: Ranking = "auto",
     round_to: RoundTo = "auto",
     kinds: Kinds = None,
     uniform: bool = False,
@@ -91,14 +91,15 @@ def plan(
             themselves for other losses.
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
-            goal limits; "local" removes the same fraction of each group; "isomorphic" removes the same fraction of each
-            class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616). "milp"
-            measures, for up to nine widths of each group, how much the outputs on `data` change if only this group is
-            reduced, and chooses the widths with the least sum of changes by an integer program. This runs the model
-            once for each width and batch. "legr" and "actor_critic" search for the number of units of each group with
-            which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
+            goal limits; "auto" is "per_cost" for "taylor", "fisher" and "snip", which estimate changes of the loss, and
+            "global" for others. "local" removes the same fraction of each group; "isomorphic" removes the same fraction
+            of each class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
+            "milp" measures, for up to nine widths of each group, how much the outputs on `data` change if only this
+            group is reduced, and chooses the widths with the least sum of changes by an integer program. This runs the
+            model once for each width and batch. "legr" and "actor_critic" search for the number of units of each group
+            with which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
-            widths. "auto": 16 for groups of 32 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
+            widths. "auto": 16 for groups of 128 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
             the goal cannot be met closely otherwise. A dict sets multiples by kind of unit, {"head dim": 8}; other
             kinds are "auto".
@@ -207,6 +208,7 @@ def plan(
         plan_for = partial(plan_blocks, graph, options=options, block_scores=BlockScores(graph, options, data))
     else:
         chosen = importance_of(options.importance_name if importance is None else importance)
+        options = options.with_ranking(chosen)
         options.check_importance(chosen)
         if isinstance(importance, Mapping):
             _check_groups(graph, importance)

@@ -13,10 +13,12 @@ from kirsch.graph.kinds import BLOCK, KINDS
 from kirsch.options import Options
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic"]
+Ranking: TypeAlias = Literal["auto", "global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic"]
 FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
 """Rankings that follow from the importances; the last one only for importances that are not negative."""
 LEARNED_RANKINGS = ("legr", "actor_critic")
@@ -54,7 +56,8 @@ class PlanOptions(Options):
     importance: str | None = Field(
         None,
         description=(
-            'score that ranks the units; from weights: "magnitude" (default), "lamp", "fpgm", "bn_scale", "random"; '
+            'score that ranks the units (default: "taylor" in recipes and kirsch.compress, else "magnitude"); '
+            'from weights: "magnitude", "lamp", "fpgm", "bn_scale", "random"; '
             'from inputs: "activation", "apoz", "wanda", "flap", "thinet"; from inputs and labels: "taylor", "fisher", '
             '"taylor_weights", "snip", "grasp", "hessian", "leave_one_out"; for blocks: "influence" (default), '
             '"change", "random"'
@@ -69,12 +72,12 @@ class PlanOptions(Options):
     )
     norm: Norm = Field(2, description='norm that the importances "magnitude" and "lamp" use, 1 or 2')
     ranking: Ranking = Field(
-        "global",
+        "auto",
         description=(
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
             "each group by the measured change of the outputs on data; or search for the widths with the best quality "
-            "on data (legr, actor_critic)"
+            "on data (legr, actor_critic); auto: per_cost for the importances taylor, fisher and snip, else global"
         ),
     )
     round_to: RoundTo = Field(
@@ -240,6 +243,16 @@ class PlanOptions(Options):
         """Name of the importance; the default if the option is None."""
         default = "influence" if self.of_blocks else "magnitude"
         return default if self.importance is None else self.importance
+
+    def with_ranking(self, importance: Importance) -> Self:
+        """Return the options with the ranking that fits the importance, if it is "auto".
+
+        Changes of the loss can be added. The smallest sum at a given cost is that of the units with the lowest
+        importance per cost.
+        """
+        if self.ranking != "auto" or self.of_blocks:
+            return self
+        return self.changed(ranking="per_cost" if importance.of_loss and not importance.signed else "global")
 
     @property
     def kind_weights(self) -> dict[str, float]:

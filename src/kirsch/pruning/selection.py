@@ -103,7 +103,7 @@ def width_multiple(group: Group, options: PlanOptions, fineness: int) -> int:
         return options.round_to[group.kind]
     if group.kind in UNROUNDED_KINDS:
         return 1
-    coarse = next((multiple for multiple, least in ((16, 32), (8, 16), (4, 8)) if group.size >= least), 1)
+    coarse = next((multiple for multiple, least in ((16, 128), (8, 16), (4, 8)) if group.size >= least), 1)
     return max(coarse >> fineness, min(coarse, ALIGNED))
 
 

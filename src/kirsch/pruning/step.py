@@ -160,8 +160,10 @@ class Prune(PlanOptions, Step):
         options["progress"] = False  # the job shows its own progress
         if self.of_blocks:
             options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        elif self.ranking == "milp" or self.is_learned or importance_of(self.importance_name).needs != "weights":
-            options["data"] = self._calibration(job, job.data.calibration_batches, samples)
+        else:
+            options["importance"] = self._importance_in(job)
+            if self.ranking == "milp" or self.is_learned or importance_of(options["importance"]).needs != "weights":
+                options["data"] = self._calibration(job, job.data.calibration_batches, samples)
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:
@@ -170,6 +172,15 @@ class Prune(PlanOptions, Step):
             return graph, choose(graph, goal, **options)
         except GoalError as error:  # several steps may have the same options
             raise GoalError(f"The step {job.key!r} cannot prune. {error.what}", error.why, error.fix) from error
+
+    def _importance_in(self, job: Job) -> str:
+        """Return the importance of units: "taylor" by default, where the loss of the task can be computed.
+
+        docs/benchmarks.md compares it with "magnitude", the default without data.
+        """
+        has_loss = job.task.label_loss == self.loss and job.outputs.get(job.model_name) != "probabilities"
+        of_magnitude = self.norm != type(self).model_fields["norm"].default
+        return self.importance or ("taylor" if has_loss and not of_magnitude else self.importance_name)
 
     def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""

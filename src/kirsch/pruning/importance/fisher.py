@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("fisher", needs="labels")
+@importance("fisher", needs="labels", of_loss=True)
 def fisher(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return half of the mean over samples of the squared derivative of the loss for the gate of each unit.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("hessian", needs="labels", signed=True)
+@importance("hessian", needs="labels", signed=True, of_loss=True)
 def hessian(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return half of the sum over the weights that read each unit of w² · ∂²L/∂w².
 

@@ -37,12 +37,14 @@ class Importance(Protocol):
         needs: what it is computed from.
         options: the keywords that it uses.
         signed: whether scores are negative for some units of most models.
+        of_loss: whether scores are changes of the loss, so that those of all layers can be added.
     """
 
     name: str
     needs: Needs
     options: tuple[str, ...]
     signed: bool
+    of_loss: bool
     __doc__: str | None
 
     def __call__(
@@ -63,7 +65,7 @@ IMPORTANCES: Registry[Importance] = Registry("importance")
 
 
 def importance(
-    name: str, *, needs: Needs = "weights", signed: bool = False
+    name: str, *, needs: Needs = "weights", signed: bool = False, of_loss: bool = False
 ) -> Callable[[Callable[..., Any]], Importance]:
     """Decorate a function to register it as an importance.
 
@@ -73,19 +75,20 @@ def importance(
         name: name of the importance in `kirsch.plan`.
         needs: what the importance is computed from; functions that name `statistics` need inputs or labels.
         signed: whether scores are negative for some units of most models.
+        of_loss: whether scores are changes of the loss, so that those of all layers can be added.
 
     Raises:
         UsageError: the name is taken, the function has other keywords, or it names `statistics` and needs only weights.
     """
 
     def register(formula: Callable[..., Any]) -> Importance:
-        return IMPORTANCES.register(name)(as_importance(formula, name, needs, signed=signed))
+        return IMPORTANCES.register(name)(as_importance(formula, name, needs, signed=signed, of_loss=of_loss))
 
     return register
 
 
 def as_importance(
-    formula: Callable[..., Any], name: str, needs: Needs = "weights", *, signed: bool = False
+    formula: Callable[..., Any], name: str, needs: Needs = "weights", *, signed: bool = False, of_loss: bool = False
 ) -> Importance:
     """Return a function of a graph and a group, such as one of the user, as an importance; see `importance`.
 
@@ -119,7 +122,8 @@ def as_importance(
         return host(formula(graph, group, **{name: values[name] for name in options if name in values}))
 
     found = cast("Importance", compute)
-    found.name, found.needs, found.options, found.signed = name, needs, options, signed
+    found.name, found.needs, found.options = name, needs, options
+    found.signed, found.of_loss = signed, of_loss
     return found
 
 

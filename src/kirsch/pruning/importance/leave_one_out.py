@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("leave_one_out", needs="labels", signed=True)
+@importance("leave_one_out", needs="labels", signed=True, of_loss=True)
 def leave_one_out(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return the change of the mean loss when each unit is removed from the model.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("snip", needs="labels")
+@importance("snip", needs="labels", of_loss=True)
 def snip(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return the sum over the weights that read each unit of |w · ∂L/∂w|, with the gradient of the mean loss.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance.statistics import Statistics
 
 
-@importance("taylor", needs="labels")
+@importance("taylor", needs="labels", of_loss=True)
 def taylor(graph: Graph, group: Group, *, statistics: Statistics) -> NDArray[np.float64]:  # noqa: ARG001 - the signature of importances
     """Return the mean over samples of the absolute change of the loss without each unit, to first order.
 
