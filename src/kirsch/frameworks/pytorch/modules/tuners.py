@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -29,7 +29,7 @@ BASE_AXES = {
 """Part of a LoRA layer → the axis of its tensors that has the inputs or the outputs of the base layer."""
 
 
-def tuners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def tuners(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield path and module of each layer with adapters beside its base layer."""
     for path, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "adapter_layer_names"):
@@ -51,7 +51,7 @@ def adapter_tensors(model: nn.Module) -> frozenset[str]:
     """Return the paths of the parameters and buffers of adapters, without modules that are trained as a whole."""
     found = set[str]()
     for path, layer in tuners(model):
-        for part in layer.adapter_layer_names:  # type: ignore[union-attr]  # a tuple of names
+        for part in layer.adapter_layer_names:
             inside = getattr(layer, part, None)
             if isinstance(inside, nn.Module):
                 prefix = f"{path}.{part}" if path else part
@@ -60,7 +60,7 @@ def adapter_tensors(model: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def base_weight_of(layer: nn.Module) -> tuple[str, dict[str, int]]:
+def base_weight_of(layer: Any) -> tuple[str, dict[str, int]]:
     """Return the path of the weight of the base layer, from a layer with adapters, and its axes by their meaning."""
     path, base = "base_layer", layer.base_layer
     while isinstance(getattr(base, "base_layer", None), nn.Module):
@@ -116,7 +116,7 @@ def _state_rank(configuration: Any, path: str, rank: int, scaling: float) -> Non
 def base_model_of(model: nn.Module) -> nn.Module:
     """Return the model inside the wrapper of PEFT, with its adapters; a model that is not wrapped is returned."""
     inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) and hasattr(model, "peft_config") else model
+    return cast(nn.Module, inner()) if callable(inner) and hasattr(model, "peft_config") else model
 
 
 def path_of_base_model(model: nn.Module) -> str:
@@ -138,7 +138,7 @@ def without_tuners(model: nn.Module) -> nn.Module:
     return _plain(base_model_of(model))
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def _plain(module: Any) -> nn.Module:
     base = getattr(module, "base_layer", None)
     if isinstance(base, nn.Module) and hasattr(module, "adapter_layer_names"):
         return _plain(base)
@@ -147,8 +147,8 @@ def _plain(module: nn.Module) -> nn.Module:
         active = [name for name in getattr(module, "active_adapters", ()) if name in copies]
         return _plain(copies[active[0]] if active else module.original_module)
     if not has_tuners(module):
-        return module
-    plain = copy.copy(module)
+        return cast(nn.Module, module)
+    plain: nn.Module = copy.copy(module)
     vars(plain)["_modules"] = {
         name: None if child is None else _plain(child) for name, child in vars(module)["_modules"].items()
     }
