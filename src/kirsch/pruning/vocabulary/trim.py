@@ -64,15 +64,15 @@ class TrimmedVocabulary:
         table = np.full(self.size, -1)
         table[list(self.kept)] = np.arange(len(self.kept))
         new = table[_checked_ids(ids, self.size, "ids")]
-        missing = np.unique(host(ids)[new < 0]) if (new < 0).any() else []
-        replacement = self.new_ids.get(unknown) if unknown is not None else None
-        if len(missing) and replacement is None:
+        missing = np.unique(np.asarray(host(ids))[new < 0]).tolist()
+        replacement = -1 if unknown is None else self.new_ids.get(unknown, -1)
+        if missing and replacement < 0:
             raise UsageError(
                 f"`ids` has {figures.counted(len(missing), 'token')} that are not in the vocabulary of the model: "
                 f"{figures.listed([str(token) for token in missing])}.",
                 fix="Give `unknown`, the id of a kept token that replaces them, or keep these tokens.",
             )
-        return self._like(np.where(new < 0, replacement, new) if len(missing) else new, ids)
+        return self._like(np.where(new < 0, replacement, new), ids)
 
     def to_old(self, ids: Any) -> Any:
         """Return the token ids of the original for new ids, such as those that `generate` returns."""

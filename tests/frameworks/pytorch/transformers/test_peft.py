@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import kirsch
 from kirsch.errors import UsageError
 from kirsch.frameworks.pytorch.modules.tuners import adapter_tensors, without_tuners
 from kirsch.frameworks.pytorch.surgery.cut import cut
-from kirsch.graph.plan import Skip
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.prune import prune_with_verification
@@ -80,7 +78,7 @@ def plain(name):
     return name.removeprefix(PREFIX).replace(".base_layer", "")
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "down_proj"]}])
 def test_merging_after_pruning_equals_pruning_the_same_units_after_merging(peft, base, options):
     model = adapted(peft, base, **options)
     found = pruned(model)
@@ -204,18 +202,18 @@ def test_without_a_describing_configuration_adapter_and_base_are_refused_and_kir
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in small.parameters()]
 
 
-def test_an_adapter_whose_configuration_names_other_layers_after_the_cut_is_refused(peft, transformers, tmp_path):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
-    )
-    model = adapted(peft, transformers.LlamaForCausalLM(config), layers_to_transform=[2], target_modules=["up_proj"])
-    graph = kirsch.trace(model, EXAMPLE)
-    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.9), kinds="block", importance="random")
-    plan = replace(plan, blocks=(Skip("base_model.model.model.layers.0", "by hand"),))
-    found = prune_with_verification(model, plan)
+def test_an_adapter_that_its_configuration_does_not_describe_is_refused(peft, base, tmp_path):
+    model = adapted(peft, base)
+    model.peft_config["default"].target_modules = {"up_proj"}
+    small = pruned(model, 0.8, kinds=["ffn unit"], uniform=True).model
     with pytest.raises(UsageError, match="configuration of the adapters does not describe"):
-        found.model.save_pretrained(tmp_path)
+        small.save_pretrained(tmp_path)
+    small.merge_and_unload().save_pretrained(tmp_path)
+
+
+def test_the_weights_of_dora_change_with_the_kept_units_and_a_warning_says_so(peft, base):
+    model = adapted(peft, base, use_dora=True, target_modules=["down_proj"])
+    assert any("are computed from all units" in text for text in pruned(model, kinds=["ffn unit"]).warnings)
 
 
 def test_adapters_that_are_not_active_and_disabled_ones_run_on_the_pruned_model(peft, base):
@@ -242,10 +240,11 @@ def test_a_classifier_that_is_trained_as_a_whole_is_cut_with_its_original(peft, 
     )
     model = transformers.BertForSequenceClassification(config)
     model = adapted(peft, model, task_type="SEQ_CLS", target_modules=["query", "value"])
-    small = pruned(model, kinds=["channel", "embedding dim"]).model
+    keep = {f"{PREFIX}bert.pooler.dense": 8}
+    small = prune_with_verification(model, kirsch.plan(kirsch.trace(model, EXAMPLE), keep=keep)).model
     copied = small.base_model.model.classifier
     assert copied.original_module.weight.shape == copied.modules_to_save["default"].weight.shape
-    assert copied.original_module.weight.shape[1] < 16
+    assert copied.original_module.weight.shape[1] == 8
     with small.disable_adapter():
         assert logits(small).shape == (1, 2)
 
