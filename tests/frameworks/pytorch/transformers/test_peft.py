@@ -179,6 +179,24 @@ def test_base_model_and_adapter_load_in_a_process_without_kirsch(peft, base, tmp
     assert done.returncode == 0, done.stderr
 
 
+def test_adapters_that_transformers_has_added_itself_are_pruned_and_saved(peft, base, tmp_path):
+    original = copy.deepcopy(base)
+    settings = {"r": 4, "target_modules": ["up_proj", "q_proj"]}
+    base.add_adapter(peft.LoraConfig(**settings))
+    found = pruned(trained(base), 0.8, kinds=["ffn unit"], uniform=True)
+    assert found.warnings == ()
+    assert found.model.config.intermediate_size < 48
+    assert any("kirsch.save saves model and adapters" in note for note in found.notes)
+
+    def build():
+        model = copy.deepcopy(original)
+        model.add_adapter(peft.LoraConfig(**settings))
+        return model
+
+    kirsch.save(found.model, tmp_path / "small")
+    assert torch.equal(logits(kirsch.load(tmp_path / "small", build)), logits(found.model))
+
+
 def test_a_merged_model_after_pruning_is_saved_with_its_configuration(peft, base, transformers, tmp_path):
     small = pruned(adapted(peft, base), 0.8, kinds=["ffn unit"], uniform=True).model.merge_and_unload()
     small.save_pretrained(tmp_path)

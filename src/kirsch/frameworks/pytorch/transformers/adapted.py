@@ -20,10 +20,13 @@ from kirsch.frameworks.pytorch.verification.noise import Noise, seeded
 if TYPE_CHECKING:
     from torch import nn
 
-UNLOADED = (
-    "The model has adapters, and its save_pretrained saves them alone. Save the base model beside them: "
-    "copy.deepcopy(model).unload().save_pretrained(folder)."
-)
+
+def saving_note(model: nn.Module) -> str:
+    """Return a sentence on how a model with adapters and its base model are saved."""
+    alone = "The model has adapters, and its save_pretrained saves them alone."
+    if not hasattr(model, "get_base_model"):  # the method add_adapter of transformers has no way back
+        return f"{alone} kirsch.save saves model and adapters."
+    return f"{alone} Save the base model beside them: copy.deepcopy(model).unload().save_pretrained(folder)."
 
 
 def copy_base_configurations(base: nn.Module, model: nn.Module) -> None:

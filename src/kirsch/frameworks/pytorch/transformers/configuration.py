@@ -18,7 +18,7 @@ from kirsch.errors import PlanError, error_text, nearest
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.modules.tuners import has_tuners, plain_names, without_tuners
-from kirsch.frameworks.pytorch.transformers.adapted import UNLOADED, adapter_difference, copy_base_configurations
+from kirsch.frameworks.pytorch.transformers.adapted import adapter_difference, copy_base_configurations, saving_note
 from kirsch.frameworks.pytorch.transformers.blueprint import (
     Search,
     build,
@@ -135,7 +135,7 @@ def _configure_adapted(pruned: nn.Module, model: nn.Module, plan: Plan, graph: G
     if difference:
         why = f"The configuration of the adapters does not describe the pruned adapters: {difference}."
         return replace(configured, why=why, fix="Save it with kirsch.save, or merge the adapters first.")
-    return replace(configured, notes=(*configured.notes, UNLOADED))
+    return replace(configured, notes=(*configured.notes, saving_note(pruned)))
 
 
 def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
