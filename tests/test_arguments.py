@@ -116,6 +116,8 @@ ACCEPTED_BY_CALLABLE = {
     "sparsify.ranking": {"None"},
     "fold_masks.model": {"model"},
     "trim_vocabulary.model": {"model"},
+    "trim_vocabulary.tokenizer": {"None"},
+    "trim_vocabulary.keep": {"numbers"},
     "SparsitySchedule.final": {"number"},
     "SparsitySchedule.initial": {"number"},
     **each("SparsitySchedule.steps SparsitySchedule.begin SparsitySchedule.every", {"integer"}),
@@ -205,6 +207,7 @@ RECORDS = {
     "Sparsified",
     "TeacherStore",
     "Trained",
+    "TrimmedVocabulary",
     "Verification",
 }
 """Public classes that Kirsch returns, and users do not create."""

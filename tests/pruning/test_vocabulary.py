@@ -161,7 +161,7 @@ def test_ids_are_converted_in_the_type_in_which_they_are_given(transformers):
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [([], "is empty"), ([40], "ids 0 to 39"), ([0.5], "float64"), ("all", "a str of the type")],
+    [([], "is empty"), ([40], "ids 0 to 39"), ([0.5], "float64"), ("all", "`keep`.*'all'")],
 )
 def test_wrong_ids_are_refused_before_any_work(transformers, keep, message):
     with pytest.raises(UsageError, match=message):

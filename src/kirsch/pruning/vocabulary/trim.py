@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from kirsch import figures, files
+from kirsch.annotations import Kind
 from kirsch.arguments import checked
-from kirsch.data.annotations import Inputs, Model
+from kirsch.data.annotations import Inputs, Model, is_array
 from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.vocabulary import tokenizer as tokenizer_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
 MAP_FILE = "token_map.json"
 """File beside the model with old id → new id."""
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    listed = isinstance(value, (list, tuple, range, set, frozenset))
+    return listed or (is_array(value) and len(value.shape) > 0)
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return callable(getattr(value, "convert_tokens_to_ids", None)) and callable(getattr(value, "save_pretrained", None))
+
+
+TokenIds = Annotated[
+    Any,
+    Kind("a list or an array of token ids", _is_list_of_ids, lambda _: "Give ids, such as `input_ids` of texts."),
+]
+Tokenizer = Annotated[
+    Any, Kind("a tokenizer", _is_tokenizer, lambda _: "Give a fast tokenizer of transformers, or leave it out.")
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class TrimmedVocabulary:
 
 @checked
 def trim_vocabulary(
-    model: Model, keep: Any, *, tokenizer: Any = None, example_inputs: Inputs | None = None
+    model: Model, keep: TokenIds, *, tokenizer: Tokenizer | None = None, example_inputs: Inputs | None = None
 ) -> TrimmedVocabulary:
     """Return a copy of a transformers model that has only some of its tokens.
 
@@ -126,6 +144,12 @@ def trim_vocabulary(
         UsageError: `keep` has no ids, or ids outside of the vocabulary; or a setting has ids that cannot be rewritten.
         VerificationError: the outputs for the kept tokens differ from those of the original.
     """
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise UsageError(
+            f"`example_inputs` of kirsch.trim_vocabulary is a {type(example_inputs).__name__}.",
+            "The names show which inputs are token ids.",
+            "Give a dict of the keyword arguments of the model: example_inputs={'input_ids': ids}.",
+        )
     surgery = framework_of(model).surgery
     size = surgery.vocabulary_size(model)
     asked = set(_checked_ids(keep, size, "keep").ravel().tolist())
