@@ -22,6 +22,37 @@ class Net(nn.Module):
         return self.head(self.body(x).relu())
 
 
+class WordsConfig:
+    def __init__(self, vocab_size=12, eos_token_id=0):
+        self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
+
+    def to_dict(self):
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**values)
+
+
+class Words(nn.Module):
+    """A model with a vocabulary, like those of transformers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, 4)
+        self.head = nn.Linear(4, config.vocab_size)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
 def public_calls(folder):
     """Return name → (public callable, valid arguments). Files are written to the folder."""
     torch.manual_seed(0)
@@ -145,6 +176,10 @@ def public_calls(folder):
             },
         ),
         "fold_masks": (kirsch.fold_masks, {"model": model}),
+        "trim_vocabulary": (
+            kirsch.trim_vocabulary,
+            {"model": Words(WordsConfig()), "keep": [3, 4, 5], "tokenizer": None, "example_inputs": None},
+        ),
         "SparsitySchedule": (
             kirsch.SparsitySchedule,
             {"final": 0.9, "steps": 10, "initial": 0.0, "begin": 0, "every": 1, "kind": "cubic"},

@@ -115,6 +115,9 @@ ACCEPTED_BY_CALLABLE = {
     "sparsify.sparsity": {"number"},
     "sparsify.ranking": {"None"},
     "fold_masks.model": {"model"},
+    "trim_vocabulary.model": {"model"},
+    "trim_vocabulary.tokenizer": {"None"},
+    "trim_vocabulary.keep": {"numbers"},
     "SparsitySchedule.final": {"number"},
     "SparsitySchedule.initial": {"number"},
     **each("SparsitySchedule.steps SparsitySchedule.begin SparsitySchedule.every", {"integer"}),
@@ -204,6 +207,7 @@ RECORDS = {
     "Sparsified",
     "TeacherStore",
     "Trained",
+    "TrimmedVocabulary",
     "Verification",
 }
 """Public classes that Kirsch returns, and users do not create."""
@@ -235,6 +239,7 @@ NAMES = [  # the keys of `public_calls`, for the parameters of a test
     "prune_with_verification",
     "sparsify",
     "fold_masks",
+    "trim_vocabulary",
     "SparsitySchedule",
     "save",
     "load",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kirsch.pruning.sparsity.sparsified import Sparsified
     from kirsch.pruning.sparsity.sparsify import fold_masks, sparsify
     from kirsch.pruning.store import load, save
+    from kirsch.pruning.vocabulary.trim import TrimmedVocabulary, trim_vocabulary
     from kirsch.recipes.compress import Compressed, compress
     from kirsch.recipes.gates import learn_gates
     from kirsch.recipes.recovery import recovery
@@ -83,6 +84,7 @@ __all__ = [
     "Trained",
     "Training",
     "TrainingHooks",
+    "TrimmedVocabulary",
     "Verification",
     "born_again",
     "build_store",
@@ -106,6 +108,7 @@ __all__ = [
     "sensitivity",
     "sparsify",
     "trace",
+    "trim_vocabulary",
     "with_gates",
 ]
 
@@ -145,6 +148,7 @@ _MODULES = {
     "Trained": "kirsch.frameworks.training",
     "Training": "kirsch.frameworks.training",
     "TrainingHooks": "kirsch.frameworks.training",
+    "TrimmedVocabulary": "kirsch.pruning.vocabulary.trim",
     "Verification": "kirsch.graph.verification",
     "born_again": "kirsch.distillation.chain",
     "build_store": "kirsch.distillation.store.building",
@@ -168,6 +172,7 @@ _MODULES = {
     "sparsify": "kirsch.pruning.sparsity.sparsify",
     "sensitivity": "kirsch.pruning.sensitivity",
     "trace": "kirsch.frameworks.trace",
+    "trim_vocabulary": "kirsch.pruning.vocabulary.trim",
     "with_gates": "kirsch.pruning.learned.gates",
 }
 

@@ -166,6 +166,15 @@ class Surgery(ChangedValues, Protocol):
             New values of the configuration; notes; and the reason with a fix if no checkpoint can be saved, else "".
         """
 
+    def vocabulary_size(self, model: Any) -> int:
+        """Return the number of tokens of a language model; raises a ModelError if it cannot be changed."""
+
+    def special_tokens(self, model: Any) -> set[int]:
+        """Return the ids in the settings of a language model, such as that of the end of a text."""
+
+    def trim_vocabulary(self, model: Any, keep: Sequence[int], inputs: Any) -> Any:
+        """Return a copy of a language model with the tokens `keep` alone; see `kirsch.trim_vocabulary`."""
+
 
 class Features(Protocol):
     """Features of layers, adapters, and models that wrap other models; layer names: see `kirsch.frameworks.layers`."""

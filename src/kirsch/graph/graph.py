@@ -91,6 +91,7 @@ class Graph(Printable):
             importance needs the values.
         fits: function that returns whether a model is the traced object, with the same parameters.
         blocks: paths of the residual blocks, i.e. modules that can be replaced by the identity.
+        adapters: names in `tensors` that belong to adapters beside layers of the model, such as those of LoRA.
         module_outputs: function that returns, by module path, the tensors that each module returns, with labels.
         model: the traced model, for importances that run it; None for a graph built by hand.
         tracing: the options of the trace.
@@ -107,6 +108,7 @@ class Graph(Printable):
     values: Callable[[str], NDArray[Any]]
     fits: Callable[[Any], bool]
     blocks: tuple[str, ...] = ()
+    adapters: frozenset[str] = frozenset()
     module_outputs: Callable[[], Mapping[str, Sequence[Tensor]]] = field(repr=False, default=dict)
     model: Any = field(repr=False, default=None)
     tracing: Tracing = field(default_factory=Tracing)

@@ -116,6 +116,12 @@ def _check_exclusions(graph: Graph, options: PlanOptions, kept: dict[str, tuple[
         pattern = kept[group.name][0]
         if group.name in unchanged:
             option, patterns = unchanged[group.name]
+            if option == "kinds":
+                raise UsageError(
+                    f"`keep` removes units of {group.name!r} ({pattern!r}), the rank of an adapter.",
+                    "The ranks of adapters are kept unless `kinds` names them.",
+                    f"Name the kind of these units: kinds={{{group.kind!r}: 1}}.",
+                )
             other = f"{option}={list(patterns)}"
         elif weights[group.kind] == 0:
             other = f"`kinds`, without {group.kind!r},"

@@ -169,6 +169,8 @@ class _CauseFinder:
         found = sorted({self._exclusions[name] for name, _ in groups if name in self._exclusions})
         if found:
             option = found[0].option
+            if option == "kinds":
+                return "the ranks of adapters, which are kept unless `kinds` names them"
             patterns = dict.fromkeys(pattern for why in found if why.option == option for pattern in why.patterns)
             setting = f"{option}={list(patterns)!r}"
             return f"which {setting} keeps unchanged" if option == "exclude" else f"whose units {setting} keeps"

@@ -24,8 +24,8 @@ class Exclusion(NamedTuple):
     """The option and the patterns that keep all units of a group.
 
     Args:
-        option: "exclude" or "keep_outputs".
-        patterns: the patterns of the option that apply.
+        option: "exclude", "keep_outputs", or "kinds" for the ranks of adapters, which `kinds` does not name.
+        patterns: the patterns of the option that apply; empty for "kinds".
     """
 
     option: str
@@ -110,6 +110,9 @@ def width_multiple(group: Group, options: PlanOptions, fineness: int) -> int:
 def exclusions(graph: Graph, options: PlanOptions) -> dict[str, Exclusion]:
     """Return the exclusion that keeps all units of a group, by group name; `exclude` precedes `keep_outputs`.
 
+    The units that only adapters have, such as the rank of LoRA, are kept unless `kinds` names their kind: the user has
+    chosen this rank, and the adapter is small.
+
     Raises:
         UsageError: a pattern matches no layer, parameter or group.
     """
@@ -119,6 +122,9 @@ def exclusions(graph: Graph, options: PlanOptions) -> dict[str, Exclusion]:
     for option, groups in (("exclude", excluded), ("keep_outputs", kept)):
         for name in {name for names in groups.values() for name in names} - set(found):
             found[name] = Exclusion(option, tuple(pattern for pattern, names in groups.items() if name in names))
+    for group in graph.groups if graph.adapters else ():
+        if group.kind not in (options.kinds or ()) and graph.adapters.issuperset(name for name, _ in group.footprint):
+            found.setdefault(group.name, Exclusion("kinds", ()))
     return found
 
 

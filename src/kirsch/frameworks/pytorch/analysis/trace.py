@@ -25,13 +25,7 @@ from kirsch.frameworks.pytorch.analysis.integers import PACKAGES, Comparison, Tr
 from kirsch.frameworks.pytorch.analysis.memory import add_memory, is_view
 from kirsch.frameworks.pytorch.analysis.node_call import call_of
 from kirsch.frameworks.pytorch.analysis.operation import OperationContext
-from kirsch.frameworks.pytorch.analysis.parameters import (
-    add_costs,
-    freeze_shared,
-    freeze_unused,
-    identities,
-    values_of,
-)
+from kirsch.frameworks.pytorch.analysis.parameters import add_costs, freeze_shared, freeze_unused, identities, values_of
 from kirsch.frameworks.pytorch.analysis.program import SizeInterpreter, export, name_of, shapes_of
 from kirsch.frameworks.pytorch.analysis.provenance import RecordedCalls, SizeOf
 from kirsch.frameworks.pytorch.analysis.regions import module_outputs
@@ -41,6 +35,7 @@ from kirsch.frameworks.pytorch.inference.calling import without_values
 from kirsch.frameworks.pytorch.inference.outputs import selected_outputs
 from kirsch.frameworks.pytorch.inference.predict import arguments_of
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
+from kirsch.frameworks.pytorch.modules.tuners import adapter_tensors
 from kirsch.frameworks.pytorch.modules.unsupported import check
 from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
@@ -96,7 +91,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
         ]
-    freeze_unused(unused, facts, tensors)
+    freeze_unused(unused, model, facts, tensors)
     if tracing.module:
         freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)
     parameters = dict(model.named_parameters())
@@ -109,6 +104,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         values=lambda name: values_of(parameters, name, type(model).__name__),
         fits=lambda other: other is whole and {n: id(p) for n, p in parameters.items()} == identities(model),
         blocks=tuple(block.path for block in traced.blocks),
+        adapters=adapter_tensors(model),
         module_outputs=functools.cache(lambda: module_outputs(traced.states)),
         model=whole,
         tracing=tracing,

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.modules.copying import STATE, copy_of
+from kirsch.frameworks.pytorch.modules.tuners import allow_merges, refuse_merges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -96,6 +97,7 @@ def hold(
         parameter.copy_(torch.where(mask, parameter, 0.0))
         for path, attribute in places[id(parameter)]:
             _mask(model.get_submodule(path), attribute, mask)
+    refuse_merges(model)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -110,6 +112,7 @@ def fold(model: nn.Module) -> nn.Module:
                 module._parameters[other] = module._parameters.pop(other)  # noqa: SLF001 - as above
         if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
             module._init_flat_weights()  # noqa: SLF001 - the list that `_mask` replaced with a property
+    allow_merges(folded)
     return folded
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from kirsch.errors import ModelError
 from kirsch.frameworks.masking import WeightMatrix
 from kirsch.frameworks.pytorch.masking.hold import is_mask_list
+from kirsch.frameworks.pytorch.modules.tuners import adapter_tensors
 from kirsch.frameworks.pytorch.modules.unsupported import check_values, reasons
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ AN_EMBEDDING = "an embedding, of which a sample reads a few rows"
 A_VECTOR = "a bias or a scale: few values, and not a matrix"
 COMPUTED = "its layer computes the weight from it (weight normalization and the like)"
 UNKNOWN = "its layer is of no known type, so that the axis of its inputs is not known"
+AN_ADAPTER = "an adapter beside a layer: zeros in it would not be zeros of the merged weight"
 NOT_FLOATING = "its values are not floating-point numbers"
 
 
@@ -44,8 +46,11 @@ def weight_matrices(model: nn.Module) -> list[WeightMatrix]:
     for why, fix in reasons(model):
         raise ModelError(f"The weights of a {type(model).__name__} cannot be masked.", why, fix)
     found: dict[int, WeightMatrix] = {}
+    adapters = adapter_tensors(model)
     for path, module, name, value in parameters(model):
         matrix = _matrix(path, module, name, value)
+        if matrix.name in adapters:
+            matrix = replace(matrix, kept=AN_ADAPTER)
         earlier = found.get(id(value))
         if earlier is None:
             found[id(value)] = matrix

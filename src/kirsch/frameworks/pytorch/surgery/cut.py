@@ -13,6 +13,7 @@ from kirsch.frameworks.pytorch.analysis.provenance import set_integer
 from kirsch.frameworks.pytorch.inference.predict import inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of, recompute_weights
 from kirsch.frameworks.pytorch.modules.interpreted import refresh_graphs
+from kirsch.frameworks.pytorch.modules.tuners import update_tuner_widths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +49,7 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
             recompute_weights(module)
             update_widths(module)
             refresh_graphs(module)
+        update_tuner_widths(pruned)
     return pruned
 
 

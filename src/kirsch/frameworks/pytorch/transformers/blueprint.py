@@ -130,8 +130,8 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.device) -> nn.Module:
-    """Return a new model of the same class from the configuration with other numbers.
+def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.device, config: Any = None) -> nn.Module:
+    """Return a new model of the same class from its configuration, or another one, with other numbers.
 
     Raises:
         Exception: the model cannot be built from these numbers.
@@ -140,7 +140,7 @@ def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.de
     with quiet(), torch.device(device):
         torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), before))
         try:
-            new: nn.Module = type(model)(with_numbers(model.config, changes))
+            new: nn.Module = type(model)(with_numbers(model.config if config is None else config, changes))
         finally:
             torch.set_default_dtype(before)
     return new

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ import torch
 from kirsch.errors import PlanError, error_text, nearest
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.frameworks.pytorch.modules.tuners import has_tuners, plain_names, without_tuners
+from kirsch.frameworks.pytorch.transformers.adapted import adapter_difference, copy_base_configurations, saving_note
 from kirsch.frameworks.pytorch.transformers.blueprint import (
     Search,
     build,
@@ -112,13 +114,28 @@ def configure(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, 
         return Configured()
     if "" not in dict(savers(pruned)):
         return _refuse_parts(pruned, model)
-    configured = _configure_model(pruned, model, plan, graph, verify=verify)
+    configure_whole = _configure_adapted if has_tuners(pruned) else _configure_model
+    configured = configure_whole(pruned, model, plan, graph, verify=verify)
     if configured.why:
         refuse(pruned, configured.why, configured.fix)
     else:
         allow(pruned)
     _refuse_parts(pruned, model)
     return configured
+
+
+def _configure_adapted(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
+    """Update the configurations of a model with adapters, if they describe its base model and its adapters."""
+    base, original = without_tuners(pruned), without_tuners(model)
+    configured = _configure_model(base, original, plan, graph, verify=verify)
+    if configured.why:
+        return configured
+    copy_base_configurations(base, pruned)
+    difference = adapter_difference(pruned, graph.traced.args, graph.traced.options)
+    if difference:
+        why = f"The configuration of the adapters does not describe the pruned adapters: {difference}."
+        return replace(configured, why=why, fix="Save it with kirsch.save, or merge the adapters first.")
+    return replace(configured, notes=(*configured.notes, saving_note(pruned)))
 
 
 def _configure_model(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph, *, verify: bool) -> Configured:
@@ -160,7 +177,7 @@ def _refuse_parts(pruned: nn.Module, model: nn.Module) -> Configured:
         cut = path not in originals or sizes(originals[path]) != sizes(part)
         if not path or not (cut or refused(part)):
             continue
-        misfit = Search(part).misfit if has_configuration(part) else ORIGINAL_SIZE
+        misfit = Search(without_tuners(part)).misfit if has_configuration(part) else ORIGINAL_SIZE
         if not misfit:
             allow(part)
         elif cut:
@@ -183,10 +200,12 @@ def _plan_options(model: nn.Module, plan: Plan, graph: Graph) -> str:
 def _described(model: nn.Module, graph: Graph) -> list[str]:
     """Return the kinds of units whose number the configuration can change without changing other sizes."""
     search, axes = Search(model), dict[str, set[tuple[str, int]]]()
+    names = {traced: name for name, traced in plain_names(graph.model).items()}
     for group in graph.groups:
         if group.kind not in SCALING:
-            axes.setdefault(group.kind, set()).update(group.footprint)
-    return [kind for kind, touched in sorted(axes.items()) if touched <= search.settable(touched)]
+            touched = {(names[name], axis) for name, axis in group.footprint if name in names}
+            axes.setdefault(group.kind, set()).update(touched)
+    return [kind for kind, touched in sorted(axes.items()) if touched and touched <= search.settable(touched)]
 
 
 def _as_stated(pruned: nn.Module, model: nn.Module, plan: Plan, graph: Graph) -> Configured:

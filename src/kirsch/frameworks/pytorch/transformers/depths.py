@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kirsch.frameworks.pytorch.modules.tuners import path_of_base_model
 from kirsch.frameworks.pytorch.transformers.blueprint import build, numbers
 from kirsch.graph.configuration import ConfiguredDepth
 
@@ -20,16 +21,23 @@ def configured_depths(model: nn.Module, graph: Graph) -> list[ConfiguredDepth]:
 
     A number counts a list if a model that is built with the number minus 1 lacks the tensors of the last element, and
     no others.
+
+    Args:
+        model: the model without adapters.
+        graph: its graph, which may have adapters.
     """
     found = []
+    traced: nn.Module = graph.model
+    prefix = path_of_base_model(traced)
     for path, blocks in _lists(graph).items():
-        length = len(model.get_submodule(path))  # type: ignore[arg-type]
+        length = len(traced.get_submodule(path))  # type: ignore[arg-type]
         names = set(model.state_dict())
-        without_last = {name for name in names if not name.startswith(f"{path}.{length - 1}.")}
+        last = f"{path.removeprefix(prefix)}.{length - 1}."
+        without_last = {name for name in names if not name.startswith(last)}
         for number, value in numbers(model.config).items():
             if value == length and type(value) is int and _names(model, {number: length - 1}) == without_last:
                 elements = tuple(f"{path}.{index}" for index in range(length))
-                types = tuple(_type(model.get_submodule(element)) for element in elements)
+                types = tuple(_type(traced.get_submodule(element)) for element in elements)
                 found.append(ConfiguredDepth(number, length, elements, tuple(blocks), types))
                 break
     return found

@@ -23,12 +23,13 @@ class Footprints:
     Args:
         graph: graph of the model.
         axes: (name, axis) of the stored tensors.
+        names: name of each stored tensor → its name in the graph, which differs in a model with adapters.
     """
 
-    def __init__(self, graph: Graph, axes: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, graph: Graph, axes: Sequence[tuple[str, int]], names: Mapping[str, str]) -> None:
         self._graph = graph
         self._rows = {axis: row for row, axis in enumerate(axes)}
-        self._labels = [graph.tensors[name].axes[axis] if name in graph.tensors else None for name, axis in axes]
+        self._labels = [graph.tensors[names[name]].axes[axis] if name in names else None for name, axis in axes]
         self._counts = np.zeros((len(axes), len(graph.groups)))
         owner = np.full(len(graph.coupling.frozen), -1)
         for column, group in enumerate(graph.groups):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kirsch.errors import KirschError
 from kirsch.frameworks.pytorch.inference.predict import run
+from kirsch.frameworks.pytorch.modules.tuners import plain_names, without_tuners
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.surgery.dropping import drop
 from kirsch.frameworks.pytorch.transformers.blueprint import Search, has_configuration, numbers, quiet, sizes
@@ -52,8 +53,10 @@ def configurable(graph: Graph) -> Configurable | None:
         None if only a part of the model was traced, if it has no configuration, or if its configuration builds another
         model. Parameters on the meta device have no values with which cuts could be verified: None, too.
     """
-    model: nn.Module | None = graph.model
-    if model is None or graph.tracing.module or graph.tracing.as_graph or not has_configuration(model):
+    if graph.model is None or graph.tracing.module or graph.tracing.as_graph:
+        return None
+    model = without_tuners(graph.model)
+    if not has_configuration(model):
         return None
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
@@ -69,7 +72,7 @@ class WidthSearch:
     """Search for the widths that the configuration of a traced model states.
 
     Args:
-        model, graph: the model and its graph.
+        model, graph: the model, without adapters, and its graph, which may have adapters.
         builds: models built from changed configurations.
         start: the model built from the present configuration.
     """
@@ -79,7 +82,7 @@ class WidthSearch:
         search = Search(model)
         self._stored = list(search.stored)
         self._implied = search.implied(start.sizes, {})
-        self._footprints = Footprints(graph, self._stored)
+        self._footprints = Footprints(graph, self._stored, plain_names(graph.model))
 
     def widths(self) -> list[ConfiguredWidth]:
         """Return all widths that numbers state, each of as few numbers as possible."""
@@ -152,7 +155,7 @@ class WidthSearch:
         traced: Traced = self._graph.traced
         with quiet():
             try:
-                run(cut(self._model, self._graph, keep).eval(), traced.args, traced.options)
+                run(cut(self._graph.model, self._graph, keep).eval(), traced.args, traced.options)
             except Exception:  # noqa: BLE001 - the code of the model can raise any exception
                 return False
         return True
@@ -177,12 +180,12 @@ class WidthSearch:
         traced: Traced = self._graph.traced
         dropped = [block for block in traced.blocks if block.path in without]
         try:
-            pruned = cut(self._model, self._graph, keep)
+            pruned = cut(self._graph.model, self._graph, keep)
             if dropped:
                 drop(pruned, dropped, traced.args, traced.options)
         except KirschError as error:
             return str(error)
-        return difference_of(pruned, changes, traced.args, traced.options)
+        return difference_of(without_tuners(pruned), changes, traced.args, traced.options)
 
     def fits(self, changes: Numbers, keep: NDArray[np.bool_]) -> bool:
         """Return whether a model that is built with changed numbers has the sizes of the pruned model."""

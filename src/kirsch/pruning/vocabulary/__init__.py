@@ -1,0 +1,1 @@
+"""Removal of tokens from the vocabulary of a language model and of its tokenizer."""
