@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
-from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_scaling
+from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, attribute_scalings, query_scaling
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification
@@ -42,6 +42,7 @@ from kirsch.frameworks.pytorch.inference.outputs import selected_outputs
 from kirsch.frameworks.pytorch.inference.predict import arguments_of
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
+from kirsch.frameworks.pytorch.transformers.blueprint import has_configuration
 from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
@@ -96,6 +97,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
         ]
+    if has_configuration(model) and not tracing.as_graph:  # the traced program has the scale as a constant
+        traced.query_scalings += attribute_scalings(model, traced)
     freeze_unused(unused, facts, tensors)
     if tracing.module:
         freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)

@@ -52,10 +52,11 @@ def configurable(graph: Graph) -> Configurable | None:
     The search runs when the cuts are first read, and once for each graph.
 
     Returns:
-        None if the model has no configuration, or the pruned model will be a traced program.
+        None if the model has no configuration, only a part of it was traced, or the pruned model will be a traced
+        program.
     """
     model: nn.Module | None = graph.model
-    if model is None or graph.tracing.as_graph or not has_configuration(model):
+    if model is None or graph.tracing.module or graph.tracing.as_graph or not has_configuration(model):
         return None
     traced: Traced = graph.traced
     if traced.configurable is None:
@@ -80,8 +81,6 @@ class WidthSearch:
     def obstacle(self) -> str:
         """Why no cut of the model can be stated, as a sentence; "" if a search is possible."""
         name = self._graph.model_name
-        if self._graph.tracing.module:
-            return f"only the part {self._graph.tracing.module!r} of the model was traced."
         if any(parameter.is_meta for parameter in self._model.parameters()):
             return "the parameters are on the meta device, without values with which a cut could be verified."
         if self._builds.start is None or self._builds.start.sizes != sizes(self._model):
