@@ -18,7 +18,7 @@ from kirsch.pruning.prune import prune_with_verification
 from trace_and_cut import with_noise
 
 RECIPES = {recipe.name: recipe for recipe in loadable.FAMILIES}
-CORE = ["Llama", "Gemma 2", "GPT-2", "Mixtral", "BERT", "ALBERT", "ViT", "T5"]
+CORE = ["Llama", "Gemma 2", "GPT-2", "BLOOM", "Mixtral", "BERT", "ALBERT", "ViT", "T5"]
 ELSEWHERE = ["Llama", "BERT"]
 """Families that are also loaded in a process without Kirsch; the benchmark loads all of them."""
 

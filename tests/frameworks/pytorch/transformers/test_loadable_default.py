@@ -115,13 +115,6 @@ def test_rankings_by_fraction_remove_the_same_fraction_of_each_width(small, rank
     assert abs(fractions[0] - fractions[1]) <= 0.26  # the width has four values
 
 
-def test_the_ranking_per_cost_divides_importances_by_the_cost_of_the_units(small):
-    graph, goal = kirsch.trace(small, INPUT), kirsch.Goal(macs=0.6)
-    equal = {group.name: torch.ones(group.size).numpy() for group in graph.groups}
-    plans = [kirsch.plan(graph, goal, importance=equal, ranking=name, round_to=1) for name in ("global", "per_cost")]
-    assert all(plan.method["loadable"] for plan in plans)
-
-
 class Two(torch.nn.Module):
     """Two hidden layers of one size, each with a number of the configuration."""
 
