@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.node import Node, map_arg
 
+from kirsch.frameworks.pytorch.transformers.blueprint import has_configuration
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -69,9 +71,12 @@ def attribute_scale(width: int, present: float, present_width: int) -> float:
 
 
 def attribute_scalings(model: nn.Module, traced: Traced) -> Iterator[QueryScaling]:
-    """Yield the attentions whose scale is an attribute of a module and equals width ** -0.5 of the queries."""
+    """Yield the attentions whose scale is an attribute of a module and equals width ** -0.5 of the queries.
+
+    There are none in a model without a configuration, whose attributes need not follow the width.
+    """
     modules = dict(model.named_modules())
-    for node in traced.program.graph.nodes:
+    for node in traced.program.graph.nodes if has_configuration(model) else ():
         query, scale = _explicit_scale(node)
         axes = getattr(traced.states.get(query), "axes", None) if isinstance(query, Node) else None
         if not axes or axes[-1] is None or not math.isclose(scale, len(axes[-1]) ** -0.5, rel_tol=1e-12):

@@ -42,7 +42,6 @@ from kirsch.frameworks.pytorch.inference.outputs import selected_outputs
 from kirsch.frameworks.pytorch.inference.predict import arguments_of
 from kirsch.frameworks.pytorch.modules.submodule import inputs_of, part_of, shared_with_rest
 from kirsch.frameworks.pytorch.modules.unsupported import check
-from kirsch.frameworks.pytorch.transformers.blueprint import has_configuration
 from kirsch.graph.constants import COMPARISON
 from kirsch.graph.facts import Facts, Freeze, Operation
 from kirsch.graph.graph import Graph, Tracing
@@ -97,7 +96,7 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
         ]
-    if has_configuration(model) and not tracing.as_graph:  # the traced program has the scale as a constant
+    if not tracing.as_graph:  # the traced program has the scale as a constant
         traced.query_scalings += attribute_scalings(model, traced)
     freeze_unused(unused, facts, tensors)
     if tracing.module:
@@ -370,8 +369,7 @@ class _Walk:
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
         found = None if width is None else query_scaling(node, width, self._slots)
-        if found is not None:
-            self.query_scalings.append(found)
+        self.query_scalings += [] if found is None else [found]
         return width is None or found is not None
 
     def _is_residual(self, node: Node) -> bool:
