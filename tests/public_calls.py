@@ -122,7 +122,7 @@ def public_calls(folder):
                 "keep_outputs": (),
                 "kinds": None,
                 "uniform": False,
-                "loadable": False,
+                "loadable": None,
                 "norm": 2,
                 "data": None,
                 "min_keep": 0.1,

@@ -211,7 +211,9 @@ def test_a_missing_field_is_named(tmp_path, path):
     assert path.rpartition("/")[2] in str(caught.value) or path.rpartition("/")[2].isdecimal()
 
 
-NULLABLE = {f"method/{name}" for name in ("kinds", "keep", "max_drop", "metric", "class_weights", "minimize")}
+NULLABLE = {
+    f"method/{name}" for name in ("kinds", "keep", "loadable", "max_drop", "metric", "class_weights", "minimize")
+}
 
 
 @pytest.mark.parametrize("path", ALL_FIELDS)

@@ -67,7 +67,7 @@ PRUNES = st.fixed_dictionaries(
     optional={
         "round_to": st.integers(1, 64) | st.just("auto"),
         "uniform": st.booleans(),
-        "loadable": st.booleans(),
+        "loadable": st.none() | st.booleans(),
         "exclude": st.lists(NAMES),
     },
 )

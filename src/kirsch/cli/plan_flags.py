@@ -62,7 +62,9 @@ def _flag(name: str) -> inspect.Parameter:
     else:
         (kind,) = kinds
     # The default is None, so that a flag with the default of the option is known to be given.
-    flag = typer.Option(f"--{name.replace('_', '-')}", help=f"{text}.", show_default=False)
+    word = name.replace("_", "-")
+    is_choice = kind is bool and field.default is None  # both values differ from the default
+    flag = typer.Option(f"--{word}" + f"/--no-{word}" * is_choice, help=f"{text}.", show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
     )

@@ -146,7 +146,10 @@ class Surgery(ChangedValues, Protocol):
         """
 
     def configurable(self, graph: Graph) -> Configurable | None:
-        """Return the cuts that the configuration of the traced model can state; None if it has no configuration."""
+        """Return the cuts that the configuration of the traced model can state; None if it has no configuration.
+
+        The result searches for the cuts when they are first read.
+        """
 
     def configure(
         self, pruned: Any, model: Any, plan: Plan, graph: Graph, *, verify: bool

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +33,15 @@ class ConfiguredWidth:
     units: dict[str, int]
     stated: dict[str, float] = field(default_factory=dict)
     refused: str = ""
+
+    def joined(self, other: ConfiguredWidth) -> ConfiguredWidth:
+        """Return the width whose steps are those of two widths without a common number or group, taken together."""
+        return ConfiguredWidth(
+            {**self.values, **other.values},
+            {**self.steps, **other.steps},
+            {**self.units, **other.units},
+            {**self.stated, **other.stated},
+        )
 
     def numbers(self, count: int) -> dict[str, float]:
         """Return the numbers after some steps."""
@@ -80,21 +90,33 @@ class ConfiguredDepth:
 
 @dataclass(frozen=True)
 class Configurable:
-    """Cuts that the configuration of a model can state.
+    """Cuts that the configuration of a model can state. They are searched for when they are first read.
 
     Args:
-        widths: the widths, also those that cannot be used.
-        depths: the numbers of layers.
+        obstacle: why the configuration states no cut of this model, as a sentence; "" if a search is possible.
+        find_widths: function that returns the widths, also those that cannot be used.
+        find_depths: function that returns the numbers of layers.
         fits: takes numbers and the mask of kept components, and returns whether a model that is built with these
             numbers has the sizes of the pruned model.
         difference: takes numbers, the mask of kept components and removed blocks, and returns how the outputs of a
             model that is built with these numbers differ from those of the pruned model; "" if they are bit-identical.
     """
 
-    widths: tuple[ConfiguredWidth, ...]
-    depths: tuple[ConfiguredDepth, ...]
+    obstacle: str
+    find_widths: Callable[[], Sequence[ConfiguredWidth]]
+    find_depths: Callable[[], Sequence[ConfiguredDepth]]
     fits: Callable[[dict[str, float], NDArray[np.bool_]], bool]
     difference: Callable[[dict[str, float], NDArray[np.bool_], Collection[str]], str]
+
+    @cached_property
+    def widths(self) -> tuple[ConfiguredWidth, ...]:
+        """The widths, also those that cannot be used."""
+        return () if self.obstacle else tuple(self.find_widths())
+
+    @cached_property
+    def depths(self) -> tuple[ConfiguredDepth, ...]:
+        """The numbers of layers."""
+        return () if self.obstacle else tuple(self.find_depths())
 
     @property
     def usable(self) -> tuple[ConfiguredWidth, ...]:

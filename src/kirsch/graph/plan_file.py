@@ -108,7 +108,7 @@ PLAN = record(
                 "keep_outputs": array(text(1)),
                 "kinds": nullable(either(mapping(number(least=0), _PLANNED), array(one_of(_PLANNED)))),
                 "uniform": flag,
-                "loadable": flag,
+                "loadable": nullable(flag),
                 "min_keep": number(above=0, most=1),
                 "keep": nullable(mapping(either(integer(1), number(above=0, most=1)))),
                 "max_drop": nullable(number(least=0, below=1)),

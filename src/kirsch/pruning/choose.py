@@ -17,7 +17,7 @@ from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
 from kirsch.pruning.importance import IMPORTANCES, importance_of
 from kirsch.pruning.learned.quality import check_search, quality_of
-from kirsch.pruning.loadable_plan import plan_loadable
+from kirsch.pruning.loadable_plan import least_loadable, plan_function
 from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
 from kirsch.pruning.options import (
     ClassWeights,
@@ -52,7 +52,7 @@ def plan(
     round_to: RoundTo = "auto",
     kinds: Kinds = None,
     uniform: bool = False,
-    loadable: bool = False,
+    loadable: bool | None = None,
     min_keep: MinKeep = 0.1,
     keep: Keep = None,
     max_drop: MaxDrop | None = None,
@@ -113,8 +113,11 @@ def plan(
             configuration describes all layers.
         loadable: only make cuts that the configuration of a transformers model can state, so that `save_pretrained`
             writes a checkpoint that `from_pretrained` loads without Kirsch: FFN width, heads, hidden size, experts,
-            and, for kinds=None, numbers of layers. The layers that share a number lose the same number of units. Of the
-            layers and widths, those are removed whose importances have the smallest sum. See docs/loadable.md.
+            and, for kinds=None and rankings that compare groups, numbers of layers. The layers that share a number lose
+            the same number of units. Of the layers and widths, those are removed whose importances have the smallest
+            sum. See docs/loadable.md. None: True for a model with such a configuration. A plan with any cuts is made if
+            the configuration cannot state one for the goal, or with `keep` and the rankings "milp", "legr" and
+            "actor_critic", which set the width of each layer; a note of the plan says so. With True, it is an error.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
@@ -217,9 +220,11 @@ def plan(
         other_use = (options.is_learned and quality is None) or (max_drop is not None and validation is None)
         unused = other_use and chosen.needs == "weights" and options.ranking != "milp"
         scores = scores_of(graph, options, chosen, None if unused else data, loss)
-        plan_for = partial(plan_units, graph, options=options, scores=scores, quality=searched, progress=progress)
-        if loadable:
-            plan_for = partial(plan_loadable, graph, options=options, scores=scores)
+
+        def any_cuts(changed: PlanOptions) -> Callable[..., Plan]:
+            return partial(plan_units, graph, options=changed, scores=scores, quality=searched, progress=progress)
+
+        plan_for = plan_function(graph, goal, options, scores, any_cuts)
     if max_drop is None:
         return plan_for(goal)
     samples, argument = (data, "data") if validation is None else (validation, "validation")
@@ -232,7 +237,8 @@ def least_cost(graph: Graph, options: PlanOptions) -> Cost:
     """Return the least cost that plans with these options and any goal reach."""
     if options.of_blocks:
         return least_cost_of_blocks(graph, options)
-    return least_units(graph, Goal(parameters=0.5), options).cost
+    loadable = least_loadable(graph, options)
+    return least_units(graph, Goal(parameters=0.5), options).cost if loadable is None else loadable
 
 
 def _check_reference(graph: Graph, goal: Goal) -> None:

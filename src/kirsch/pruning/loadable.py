@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,17 +12,19 @@ import numpy as np
 from kirsch import figures
 from kirsch.errors import GoalError
 from kirsch.frameworks.find import framework_of
+from kirsch.graph.configuration import ConfiguredWidth
 from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import influence
 from kirsch.pruning.notes import CLOSE
 from kirsch.pruning.obstacles import Least, reachable
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import excludes_block, max_halvings, ranked_together, removable_groups, width_multiple
+from kirsch.pruning.units import unit_cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kirsch.graph.configuration import Configurable, ConfiguredWidth
+    from kirsch.graph.configuration import Configurable
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal
     from kirsch.pruning.options import PlanOptions
@@ -84,11 +86,17 @@ class LoadableSearch:
         names = {group.name: group for group in removable_groups(graph, options)}
         self._groups = names
         self.widths = [width for width in configurable.usable if width.units.keys() <= names.keys()]
-        allowed = options.kinds is None
+        self._same_fraction = options.ranking in ("local", "isomorphic")
+        allowed = options.kinds is None and not self._same_fraction
         self._depths = [
             (depth, [block for block in depth.blocks if not excludes_block(graph, options, block)])
             for depth in (configurable.depths if allowed else ())
         ]
+
+    @property
+    def has_cuts(self) -> bool:
+        """Whether a width or a number of layers can be changed with these options."""
+        return any(self._sets) or any(blocks for _, blocks in self._depths)
 
     def least(self) -> Least:
         """Return the least cost that the cuts reach, and the components that they keep."""
@@ -170,8 +178,25 @@ class LoadableSearch:
                 yield from extended([*chosen, index], *apart)
                 closed = [*closed, index]
 
-        sets = extended([], list(range(len(names))), [])
-        return [[self.widths[index] for index in indices] for indices in sets]
+        sets = [[self.widths[i] for i in indices] for indices in extended([], list(range(len(names))), [])]
+        return [self._uniform(widths) for widths in sets] if self._options.uniform else sets
+
+    def _uniform(self, widths: Sequence[ConfiguredWidth]) -> list[ConfiguredWidth]:
+        """Return the widths, joined so that groups of the same kind and size lose the same number of units.
+
+        A width is left out if other groups of the same kind and size would keep their units.
+        """
+        classes: dict[tuple[str, int], set[str]] = {}
+        for group in self._groups.values():
+            classes.setdefault((group.kind, group.size), set()).add(group.name)
+        joined = list(widths)
+        for names in classes.values():
+            inside = [width for width in joined if not names.isdisjoint(width.units)]
+            joined = [width for width in joined if names.isdisjoint(width.units)]
+            units = {name: number for width in inside for name, number in width.units.items()}
+            if names <= units.keys() and len({units[name] for name in names}) == 1:
+                joined.append(reduce(ConfiguredWidth.joined, inside))
+        return joined
 
     def _chooser(
         self, widths: Sequence[ConfiguredWidth], fineness: int, without: Sequence[str], *, zero: bool = False
@@ -191,6 +216,7 @@ class LoadableSearch:
                     scores,
                     max(1, multiple // portions[0]),
                     self._options.min_keep,
+                    unit_cost(self._graph, self._goal, groups) if self._options.ranking == "per_cost" else 1.0,
                     portions=portions,
                 )
             )
@@ -281,7 +307,13 @@ class LoadableSearch:
         return sorted(choices, key=lambda choice: sum(map(self.block_importance, choice[0])))
 
     def _combinations(self, chooser: Chooser) -> Iterator[Chooser]:
-        """Yield a search for each combination of the values of the widths with few values."""
+        """Yield a search for each combination of the values of the widths with few values.
+
+        Rankings that remove the same fraction of each group, or class of groups, determine these values, too.
+        """
+        if self._same_fraction:
+            yield chooser
+            return
         few = [index for index, c in enumerate(chooser.candidates) if len(c.steps) <= FEW_STEPS]
         few.sort(key=lambda index: len(chooser.candidates[index].steps))
         total = 1

@@ -1,42 +1,133 @@
-"""Plans that make only cuts which the configuration of a model can state."""
+"""Plans that make only cuts which the configuration of a model can state, and when they are made by default."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch.errors import UsageError
+from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Goal, Plan, Skip
 from kirsch.pruning.loadable import LoadableSearch, configurable_of
 from kirsch.pruning.units import assembled, with_notes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from kirsch.graph.configuration import Configurable
+    from kirsch.graph.cost import Cost
     from kirsch.graph.graph import Graph
+    from kirsch.graph.group import Group
     from kirsch.pruning.obstacles import Least
     from kirsch.pruning.options import PlanOptions
     from kirsch.pruning.scores import ScoreCache
 
+    PlanFor = Callable[[Any], Plan]
+    """Function that returns the plan for a goal, or for None with `keep`."""
 
-def plan_loadable(graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache) -> Plan:
+CONSEQUENCE = (
+    "If no number of the configuration states the cuts, only kirsch.load loads the pruned model, and `save_pretrained` "
+    "raises an error."
+)
+
+
+def plan_function(
+    graph: Graph,
+    goal: Goal | None,
+    options: PlanOptions,
+    scores: ScoreCache,
+    any_cuts: Callable[[PlanOptions], PlanFor],
+) -> PlanFor:
+    """Return the function that makes the plan for a goal, by the option `loadable`.
+
+    By default, the plan makes only cuts that the configuration states, if the model has a configuration and the other
+    options allow it. If the configuration cannot state a plan for the goal, an ordinary plan is made. A note states the
+    reason for an ordinary plan of a model with a configuration.
+
+    Args:
+        graph: graph of the model.
+        goal: the goal of the user; None for `keep`, or if `max_drop` alone determines the cost. The search for the
+            smallest model then remains among those that the configuration states.
+        options: options of the plan.
+        scores: importances of the units.
+        any_cuts: takes options, and returns the function that makes a plan of any cuts.
+    """
+    loadable = partial(plan_loadable, graph, options=options.changed(loadable=not options.free_widths), scores=scores)
+    if options.loadable:
+        return loadable
+    plain = any_cuts(options.changed(loadable=False))
+    configurable = None if options.loadable is False else configurable_of(graph)
+    if configurable is None:
+        return plain
+    why = _default_obstacle(graph, options, configurable)
+    if why:
+        return lambda goal: _with_note(plain(goal), why)
+    if goal is None:
+        return loadable
+
+    def plan_for(goal: Goal) -> Plan:
+        try:
+            return loadable(goal)
+        except GoalError as error:
+            reasons = " ".join(filter(None, (error.what, error.why)))
+            return _with_note(plain(goal), f"{reasons} With loadable=True, this is an error. {CONSEQUENCE}")
+
+    return plan_for
+
+
+def least_loadable(graph: Graph, options: PlanOptions) -> Cost | None:
+    """Return the least cost of plans that the configuration states; None if ordinary plans are made."""
+    configurable = None if options.loadable is False or options.free_widths else configurable_of(graph)
+    if configurable is None or (not options.loadable and _default_obstacle(graph, options, configurable)):
+        return None
+    return LoadableSearch(graph, Goal(parameters=0.5), options, configurable, _equal).least().cost
+
+
+def _equal(group: Group, _: PlanOptions) -> NDArray[np.float64]:
+    """Return equal importances, for a least cost, which is almost the same for any choice of units."""
+    return np.zeros(group.size)
+
+
+def _default_obstacle(graph: Graph, options: PlanOptions, configurable: Configurable) -> str:
+    """Return why plans of a model with a configuration are ordinary ones by default; "" if they are not."""
+    if options.free_widths:
+        option, why, instead = options.free_widths
+        return (
+            f"{option} {why}. For cuts that the configuration of {graph.model_name} states, give {instead}. "
+            f"{CONSEQUENCE}"
+        )
+    if configurable.obstacle:
+        return f"the configuration of {graph.model_name} states no cuts: {configurable.obstacle} {CONSEQUENCE}"
+    if not LoadableSearch(graph, Goal(parameters=0.5), options, configurable, _equal).has_cuts:
+        return f"the configuration of {graph.model_name} can state no cut with these options. {CONSEQUENCE}"
+    return ""
+
+
+def _with_note(plan: Plan, reason: str) -> Plan:
+    return replace(plan, notes=(*plan.notes, f"loadable=False: {reason}"))
+
+
+def plan_loadable(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache) -> Plan:
     """Return the cuts that meet the goal and that the configuration of the model states.
 
     Raises:
         GoalError: the configuration cannot state cuts that meet the goal.
-        UsageError: the model has no configuration that could state cuts, or there is no goal.
+        UsageError: the model has no configuration that could state cuts.
     """
-    if goal is None or options.keep:
-        raise UsageError(
-            "`loadable=True` cannot be used with `keep`.",
-            "Widths by hand may differ between layers that share a number of the configuration.",
-            "Remove `keep` and give a goal, or remove `loadable`.",
-        )
     configurable = configurable_of(graph)
-    if configurable is None:
+    if configurable is None or configurable.obstacle:
+        why = (
+            "It has no configuration from which the traced model can be built, like those of the transformers library."
+            if configurable is None
+            else f"Its configuration states no cuts: {configurable.obstacle}"
+        )
         raise UsageError(
             f"`loadable=True` cannot be used with this {graph.model_name}.",
-            "It has no configuration from which the traced model can be built, like those of the transformers library.",
+            why,
             "Remove `loadable`, and save the pruned model with kirsch.save.",
         )
     search = LoadableSearch(graph, goal, options, configurable, scores.get)
@@ -49,6 +140,6 @@ def plan_loadable(graph: Graph, goal: Goal | None, options: PlanOptions, scores:
     chosen = replace(chosen, blocks=blocks, configuration=choice.numbers)
 
     def least(changed: PlanOptions) -> Least:
-        return LoadableSearch(graph, goal, changed, configurable, lambda group, _: np.zeros(group.size)).least()
+        return LoadableSearch(graph, goal, changed, configurable, _equal).least()
 
     return with_notes(chosen, graph, options, least)

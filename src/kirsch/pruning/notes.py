@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
     from kirsch.pruning.options import PlanOptions
 
-ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "max_drop=", "round_to=", "ranking=")
+ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "max_drop=", "round_to=", "ranking=", "loadable=")
 """Beginnings of the notes on options, by which `with_recomputed_costs` recognizes and keeps them."""
 
 CLOSE = 0.01

@@ -97,11 +97,12 @@ class PlanOptions(Options):
         ),
     )
     uniform: bool = Field(False, description="remove the same number of units from all layers of one kind and size")
-    loadable: bool = Field(
-        False,
+    loadable: bool | None = Field(
+        None,
         description=(
             "only make cuts that the configuration of a transformers model can state, so that from_pretrained loads "
-            "the result without Kirsch"
+            "the result without Kirsch; default: yes, unless the configuration cannot state the goal, or another "
+            "option sets the width of each layer by itself"
         ),
     )
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
@@ -157,6 +158,12 @@ class PlanOptions(Options):
         if not self.of_blocks and self.importance_name in IMPORTANCES:
             self.check_importance(importance_of(self.importance_name))
         self._check_measurements()
+        if self.loadable and self.free_widths:
+            raise UsageError(
+                f"`loadable=True` cannot be used with {self.free_widths[0]}.",
+                f"It {self.free_widths[1]}.",
+                f"Give {self.free_widths[2]}, or remove `loadable`.",
+            )
         if self.of_blocks:
             self._check_blocks()
         elif BLOCK in (self.kinds or ()) and self.ranking != "milp" and not self._keeps_blocks:
@@ -168,7 +175,7 @@ class PlanOptions(Options):
             )
 
     def _check_measurements(self) -> None:
-        """Check the options of plans that are measured, and of `loadable`, which uses the importances alone."""
+        """Check the options of plans that are measured."""
         unused = next((name for name in ONLY_WITH_MAX_DROP if getattr(self, name) is not None), None)
         if self.max_drop is None and unused is not None:
             raise UsageError(
@@ -180,12 +187,6 @@ class PlanOptions(Options):
             raise UsageError(
                 f'`evaluations` has no effect with ranking="{self.ranking}".',
                 fix=f'Remove `evaluations`, or give ranking="{LEARNED_RANKINGS[0]}".',
-            )
-        if self.loadable and (self.ranking == "milp" or self.is_learned):
-            raise UsageError(
-                f'ranking="{self.ranking}" cannot be used with `loadable`.',
-                "The numbers of a configuration are chosen by the importances alone.",
-                'Use another ranking, such as "global", or remove `loadable`.',
             )
 
     def check_importance(self, importance: Importance) -> None:
@@ -237,6 +238,19 @@ class PlanOptions(Options):
     def is_learned(self) -> bool:
         """Whether the ranking evaluates pruned models on data."""
         return self.ranking in LEARNED_RANKINGS
+
+    @property
+    def free_widths(self) -> tuple[str, str, str] | None:
+        """The option by which layers that share a number of a configuration get different widths; None without one.
+
+        Returns:
+            The option, why it cannot be used with `loadable`, and what can be given instead, in words.
+        """
+        if self.keep:
+            return "`keep`", "sets widths by hand, which may differ between the layers", "a goal in place of `keep`"
+        if self.ranking == "milp" or self.is_learned:
+            return f'ranking="{self.ranking}"', "chooses the width of each layer by itself", 'ranking="global"'
+        return None
 
     @property
     def importance_name(self) -> str:

@@ -215,14 +215,14 @@ def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scor
                 [scores(group, options) for group in tied],
                 width_multiple(tied[0], options, fineness),
                 options.min_keep,
-                _unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
+                unit_cost(graph, goal, tied) if goal is not None and options.ranking == "per_cost" else 1.0,
                 kept,
             )
         )
     return Chooser(graph, goal, candidates)
 
 
-def _unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
+def unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
     """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
     without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
     remaining, present = (goal.fractions(cost, graph.cost) for cost in (without, graph.cost))

@@ -233,7 +233,8 @@ def with_gates(
         )
     groups = removable_groups(graph, PlanOptions(kinds=kinds, exclude=exclude, keep_outputs=keep_outputs))
     equal = {group.name: np.zeros(group.size) for group in graph.groups}
-    plan(graph, goal, importance=equal, kinds=kinds, exclude=exclude, keep_outputs=keep_outputs)  # checks the goal
+    options: dict[str, Any] = {"kinds": kinds, "exclude": exclude, "keep_outputs": keep_outputs}
+    plan(graph, goal, importance=equal, loadable=False, **options)  # checks the goal
     gating = UnitGates(graph, goal, groups, steps=steps, train_weights=train_weights, speed=gate_speed)
     return framework_of(graph.model).training.gated(graph.model, gating)
 
@@ -275,7 +276,7 @@ def read_gates(
     probability = hard_concrete.open_probability(gating.location(values, model))
     ends = np.cumsum([group.size for group in groups])[:-1]
     scores = {group.name: part for group, part in zip(groups, np.split(probability, ends), strict=True)}
-    chosen = plan(graph, goal, importance=scores, round_to=round_to, min_keep=min_keep, **options)
+    chosen = plan(graph, goal, importance=scores, round_to=round_to, min_keep=min_keep, loadable=False, **options)
     low, high = UNDECIDED
     return LearnedGates(
         framework.training.without_gates(model),

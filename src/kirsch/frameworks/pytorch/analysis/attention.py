@@ -4,19 +4,28 @@
 trained scale after a cut, the rows of the weights, biases or gains that compute the queries are multiplied by
 sqrt(new width / old width). The rows are found by following the graph back from the queries through operations that
 move values or are linear; if that fails, the width is frozen.
+
+A model of the transformers library has the scale as an attribute, which a model that is built from the configuration of
+the pruned model computes from the new width. The rows are multiplied then, too, and the attribute gets its new value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.node import Node, map_arg
 
+from kirsch.frameworks.pytorch.transformers.blueprint import has_configuration
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch import nn
+
+    from kirsch.frameworks.pytorch.analysis.traced import Traced
     from kirsch.graph.labels import Labels
 
 _MOVES = """
@@ -43,25 +52,73 @@ class QueryScaling:
     Args:
         width: labels of the axis whose size sets the scale.
         rows: path of a parameter → indices of the rows along its first axis.
+        attribute: path of a module, and the name of its attribute with the scale, which gets the value for the new
+            width; None if the scale follows from the shapes.
     """
 
     width: Labels
     rows: dict[str, tuple[int, ...]]
+    attribute: tuple[str, str] | None = None
 
 
-def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str]) -> QueryScaling | None:
+def attribute_scale(width: int, present: float, present_width: int) -> float:
+    """Return the scale for a width by the formula that gives the present scale exactly.
+
+    The formulas differ in the last bit of the result.
+    """
+    formulas = (lambda n: n**-0.5, lambda n: 1 / math.sqrt(n))
+    return next((formula for formula in formulas if formula(present_width) == present), formulas[0])(width)
+
+
+def attribute_scalings(model: nn.Module, traced: Traced) -> Iterator[QueryScaling]:
+    """Yield the attentions whose scale is an attribute of a module and equals width ** -0.5 of the queries.
+
+    There are none in a model without a configuration, whose attributes need not follow the width.
+    """
+    modules = dict(model.named_modules())
+    for node in traced.program.graph.nodes if has_configuration(model) else ():
+        query, scale = _explicit_scale(node)
+        axes = getattr(traced.states.get(query), "axes", None) if isinstance(query, Node) else None
+        if not axes or axes[-1] is None or not math.isclose(scale, len(axes[-1]) ** -0.5, rel_tol=1e-12):
+            continue
+        path = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))[0]
+        names = [name for name, value in vars(modules.get(path, model)).items() if type(value) is float]
+        names = [name for name in names if getattr(modules.get(path, model), name) == scale]
+        found = query_scaling(node, axes[-1], traced.slots, query) if len(names) == 1 else None
+        if found is not None:
+            yield replace(found, attribute=(path, names[0]))
+
+
+def _explicit_scale(node: Node) -> tuple[Any, float]:
+    """Return the queries and the scale of a product of queries and keys with a scale; None and 0 for other nodes."""
+    if node.op != "call_function":
+        return None, 0.0
+    name = _name(node)
+    if name == "scaled_dot_product_attention":
+        return node.args[0], float(node.kwargs.get("scale") or 0.0)  # type: ignore[arg-type]
+    if name == "baddbmm":
+        return node.args[1], float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    if name == "mul" and isinstance(node.args[0], Node) and type(node.args[1]) is float:
+        product = node.args[0]
+        if _name(product) in ("matmul", "bmm") and len(product.users) == 1:
+            return product.args[0], node.args[1]
+    return None, 0.0
+
+
+def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str], query: Any = None) -> QueryScaling | None:
     """Return the rows that must be multiplied to preserve the scale when the width changes.
 
     Args:
-        attention: node of `scaled_dot_product_attention`.
+        attention: node of `scaled_dot_product_attention`, or of another product of queries and keys.
         width: labels of the last axis of the queries.
         slots: graph input → path of its parameter or buffer.
+        query: node of the queries; None: the first argument of the attention.
 
     Returns:
         The rows; None if multiplying rows cannot preserve the scale.
     """
-    query: Any = attention.args[0]
-    if len(query.users) > 1 or attention.args.count(query) > 1:
+    query = attention.args[0] if query is None else query
+    if len(query.users) > 1 or next(iter(query.users)).args.count(query) > 1:
         return None
     between: set[Node] = set()
     producer = _producer_of(query, between)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
-from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_scaling
+from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, attribute_scalings, query_scaling
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification
@@ -91,6 +91,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
         ]
+    if not tracing.as_graph:  # the traced program has the scale as a constant
+        traced.query_scalings += attribute_scalings(model, traced)
     freeze_unused(unused, model, facts, tensors)
     if tracing.module:
         freeze_shared(shared_with_rest(whole, tracing.module), model, facts, tensors)
@@ -363,8 +365,7 @@ class _Walk:
 
     def _keeps_scale(self, node: Node, width: Axis) -> bool:
         found = None if width is None else query_scaling(node, width, self._slots)
-        if found is not None:
-            self.query_scalings.append(found)
+        self.query_scalings += [] if found is None else [found]
         return width is None or found is not None
 
     def _is_residual(self, node: Node) -> bool:

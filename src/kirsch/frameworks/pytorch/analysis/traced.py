@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from kirsch.frameworks.pytorch.analysis.attention import QueryScaling
     from kirsch.frameworks.pytorch.analysis.blocks import ResidualBlock
+    from kirsch.graph.configuration import Configurable
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Traced:
         statistics: names of the nodes whose result is a statistic over units.
         training: the program traced in training mode; None if the program in inference mode uses all parameters, or the
             model cannot be traced in training mode.
+        configurable: the cuts that the configuration of the model can state, after the first request.
     """
 
     program: ExportedProgram
@@ -42,3 +44,4 @@ class Traced:
     blocks: tuple[ResidualBlock, ...]
     statistics: frozenset[str]
     training: Traced | None = None
+    configurable: Configurable | None = None

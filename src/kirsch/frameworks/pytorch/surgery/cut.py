@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kirsch.frameworks.pytorch.analysis.attention import attribute_scale
 from kirsch.frameworks.pytorch.analysis.provenance import set_integer
 from kirsch.frameworks.pytorch.inference.predict import inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of, recompute_weights
@@ -44,6 +45,7 @@ def cut(model: nn.Module, graph: Graph, keep: NDArray[np.bool_], *, constants: b
     pruned = copy_of(model, memo)
     for leaf, number in graph.constants(keep).items() if constants else ():
         set_integer(pruned, leaf, number)
+    _set_scales(pruned, graph, keep)
     with inference(pruned), torch.no_grad():  # a parametrization may change its state in training mode
         for module in pruned.modules():
             recompute_weights(module)
@@ -90,6 +92,16 @@ def _scale(part: torch.Tensor, labeled: Tensor, graph: Graph, keep: NDArray[np.b
                 kept_rows = (is_scaled if mask is None else is_scaled[mask]).nonzero()[0]
                 index = torch.from_numpy(kept_rows).to(part.device)
                 part.index_copy_(0, index, part.index_select(0, index) * float(width.mean()) ** 0.5)
+
+
+def _set_scales(pruned: nn.Module, graph: Graph, keep: NDArray[np.bool_]) -> None:
+    """Set the attributes with the scale of attention to their values for the new widths; see `QueryScaling`."""
+    for scaling in graph.traced.query_scalings:
+        width = graph.kept(scaling.width, keep)
+        if width is not None and scaling.attribute is not None:
+            path, name = scaling.attribute
+            module = pruned.get_submodule(path)
+            setattr(module, name, attribute_scale(int(width.sum()), getattr(module, name), len(width)))
 
 
 def update_widths(module: nn.Module) -> None:

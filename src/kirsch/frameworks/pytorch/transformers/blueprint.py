@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kirsch.errors import error_text
 
@@ -130,14 +131,30 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+RANDOM = frozenset([nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_])
+"""Initializations that take most of the time in which a model is built."""
+
+
+class _WithoutRandomValues(TorchFunctionMode):
+    """Leave tensors uninitialized that would be filled with random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func in RANDOM:
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)
+
+
 def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.device, config: Any = None) -> nn.Module:
     """Return a new model of the same class from its configuration, or another one, with other numbers.
+
+    Its parameters are not initialized; those of another model must be loaded before it is run.
 
     Raises:
         Exception: the model cannot be built from these numbers.
     """
     before = torch.get_default_dtype()
-    with quiet(), torch.device(device):
+    with quiet(), torch.device(device), _WithoutRandomValues():
         torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), before))
         try:
             new: nn.Module = type(model)(with_numbers(model.config if config is None else config, changes))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 from kirsch.errors import KirschError
 from kirsch.frameworks.pytorch.inference.predict import run
@@ -49,23 +50,24 @@ FLOAT_STEPS = 32
 def configurable(graph: Graph) -> Configurable | None:
     """Return the cuts that the configuration of the traced model can state.
 
+    The search runs when the cuts are first read, and once for each graph.
+
     Returns:
-        None if only a part of the model was traced, if it has no configuration, or if its configuration builds another
-        model. Parameters on the meta device have no values with which cuts could be verified: None, too.
+        None if the model has no configuration, only a part of it was traced, or the pruned model will be a traced
+        program.
     """
     if graph.model is None or graph.tracing.module or graph.tracing.as_graph:
         return None
     model = without_tuners(graph.model)
     if not has_configuration(model):
         return None
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
-    builds = Builds(model)
-    if builds.start is None or builds.start.sizes != sizes(model):
-        return None
-    search = WidthSearch(model, graph, builds, builds.start)
-    depths = configured_depths(model, graph)
-    return Configurable(tuple(search.widths()), tuple(depths), search.fits, search.difference)
+    traced: Traced = graph.traced
+    if traced.configurable is None:
+        search = WidthSearch(model, graph)
+        traced.configurable = Configurable(
+            search.obstacle, search.widths, lambda: configured_depths(model, graph), search.fits, search.difference
+        )
+    return traced.configurable
 
 
 class WidthSearch:
@@ -73,16 +75,46 @@ class WidthSearch:
 
     Args:
         model, graph: the model, without adapters, and its graph, which may have adapters.
-        builds: models built from changed configurations.
-        start: the model built from the present configuration.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, builds: Builds, start: Built) -> None:
-        self._model, self._graph, self._builds, self._start = model, graph, builds, start
-        search = Search(model)
-        self._stored = list(search.stored)
-        self._implied = search.implied(start.sizes, {})
-        self._footprints = Footprints(graph, self._stored, plain_names(graph.model))
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self._model, self._graph = model, graph
+
+    @cached_property
+    def obstacle(self) -> str:
+        """Why no cut of the model can be stated, as a sentence; "" if a search is possible."""
+        name = self._graph.model_name
+        if any(parameter.is_meta for parameter in self._model.parameters()):
+            return "the parameters are on the meta device, without values with which a cut could be verified."
+        if self._builds.start is None or self._builds.start.sizes != sizes(self._model):
+            return f"its configuration does not build this {name}, but one of other sizes or none."
+        return ""
+
+    @cached_property
+    def _builds(self) -> Builds:
+        return Builds(self._model)
+
+    @cached_property
+    def _start(self) -> Built:
+        """The model built from the present configuration, which exists if there is no obstacle."""
+        return cast("Built", self._builds.start)
+
+    @cached_property
+    def _search(self) -> Search:
+        return Search(self._model)
+
+    @cached_property
+    def _stored(self) -> list[tuple[str, int]]:
+        return list(self._search.stored)
+
+    @cached_property
+    def _implied(self) -> Numbers:
+        """Values of the numbers that the configuration does not state."""
+        return self._search.implied(self._start.sizes, {})
+
+    @cached_property
+    def _footprints(self) -> Footprints:
+        return Footprints(self._graph, self._stored, plain_names(self._graph.model))
 
     def widths(self) -> list[ConfiguredWidth]:
         """Return all widths that numbers state, each of as few numbers as possible."""
