@@ -37,6 +37,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.measurement.machine import cpu, version_of
 from kirsch.pruning.importance import IMPORTANCES
 from kirsch.pruning.importance.calibration import batches_for, loss_of
+from kirsch.pruning.importance.importance import as_importance
 from kirsch.pruning.importance.statistics import Statistics
 
 ROOT = Path(__file__).parents[1]
@@ -277,10 +278,13 @@ def run(name: str, seed: int) -> None:
         row: dict[str, Any] = {"network": name, "seed": seed, "importance": importance, "ranking": ranking}
         if importance not in scores:
             scores[importance] = scores_of(graph, importance, [(inputs, labels)], task, seed)
-        options = {"data": [(inputs, labels)], "loss": task["label_loss"]} if ranking == "milp" else {}
+        needs, known = IMPORTANCES[importance].needs, scores[importance]
+        known = as_importance(lambda _, group, known=known: known[group.name], importance, needs)
+        reads = ranking == "milp" or needs != "weights"
+        options = {"data": [(inputs, labels)], "loss": task["label_loss"]} if reads else {}
         options["kinds"] = [kind for kind in task["kinds"] if kind in {group.kind for group in graph.groups}]
         begun = time.process_time()
-        plan = kirsch.plan(graph, GOAL, importance=scores[importance], ranking=ranking, progress=False, **options)
+        plan = kirsch.plan(graph, GOAL, importance=known, ranking=ranking, progress=False, **options)
         row["plan_seconds"] = round(time.process_time() - begun, 1)
         pruned = kirsch.prune(model, plan)
         row |= {"original": before, "one_shot": task["quality"](pruned)}

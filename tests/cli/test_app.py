@@ -7,7 +7,8 @@ import json
 import pytest
 
 from kirsch import __version__
-from kirsch.cli.app import MODES, app
+from kirsch.cli.app import app
+from kirsch.cli.command import MODES
 
 SUBCOMMANDS = [
     "compress",
@@ -16,6 +17,8 @@ SUBCOMMANDS = [
     "trace",
     "plan",
     "prune",
+    "sparsify",
+    "sensitivity",
     "export",
     "measure",
     "report",

@@ -16,7 +16,7 @@ from typer.main import get_command
 import kirsch
 from kirsch.cli import main
 from kirsch.cli.app import app
-from kirsch.cli.plan_flags import given_options, with_plan_flags
+from kirsch.cli.flags import given_options, with_flags
 from kirsch.errors import RecipeError, UsageError
 from kirsch.graph.cost_names import WORDS
 from kirsch.pruning.options import PlanOptions
@@ -110,7 +110,7 @@ def test_a_subcommand_keeps_its_own_flag_for_an_option():
     def subcommand(session, seed: int = 5, **options: Any) -> int:
         return 0
 
-    parameters = inspect.signature(with_plan_flags(subcommand)).parameters
+    parameters = inspect.signature(with_flags(PlanOptions, limits=True)(subcommand)).parameters
     assert parameters["seed"].default == 5
     assert parameters.keys() - {"session", *WORDS} == class_options().keys()
 
@@ -259,7 +259,7 @@ def as_yaml(value: Any) -> str:
     ],
 )
 def test_texts_of_flags_become_values(flags, options):
-    assert given_options(flags) == options
+    assert given_options(flags, PlanOptions) == options
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_texts_of_flags_become_values(flags, options):
 )
 def test_a_flag_that_cannot_be_read_is_named(flags, message):
     with pytest.raises(UsageError, match=message):
-        given_options(flags)
+        given_options(flags, PlanOptions)
 
 
 @pytest.mark.parametrize("options", [{"kinds": {"head": 2}}, {"kinds": ["head", "rank"]}, {"round_to": {"head": 8}}])

@@ -9,6 +9,7 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import UsageError
+from kirsch.pruning.importance.importance import as_importance
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.selection import ranked_together
 
@@ -78,6 +79,20 @@ def test_isomorphic_removes_the_same_fraction_of_each_class(graph):
     removed_scores = [np.sort(scores[name])[counts[name] - 1] for name in ("2.inner", "3.inner")]
     kept_scores = [np.sort(scores[name])[counts[name]] for name in ("2.inner", "3.inner")]
     assert max(removed_scores) <= min(kept_scores)
+
+
+def test_a_global_ranking_compares_importances_from_labels_relative_to_the_mean_of_each_group(graph):
+    """Changes of the loss are smaller in wide layers. Their sum over a layer is not the change without the layer."""
+
+    def plan(scale, needs):
+        scales = dict(zip([group.name for group in graph.groups], scale, strict=True))
+        found = as_importance(lambda _, group: scales[group.name] * (1 + np.arange(group.size)), "planted", needs)
+        data = [(IMAGES, torch.tensor([0, 1]))] if needs == "labels" else None
+        return removed(kirsch.plan(graph, kirsch.Goal(macs=0.5), importance=found, round_to=1, data=data))
+
+    same, different = np.ones(len(graph.groups)), 10.0 ** np.arange(len(graph.groups))
+    assert plan(same, "labels") == plan(different, "labels")
+    assert plan(same, "weights") != plan(different, "weights")  # a function of the user is compared as it is
 
 
 def test_per_cost_prefers_units_of_high_cost(graph):

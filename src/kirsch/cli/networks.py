@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kirsch.graph.inputs import InputSpec
 
 RANDOM, PRETRAINED = "random", "pretrained"
+RANDOM_NOTE = "The zeros were chosen by random weights of the model; use --weights pretrained or FILE."
 PLAN_FILE = re.compile(rb'\s*\{\s*"kirsch_plan"')
 ONNX_FILE = re.compile(rb"\x08")  # key of the first field of the message, the version of the format
 
@@ -156,9 +157,14 @@ def load_model(reference: str, inputs: Sequence[str], weights: str, *, pruned: s
     if pruned:
         original = load(pruned, lambda: build(reference, base=Path(), seed=seed))
         return _with_inputs(original, reference, specs, f"the weights are those of {pruned}", pruned=pruned)
-    zoo = reference.startswith("timm:")
-    model = model_of(reference, weights, seed=seed)
-    return _with_inputs(model, reference, specs, origin_of(reference, weights, seed), random=zoo and weights == RANDOM)
+    loaded = load_without_inputs(reference, weights, seed=seed)
+    return _with_inputs(loaded.model, reference, specs, loaded.weights, random=loaded.random)
+
+
+def load_without_inputs(reference: str, weights: str, *, seed: int = 0) -> LoadedModel:
+    """Return the model of a reference, for subcommands that do not run it on example inputs; see `load_model`."""
+    model, zoo = model_of(reference, weights, seed=seed), reference.startswith("timm:")
+    return LoadedModel(model, (), origin_of(reference, weights, seed), zoo and weights == RANDOM)
 
 
 def origin_of(reference: str, weights: str, seed: int) -> str:
@@ -209,7 +215,7 @@ def show_trace(loaded: LoadedModel, layer: str, terminal: Terminal) -> int:
 
 def show_plan(loaded: LoadedModel, request: PlanRequest, output: str, terminal: Terminal) -> int:
     """Show a plan with its costs, and write it to a file if one is named."""
-    target = _output_file(output, PLAN_FILE, "a plan") if output else None
+    target = output_file(output, PLAN_FILE, "a plan") if output else None
     plan = request.plan(loaded)
     texts = [*request.notes(), *_random_weights_note(loaded, plan)]
     parts = [*plan.parts(), *loaded.weights_parts(), notes(texts)]
@@ -265,7 +271,7 @@ def show_prune(
 
 def show_export(loaded: LoadedModel, output: str, terminal: Terminal) -> int:
     """Export a model to an ONNX file, and compare the outputs of model and file."""
-    artifact = export(loaded.model, _output_file(output, ONNX_FILE, "an ONNX file"), example_inputs=loaded.inputs)
+    artifact = export(loaded.model, output_file(output, ONNX_FILE, "an ONNX file"), example_inputs=loaded.inputs)
     content = artifact.to_dict() | {"path": str(artifact.path), "usage": usage(artifact), "weights": loaded.weights}
     terminal.result([*artifact.parts(), *loaded.weights_parts()], content)
     return 0
@@ -348,7 +354,7 @@ def _other_weights_note(loaded: LoadedModel, plan: Plan) -> list[str]:
     return [f"{text}: for the plan, {plan_weights}; for the model, {loaded.weights}. Make a new plan."]
 
 
-def _output_file(output: str, start: re.Pattern[bytes], noun: str) -> Path:
+def output_file(output: str, start: re.Pattern[bytes], noun: str) -> Path:
     """Return the path of an output file, after a check that it can be written.
 
     Args:

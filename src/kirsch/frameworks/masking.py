@@ -62,7 +62,7 @@ class Masking(Protocol):
     ) -> None:
         """Give parameters of a model masks, or replace their masks, in place; False where the weight is zero.
 
-        `values`: new values of parameters; the other parameters are not changed.
+        `values`: new values of parameters, with or without a mask; the other parameters are not changed.
         """
 
     def masks(self, model: Any) -> dict[str, NDArray[np.bool_]]:

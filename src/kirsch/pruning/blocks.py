@@ -170,7 +170,7 @@ def plan_blocks(graph: Graph, goal: Goal, options: PlanOptions, block_scores: Bl
         f"exclude={[pattern]} has no effect: no residual block contains a layer of this name."
         for pattern in without_effect
     )
-    notes = (met_note(chosen), landing_note(chosen), *uncounted_notes(chosen, graph), exclusion, *unused)
+    notes = (met_note(chosen), landing_note(chosen, graph), *uncounted_notes(chosen, graph), exclusion, *unused)
     return replace(chosen, notes=tuple(filter(None, notes)))
 
 

@@ -122,7 +122,9 @@ class DropSearch:
             raise self._unreachable(trials)
         plan = self._with_notes(found, trials)
         # The search chose the goal of the plan; the user has none.
-        return replace(plan, goal={}, notes=tuple(note for note in plan.notes if note != landing_note(plan)))
+        return replace(
+            plan, goal={}, notes=tuple(note for note in plan.notes if note != landing_note(plan, self._graph))
+        )
 
     def _fraction(self, cost: Cost) -> float:
         return float(getattr(cost, self._minimize) / max(getattr(self._graph.cost, self._minimize), 1))

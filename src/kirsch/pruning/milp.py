@@ -68,7 +68,7 @@ def allocate(
         chooser.without = tuple(removed)
         for candidate, unit_scores in zip(chooser.candidates, alternatives.unit_scores(scores), strict=True):
             candidate.removal_scores = unit_scores
-        counts = chooser.refine(counts, [0] * len(counts))
+        counts = chooser.filled(chooser.refine(counts, [0] * len(counts)), CLOSE)
         if chooser.distance(counts) <= CLOSE:
             break
     return chooser, counts, removed

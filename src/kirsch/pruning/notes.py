@@ -34,7 +34,7 @@ Measured on x86: 63 channels take 1.6 times as long as 64, and 7 times as long i
 def with_recomputed_costs(plan: Plan, graph: Graph) -> Plan:
     """Return the plan with costs and notes recomputed from the units that it removes from the graph."""
     priced = plan.priced(graph)
-    landing, met = landing_note(priced), met_note(priced)
+    landing, met = landing_note(priced, graph), met_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
     notes = [*missed_notes(priced), *([met] if met else []), *([landing] if landing in plan.notes else [])]
     notes += [*width_notes(priced), *unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
@@ -97,7 +97,7 @@ def met_note(plan: Plan) -> str:
     return f"The goal is met before this plan, which removes nothing: {' and '.join(reached)}."
 
 
-def landing_note(plan: Plan) -> str:
+def landing_note(plan: Plan, graph: Graph) -> str:
     """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
     if plan.limits is None or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
         return ""
@@ -106,20 +106,39 @@ def landing_note(plan: Plan) -> str:
     if limit - value <= CLOSE:
         return ""
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan)}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan, graph, name)}"
 
 
-def _landing_reason(plan: Plan) -> str:
+def _landing_reason(plan: Plan, graph: Graph, name: str) -> str:
     """Return why a plan is far below its goal, and the options that may come closer."""
     if plan.blocks and not plan.groups:
         return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
-    one_unit = "Restoring any unit misses the goal, and no closer plan with less important units was found."
-    why = one_unit if single else f"round_to={multiple!r} rounds the widths."
+    why = _next_cost(plan, graph, name) if single else f"round_to={multiple!r} rounds the widths."
     better = ([] if single else ["a smaller round_to"]) + (["uniform=False"] if plan.method.get("uniform") else [])
     fix = f" The plan may come closer with {' or '.join(better)}." if better else ""
     return f"{why}{fix}"
+
+
+def _next_cost(plan: Plan, graph: Graph, name: str) -> str:
+    """Return the least cost of the plans with one unit more, and why no plan between them was chosen."""
+    if plan.limits is None or not plan.groups or plan.method.get("uniform") or plan.method.get("loadable"):
+        return "Restoring any unit misses the goal."
+    removed = {removal.name: removal.removed for removal in plan.groups}
+    without = [block.name for block in plan.blocks]
+    costs = {
+        group: plan.limits.fractions(
+            graph.prices.price(graph.keep({**removed, group: units[:-1]}), without), plan.before
+        )[name][0]
+        for group, units in removed.items()
+        if units
+    }
+    group = min(costs, key=lambda group: costs[group])
+    return (
+        f"With one unit more, they are at least {costs[group]:.1%} (`{group}`). Exchanging units between layers comes "
+        "no closer, or removes far more important units."
+    )
 
 
 def width_notes(plan: Plan) -> list[str]:

@@ -57,6 +57,8 @@ class ScoreCache:
         if group.name not in self._cache:
             self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
         scores, weight = self._cache[group.name], options.kind_weights[group.kind]
+        if options.ranking == "global" and not options.loadable and self._importance.needs == "labels":
+            scores = _relative(scores)
         if options.ranking == "milp":  # the weights divide the measured changes of the outputs
             return scores
         if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
@@ -77,6 +79,19 @@ def scores_of(graph: Graph, options: PlanOptions, importance: Importance, data: 
     if batches is not None and importance.needs != "weights":
         statistics = Statistics(graph, batches, calibration_loss, options.seed)
     return ScoreCache(graph, options, importance, batches, statistics)
+
+
+def _relative(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scores divided by the mean of their magnitudes, so that those of all groups have the same mean.
+
+    Estimates of the change of the loss are smaller for a unit of a wide layer, and do not add up: the loss without most
+    units of a layer is far larger than the sum of their estimates. Without the division, a global ranking cuts the
+    widest layers down to `min_keep`. On a ResNet of 16 to 128 channels for CIFAR-10 with half of its MACs, "taylor"
+    leaves 12 % of the parameters without it, and 36 to 74 % with it; after a short training, the accuracies for two
+    seeds are 33 % and 33 % without it, and 46 % and 47 % with it.
+    """
+    mean = np.abs(scores).mean()
+    return scores / mean if mean > 0 else scores
 
 
 def _importance_scores(

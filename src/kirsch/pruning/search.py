@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -195,7 +195,7 @@ class Chooser:
 
         The units of some groups may cost so much that the threshold of a ranking jumps over the goal. Then fewer units
         are removed from one group, and more from the others, as long as the choice comes closer to the goal and the
-        removed units are less important in sum.
+        removed units are hardly more important in sum; see `_is_worth`.
 
         Args:
             classes: see `descend`.
@@ -205,26 +205,63 @@ class Chooser:
         best = self.refine(*self.descend(classes, limits))
         if self.distance(best) > close:  # the same fraction of each list is too far from the goal
             best = self.refine(best, [0] * len(best))
+        return self.fill(best, limits, close, partial(self.descend, classes))
+
+    def fill(
+        self,
+        best: list[int],
+        limits: Sequence[int],
+        close: float,
+        descend: Callable[[Sequence[int]], tuple[list[int], list[int]]],
+    ) -> list[int]:
+        """Return a choice that is closer to the goal: fewer units of one candidate, and more of others, as in `search`.
+
+        Args:
+            best: a choice that meets the goal.
+            limits: largest number of removed units of each candidate.
+            close: distance to the goal that is sufficient.
+            descend: takes limits, and returns a choice and the smallest numbers of removed units; see `descend`.
+        """
         while self.distance(best) > close:
             trials = []
             for index in (i for i, c in enumerate(self.candidates) if best[i] and c.kept is None):
                 fewer = self.candidates[index].allowed(best[index] - 1)
                 changed = [*limits[:index], fewer, *limits[index + 1 :]]
-                trial, fewest = self.descend(classes, changed)
+                trial, fewest = descend(changed)
                 if self.fits(trial):
                     trials.append((self.refine(trial, fewest), changed))
-            closer = [trial for trial in trials if self.distance(trial[0]) < self.distance(best)]
-            chosen, limits = min(closer, key=lambda trial: self.removed_importance(trial[0]), default=(best, limits))
-            if self.removed_importance(chosen) >= self.removed_importance(best):
+            worth = [trial for trial in trials if self._is_worth(trial[0], best)]
+            if not worth:
                 break
-            best = chosen
+            best, limits = min(worth, key=lambda trial: self.removed_importance(trial[0]))
         return best
+
+    def filled(self, counts: Sequence[int], close: float) -> list[int]:
+        """Return a choice that is closer to the goal than another one, of which only a few numbers change."""
+
+        def beside(limits: Sequence[int]) -> tuple[list[int], list[int]]:
+            least = [min(pair) for pair in zip(counts, limits, strict=True)]
+            return self.descend(None, limits, least)[0], [0] * len(least)
+
+        return self.fill(list(counts), [candidate.steps[-1] for candidate in self.candidates], close, beside)
 
     def removed_importance(self, counts: Sequence[int]) -> float:
         """Return the sum of the importances of the removed units, relative to the lowest one if it is negative."""
         lowest = min([0.0, *(float(candidate.scores[0]) for candidate in self.candidates)])
         pairs = zip(self.candidates, counts, strict=True)
         return float(sum((c.scores[:count] - lowest).sum() * c.unit_cost * c.units_per_portion for c, count in pairs))
+
+    def _is_worth(self, trial: Sequence[int], counts: Sequence[int]) -> bool:
+        """Return whether a choice is closer to the goal than another one, without much more important removed units.
+
+        The importance of the removed units may be larger by the fraction of that of all units by which the cost comes
+        closer to the goal: a choice that is larger and removes far more important units is worse, although it is
+        closer to the goal.
+        """
+        total = self.removed_importance([candidate.size for candidate in self.candidates])
+        more = self.removed_importance(trial) - self.removed_importance(counts)
+        closer = self.distance(counts) - self.distance(trial)
+        return closer > 0 and more <= closer * total
 
     def distance(self, counts: Sequence[int]) -> float:
         """Return the distance from a choice up to the nearest limit of the goal, as a fraction of the original cost."""
@@ -233,13 +270,16 @@ class Chooser:
         fractions = self._goal.fractions(self.price(counts), self._graph.cost)
         return min(limit - value for value, limit in fractions.values())
 
-    def descend(self, classes: Sequence[Sequence[int]] | None, limits: Sequence[int]) -> tuple[list[int], list[int]]:
+    def descend(
+        self, classes: Sequence[Sequence[int]] | None, limits: Sequence[int], least: Sequence[int] = ()
+    ) -> tuple[list[int], list[int]]:
         """Return the choice with the lowest threshold that meets the goal, found by bisection.
 
         Args:
             classes: lists of indices of candidates. The threshold is the fraction of the units of each list that is
                 removed, the least important first. None: the threshold is the largest importance of the removed units.
             limits: largest number of removed units of each candidate.
+            least: smallest number of removed units of each candidate; empty for 0.
 
         Returns:
             The choice, and the smallest numbers of removed units to which units may be restored: those of the next
@@ -260,6 +300,7 @@ class Chooser:
 
         def choice(index: int) -> list[int]:
             most = [min(pair) for pair in zip(counts(thresholds[index]), limits, strict=True)]
+            most = [max(pair) for pair in zip(most, least or most, strict=True)]
             return self.repaired([c.allowed(count) for c, count in zip(self.candidates, most, strict=True)])
 
         low, high = 0, len(thresholds) - 1

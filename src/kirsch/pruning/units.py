@@ -94,7 +94,7 @@ def with_notes(
     notes = (
         *first,
         met_note(chosen),
-        landing_note(chosen),
+        landing_note(chosen, graph),
         *width_notes(chosen),
         *unused_notes(chosen, graph),
         *uncounted_notes(chosen, graph),

@@ -110,6 +110,72 @@ def test_sparsegpt_keeps_the_outputs_better_than_magnitude_in_every_layer_type(o
     assert errors["sparsegpt"] < 0.5 * errors["magnitude"]
 
 
+def deep(seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(24, 24) for _ in range(5)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())), nn.Linear(24, 6))
+    return model.eval(), torch.randn(256, 24) @ torch.randn(24, 24) / 5
+
+
+def test_sparsegpt_sees_the_inputs_from_earlier_layers_with_zeros():
+    """Layers that are made sparse on the inputs in the dense model give a larger mean error of the output."""
+    errors = []
+    for seed in range(4):
+        model, x = deep(seed)
+        sparse = kirsch.sparsify(model, sparsity=0.6, importance="sparsegpt", data=x)
+        layers = [str(index) for index in range(0, 11, 2)]
+        each = {}
+        for layer in layers:
+            others = [other for other in layers if other != layer]
+            alone = kirsch.sparsify(model, sparsity=0.6, importance="sparsegpt", data=x, exclude=others)
+            each[f"{layer}.weight"] = torch.from_numpy(MASKING.values(alone.model, f"{layer}.weight"))
+        assert torch.equal(sparse.model[0].weight, each["0.weight"])
+        assert not torch.equal(sparse.model[2].weight, each["2.weight"])
+        separate = deep(seed)[0]
+        separate.load_state_dict({**model.state_dict(), **each})
+        power = model(x).var(0).mean()
+        errors.append([((part(x) - model(x)).pow(2).mean() / power).item() for part in (sparse.model, separate)])
+    sequential, independent = np.mean(errors, axis=0)
+    assert sequential < independent
+
+
+def test_sparsegpt_is_the_exact_optimal_brain_surgeon_in_the_first_layer():
+    """One of two consecutive weights at a time, each with the inverse of the matrix of the remaining inputs."""
+    model, x = deep()
+    sparse = kirsch.sparsify(model, pattern="1:2", importance="sparsegpt", data=x)
+    inputs, expected = x.double().numpy(), model[0].weight.detach().double().numpy().copy()
+    hessian = inputs.T @ inputs
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(24)
+    for row in expected:
+        for start in range(0, 24, 2):
+            inverses = [np.linalg.inv(hessian[j:, j:]) for j in (start, start + 1)]
+            scores = [row[start + i] ** 2 / inverse[0, 0] for i, inverse in enumerate(inverses)]
+            j = start + int(scores[1] < scores[0])
+            inverse = inverses[j - start]
+            row[j:] -= row[j] / inverse[0, 0] * inverse[0]
+    np.testing.assert_allclose(MASKING.values(sparse.model, "0.weight"), expected, atol=1e-5)
+
+
+def test_the_blocks_of_sparsegpt_follow_the_run_and_not_the_definition():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(8, 4), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model, x = Backwards().eval(), torch.randn(64, 8)
+    sparse = kirsch.sparsify(model, sparsity=0.5, importance="sparsegpt", data=x)
+    alone = {
+        name: kirsch.sparsify(model, sparsity=0.5, importance="sparsegpt", data=x, exclude=other).model
+        for name, other in (("first", "last"), ("last", "first"))
+    }
+    assert torch.equal(sparse.model.first.weight, alone["first"].first.weight)
+    assert not torch.equal(sparse.model.last.weight, alone["last"].last.weight)
+
+
 def test_sparsegpt_with_a_small_memory_gives_the_same_weights(monkeypatch):
     model, x = Layers().eval(), tokens(32)
     first = kirsch.sparsify(model, sparsity=0.5, importance="sparsegpt", data=x)
@@ -213,6 +279,20 @@ def test_layers_smaller_than_the_pattern_are_kept_and_listed():
     assert {layer.name for layer in result.layers} == {"3.weight", "7.weight"}
     blocks = kirsch.sparsify(model, pattern="16x1", sparsity=0.5)
     assert blocks.kept["7.weight"] == "its layer has 3 outputs, fewer than the 16 of the pattern 16x1"
+
+
+def test_stacked_weights_of_experts_are_kept_with_their_own_reason():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.experts = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            return torch.einsum("ne,eij,nj->ni", self.router(x).softmax(-1), self.experts, x)
+
+    result = kirsch.sparsify(Mixture(), sparsity=0.5)
+    assert "experts of a mixture" in result.kept["experts"]
+    assert [layer.name for layer in result.layers] == ["router.weight"]
 
 
 def test_a_layer_that_does_not_run_on_the_data_is_kept_and_listed():

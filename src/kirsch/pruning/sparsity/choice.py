@@ -51,7 +51,7 @@ class Chooser:
     A weight that was masked before stays masked, and counts towards the sparsity.
 
     Args:
-        model: the model without masks; the importance runs it on the data.
+        model: the model without masks; the importance runs it on the data, and "sparsegpt" changes its weights.
         weights: the weights to choose from.
         masks: earlier masks by name; a name without one has no masked weights.
         options: pattern, sparsity and importance.
@@ -151,22 +151,42 @@ class Chooser:
     # ------------------------------------------------------------------------------------------------ SparseGPT
 
     def _by_obs(self) -> Choice:
+        """Return the choice of SparseGPT, block after block in the order of a run.
+
+        The inputs of a block are those of the model in which all earlier blocks have their zeros already, so that the
+        updates of a block also compensate for the errors of the earlier ones (Frantar, Alistarh 2023,
+        arXiv:2301.00774, section 4). The data runs through the model once for each block.
+        """
         choice = Choice()
-        for weights in self._sets_in_memory():
-            grams = inputs.grams(self._model, self._data, weights)
-            for weight in weights:
-                if weight.name not in grams:
-                    choice.unused.append(weight)
-                    continue
-                mask, values = self._pruned(weight, grams.pop(weight.name))
-                choice.masks[weight.name], choice.values[weight.name] = mask, values
+        for block in self._blocks():
+            values = {}
+            for weights in self._sets_in_memory(block):
+                grams = inputs.grams(self._model, self._data, weights)
+                choice.unused += [weight for weight in weights if weight.name not in grams]
+                for weight in (weight for weight in weights if weight.name in grams):
+                    choice.masks[weight.name], values[weight.name] = self._pruned(weight, grams.pop(weight.name))
+            framework_of(self._model).masking.hold(self._model, {}, values)
+            choice.values |= values
         return choice
 
-    def _sets_in_memory(self) -> Iterator[list[WeightMatrix]]:
+    def _blocks(self) -> list[list[WeightMatrix]]:
+        """Return the weights of each block, in the order of a run; weights that did not run come last.
+
+        A block is an element of the outermost list of modules, such as `layers.3`, or a layer outside any list.
+        """
+        order = {name: index for index, name in enumerate(inputs.order_of(self._model, self._data, self._weights))}
+        blocks: dict[str, list[WeightMatrix]] = {}
+        for weight in sorted(self._weights, key=lambda weight: order.get(weight.name, len(order))):
+            parts = weight.layer.split(".")
+            end = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+            blocks.setdefault(".".join(parts[: end + 1]), []).append(weight)
+        return list(blocks.values())
+
+    def _sets_in_memory(self, weights: Sequence[WeightMatrix]) -> Iterator[list[WeightMatrix]]:
         """Yield sets of weights whose matrices fit into the memory together."""
         current: list[WeightMatrix] = []
         total = 0
-        for weight in self._weights:
+        for weight in weights:
             groups, _, kernel, columns = matrix_shape(weight)
             if kernel * columns > MOST_COLUMNS:
                 raise UsageError(

@@ -43,6 +43,21 @@ def grams(model: Any, data: Any, weights: Sequence[WeightMatrix]) -> dict[str, N
     return _sums(model, data, weights, lambda rows: ops.einsum("pgi,pgj->gij", rows, rows))
 
 
+def order_of(model: Any, data: Any, weights: Sequence[WeightMatrix]) -> list[str]:
+    """Return the names of the weights in the order in which a run on the first batch reads them first.
+
+    Weights that are not read are missing.
+    """
+    order: dict[str, None] = {}
+    first = next(iter(read_batches(data)), None)
+    if first is not None:  # `_sums` refuses data without batches
+        names = [weight.name for weight in weights]
+        framework_of(model).calibration.layer_inputs(
+            model, first.inputs, names, lambda name, *_: order.setdefault(name)
+        )
+    return list(order)
+
+
 def _sums(model: Any, data: Any, weights: Sequence[WeightMatrix], reduce: Reduce) -> dict[str, NDArray[np.float64]]:
     """Return the sums of `reduce(rows)` over all batches; rows have shape (positions, groups, kernel · columns).
 

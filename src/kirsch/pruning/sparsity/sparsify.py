@@ -67,8 +67,9 @@ def sparsify(
             inputs are zero together. A layer that is smaller than the pattern is kept dense.
         importance: score of a weight. "magnitude": |w|. "wanda": |w| times the norm of its input. "sparsegpt": the
             increase of the squared error of the layer's output, when the later weights of the row are updated to
-            compensate; the kept weights change. "random": a baseline. The score of a block is the mean over its
-            weights.
+            compensate; the kept weights change. The inputs are those in the model whose earlier blocks are sparse
+            already, and the data is read once for each block. "random": a baseline. The score of a block is the mean
+            over its weights.
         ranking: "global": the weights with the lowest scores of all layers become zero. "local": each layer has the
             same sparsity, with "wanda" each output. None: "global" for "magnitude" and "random", else "local".
         data: calibration data for "wanda" and "sparsegpt": a loader, `ArrayData`, a list of batches, or one batch;

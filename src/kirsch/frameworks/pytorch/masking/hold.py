@@ -82,18 +82,18 @@ def hold(
     Args:
         model: the model.
         masks: name of a parameter → its mask, False where the weight is zero.
-        values: name of a parameter → its new values; the other parameters are not changed.
+        values: name of a parameter → its new values, with or without a mask; the others are not changed.
 
     Raises:
         ModelError: a module stores the parameter a second time, where the mask would have no effect.
     """
     places, parameters = _places(model)
     _require_one_place(model, {id(parameters[name]): name for name in masks})
+    for name, new in (values or {}).items():
+        parameters[name].copy_(torch.from_numpy(new))
     for name, array in masks.items():
         parameter = parameters[name]
         mask = torch.from_numpy(array.copy()).to(parameter.device)
-        if values is not None and name in values:
-            parameter.copy_(torch.from_numpy(values[name]))
         parameter.copy_(torch.where(mask, parameter, 0.0))
         for path, attribute in places[id(parameter)]:
             _mask(model.get_submodule(path), attribute, mask)

@@ -31,6 +31,10 @@ A_VECTOR = "a bias or a scale: few values, and not a matrix"
 COMPUTED = "its layer computes the weight from it (weight normalization and the like)"
 UNKNOWN = "its layer is of no known type, so that the axis of its inputs is not known"
 AN_ADAPTER = "an adapter beside a layer: zeros in it would not be zeros of the merged weight"
+A_STACK = (
+    "a stack of matrices, such as those of the experts of a mixture; the scores of each would need the inputs that are "
+    "routed to it, and only weights of single layers are masked"
+)
 NOT_FLOATING = "its values are not floating-point numbers"
 
 
@@ -105,7 +109,9 @@ def _reason(module: nn.Module, name: str, value: torch.Tensor) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return AN_EMBEDDING
     convolution = name == "weight" and isinstance(module, _ConvNd)
-    return "" if convolution or _reads_columns(module, name) or _reads_rows(module, name) else UNKNOWN
+    if convolution or _reads_columns(module, name) or _reads_rows(module, name):
+        return ""
+    return A_STACK if value.dim() == 3 and len(value) > 1 else UNKNOWN  # noqa: PLR2004 - experts, rows and columns
 
 
 def _reads_columns(module: nn.Module, name: str) -> bool:

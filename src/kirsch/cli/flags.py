@@ -1,4 +1,4 @@
-"""Flags of `kirsch plan` and `kirsch prune`, made from the options of a plan and the costs that a goal can limit."""
+"""Flags of subcommands, made from the options of the Python function of the same name, and limits of a goal."""
 
 # typer reads the annotations when a subcommand is registered: no `from __future__ import annotations` here.
 import inspect
@@ -10,19 +10,28 @@ import typer
 
 from kirsch.errors import UsageError
 from kirsch.graph.cost_names import WORDS
-from kirsch.pruning.options import PlanOptions
+from kirsch.options import Options
 
 
-def with_plan_flags(function: Callable[..., int]) -> Callable[..., int]:
-    """Replace the parameter `**options` of a subcommand with flags.
+def with_flags(options: type[Options], *, limits: bool = False) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Return a decorator that replaces the parameter `**options` of a subcommand with flags.
 
-    There is a flag for each limit of a goal, and for each option of a plan that is not yet a parameter.
+    There is a flag for each option that is not yet a parameter.
+
+    Args:
+        options: the class of the options.
+        limits: whether there is also a flag for each limit of a goal.
     """
-    signature = inspect.signature(function)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    flags = [_flag(name) for name in PlanOptions.model_fields if name not in signature.parameters]
-    function.__signature__ = signature.replace(parameters=[*own, *map(_limit_flag, WORDS), *flags])  # type: ignore[attr-defined]  # read by inspect.signature
-    return function
+
+    def replace(function: Callable[..., int]) -> Callable[..., int]:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        flags = [_flag(options, name) for name in options.model_fields if name not in signature.parameters]
+        parameters = [*own, *(map(_limit_flag, WORDS) if limits else []), *flags]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect.signature
+        return function
+
+    return replace
 
 
 def given_limits(flags: Mapping[str, Any]) -> dict[str, float]:
@@ -30,14 +39,14 @@ def given_limits(flags: Mapping[str, Any]) -> dict[str, float]:
     return {name: flags[name] for name in WORDS if flags[name] is not None}
 
 
-def given_options(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `kirsch.plan` whose flags are given.
+def given_options(flags: Mapping[str, Any], options: type[Options]) -> dict[str, Any]:
+    """Return the options whose flags are given.
 
     Raises:
         UsageError: a flag that takes one value is repeated, or a weight is not a number.
     """
     given = {name: value for name, value in flags.items() if name not in WORDS and value is not None and value != []}
-    return {name: _value(name, value) for name, value in given.items()}
+    return {name: _value(options, name, value) for name, value in given.items()}
 
 
 def _limit_flag(name: str) -> inspect.Parameter:
@@ -48,14 +57,19 @@ def _limit_flag(name: str) -> inspect.Parameter:
     )
 
 
-def _flag(name: str) -> inspect.Parameter:
-    field = PlanOptions.model_fields[name]
+def _flag(options: type[Options], name: str) -> inspect.Parameter:
+    field = options.model_fields[name]
     kinds = _types(field.annotation)
     text = str(field.description)
     text = f"{text[0].upper()}{text[1:]}"
-    text += f"; default: {field.default}" if field.default not in (None, False, ()) else ""
+    default = field.default
+    if default not in (None, False, ()):
+        text += f"; default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}"
     kind: Any
-    if kinds & {Sequence, Mapping}:
+    if tuple in kinds:
+        kind = list[float]
+        text += "; may be repeated"
+    elif kinds & {Sequence, Mapping}:
         kind = list[str]
         text += "; may be repeated"
         text += f"{', also' * (kinds != {Mapping})} as {_key(name)}=NUMBER" if Mapping in kinds else ""
@@ -82,15 +96,15 @@ def _types(annotation: Any) -> set[Any]:
     return {origin or annotation} - {type(None)}
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(options: type[Options], name: str, value: Any) -> Any:
     """Convert the value of a flag to the value of its option. Texts of the form KIND=NUMBER become a dict."""
     if not isinstance(value, list):
         return value
-    kinds, flag = _types(PlanOptions.model_fields[name].annotation), f"--{name.replace('_', '-')}"
+    kinds, flag = _types(options.model_fields[name].annotation), f"--{name.replace('_', '-')}"
     if Mapping in kinds and any("=" in text for text in value):
         pairs = [text.rpartition("=") for text in value]
         return {key: _number(number, text, name) for text, (key, _, number) in zip(value, pairs, strict=True)}
-    if Sequence in kinds:
+    if kinds & {Sequence, tuple}:
         return value
     if len(value) > 1:
         raise UsageError(f"{flag} is given {len(value)} times.", fix=f"Give one value, or {flag} {_key(name)}=NUMBER.")
