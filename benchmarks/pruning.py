@@ -312,6 +312,20 @@ def by_kirsch(compensate: list[str] | None = None, **options: Any) -> Callable[[
     return prune
 
 
+def in_rounds(rounds: int, **options: Any) -> Callable[[Case, nn.Module], nn.Module]:
+    """Return the function that prunes by Kirsch in several rounds without training, with new importances in each."""
+
+    def prune(case: Case, model: nn.Module) -> nn.Module:
+        data = [calibration(case.seed)]
+        goal, original = kirsch.Goal(macs=case.fraction), kirsch.trace(model, IMAGE).cost
+        for part in goal.rounds(rounds, of=original):
+            graph = kirsch.trace(model, IMAGE)
+            model = kirsch.prune(model, kirsch.plan(graph, part, data=data, progress=False, **options))
+        return model
+
+    return prune
+
+
 def by_peer(importance: str, *, labels: bool = False, **options: Any) -> Callable[[Case, nn.Module], nn.Module]:
     """Return the function that prunes by Torch-Pruning, in up to 100 steps until the MACs are reached."""
 
@@ -390,9 +404,11 @@ METHODS = (
         by_peer("GroupMagnitudeImportance", pruner="GroupNormPruner", global_pruning=True),
         peer_sparsity,
     ),
+    Method(KIRSCH, "in 8 rounds, round_to=1", in_rounds(8, **DEFAULTS | {"round_to": 1}), teacher=True),
+    Method(KIRSCH, "in 8 rounds", in_rounds(8, **DEFAULTS), teacher=True),
+    Method(KIRSCH, "round_to=1", by_kirsch(**DEFAULTS | {"round_to": 1}), teacher=True),
     Method(TORCH_PRUNING, "defaults: magnitude, local", by_peer("GroupMagnitudeImportance")),
     Method(KIRSCH, "without teacher", DEFAULT),
-    Method(KIRSCH, "round_to=1", by_kirsch(**DEFAULTS | {"round_to": 1}), teacher=True),
     Method(KIRSCH, "magnitude, ranking global", by_kirsch(round_to=8, ranking="global"), teacher=True),
     Method(NONE, "narrower network from random weights, with teacher", narrower, teacher=True),
     Method(KIRSCH, "random units of each layer", by_kirsch(importance="random", ranking="local", round_to=8)),
