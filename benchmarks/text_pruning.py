@@ -170,13 +170,19 @@ def interval(values: list[float], digits: int | None = None) -> str:
 
 
 def table(name: str) -> list[str]:
-    """Return the table of a task, of the rows that are finished. A cell with fewer seeds than others says so."""
+    """Return the table of a task, of the finished rows: the goals that most importances have reached.
+
+    A cell with fewer seeds than the others says so.
+    """
     task, known = TASKS[name], [row for row in known_rows().values() if row["task"] == name]
     seeds, dense = len({row["seed"] for row in known}), cost_of(task.network(), task.example())[task.COST]
 
+    done = {(row["goal"], row["importance"]) for row in known if row["method"] == PRUNED}
+    goals = [goal for goal in task.GOALS if 2 * sum(each[0] == goal for each in done) > len(task.IMPORTANCES)]
+
     def cells(method: str, importance: str | None, key: str) -> list[str]:
         texts = []
-        for goal in task.GOALS:
+        for goal in goals:
             rows = [
                 row for row in known if (row["method"], row["importance"], row["goal"]) == (method, importance, goal)
             ]
@@ -187,10 +193,10 @@ def table(name: str) -> list[str]:
 
     def left(method: str, importance: str | None) -> str:
         rows = [row for row in known if (row["method"], row["importance"]) == (method, importance)]
-        costs = [[row[task.COST] / dense for row in rows if row["goal"] == goal] for goal in task.GOALS]
+        costs = [[row[task.COST] / dense for row in rows if row["goal"] == goal] for goal in goals]
         return " / ".join(f"{100 * statistics.fmean(each):.0f} %" if each else "–" for each in costs)
 
-    heads = [f"{when}, {100 * goal:.0f} %" for when in ("one-shot", "recovered") for goal in task.GOALS]
+    heads = [f"{when}, {100 * goal:.0f} %" for when in ("one-shot", "recovered") for goal in goals]
     lines = [
         f"| importance or model | {' | '.join(heads)} | {task.COST.replace('macs', 'MACs')} left |",
         "|---|" + len(heads) * "---:|" + "---|",
