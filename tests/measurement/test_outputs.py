@@ -41,6 +41,16 @@ def test_the_sum_of_four_rows_or_more_has_the_tolerance_of_16_bit_numbers(count,
     assert are_probabilities(rows(count, 0.25, 0.75 + error)) is expected
 
 
+def test_outputs_that_hardly_differ_between_samples_are_not_scaled_probabilities():
+    # Logits of an untrained BERT: their sums agree within half a percent, because the logits hardly differ.
+    logits = np.array([0.019, 0.063]) + 8e-5 * np.random.default_rng(0).standard_normal((64, 2))
+    sums = logits.sum(-1)
+    assert (abs(sums / sums.mean() - 1) < 5e-3).all()
+    assert not are_scaled_probabilities(logits)
+    # Probabilities of an untrained model, which hardly differ either, have equal sums.
+    assert are_scaled_probabilities(100 * np.stack([logits[:, 0], 1 - logits[:, 0]], 1))
+
+
 def test_rows_of_the_same_sum_are_scaled_probabilities():
     outputs = np.array([[30.0, 70.0], [0.0, 100.0], [50.0, 50.0], [99.0, 1.0]])
     assert are_scaled_probabilities(outputs)

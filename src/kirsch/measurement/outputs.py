@@ -15,6 +15,9 @@ FEW_ROWS = 4
 TIGHT, LOOSE = 1e-5, 5e-3
 """Tolerances of the sum of a row of probabilities: `TIGHT` for fewer than `FEW_ROWS` rows, whose sums may be near 1 by
 chance; `LOOSE`, which allows for 16-bit rounding, for more rows."""
+OF_SPREAD = 0.2
+"""Largest range of the sums of scaled probabilities, as a fraction of the range of their values. Sums of independent
+values have a larger range than the values."""
 
 
 def are_probabilities(outputs: NDArray[Any]) -> bool:
@@ -32,11 +35,15 @@ def are_probabilities(outputs: NDArray[Any]) -> bool:
 def are_scaled_probabilities(outputs: NDArray[Any]) -> bool:
     """Return whether outputs of shape (..., K) are non-negative and all rows have the same sum, such as 100.
 
-    False for fewer than `FEW_ROWS` rows, which may have the same sum by chance.
+    False for fewer than `FEW_ROWS` rows, which may have the same sum by chance, and for rows whose sums differ about as
+    much as their values: the logits of an untrained model hardly differ between samples, and neither do their sums.
     """
     rows = outputs.reshape(-1, outputs.shape[-1])
-    total = rows.sum(-1, dtype=np.float64).mean()
-    return len(rows) >= FEW_ROWS and total > 0 and are_probabilities(rows / total)
+    sums = rows.sum(-1, dtype=np.float64)
+    total = sums.mean()
+    if len(rows) < FEW_ROWS or total <= 0 or np.ptp(sums) > OF_SPREAD * np.ptp(rows, axis=0).max():
+        return False
+    return are_probabilities(rows / total)
 
 
 def check_outputs(outputs: NDArray[Any], source: str = "model") -> None:
