@@ -115,9 +115,10 @@ def plan(
             writes a checkpoint that `from_pretrained` loads without Kirsch: FFN width, heads, hidden size, experts,
             and, for kinds=None and rankings that compare groups, numbers of layers. The layers that share a number lose
             the same number of units. Of the layers and widths, those are removed whose importances have the smallest
-            sum. See docs/loadable.md. None: True for a model with such a configuration. A plan with any cuts is made if
-            the configuration cannot state one for the goal, or with `keep` and the rankings "milp", "legr" and
-            "actor_critic", which set the width of each layer; a note of the plan says so. With True, it is an error.
+            sum; with `data`, of several such choices, the one that changes the outputs least. See docs/loadable.md.
+            None: True for a model with such a configuration. A plan with any cuts is made if the configuration cannot
+            state one for the goal, or with `keep` and the rankings "milp", "legr" and "actor_critic", which set the
+            width of each layer; a note of the plan says so. With True, it is an error.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import influence
 from kirsch.pruning.notes import CLOSE
 from kirsch.pruning.obstacles import Least, reachable
+from kirsch.pruning.output_change import Variant, mean_output_changes
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import excludes_block, max_halvings, ranked_together, removable_groups, width_multiple
 from kirsch.pruning.units import unit_cost
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kirsch.graph.configuration import Configurable
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal
+    from kirsch.pruning.importance.calibration import CalibrationBatches
     from kirsch.pruning.options import PlanOptions
     from kirsch.pruning.scores import Scores
 
@@ -34,6 +36,9 @@ FEW_STEPS = 12
 """A width with at most so many allowed values is tried with each of them; others are ranked by importance."""
 MOST_COMBINATIONS = 64
 """Largest number of combinations of such values that are tried."""
+MOST_MEASURED, SLACK = 16, 4.0
+"""Largest number of choices whose change of the outputs is measured, if there are calibration data; and the largest sum
+of their importances, relative to the least one."""
 MOST_CHECKED = 8
 """Largest number of choices whose configuration is verified before the search gives up."""
 
@@ -75,11 +80,19 @@ class LoadableSearch:
         options: options of the plan.
         configurable: the cuts that the configuration can state.
         scores: function that returns the importance of each unit of a group.
+        batches: calibration batches, if the importance uses them.
     """
 
     def __init__(
-        self, graph: Graph, goal: Goal, options: PlanOptions, configurable: Configurable, scores: Scores
+        self,
+        graph: Graph,
+        goal: Goal,
+        options: PlanOptions,
+        configurable: Configurable,
+        scores: Scores,
+        batches: CalibrationBatches | None = None,
     ) -> None:
+        self._batches = batches
         self._graph, self._goal, self._options, self._scores = graph, goal, options, scores
         self._configurable = configurable
         self._block_importances: dict[str, float] = {}
@@ -113,7 +126,13 @@ class LoadableSearch:
         return min(found, key=excess)
 
     def best(self) -> LoadableChoice:
-        """Return the choice of least importance that meets the goal closely, and whose configuration is verified.
+        """Return the best choice that meets the goal closely, and whose configuration is verified.
+
+        Without calibration data, this is the choice of least importance. Multiples of widths are halved as long as it
+        is farther from the goal: rounding alone should not decide between unimportant and important units or layers.
+
+        With calibration data, it is the choice of low importance that changes the outputs least, for any of the
+        multiples: importances compare units of one kind well, but not a hidden size with a layer.
 
         Raises:
             GoalError: no such choice meets the goal.
@@ -121,11 +140,12 @@ class LoadableSearch:
         found: list[LoadableChoice] = []
         for fineness in range(max_halvings(self._options) + 1):
             found += self._choices(fineness)
-            if any(choice.distance <= CLOSE for choice in found):
+            if self._batches is None and found and min(found, key=lambda choice: choice.importance).distance <= CLOSE:
                 break
         close = [choice for choice in found if choice.distance <= CLOSE]
         others = [choice for choice in found if choice.distance > CLOSE]
         close.sort(key=lambda choice: choice.importance)
+        close = self._by_output_change(close)
         others.sort(key=lambda choice: choice.distance)
         differences = []
         for choice in (*close, *others)[:MOST_CHECKED]:
@@ -135,6 +155,32 @@ class LoadableSearch:
                 return choice
             differences.append(difference)
         raise self.error(differences)
+
+    def _by_output_change(self, choices: list[LoadableChoice]) -> list[LoadableChoice]:
+        """Return choices of low importance, those first that change the outputs least on the calibration data.
+
+        Of the choices that change the same numbers of a configuration, the least important one is measured.
+
+        Args:
+            choices: the choices, the least important first.
+        """
+        first: dict[frozenset[str], LoadableChoice] = {}
+        for choice in choices:
+            first.setdefault(frozenset(choice.numbers), choice)
+        measured = list(first.values())[:MOST_MEASURED]
+        if self._batches is None or len(measured) <= 1:
+            return choices
+        variants = [
+            Variant(", ".join(sorted(choice.numbers)), partial(choice.chooser.keep, choice.counts), choice.without)
+            for choice in measured
+        ]
+        changes = mean_output_changes(self._graph, variants, self._batches, self._loss, progress=False)
+        return [measured[index] for index in np.argsort(changes, kind="stable")]
+
+    @property
+    def _loss(self) -> str:
+        loss = None if self._batches is None else self._batches.loss
+        return loss if isinstance(loss, str) else "squared-error"
 
     def error(self, differences: Sequence[str] = ()) -> GoalError:
         """Return the error for a goal that the configuration cannot state."""
@@ -267,14 +313,14 @@ class LoadableSearch:
 
         A combination is left out if its importance alone exceeds that of a choice that is close to the goal.
         """
-        bound = np.inf
+        bound, slack = np.inf, 1.0 if self._batches is None else SLACK
         for without, depths in self._layer_choices():
             lost = sum(map(self.block_importance, without))
             for widths in self._sets:
                 for chooser in self._combinations(self._chooser(widths, fineness, without)):
                     given = chooser.given()
                     if bound < np.inf and (
-                        lost + chooser.removed_importance(given) > bound or chooser.distance(given) > CLOSE
+                        lost + chooser.removed_importance(given) > slack * bound or chooser.distance(given) > CLOSE
                     ):
                         continue
                     counts = self._search(chooser, widths)
@@ -307,23 +353,23 @@ class LoadableSearch:
         return sorted(choices, key=lambda choice: sum(map(self.block_importance, choice[0])))
 
     def _combinations(self, chooser: Chooser) -> Iterator[Chooser]:
-        """Yield a search for each combination of the values of the widths with few values.
+        """Yield a search for each combination of the values of widths with few values, and with and without others.
 
         Rankings that remove the same fraction of each group, or class of groups, determine these values, too.
         """
         if self._same_fraction:
             yield chooser
             return
-        few = [index for index, c in enumerate(chooser.candidates) if len(c.steps) <= FEW_STEPS]
-        few.sort(key=lambda index: len(chooser.candidates[index].steps))
-        total = 1
-        fixed = []
-        for index in few:
-            total *= len(chooser.candidates[index].steps)
+        values: list[Sequence[int | None]] = [
+            c.steps if len(c.steps) <= FEW_STEPS else [None, 0] for c in chooser.candidates
+        ]
+        fixed, total = list[int](), 1
+        for index in sorted(range(len(values)), key=lambda index: len(values[index])):
+            total *= len(values[index])
             if total <= MOST_COMBINATIONS:
                 fixed.append(index)
-        for counts in itertools.product(*(chooser.candidates[index].steps for index in fixed)):
-            yield chooser.fixed(dict(zip(fixed, counts, strict=True)))
+        for counts in itertools.product(*(values[index] for index in fixed)):
+            yield chooser.fixed({i: count for i, count in zip(fixed, counts, strict=True) if count is not None})
 
     def _search(self, chooser: Chooser, widths: Sequence[ConfiguredWidth]) -> list[int] | None:
         """Return the numbers of removed portions; None if no valid choice meets the goal."""

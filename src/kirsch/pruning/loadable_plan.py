@@ -130,7 +130,7 @@ def plan_loadable(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreC
             why,
             "Remove `loadable`, and save the pruned model with kirsch.save.",
         )
-    search = LoadableSearch(graph, goal, options, configurable, scores.get)
+    search = LoadableSearch(graph, goal, options, configurable, scores.get, scores.batches)
     if not goal.met_by(search.least().cost, graph.cost):
         raise search.error()
     choice = search.best()

@@ -10,6 +10,7 @@ import torch
 import kirsch
 from configured_models import INPUT, Config, Small, Tied, assert_configuration_builds
 from kirsch.errors import GoalError, UsageError
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.pruning.prune import prune_with_verification
 from trace_and_cut import with_noise
 
@@ -153,3 +154,27 @@ def test_uniform_joins_the_numbers_of_groups_of_the_same_kind_and_size():
     assert free.configuration.get("first") != free.configuration.get("second")
     assert tied.method["loadable"] is True
     assert tied.configuration["first"] == tied.configuration["second"] < 32
+
+
+def test_with_data_the_cut_with_the_least_change_of_the_outputs_is_chosen():
+    """The units of the feed-forward networks have the highest scores, but their outputs are not used."""
+    import_beside("torchvision")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    numbers = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **numbers)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    tokens = {"input_ids": torch.randint(16, (2, 6))}
+    graph, goal = kirsch.trace(model, tokens), kirsch.Goal(parameters=0.7)
+
+    def without_data(_, group):
+        return torch.full((group.size,), 2.0 if group.kind == "ffn unit" else 1.0)
+
+    def with_data(graph, group, *, statistics):
+        return without_data(graph, group)
+
+    assert "hidden_size" in kirsch.plan(graph, goal, importance=without_data).configuration
+    plan = kirsch.plan(graph, goal, importance=with_data, data=[tokens])
+    assert set(plan.configuration) == {"intermediate_size"}
