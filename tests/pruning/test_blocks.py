@@ -217,10 +217,10 @@ class Marked(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = chain([[0.5, -1.0], [1.0, 0.3]], [[0.0, 0.4], [0.4, 0.0]])
+        self.first, self.blocks = nn.Linear(2, 2), chain([[0.5, -1.0], [1.0, 0.3]], [[0.0, 0.4], [0.4, 0.0]])
 
     def forward(self, tokens, attention_mask):
-        return self.blocks(tokens) + 0 * attention_mask[..., None]
+        return self.blocks(self.first(tokens)) + 0 * attention_mask[..., None]
 
 
 @pytest.mark.parametrize("importance", ["influence", "change"])
@@ -238,6 +238,12 @@ def test_padding_does_not_count_for_blocks(importance):
     named = [{"tokens": other, "attention_mask": mask}]
     found.append({block.name: block.reason for block in _all_blocks(graph, importance, named)})
     assert all(each == wanted for each in found)
+    model = Marked().eval()
+    model.first = nn.Identity()
+    direct = kirsch.trace(model, (tokens, mask))  # it is not known which axis of the inputs holds the features
+    if importance == "influence":
+        with pytest.raises(UsageError, match=r"Padding cannot be left out of the activations that 'blocks\.0' reads"):
+            _all_blocks(direct, importance, named)
     with pytest.raises(DataError, match="contains only padding"):
         _all_blocks(graph, importance, [((tokens, 0 * mask), None)])
 

@@ -114,7 +114,7 @@ def test_class_weights_without_effect_are_refused():
     with pytest.raises(UsageError, match=r"names the class 7\..*has the classes 0 to 3"):
         kirsch.plan(graph, max_drop=0.1, data=(INPUTS, LABELS), round_to=1, class_weights={7: 2.0})
     few = LABELS < 2
-    with pytest.raises(UsageError, match=r"`class_weights` has no effect: no label of `data` .*The labels are 0 and 1"):
+    with pytest.raises(UsageError, match=r"`class_weights` has no effect: no label of `data` .*The labels are 0, 1"):
         kirsch.plan(graph, max_drop=0.1, data=(INPUTS[few], LABELS[few]), round_to=1, class_weights={3: 2.0})
 
 

@@ -13,7 +13,7 @@ from kirsch.graph.inputs import InputSpec
 from kirsch.graph.plan import Plan, Skip
 from kirsch.pruning.exclusion import excluded_blocks_note
 from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable
-from kirsch.pruning.importance.padding import only_padding, without_padding
+from kirsch.pruning.importance.padding import only_padding, unknown_positions, without_padding
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.notes import landing_note, met_note, uncounted_notes
 from kirsch.pruning.obstacles import reachable
@@ -99,7 +99,15 @@ def mean_influence(graph: Graph, parts: Iterable[tuple[Any, Padding | None]]) ->
     sums, counts = dict.fromkeys(graph.blocks, 0.0), dict.fromkeys(graph.blocks, 0)
     for inputs, padding in parts:
 
-        def record(path: str, entry: NDArray[Any], exit_: NDArray[Any], padding: Padding | None = padding) -> None:
+        def record(
+            path: str,
+            entry: NDArray[Any],
+            exit_: NDArray[Any],
+            joined: bool,
+            padding: Padding | None = padding,
+        ) -> None:
+            if joined and padding is not None and padding.exists:
+                raise unknown_positions(path)
             lengths = np.linalg.norm(entry, axis=-1) * np.linalg.norm(exit_, axis=-1)
             distances = (1 - (entry * exit_).sum(-1) / np.where(lengths == 0, 1, lengths)).ravel()
             counted = distances if padding is None else padding.left_out(path, distances, None)

@@ -184,7 +184,7 @@ def test_the_record_states_the_pattern_of_each_mask():
     assert "Kept with the earlier mask: `0.weight`" in str(second)
     third = kirsch.sparsify(copy.deepcopy(second.model), sparsity=0.9, exclude="1")
     assert [layer.pattern for layer in third.layers] == ["unstructured", "2:4", "unstructured"]
-    assert third.kept["1.weight"] == "excluded"
+    assert third.kept["1.weight"] == "excluded by `exclude`"
     raised = third.raise_to(0.95)
     assert [layer.pattern for layer in raised.layers] == ["unstructured", "2:4", "unstructured"]
 

@@ -73,12 +73,17 @@ class Padding:
         if x.shape[0] == 1:
             self._pooled.add(name)
         if experts is not None or differ or again or not (masks or x.shape[0] == 1 or x.shape[0] in self._lengths):
-            raise UsageError(
-                f"Padding cannot be left out of the activations that {name!r} reads.",
-                "It is not known which of the positions are padding.",
-                "Give batches without padding, such as one sequence for each batch.",
-            )
+            raise unknown_positions(name)
         return x[masks[0]] if masks else x
+
+
+def unknown_positions(name: str) -> UsageError:
+    """Return the error for a weight or a module that reads activations whose padding is not known."""
+    return UsageError(
+        f"Padding cannot be left out of the activations that {name!r} reads.",
+        "It is not known which of the positions are padding.",
+        "Give batches without padding, such as one sequence for each batch.",
+    )
 
 
 def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Padding]]:
