@@ -161,7 +161,7 @@ def remove_half_of_the_blocks(model: nn.Module, graph: Graph, inputs: Any) -> st
         return ""
     least = graph.prices.price(graph.keep({}), graph.blocks).macs / max(graph.cost.macs, 1)
     try:
-        plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", data=inputs, importance="random")
+        plan = kirsch.plan(graph, kirsch.Goal(macs=(1 + least) / 2), kinds="block", importance="random")
         result = kirsch.prune_with_verification(model, plan)
         part = part_of(result.model, graph.tracing.module)
         part_inputs = inputs_of(model, graph.tracing.module, inputs) if graph.tracing.module else inputs

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
-from kirsch.errors import GoalError, UnknownNameError, UsageError
+from kirsch.data.batches import Batch
+from kirsch.errors import DataError, GoalError, UnknownNameError, UsageError
 from kirsch.graph.plan import Goal
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES
 
@@ -44,14 +46,14 @@ def inputs():
 def test_influence_is_one_minus_the_cosine_of_input_and_output(inputs):
     longer, none = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]
     graph = kirsch.trace(chain(ROTATION, longer, none), inputs)
-    scores = BLOCK_IMPORTANCES["influence"](graph, [inputs, 2 * inputs], seed=0)
+    scores = BLOCK_IMPORTANCES["influence"](graph, [Batch(inputs), Batch(2 * inputs)], seed=0)
     assert scores == pytest.approx({"0": 1 - 0.5**0.5, "1": 0, "2": 0}, abs=1e-7)
 
 
 def test_change_is_the_relative_change_of_the_outputs_without_the_block(inputs):
     half = [[0.5, 0.0], [0.0, 0.5]]
     graph = kirsch.trace(chain(half, half), inputs)
-    scores = BLOCK_IMPORTANCES["change"](graph, [inputs], seed=0)
+    scores = BLOCK_IMPORTANCES["change"](graph, [Batch(inputs)], seed=0)
     assert scores == pytest.approx({"0": 1 / 3, "1": 1 / 3}, rel=1e-6)
 
 
@@ -84,7 +86,7 @@ def test_a_removed_block_is_restored_if_the_goal_is_met_without_its_removal(inpu
 def test_random_blocks_depend_only_on_the_seed(inputs):
     graph = kirsch.trace(chain(*[ROTATION] * 8), inputs)
     first, again = (
-        [plan_blocks(graph, Goal(macs=0.5), inputs, importance="random", seed=seed).without for seed in range(4)]
+        [plan_blocks(graph, Goal(macs=0.5), None, importance="random", seed=seed).without for seed in range(4)]
         for _ in range(2)
     )
     assert first == again
@@ -166,6 +168,95 @@ def test_blocks_that_are_ranked_by_running_the_model_need_data(inputs, importanc
     with pytest.raises(UsageError, match=rf"`data` of kirsch\.plan is missing: the importance '{importance}'"):
         kirsch.plan(graph, Goal(macs=0.5), kinds="block", importance=importance)
     assert kirsch.plan(graph, Goal(macs=0.5), kinds="block", importance="random").blocks
+
+
+def test_data_that_an_importance_of_blocks_does_not_use_is_refused(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"`data` of kirsch\.plan has no effect\. The importance 'random' of blocks"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, importance="random")
+    labels = torch.zeros(3, dtype=torch.long)
+    options = {"max_drop": 0.99, "importance": "random"}
+    assert plan_blocks(graph, None, (inputs, labels), **options).blocks  # the drop is measured on it
+
+
+@pytest.mark.parametrize("importance", [lambda _, group: torch.ones(group.size), {"0": 1.0, "1": 2.0}])
+def test_functions_and_scores_are_refused_for_blocks_with_the_names_to_give(inputs, importance):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match=r"kinds='block' removes residual blocks\..*\(change, influence, random\)"):
+        plan_blocks(graph, Goal(macs=0.5), inputs, importance=importance)
+
+
+@pytest.mark.parametrize("importance", ["influence", "change"])
+@pytest.mark.parametrize("form", ["list", "pair", "pairs", "loader", "array data", "numpy"])
+def test_blocks_are_ranked_on_any_form_of_calibration_data(inputs, importance, form):
+    labels = torch.tensor([0, 1, 0])
+    data = {
+        "list": [inputs],
+        "pair": (inputs, labels),
+        "pairs": [(inputs, labels)],
+        "loader": DataLoader(TensorDataset(inputs, labels), batch_size=2),
+        "array data": kirsch.ArrayData(inputs, labels),
+        "numpy": inputs.numpy(),
+    }[form]
+    graph = kirsch.trace(chain(ROTATION, [[0.0, -0.1], [0.1, 0.0]]), inputs)
+    plans = [plan_blocks(graph, Goal(macs=0.5), each, importance=importance) for each in (inputs, data)]
+    assert plans[0].blocks[0].name == plans[1].blocks[0].name == "1"
+    assert plans[0].blocks[0].reason == plans[1].blocks[0].reason
+    if form in ("pair", "loader"):
+        assert plan_blocks(graph, None, data, importance=importance, max_drop=0.99).blocks
+
+
+def test_a_generator_of_batches_is_refused_for_blocks(inputs):
+    graph = kirsch.trace(chain(ROTATION, ROTATION), inputs)
+    with pytest.raises(UsageError, match="which can be iterated over only once"):
+        plan_blocks(graph, Goal(macs=0.5), (part for part in [inputs]))
+
+
+class Marked(nn.Module):
+    """Residual blocks on tokens; the mask has no effect on the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Linear(2, 2), chain([[0.5, -1.0], [1.0, 0.3]], [[0.0, 0.4], [0.4, 0.0]])
+
+    def forward(self, tokens, attention_mask):
+        return self.blocks(self.first(tokens)) + 0 * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("importance", ["influence", "change"])
+def test_padding_does_not_count_for_blocks(importance):
+    torch.manual_seed(0)
+    tokens, mask = torch.randn(3, 4, 2), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    graph = kirsch.trace(Marked().eval(), (tokens, mask))
+    other = torch.where(mask[..., None] == 1, tokens, torch.randn(3, 4, 2))
+    alone = [(tokens[i : i + 1, : i + 2], mask[i : i + 1, : i + 2]) for i in range(3)]
+    forms = ([(tokens, mask)], [(other, mask)], alone)
+    wanted, *found = (
+        {block.name: block.reason for block in _all_blocks(graph, importance, [(each, None) for each in form])}
+        for form in forms
+    )
+    named = [{"tokens": other, "attention_mask": mask}]
+    found.append({block.name: block.reason for block in _all_blocks(graph, importance, named)})
+    assert all(each == wanted for each in found)
+    model = Marked().eval()
+    model.first = nn.Identity()
+    direct = kirsch.trace(model, (tokens, mask))  # it is not known which axis of the inputs holds the features
+    if importance == "influence":
+        with pytest.raises(UsageError, match=r"Padding cannot be left out of the activations that 'blocks\.0' reads"):
+            _all_blocks(direct, importance, named)
+    with pytest.raises(DataError, match="contains only padding"):
+        _all_blocks(graph, importance, [((tokens, 0 * mask), None)])
+
+
+def _all_blocks(graph, importance, data):
+    return plan_blocks(graph, Goal(macs=0.01), data, importance=importance).blocks
+
+
+def test_a_batch_that_may_be_two_inputs_is_refused():
+    tokens, mask = torch.randn(3, 4, 2), torch.ones(3, 4)
+    graph = kirsch.trace(Marked().eval(), (tokens, mask))
+    with pytest.raises(UsageError, match=r"may be inputs and labels, or two inputs.*Give a dict of the inputs by name"):
+        plan_blocks(graph, Goal(macs=0.5), (tokens, mask))
 
 
 def test_the_option_data_is_refused_unless_kinds_is_block(inputs):

@@ -194,3 +194,12 @@ def test_plans_of_many_models_come_close_to_their_goals_or_say_why_not(build, ra
     graph = graph_of(build)
     for name, fraction in itertools.product(WORDS, FRACTIONS):
         check(graph, name, fraction, ranking, round_to)
+
+
+def test_a_plan_with_widths_by_hand_does_not_blame_the_rounding():
+    model, images = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(2, 8)
+    plan = kirsch.plan(kirsch.trace(model, images), kirsch.Goal(macs=0.9), keep={"0": 8})
+    assert plan.notes[0] == (
+        "MACs are 25.0% of the original, 65.0 points below the goal of 90.0%. "
+        "The widths in `keep` are fixed, and no unit of another layer can be restored without missing the goal."
+    )

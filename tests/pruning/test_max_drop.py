@@ -109,6 +109,22 @@ def test_no_plan_inside_the_limit_is_an_error_with_the_largest_measured_model():
         kirsch.plan(graph, max_drop=0.1, data=(inputs, labels), round_to=1)
 
 
+def test_class_weights_without_effect_are_refused():
+    graph = traced(one_unit_per_class())
+    with pytest.raises(UsageError, match=r"names the class 7\..*has the classes 0 to 3"):
+        kirsch.plan(graph, max_drop=0.1, data=(INPUTS, LABELS), round_to=1, class_weights={7: 2.0})
+    few = LABELS < 2
+    with pytest.raises(UsageError, match=r"`class_weights` has no effect: no label of `data` .*The labels are 0, 1"):
+        kirsch.plan(graph, max_drop=0.1, data=(INPUTS[few], LABELS[few]), round_to=1, class_weights={3: 2.0})
+
+
+def test_the_error_for_missing_labels_names_the_batch_once():
+    graph = traced(one_unit_per_class())
+    with pytest.raises(DataError) as raised:
+        kirsch.plan(graph, max_drop=0.1, validation=[INPUTS], metric="accuracy", data=None)
+    assert raised.value.what == "Batch 1 of `validation` has no labels."
+
+
 def test_class_weights_keep_the_unit_of_a_heavy_class():
     """Class 3 has one of ten samples. With weight 7 it is 7/10 of the weighted accuracy, whose other recalls are 1."""
     graph = traced(one_unit_per_class())

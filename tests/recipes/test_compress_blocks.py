@@ -40,7 +40,7 @@ def test_blocks_are_ranked_on_the_same_samples_of_a_loader_in_each_run(tmp_path,
     ranked_on = []
 
     def choose(*args, data, **options):
-        ranked_on.append(data)
+        ranked_on.append([batch.inputs for batch in data])
         return kirsch.plan(*args, data=data, **options)
 
     monkeypatch.setattr("kirsch.pruning.step.choose", choose)

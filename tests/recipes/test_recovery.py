@@ -232,7 +232,7 @@ def test_models_without_plan_or_without_blocks_are_refused():
     inputs = inputs_of("residual")
     graph = kirsch.trace(model, inputs)
     shallow = kirsch.prune(
-        model, kirsch.plan(graph, kirsch.Goal(macs=0.8), kinds="block", data=inputs, importance="random"), verify=False
+        model, kirsch.plan(graph, kirsch.Goal(macs=0.8), kinds="block", importance="random"), verify=False
     )
     with pytest.raises(UsageError, match="This Sequential lost residual blocks, so that its layers have other names"):
         kept_output_channels(shallow, model)

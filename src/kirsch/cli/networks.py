@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kirsch.cli.inputs import EXAMPLE, example_inputs, specifications
+from kirsch.data.batches import Batch
 from kirsch.data.sources import load_data
 from kirsch.deploy.export import export, usage
 from kirsch.deploy.measure import measure
@@ -21,6 +22,7 @@ from kirsch.frameworks.trace import trace
 from kirsch.graph.inputs import tensors
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Goal, Plan
+from kirsch.pruning.blocks import runs_model
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.prune import prune_with_verification
@@ -102,7 +104,8 @@ class PlanRequest:
     @property
     def on_example_inputs(self) -> bool:
         """Whether blocks are ranked on the example inputs."""
-        return self.options.get("kinds") == [BLOCK] and not self.data
+        of_blocks = self.options.get("kinds") == [BLOCK] and not self.data
+        return of_blocks and runs_model(self.options.get("importance", "influence"))
 
     def plan(self, loaded: LoadedModel) -> Plan:
         """Return the plan for a model. Its `method["weights"]` describes the weights that ranked the units."""
@@ -113,18 +116,16 @@ class PlanRequest:
                 "Give a limit: --macs 0.5 or --max-drop 0.02; or a width: --keep 'layer4.*=0.5'.",
             )
         options = dict(self.options)
-        data = loaded.inputs if self.on_example_inputs else None
+        data: Any = [Batch(loaded.inputs)] if self.on_example_inputs else None
         if self.data:
             source = load_data(self.data, {}, seed=self.seed, base=Path())
-            from_numpy = loaded.framework.inference.from_numpy
             of_blocks = self.options.get("kinds") == [BLOCK]
+            name = options.get("importance", "influence" if of_blocks else "magnitude")
             measures = "max_drop" in options
             if measures:
                 options["validation"] = source.validation
                 options["class_weights"] = class_numbers(options.get("class_weights"), source.classes)
-            if of_blocks:
-                data = [from_numpy(batch) for batch in source.first_inputs(CALIBRATION)]
-            elif not measures or importance_of(options.get("importance", "magnitude")).needs != "weights":
+            if not measures or (runs_model(name) if of_blocks else importance_of(name).needs != "weights"):
                 data = source.calibration_batches(CALIBRATION)
         goal = Goal(**self.limits) if self.limits else None
         plan = choose(trace(loaded.model, loaded.inputs), goal, data=data, seed=self.seed, **options)
@@ -132,7 +133,7 @@ class PlanRequest:
 
     def notes(self) -> list[str]:
         """Return a note if blocks were ranked on the example inputs."""
-        if not self.on_example_inputs or self.options.get("importance") == "random":
+        if not self.on_example_inputs:
             return []
         return ["The blocks were ranked on example inputs, which are random; --data SOURCE ranks them on data."]
 

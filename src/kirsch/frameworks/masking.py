@@ -68,5 +68,14 @@ class Masking(Protocol):
     def masks(self, model: Any) -> dict[str, NDArray[np.bool_]]:
         """Return the masks of a model by name of the parameter; empty if it has none."""
 
+    def patterns(self, model: Any) -> dict[str, str]:
+        """Return the patterns of the masks by name of the parameter; an empty text if `set_patterns` set none."""
+
+    def set_patterns(self, model: Any, names: Mapping[str, str]) -> None:
+        """Store the patterns of masks by name of the parameter."""
+
+    def mask_bytes(self, model: Any) -> int:
+        """Return the size of the masks in the stored state of a model."""
+
     def fold(self, model: Any) -> Any:
         """Return a copy of a model without masks, with zeros in its weights."""

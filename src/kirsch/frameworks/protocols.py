@@ -67,8 +67,13 @@ class Calibration(PairedRuns, Protocol):
     def outputs(self, graph: Graph, inputs: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
         """Return the floating outputs; the blocks named in `without` return their input unchanged."""
 
-    def block_features(self, graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-        """Call `see(path, input, output)` for each block, with float arrays of shape (..., features)."""
+    def block_features(
+        self, graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any], bool], None]
+    ) -> None:
+        """Call `see(path, input, output, joined)` for each block, with float arrays of shape (..., features).
+
+        `joined`: whether it is not known which axis holds the features, so that all positions of a sample are one row.
+        """
 
     def weight_inputs(
         self, graph: Graph, inputs: Any, see: Callable[[str, int, Labels | None, Any, Any], None]

@@ -196,11 +196,11 @@ class Job:
     def save_and_evaluate(self, model: Any, folder: Path) -> Record:
         """Write the weights of a model to the folder of its step, and return its size, cost and test quality.
 
-        The file has the masks of the model, too, one byte a weight, which do not count for its size.
+        The file has the masks of the model, too, which do not count for its size.
         """
         framework = framework_of(model)
         framework.inference.save_weights(model, folder / WEIGHTS)
-        size = (folder / WEIGHTS).stat().st_size - sum(mask.size for mask in framework.masking.masks(model).values())
+        size = (folder / WEIGHTS).stat().st_size - framework.masking.mask_bytes(model)
         return {"bytes": size, **self.evaluate(model, folder)}
 
     def quality(self, logits: NDArray[Any]) -> Record:

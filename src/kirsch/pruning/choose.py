@@ -77,8 +77,8 @@ def plan(
             are removed. If the model already meets a goal that is a fraction of an earlier model (`Goal.of`), the plan
             removes nothing.
         data: calibration batches for importances that run the model, such as a DataLoader, `ArrayData`, or a list of
-            (inputs, labels); about 256 samples suffice. ranking="milp" needs inputs for any importance. For
-            kinds="block": inputs in the form of the example inputs, or a list of such batches.
+            (inputs, labels); about 256 samples suffice. ranking="milp" needs inputs for any importance, and so does
+            kinds="block". Several inputs are a dict by name, or a tuple: ((first, second), labels).
         importance: name of the importance that ranks the units. From the weights: "magnitude" (the default), "lamp",
             "fpgm", "bn_scale", "random". From inputs: "activation", "apoz", "wanda", "flap", "thinet". From inputs and
             labels: "taylor", "fisher", "taylor_weights", "snip", "grasp", "hessian", "leave_one_out". Or a function
@@ -183,7 +183,7 @@ def plan(
         seed=seed,
         evaluations=evaluations,
     )
-    _check_importance(options)
+    _check_importance(options, importance)
     check_search(goal, options, quality)
     if goal is None and not options.keep and max_drop is None:
         raise UsageError(
@@ -207,9 +207,11 @@ def plan(
             "Give a goal, such as kirsch.Goal(macs=0.5), or remove `ranking`.",
         )
     check_validation(options, goal, data, validation)
+    on_data = max_drop is not None and validation is None  # the drop is measured on `data`
     plan_for: Callable[..., Plan]
     if options.of_blocks:
-        plan_for = partial(plan_blocks, graph, options=options, block_scores=BlockScores(graph, options, data))
+        block_scores = BlockScores(graph, options, data, measured=on_data)
+        plan_for = partial(plan_blocks, graph, options=options, block_scores=block_scores)
     else:
         chosen = importance_of(options.importance_name if importance is None else importance)
         options = options.with_ranking(chosen)
@@ -218,7 +220,7 @@ def plan(
             _check_groups(graph, importance)
         searched = quality_of(graph, options.ranking, data, loss, quality) if options.is_learned else None
         # `data` may be only for the ranking or for the measurement of the drop.
-        other_use = (options.is_learned and quality is None) or (max_drop is not None and validation is None)
+        other_use = (options.is_learned and quality is None) or on_data
         unused = other_use and chosen.needs == "weights" and options.ranking != "milp"
         scores = scores_of(graph, options, chosen, None if unused else data, loss)
 
@@ -263,9 +265,15 @@ def _check_groups(graph: Graph, scores: Mapping[str, Any]) -> None:
         raise UnknownNameError("group", unknown, known, argument="importance")
 
 
-def _check_importance(options: PlanOptions) -> None:
+def _check_importance(options: PlanOptions, importance: Any) -> None:
     """Raise a UsageError for the importance of a block in a plan of units, and the reverse."""
     name = options.importance_name
+    if options.of_blocks and not (importance is None or isinstance(importance, str)):
+        raise UsageError(
+            f"`importance` of kirsch.plan is a {type(importance).__name__}, and kinds='block' removes residual blocks.",
+            "Functions and dicts of scores rank the units of layers.",
+            f"Give the name of an importance of blocks ({', '.join(sorted(BLOCK_IMPORTANCES))}), or other `kinds`.",
+        )
     if options.of_blocks and name in IMPORTANCES and name not in BLOCK_IMPORTANCES:
         raise UsageError(
             f"The importance {name!r} ranks units of layers, and kinds='block' removes residual blocks.",

@@ -14,7 +14,7 @@ from kirsch.errors import GoalError
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.configuration import ConfiguredWidth
 from kirsch.pruning.alternatives import is_inside
-from kirsch.pruning.blocks import influence
+from kirsch.pruning.blocks import mean_influence
 from kirsch.pruning.notes import CLOSE
 from kirsch.pruning.obstacles import Least, reachable
 from kirsch.pruning.output_change import Variant, mean_output_changes
@@ -304,7 +304,7 @@ class LoadableSearch:
         if not graph.inputs:
             return {}
         inputs = framework_of(graph.model).analysis.inputs_like(graph.inputs, graph.model)
-        found = influence(graph, [inputs], seed=0)
+        found = mean_influence(graph, [(inputs, None)])
         mean = float(np.mean(list(found.values())))
         return {path: value / mean for path, value in found.items()} if np.isfinite(mean) and mean > 0 else {}
 

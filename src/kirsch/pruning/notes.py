@@ -113,6 +113,8 @@ def _landing_reason(plan: Plan, graph: Graph, name: str) -> str:
     """Return why a plan is far below its goal, and the options that may come closer."""
     if plan.blocks and not plan.groups:
         return "Only whole blocks are removed, and the goal would be missed if one of them were kept."
+    if plan.method.get("keep"):
+        return "The widths in `keep` are fixed, and no unit of another layer can be restored without missing the goal."
     multiple = plan.method["round_to"]
     single = multiple == 1 or (multiple == "auto" and {removal.kind for removal in plan.groups} <= UNROUNDED_KINDS)
     why = _next_cost(plan, graph, name) if single else f"round_to={multiple!r} rounds the widths."

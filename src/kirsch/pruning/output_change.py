@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kirsch import ops
-from kirsch.data.arrays import host
 from kirsch.errors import DataError, NumericError, UsageError
 from kirsch.frameworks.progress import shown_on
 from kirsch.measurement.outputs import are_probabilities
+from kirsch.pruning.importance.padding import only_padding
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.tables import Piece
+from kirsch.tasks.padding import counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 SOFTMAX, SIGMOID = ("cross-entropy", "next-token"), ("binary",)
 """Losses whose logits become probabilities by a softmax, or by a sigmoid. Other outputs are compared as numbers."""
-
-DECODER_MASK, MASK = "decoder_attention_mask", "attention_mask"
-"""Inputs that are 0 where a token is padding."""
 
 
 class Variant(NamedTuple):
@@ -61,12 +58,12 @@ def mean_output_changes(
         progress: whether to show the progress; see `kirsch.frameworks.progress.shown_on`.
 
     Raises:
-        DataError: all positions are padding.
+        DataError: all positions are padding, or all outputs are 0.
         NumericError: the outputs of the original or of a variant are not finite.
         UsageError: the outputs have one class; see `output_change`.
     """
     run, display = calibration_of(graph).outputs_without, shown_on(progress)
-    totals, weights, state = np.zeros(len(variants)), 0.0, [0, 0]
+    totals, weights, tokens, state = np.zeros(len(variants)), 0.0, 0, [0, 0]
 
     def line() -> Line:
         return [Piece(f"   measuring batch {state[0]}, alternative {state[1]} of {len(variants)}")]
@@ -79,7 +76,7 @@ def mean_output_changes(
             counted = counted_tokens(batch.inputs, original.shape)
             change, weight = output_change(original, original, loss, counted)
             _check_finite(change, f"The outputs of {graph.model_name} for batch {number} of `data`")
-            weights += weight
+            weights, tokens = weights + weight, tokens + (counted is None or int(counted.sum()))
             for index, variant in enumerate(variants):
                 state[:] = number, index + 1
                 if display is not None:
@@ -91,8 +88,14 @@ def mean_output_changes(
     finally:
         if display is not None:
             display.stop_status()
+    if not tokens:
+        raise only_padding()
     if not weights:
-        raise DataError("`data` of kirsch.plan has no positions that count.", fix="Give samples without padding.")
+        raise DataError(
+            f"All outputs of {graph.model_name} for `data` are 0.",
+            "Changes are measured relative to the outputs.",
+            "Check the weights of the model and the calibration data.",
+        )
     found: NDArray[np.float64] = totals / weights
     return found
 
@@ -157,22 +160,3 @@ def _log_probabilities(
 def _divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> float:
     with np.errstate(invalid="ignore"):  # NaN raises an error in `mean_output_changes`
         return float(ops.kl_terms(log_p, log_q).sum())
-
-
-def counted_tokens(inputs: Any, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
-    """Return whether each token of the outputs counts, shape (N, L); None if all positions count.
-
-    The outputs of a decoder have the positions of `decoder_attention_mask`; other outputs those of `attention_mask`.
-
-    Args:
-        inputs: inputs of the batch.
-        shape: shape of the outputs.
-    """
-    if not isinstance(inputs, Mapping) or len(shape) != len("NLK"):
-        return None
-    has_decoder = any(name.startswith("decoder_") for name in inputs)
-    mask = inputs.get(DECODER_MASK if has_decoder else MASK)
-    if mask is None or tuple(mask.shape) != shape[:2]:
-        return None
-    counted: NDArray[np.bool_] = host(mask) != 0
-    return None if counted.all() else counted

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kirsch import ops
+from kirsch import figures, ops
 from kirsch.data.annotations import has_arrays
 from kirsch.data.arrays import host, map_arrays
-from kirsch.data.batches import ArrayData, Batch, SeededData, batches_of, naming
+from kirsch.data.batches import ArrayData, Batch, SeededData, naming
 from kirsch.data.inputs import named_arrays
 from kirsch.errors import DataError, KirschError, NumericError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.graph.plan import Plan
 from kirsch.measurement.statistics import Difference, bootstrap_difference, paired_difference
+from kirsch.pruning.importance.calibration import read_batches
 from kirsch.pruning.importance.statistics import calibration_of
-from kirsch.tasks.metrics import default_metric, metric_of
+from kirsch.tasks.metrics import class_number, default_metric, metric_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,8 @@ class Quality:
         argument: name of the argument that holds the data, for messages.
 
     Raises:
-        UsageError: the metric is unknown, or the data can be read only once.
+        UsageError: the metric is unknown, the data can be read only once, or the model does not have a class of
+            `class_weights`. If no label has one of these classes, the error is raised when the quality is measured.
         DataError: there are no samples, or the metric needs other labels.
     """
 
@@ -96,6 +98,7 @@ class Quality:
         self._framework = framework_of(graph.model)
         self._checksums: list[int] = []
         self._stored: list[NDArray[Any]] | None = []
+        self._weighted = [class_number(key) for key in class_weights or {}]
         chosen = metric_of(metric, class_weights) if metric is not None else None
         self.metric = self._checked_metric(chosen, class_weights)
 
@@ -110,8 +113,17 @@ class Quality:
         if metric is None:
             name = "accuracy" if class_weights else default_metric(outputs, labels, few.inputs)
             metric = metric_of(name, class_weights)
+        reference = self._reference(metric, few, 1, outputs)
         with naming(f"Batch 1 of `{self._argument}`"):
-            metric.items(outputs, self._reference(metric, few, 1, outputs), few.inputs)
+            metric.items(outputs, reference, few.inputs)
+        classes = ops.classes_last(outputs).shape[-1]
+        unknown = next((number for number in self._weighted if number >= classes), None)
+        if unknown is not None:
+            raise UsageError(
+                f"`class_weights` names the class {unknown}.",
+                f"{self._graph.model_name} has the classes 0 to {classes - 1}.",
+                "Correct the class.",
+            )
         return metric
 
     @property
@@ -127,13 +139,11 @@ class Quality:
             source = _spread(Batch(data.inputs, data.targets), left)
         elif hasattr(data, "inputs") and hasattr(data, "labels"):  # a Split
             source = _spread(Batch(data.inputs, data.labels), left)
-        elif isinstance(data, SeededData):
-            source = data.epoch(0, 0)
-        elif isinstance(data, list) or not has_arrays(data):
-            source = batches_of(data, f"`{self._argument}`")
+        elif isinstance(data, (SeededData, list)) or not has_arrays(data):
+            source = data
         else:
             source = _spread(Batch.of(data), left)
-        for batch in source:
+        for batch in read_batches(source, self._graph.model, f"`{self._argument}`"):
             part = batch if left is None or len(batch) <= left else _head(batch, left)
             if len(part):
                 yield part
@@ -171,7 +181,15 @@ class Quality:
     @cached_property
     def original(self) -> Measured:
         """Quality of the original model."""
-        return self._measured(self._graph.model)
+        measured = self._measured(self._graph.model)
+        labels = set(measured.values[1].tolist()) if self._weighted else set()
+        if self._weighted and not labels & set(self._weighted):
+            raise UsageError(
+                f"`class_weights` has no effect: no label of `{self._argument}` has a class that it names.",
+                f"The labels are {figures.listed([str(number) for number in sorted(labels)])}.",
+                "Correct the classes, or remove `class_weights`: only classes with labels have a recall.",
+            )
+        return measured
 
     def without(self, groups: Sequence[Removal] = (), blocks: Sequence[Skip] = ()) -> Measured:
         """Return the quality of the model without some units and residual blocks.

@@ -8,6 +8,7 @@ import numpy as np
 
 from kirsch.errors import NumericError, UsageError
 from kirsch.pruning.importance.calibration import batches_for, loss_of
+from kirsch.pruning.importance.importance import GIVEN
 from kirsch.pruning.importance.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ScoreCache:
 def scores_of(graph: Graph, options: PlanOptions, importance: Importance, data: Any, loss: Any) -> ScoreCache:
     """Return the importances of all groups, which are computed when they are first used."""
     calibration_loss = loss_of(loss)
-    batches = batches_for(importance, data, loss, for_ranking=options.ranking == "milp")
+    batches = batches_for(importance, graph.model, data, loss, for_ranking=options.ranking == "milp")
     statistics = None
     if batches is not None and importance.needs != "weights":
         statistics = Statistics(graph, batches, calibration_loss, options.seed)
@@ -108,9 +109,16 @@ def _importance_scores(
         raise UsageError(
             f"The importance {importance.name!r} returns no usable scores for {group.name!r}.",
             f"Expected {group.size} finite numbers, found {scores.dtype} of shape {scores.shape}{wrong}.",
-            "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data.",
+            _fix(importance),
         )
     return scores.astype(np.float64)
+
+
+def _fix(importance: Importance) -> str:
+    """Return what to check if an importance returns no usable scores."""
+    if importance.name.startswith(GIVEN):
+        return "Give one finite number for each unit of the group."
+    return "Check the weights of this layer." if importance.needs == "weights" else "Check the weights and the data."
 
 
 def _refuse_not_finite(graph: Graph, group: Group) -> None:

@@ -17,7 +17,7 @@ from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Removal, Skip
 from kirsch.options import Options
 from kirsch.progress import CountProgress
-from kirsch.pruning.blocks import removable_blocks
+from kirsch.pruning.blocks import not_excluded_blocks
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.notes import too_few_units
 from kirsch.pruning.options import ClassWeights, KindNames, PlanOptions
@@ -191,7 +191,7 @@ def _selected(
         seed=seed,
     )
     groups = removable_groups(graph, options) if with_units else []
-    blocks = removable_blocks(graph, exclude) if with_blocks else []
+    blocks = not_excluded_blocks(graph, exclude) if with_blocks else []
     if not groups and not blocks:
         raise UsageError(
             f"{graph.model_name} has no units or residual blocks to measure with these options.",

@@ -18,6 +18,7 @@ from kirsch.graph.cost_names import WORDS
 from kirsch.graph.goal import Goal
 from kirsch.jobs.goal import PlanGoal
 from kirsch.jobs.step import STEPS, Step, model_cells
+from kirsch.pruning.blocks import runs_model
 from kirsch.pruning.choose import least_cost
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.compensation import Compensate, check_model, methods_of
@@ -158,12 +159,12 @@ class Prune(PlanOptions, Step):
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
-        if self.of_blocks:
-            options["data"] = [inference.from_numpy(batch) for batch in self._calibration(job, job.data.first_inputs)]
-        else:
+        if not self.of_blocks:
             options["importance"] = self._importance_in(job)
-            if self.ranking == "milp" or self.is_learned or importance_of(options["importance"]).needs != "weights":
-                options["data"] = self._calibration(job, job.data.calibration_batches, samples)
+        name = options["importance"] or self.importance_name
+        runs = runs_model(name) if self.of_blocks else importance_of(name).needs != "weights"
+        if self.ranking == "milp" or self.is_learned or runs:
+            options["data"] = self._calibration(job, job.data.calibration_batches, samples)
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:

@@ -19,6 +19,7 @@ from kirsch.registry import Registry
 from kirsch.tasks.classification import PredictionSummary
 from kirsch.tasks.label_losses import IGNORED
 from kirsch.tasks.next_token import next_labels, shift_logits
+from kirsch.tasks.padding import MASK, counted_tokens, token_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -184,8 +185,8 @@ def _of_next_tokens(
                 "A metric of next tokens needs outputs (samples, tokens, vocabulary), and a label for each token.",
                 "Give the tokens of the inputs as labels, or another `metric`.",
             )
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        known = {} if mask is None else {"attention_mask": host(mask)}
+        mask = token_mask(inputs, labels.shape)
+        known = {} if mask is None else {MASK: host(mask)}
         return items(shift_logits(outputs), next_labels(labels, known, IGNORED), inputs)
 
     return shifted
@@ -251,11 +252,10 @@ def _required_r_squared(outputs: NDArray[Any], targets: NDArray[Any]) -> float:
 
 
 def _predicted_numbers(outputs: NDArray[Any], targets: NDArray[Any], inputs: Any) -> Items:
-    """Return predicted and true numbers of each sample or position as rows, shape (items, K)."""
-    del inputs
+    """Return predicted and true numbers of each sample or position that is not padding as rows, shape (items, K)."""
     outputs, targets = _with_targets(outputs, targets)
-    rows = tuple(side.reshape(-1, side.shape[-1]) for side in (outputs, targets))
-    return Items(rows, _samples(np.ones(outputs.shape[:-1], bool)))
+    counted = _counted(outputs, inputs, outputs.shape[:-1])
+    return Items((outputs[counted], targets[counted]), _samples(counted))
 
 
 _register(Metric("r2", "labels", _predicted_numbers, _required_r_squared))
@@ -265,20 +265,29 @@ _register(Metric("r2", "labels", _predicted_numbers, _required_r_squared))
 
 
 def _same_classes(outputs: NDArray[Any], original: NDArray[Any], inputs: Any) -> Items:
-    """Return for each sample or position whether both models predict the same class."""
-    del inputs
+    """Return for each sample or position that is not padding whether both models predict the same class."""
     same = ops.classes_last(outputs).argmax(-1) == ops.classes_last(original).argmax(-1)
-    return Items((same.ravel(),), _samples(np.ones(same.shape, bool)))
+    counted = _counted(outputs, inputs, same.shape)
+    return Items((same[counted],), _samples(counted))
 
 
 def _negative_divergences(outputs: NDArray[Any], original: NDArray[Any], inputs: Any) -> Items:
-    """Return minus the KL divergence from the softmax of the original to that of the outputs, per item, in nats."""
-    del inputs
+    """Return minus the KL divergence from the softmax of the original to that of the outputs, per item, in nats.
+
+    Padding does not count.
+    """
     log_q, log_p = (_log_probabilities(ops.classes_last(side)) for side in (outputs, original))
     p = np.exp(log_p)
     terms = np.where(p > 0, p * (np.where(p > 0, log_p, 0) - np.where(p > 0, log_q, 0)), 0)
     divergence = terms.sum(-1)
-    return Items((-divergence.ravel(),), _samples(np.ones(divergence.shape, bool)))
+    counted = _counted(outputs, inputs, divergence.shape)
+    return Items((-divergence[counted],), _samples(counted))
+
+
+def _counted(outputs: NDArray[Any], inputs: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return whether each item counts, an array of this shape; padding does not."""
+    tokens = counted_tokens(inputs, outputs.shape)
+    return np.ones(shape, bool) if tokens is None else tokens
 
 
 _register(Metric("agreement", "original", _same_classes, _mean, correct=lambda same: same))
@@ -314,7 +323,7 @@ def metric_of(choice: str | Callable[..., Any], class_weights: Mapping[str | int
     found = METRICS[choice]
     if not class_weights:
         return found
-    numbers = {_class_number(key): weight for key, weight in class_weights.items()}
+    numbers = {class_number(key): weight for key, weight in class_weights.items()}
     return replace(ACCURACY, name="weighted accuracy", value=weighted_accuracy(numbers), correct=None)
 
 
@@ -345,7 +354,12 @@ def _given_value(metric: Callable[..., Any], outputs: NDArray[Any], labels: NDAr
     return number
 
 
-def _class_number(key: str | int) -> int:
+def class_number(key: str | int) -> int:
+    """Return the class number of a key of class weights, such as "3" of a JSON file.
+
+    Raises:
+        UsageError: the key is the name of a class.
+    """
     if isinstance(key, str) and not (key.isascii() and key.isdigit()):
         raise UsageError(
             f"`class_weights` names the class {key!r}.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from kirsch import ops
+from kirsch.tasks.padding import token_mask
 
 
 def shift_logits(logits: Any) -> Any:
@@ -31,10 +31,10 @@ def next_labels(labels: Any, inputs: Any, ignore_index: int) -> Any:
 
     Args:
         labels: one label for each token, shape (N, L), of the same library as the inputs.
-        inputs: the inputs; a dict may have an `attention_mask`, shape (N, L), nonzero where a token is not padding.
+        inputs: the inputs; a dict may have a mask of the labels, see `kirsch.tasks.padding.token_mask`.
         ignore_index: the label of ignored positions.
     """
-    labels, mask = shift_labels(labels), inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask, labels = token_mask(inputs, tuple(labels.shape)), shift_labels(labels)
     if mask is None:
         return labels
     return ops.where(ops.expand_mask(predicted_tokens(mask), labels), labels, ignore_index)

@@ -54,6 +54,12 @@ def test_seed_selects_the_samples_and_augmentation_is_optional(hub):
     assert load_data("cifar10", {**small, "augment": False}, seed=3).augment is None
 
 
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_an_empty_part_is_refused(hub, part):
+    with pytest.raises(DataError, match=rf"The {part} part of CIFAR-10 would be empty\. Give {part}=1 or more"):
+        load_data("cifar10", {"train": 2, "validation": 2, "test": 2, part: 0}, seed=3)
+
+
 @pytest.mark.parametrize("sizes", [{"train": 20, "validation": 1, "test": 1}, {"train": 1, "validation": 1, "test": 5}])
 def test_too_many_samples_are_refused(hub, sizes):
     sentence = rf"CIFAR-10 has 20 training and 4 test images; {sizes['train']} \+ 1 and {sizes['test']} are requested"

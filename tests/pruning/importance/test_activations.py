@@ -11,6 +11,7 @@ from kirsch.data.batches import Batch
 from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.trace import trace
 from kirsch.pruning.importance import IMPORTANCES
+from kirsch.pruning.importance.calibration import CalibrationBatches
 from kirsch.pruning.importance.statistics import Statistics
 
 HIDDEN = torch.tensor([[[1.0, 0.0, -2.0], [0.0, 0.0, 4.0]], [[3.0, 0.0, 2.0], [9.0, 9.0, 9.0]]], dtype=torch.float64)
@@ -47,7 +48,8 @@ def padded():
 def padded_by_position(padded):
     """Return the same with one batch of both samples, whose inputs are a tuple."""
     graph, group, _ = padded
-    return graph, group, Statistics(graph, [Batch((HIDDEN, MASK))])
+    batches = CalibrationBatches(graph.model, [((HIDDEN, MASK), None)], "inputs", "The test", "cross-entropy")
+    return graph, group, Statistics(graph, batches)
 
 
 def relative(values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,7 @@ from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.importance import importance_of
 
 GOAL = kirsch.Goal(macs=0.7)
+TOKENS = torch.randint(0, 7, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -110,11 +112,47 @@ def test_missing_and_unusable_scores_of_the_user_are_named(graph):
         plan(graph, importance=lambda _graph, group, batch: np.ones(group.size))
 
 
+@pytest.mark.parametrize("given", [np.full(6, np.nan), np.ones(5), [None] * 6])
+def test_unusable_scores_are_to_be_corrected_by_the_user_who_gave_them(graph, given):
+    with pytest.raises(UsageError, match=r"'given scores' returns no usable scores.*Give one finite number for each"):
+        plan(graph, importance={group.name: given for group in graph.groups})
+
+
+def from_gates(_graph, group, *, statistics):
+    return statistics.gates(group).mean_absolute
+
+
+def test_a_function_of_the_user_gets_the_labels_that_the_loss_needs(graph, residual, labels):
+    data = [(residual.inputs, labels)]
+    assert removed(plan(graph, importance=from_gates, data=data)) == removed(
+        plan(graph, importance="taylor", data=data)
+    )
+    with pytest.raises(DataError, match=r"Batch 1 of `data` has no labels\..*'given function from_gates' is computed"):
+        plan(graph, importance=from_gates, data=[residual.inputs])
+
+
+def test_a_function_of_the_user_gets_shifted_labels_for_next_tokens():
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 7)).eval(), TOKENS
+    graph = kirsch.trace(model, tokens[:1])
+    options = {"loss": "next-token", "data": [(tokens, tokens)]}
+    expected = removed(plan(graph, importance="taylor", **options))
+    assert removed(plan(graph, importance=from_gates, **options)) == expected
+
+
+@pytest.mark.parametrize("importance", ["taylor", "wanda"])
+def test_a_shuffling_loader_does_not_change_the_random_state(graph, residual, labels, importance):
+    loader = DataLoader(TensorDataset(residual.inputs, labels), batch_size=4, shuffle=True)
+    state = torch.get_rng_state()
+    plan(graph, importance=importance, data=loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_next_token_shifts_logits_and_labels_and_leaves_out_padding():
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
-    [found] = batches_for(importance_of("taylor"), [batch], "next-token")
+    [found] = batches_for(importance_of("taylor"), nn.Identity(), [batch], "next-token")
     losses = [
         F.cross_entropy(logits[row, start:-1], tokens[row, start + 1 :], reduction="none")
         for row, start in enumerate((0, 2))
@@ -128,8 +166,8 @@ def test_tokens_as_labels_without_a_shift_are_refused():
     batch = {"input_ids": tokens, "labels": tokens.where(torch.arange(5) > 1, -100)}
     taylor = importance_of("taylor")
     with pytest.raises(UsageError, match=r"The labels are the tokens of the inputs themselves.*loss=\"next-token\""):
-        list(batches_for(taylor, [batch], "cross-entropy"))
-    assert len(list(batches_for(taylor, [batch], "next-token"))) == 1
+        list(batches_for(taylor, nn.Identity(), [batch], "cross-entropy"))
+    assert len(list(batches_for(taylor, nn.Identity(), [batch], "next-token"))) == 1
 
 
 @pytest.mark.parametrize("importance", ["taylor", "wanda"])

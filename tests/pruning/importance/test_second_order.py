@@ -65,6 +65,13 @@ def test_hessian_estimates_the_second_derivatives(monkeypatch, residual, graph_o
     assert np.corrcoef(found, expected)[0, 1] > 0.95
 
 
+def test_hessian_does_not_depend_on_the_division_into_batches(residual, graph_of, statistics_of):
+    graph = graph_of(residual)
+    one, *others = (inner_scores("hessian", graph, statistics_of(graph, size)) for size in (12, 5, 1))
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=1e-6)
+
+
 def test_leave_one_out_is_the_change_of_the_loss_without_the_unit(residual, graph_of, statistics_of, labels):
     loss, weight = loss_of_weights(residual, labels, "outer.weight")
     expected = []

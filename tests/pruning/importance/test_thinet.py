@@ -63,6 +63,21 @@ def test_units_are_removed_in_the_order_of_the_smallest_error():
     assert np.argsort(scores).tolist() == removed
 
 
+def test_the_error_of_a_transposed_convolution_is_that_of_its_outputs(monkeypatch):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 1, bias=False), nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, bias=False)
+    model, images = nn.Sequential(*layers).double().eval(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    monkeypatch.setattr("kirsch.pruning.importance.activations.SAMPLED", 10_000)
+    graph = trace(model, images[:1])
+    (products,) = Statistics(graph, [Batch(images)]).contribution_products(graph.groups[0])
+    hidden, energy = model[0](images), (model(images) ** 2).sum()
+    for pair in ([0], [1, 3]):
+        alone = torch.zeros(4, 1, 1, dtype=torch.float64)
+        alone[pair] = 1
+        expected = float((model[1](hidden * alone) ** 2).sum() / energy)
+        assert products[np.ix_(pair, pair)].sum() == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_unit_that_another_unit_cancels_is_removed_with_it():
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 1, bias=False)).double().eval()
     with torch.no_grad():

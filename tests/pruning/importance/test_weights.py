@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import kirsch
 from kirsch.errors import UsageError
 from kirsch.frameworks.trace import trace
 from kirsch.pruning.importance import IMPORTANCES
@@ -64,5 +65,9 @@ def test_bn_scale_is_the_mean_absolute_scale_of_the_batch_normalizations(residua
 def test_bn_scale_names_a_group_without_batch_normalization(residual, graph_of):
     graph = graph_of(residual)
     inner = next(group for group in graph.groups if group.name == "inner")
-    with pytest.raises(UsageError, match=r"\"bn_scale\" cannot rank the units of 'inner'.*exclude=\['inner'\]"):
+    with pytest.raises(UsageError, match=r"\"bn_scale\" cannot rank the units of 'inner'.*keep_outputs=\['inner'\]"):
         IMPORTANCES["bn_scale"](graph, inner)
+    with pytest.raises(UsageError, match="cannot rank the units of 'inner'"):
+        kirsch.plan(graph, kirsch.Goal(macs=0.7), importance="bn_scale", round_to=1)
+    fixed = kirsch.plan(graph, kirsch.Goal(macs=0.7), importance="bn_scale", round_to=1, keep_outputs=["inner"])
+    assert [removal.name for removal in fixed.groups] == ["stem"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import kirsch
 from kirsch.errors import NumericError, UnknownNameError, UsageError
@@ -225,6 +226,33 @@ def test_the_model_and_the_random_state_are_not_changed():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_shuffling_loader_does_not_change_the_random_state():
+    model, images, labels = digits_like()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    kirsch.sparsify(model, sparsity=0.5, importance="wanda", data=loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_record_states_the_pattern_of_each_mask():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    first = kirsch.sparsify(model, sparsity=0.4)
+    second = kirsch.sparsify(first.model, pattern="2:4")
+    assert {layer.name: layer.pattern for layer in second.layers} == {
+        "0.weight": "unstructured",
+        "1.weight": "2:4",
+        "2.weight": "2:4",
+    }
+    assert "fewer than the 4 of the pattern" in second.kept["0.weight"]
+    assert "Kept with the earlier mask: `0.weight`" in str(second)
+    third = kirsch.sparsify(copy.deepcopy(second.model), sparsity=0.9, exclude="1")
+    assert [layer.pattern for layer in third.layers] == ["unstructured", "2:4", "unstructured"]
+    assert third.kept["1.weight"] == "excluded by `exclude`"
+    raised = third.raise_to(0.95)
+    assert [layer.pattern for layer in raised.layers] == ["unstructured", "2:4", "unstructured"]
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "wanda", "sparsegpt", "random"])

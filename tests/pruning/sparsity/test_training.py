@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kirsch
 from kirsch.frameworks.find import pytorch
@@ -63,6 +66,56 @@ def test_a_gradual_schedule_in_a_loop_of_ones_own_ends_at_the_final_sparsity():
         optimizer.step()
     assert sparse.sparsity == pytest.approx(0.8, abs=1e-3)
     assert_zeros(sparse.model, MASKING.masks(sparse.model))
+
+
+AVERAGES = {
+    "mean": {},
+    "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "slow ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9999)},
+    "own function": {"avg_fn": lambda average, new, _: 0.3 * new + 0.7 * average},
+}
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_a_moving_average_has_the_masks_of_the_trained_model_while_they_grow(average, use_buffers):
+    model, images, labels = digits_like()
+    schedule = kirsch.SparsitySchedule(0.8, steps=6, every=2)
+    sparse = kirsch.sparsify(model, sparsity=0.0)
+    averaged = AveragedModel(sparse.model, use_buffers=use_buffers, **AVERAGES[average])
+    optimizer = torch.optim.SGD(sparse.model.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+    for step in range(9):
+        if schedule.changes_at(step):
+            sparse = sparse.raise_to(schedule(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(sparse.model(images), labels).backward()
+        optimizer.step()
+        averaged.update_parameters(sparse.model)
+    masks = MASKING.masks(sparse.model)
+    assert sparse.sparsity == pytest.approx(0.8, abs=1e-3)
+    found = MASKING.masks(averaged.module)
+    assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
+    assert_zeros(averaged.module, masks)
+    assert not torch.equal(averaged.module[3].weight, sparse.model[3].weight)
+
+
+def test_an_average_over_the_state_dict_has_the_masks_of_the_trained_model():
+    model, *_ = digits_like()
+    sparse = kirsch.sparsify(model, sparsity=0.2)
+    averaged = copy.deepcopy(sparse.model)
+    sparse = sparse.raise_to(0.7)
+    for old, new in zip(averaged.state_dict().values(), sparse.model.state_dict().values(), strict=True):
+        old.copy_(0.99 * old + 0.01 * new)
+    assert_zeros(averaged, MASKING.masks(sparse.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_masks_survive_a_conversion_of_the_model(dtype):
+    model, *_ = digits_like()
+    sparse = kirsch.sparsify(model, sparsity=0.7)
+    masks = MASKING.masks(sparse.model)
+    found = MASKING.masks(sparse.model.to(dtype))
+    assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
 
 
 def test_an_exported_file_has_the_zeros_and_no_masks(tmp_path):

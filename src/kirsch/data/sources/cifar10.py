@@ -48,11 +48,14 @@ def cifar10(
         mean, deviation: mean and standard deviation of each color, for pixels from 0 to 1.
 
     Raises:
-        DataError: a file is missing, or has fewer samples.
+        DataError: a part would be empty, a file is missing, or a file has fewer samples.
         MissingExtraError: pyarrow or pillow is not installed.
 
     Source: Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images.
     """
+    empty = next((name for name, n in {"train": train, "validation": validation, "test": test}.items() if n < 1), None)
+    if empty is not None:
+        raise DataError(f"The {empty} part of CIFAR-10 would be empty.", fix=f"Give {empty}=1 or more.")
     random = np.random.default_rng(seed)
     shift, scale = (np.array(v, np.float32)[:, None, None] for v in (mean, deviation))
 

@@ -8,13 +8,14 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.compensation.layers import ReadingLayer, reading_layers
 from kirsch.pruning.compensation.least_squares import Products, least_squares, mean_shift, relative_error
 from kirsch.pruning.compensation.record import CompensatedLayer, Compensation
-from kirsch.pruning.importance.activations import Padding, without_padding
 from kirsch.pruning.importance.calibration import read_batches
+from kirsch.pruning.importance.padding import Padding, only_padding, refuse_padding, without_padding
+from kirsch.tasks.padding import counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Batch]:
         empty = True
-        for batch in read_batches(self._data):
+        for batch in read_batches(self._data, self._graph.model):
             empty = False
             yield batch
         if empty:
@@ -85,12 +86,16 @@ class _Run:
 
     def output_error(self) -> float:
         """Return the RMS of the difference of the outputs, relative to the RMS of the outputs of the original."""
-        difference, size = 0.0, 0.0
-        for batch, padding in without_padding(self._batches()):
-            pairs = self._calibration.paired_outputs(self._graph, self._pruned, batch.inputs)
-            for original, pruned in (padding.of_output(pair) for pair in pairs):
-                difference += float(((original - pruned) ** 2).sum())
-                size += float((original**2).sum())
+        difference, size, read, count = 0.0, 0.0, 0, 0
+        for batch in self._batches():
+            for original, pruned in self._calibration.paired_outputs(self._graph, self._pruned, batch.inputs):
+                counted = counted_tokens(batch.inputs, original.shape)
+                chosen = slice(None) if counted is None else counted
+                difference += float(((original - pruned)[chosen] ** 2).sum())
+                size += float((original[chosen] ** 2).sum())
+                read, count = read + original.size, count + original[chosen].size
+        if read and not count:
+            raise only_padding()
         if not np.isfinite([difference, size]).all():
             raise NumericError(
                 f"The outputs of the {self._graph.model_name} on the calibration data contain NaN or infinity.",
@@ -213,12 +218,7 @@ class _Run:
 
 
 def _size_and_inputs(batch: Batch) -> tuple[int, Any]:
-    if Padding(batch).exists:
-        raise UsageError(
-            "The statistics of batch normalization cannot be estimated from batches with padding.",
-            "Padding would count as data.",
-            "Give batches without padding, or remove 'batch_norm' from `compensate`.",
-        )
+    refuse_padding(batch, "remove 'batch_norm' from `compensate`")
     return len(batch), batch.inputs
 
 

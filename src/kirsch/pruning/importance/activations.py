@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +9,16 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.data.batches import Batch
-from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.errors import NumericError, UsageError
+from kirsch.pruning.importance.padding import Padding, without_padding
 from kirsch.tasks.label_losses import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from numpy.typing import NDArray
 
+    from kirsch.data.batches import Batch
     from kirsch.frameworks.protocols import Calibration
     from kirsch.graph.graph import Graph
     from kirsch.graph.group import ParameterAxis
@@ -174,87 +174,6 @@ def _labels(
     return np.tile(labels, len(of_experts)), np.repeat(of_experts, channels)
 
 
-def samples_of(batch: Batch) -> Iterator[Batch]:
-    """Yield each sample of a batch as a batch.
-
-    Raises:
-        DataError: an array cannot be divided by samples.
-    """
-    number = len(batch)
-    for index in range(number):
-        yield batch if number == 1 else Batch(*(_row(part, index, number) for part in (batch.inputs, batch.targets)))
-
-
-def _row(part: Any, index: int, samples: int) -> Any:
-    """Return one sample of nested arrays; arrays with one row for all samples are returned unchanged."""
-    if isinstance(part, Mapping):
-        return {name: _row(value, index, samples) for name, value in part.items()}
-    if isinstance(part, (tuple, list)):
-        return tuple(_row(value, index, samples) for value in part)
-    shape = tuple(getattr(part, "shape", ()))
-    if shape[:1] not in ((), (1,), (samples,)):
-        raise DataError(
-            f"An input has shape {shape}, and the batch has {samples} samples.",
-            "The importance runs the model on each sample by itself.",
-            "Give arrays with the samples on the first axis, or batches of one sample.",
-        )
-    return part[index : index + 1] if shape[:1] == (samples,) else part
-
-
-class Padding:
-    """Padding in the inputs of a batch, which an `attention_mask` or `decoder_attention_mask` marks with 0."""
-
-    def __init__(self, batch: Batch) -> None:
-        inputs = batch.inputs if isinstance(batch.inputs, Mapping) else {}
-        masks = [host(inputs[name]) != 0 for name in MASKS if inputs.get(name) is not None]
-        self._masks = [mask.ravel() for mask in masks if mask.ndim == len("NL")]
-        self.exists = not all(mask.all() for mask in self._masks)
-        shapes = [tuple(getattr(value, "shape", ())) for value in inputs.values()]
-        self._lengths = {shape[1] for shape in shapes if len(shape) > 1}
-        self._pooled: set[str] = set()  # weights that have read one position
-
-    def left_out(self, name: str, x: Any, experts: Any) -> Any:
-        """Return the positions of x, of one sample, that are not padding.
-
-        Raises:
-            UsageError: it is not known which positions are padding.
-        """
-        if not self.exists:
-            return x
-        masks = [mask for mask in self._masks if len(mask) == x.shape[0]]
-        differ = any((mask != masks[0]).any() for mask in masks)
-        again = x.shape[0] == 1 and name in self._pooled  # a recurrent layer reads one position after another
-        if x.shape[0] == 1:
-            self._pooled.add(name)
-        if experts is not None or differ or again or not (masks or x.shape[0] == 1 or x.shape[0] in self._lengths):
-            raise UsageError(
-                f"Padding cannot be left out of the activations that {name!r} reads.",
-                "It is not known which of the positions are padding.",
-                "Give batches without padding, such as one sequence for each batch.",
-            )
-        return x[masks[0]] if masks else x
-
-    def of_output(self, pair: tuple[NDArray[Any], NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return two outputs (1, tokens, ...) of one sample without padding; other outputs are returned unchanged."""
-        masks = [mask for mask in self._masks if pair[0].shape[:2] == (1, len(mask))]
-        first, second = pair
-        return (first[:, masks[0]], second[:, masks[0]]) if masks else pair
-
-
-def without_padding(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Padding]]:
-    """Yield the batches with their padding, and each sample of a batch with padding by itself.
-
-    The positions of a single sample are in the order of its tokens, whichever axis of a layer holds the samples.
-    """
-    for batch in batches:
-        for part in samples_of(batch) if Padding(batch).exists else (batch,):
-            yield part, Padding(part)
-
-
-MASKS = ("attention_mask", "decoder_attention_mask")
-"""Names of inputs that are 0 where a token is padding."""
-
-
 def column_sums(graph: Graph, inputs: InputStatistics, power: int) -> NDArray[np.float64]:
     """Return the sum of |w|^power over the weights that multiply each value of `InputStatistics`."""
     powers = np.abs(graph.values(inputs.name).astype(np.float64)) ** power
@@ -364,8 +283,9 @@ def _products(weight: NDArray[np.float64], axis: int, channels: int, gram: NDArr
     """
     groups, columns = gram.shape[:2]
     size = channels // groups
-    # Axis 0 is that of a product x @ W, or of a transposed convolution.
-    rows = weight.reshape(groups, -1, columns) if axis else weight.reshape(groups, size, -1).swapaxes(1, 2)
+    rows = weight.reshape(groups, -1, columns)
+    if not axis:  # a product x @ W, or a transposed convolution: (inputs, outputs, kernel ...)
+        rows = weight.reshape(groups, size, -1, columns // size).swapaxes(1, 2).reshape(groups, -1, columns)
     products = gram * (rows.swapaxes(1, 2) @ rows)
     blocks = products.reshape(groups, size, columns // size, size, columns // size).sum((2, 4))
     result = np.zeros((channels, channels))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kirsch import figures
 from kirsch.errors import UsageError
 from kirsch.pruning.importance.importance import importance, mean_per_unit
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 SCALE = "batch norm scale"
 """Role of the scale of a batch normalization."""
-
-SHOWN = 5
-"""Largest number of groups that an error names."""
 
 
 @importance("bn_scale")
@@ -37,12 +35,13 @@ def bn_scale(graph: Graph, group: Group) -> NDArray[np.float64]:
     """
     keys = graph.axes_with(group, SCALE)
     if not keys:
-        without = [other.name for other in graph.groups if not graph.axes_with(other, SCALE)]
-        more = f" and {len(without) - SHOWN} more" if len(without) > SHOWN else ""
+        others = [repr(other.name) for other in graph.groups if other != group and not graph.axes_with(other, SCALE)]
         raise UsageError(
-            f'The importance "bn_scale" cannot rank the units of {", ".join(map(repr, without[:SHOWN]))}{more}.',
-            "No batch normalization with a scale is applied to them.",
-            f"Exclude these layers, exclude={without}, or use another importance.",
+            f'The importance "bn_scale" cannot rank the units of {group.name!r}.',
+            "No batch normalization with a scale is applied to them"
+            f"{f', nor to those of {figures.listed(others)}' if others else ''}.",
+            f"Keep the outputs of such layers, keep_outputs={[group.name.partition('#')[0]]!r}, or use another "
+            "importance.",
         )
     total = np.zeros(group.size)
     for key in keys:

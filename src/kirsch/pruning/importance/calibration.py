@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from kirsch.data.annotations import has_arrays
 from kirsch.data.arrays import host
 from kirsch.data.batches import Batch, SeededData, batches_of
 from kirsch.errors import DataError, UnknownNameError, UsageError
+from kirsch.frameworks.find import framework_of
 from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
 from kirsch.tasks.next_token import next_labels, shift_logits
+from kirsch.tasks.padding import MASK, token_mask
 
 if TYPE_CHECKING:
     from kirsch.pruning.importance.importance import Importance, Needs
@@ -25,9 +28,10 @@ NEXT_TOKEN = "next-token"  # noqa: S105 - not a password
 
 @dataclass(frozen=True)
 class CalibrationBatches:
-    """Calibration data as batches that can be iterated over several times.
+    """Calibration data as batches that can be iterated over several times; see `read_batches`.
 
     Args:
+        model: the model that runs on the batches.
         data: a loader, `ArrayData`, a list of batches, or one batch.
         needs: what the batches must have, inputs or labels.
         reader: what reads the batches, such as "The importance 'taylor'", for messages.
@@ -35,6 +39,7 @@ class CalibrationBatches:
             predict, shape (N, L - 1), and padding has no label.
     """
 
+    model: Any
     data: Any
     needs: Needs
     reader: str
@@ -42,7 +47,7 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(read_batches(self.data), start=1):
+        for number, batch in enumerate(read_batches(self.data, self.model), start=1):
             if self.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
@@ -50,6 +55,11 @@ class CalibrationBatches:
                 yield batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
+
+    @property
+    def labeled(self) -> CalibrationBatches:
+        """The same batches, which must have labels, for statistics that use them."""
+        return replace(self, needs="labels")
 
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
@@ -71,14 +81,28 @@ class CalibrationBatches:
             )
 
 
-def read_batches(data: Any) -> Iterator[Batch]:
-    """Yield the batches of calibration data: of a loader, `ArrayData` or a list, or the single batch."""
+def read_batches(data: Any, model: Any, name: str = "`data`") -> Iterator[Batch]:
+    """Yield the batches of calibration data: of a loader, `ArrayData` or a list, or the single batch.
+
+    Inputs by position become a dict by the names of the arguments of `forward`, so that an attention mask is found. A
+    loader that draws random numbers gives the same batches each time, and the caller's random state is not changed.
+
+    Args:
+        data: the data.
+        model: the model that runs on the batches.
+        name: name of the argument that holds the data, for messages.
+    """
     if isinstance(data, SeededData):
-        yield from data.epoch(0, 0)
+        batches = data.epoch(0, 0)
     elif (isinstance(data, list) and not _is_pair(data)) or not has_arrays(data):
-        yield from batches_of(data, "`data`")
+        batches = batches_of(data, name)
     else:
-        yield Batch.of(data)
+        batches = iter([Batch.of(data)])
+    framework, number = framework_of(model), 0
+    while (batch := framework.training.seeded(partial(next, batches, None), number)) is not None:
+        number += 1
+        named = framework.inference.named_arguments(model, batch.inputs)
+        yield batch if named is batch.inputs else replace(batch, inputs=named)
 
 
 def _is_pair(data: list[Any]) -> bool:
@@ -101,18 +125,19 @@ def _predicted(batch: Batch, number: int) -> Batch:
             f'loss="{NEXT_TOKEN}" needs one label for each token, shape (samples, tokens).',
             "Give the tokens of the inputs as labels.",
         )
-    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    inputs = {} if mask is None else {"attention_mask": host(mask)}
+    mask = token_mask(batch.inputs, labels.shape)
+    inputs = {} if mask is None else {MASK: host(mask)}
     return replace(batch, targets=next_labels(labels, inputs, IGNORED))
 
 
 def batches_for(
-    importance: Importance, data: Any, loss: Any, *, for_ranking: bool = False
+    importance: Importance, model: Any, data: Any, loss: Any, *, for_ranking: bool = False
 ) -> CalibrationBatches | None:
     """Return the batches for an importance; None if it is computed from the weights alone.
 
     Args:
         importance: the importance.
+        model: the model that runs on the batches.
         data: see `CalibrationBatches`.
         loss: see `CalibrationBatches`.
         for_ranking: whether the ranking of the layers runs the model, too.
@@ -137,7 +162,12 @@ def batches_for(
             "On the command line, give --data SOURCE.",
         )
     check_reusable(data)
-    return CalibrationBatches(data, importance.needs, f"The importance {importance.name!r}", loss)
+    return CalibrationBatches(model, data, importance.needs, f"The importance {importance.name!r}", loss)
+
+
+def no_labels() -> DataError:
+    """Return the error for calibration data whose samples all lack a label."""
+    return DataError("`data` of kirsch.plan has no samples with labels.", fix="Give at least one.")
 
 
 def check_reusable(data: Any) -> None:

@@ -29,6 +29,10 @@ OPTIONS = ("norm", "seed", "statistics")
 """Keywords that a formula may have; it receives those that it names."""
 
 
+GIVEN = "given "
+"""Beginning of the name of an importance that is a function or a dict of the user."""
+
+
 class Importance(Protocol):
     """A registered importance: a function of a graph and a group.
 
@@ -138,11 +142,11 @@ def importance_of(choice: Any) -> Importance:
         found = IMPORTANCES[choice]
         return found if hasattr(found, "needs") else as_importance(found, choice)
     if isinstance(choice, Mapping):
-        return as_importance(lambda _graph, group: _given(choice, group), "given scores")
+        return as_importance(lambda _graph, group: _given(choice, group), f"{GIVEN}scores")
     if hasattr(choice, "needs"):
         return cast("Importance", choice)
     uses_data = "statistics" in inspect.signature(choice).parameters
-    name = f"given function {getattr(choice, '__name__', '')}".strip()
+    name = f"{GIVEN}function {getattr(choice, '__name__', '')}".strip()
     return as_importance(choice, name, "inputs" if uses_data else "weights")
 
 

@@ -11,17 +11,18 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.errors import DataError, NumericError, UsageError
+from kirsch.errors import NumericError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.importance.activations import (
     InputStatistics,
     contribution_products,
     input_statistics,
     labels_in,
-    samples_of,
 )
+from kirsch.pruning.importance.calibration import CalibrationBatches, no_labels
 from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
+from kirsch.pruning.importance.padding import samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ Loss = Callable[[Any, Any], Any]
 """Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
 
 HESSIAN_VECTORS = 32
-"""Number of random vectors from which the diagonal of the Hessian is estimated, over all batches; at least one each."""
+"""Number of random vectors from which the diagonal of the Hessian is estimated, the same ones for each batch."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,6 @@ class Gates:
     mean_sum_of_squares: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class _NamedBatches:
-    """Batches whose inputs are dicts, so that an attention mask is found if inputs are given by position."""
-
-    graph: Graph
-    batches: Iterable[Batch]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            named = framework_of(self.graph.model).inference.named_arguments(self.graph.model, batch.inputs)
-            yield batch if named is batch.inputs else replace(batch, inputs=named)
-
-
 class Statistics:
     """Statistics of calibration data. Each is computed for all groups in one pass over the data, when first used.
 
@@ -80,7 +68,8 @@ class Statistics:
 
     Args:
         graph: graph of the model.
-        batches: calibration batches, which are iterated over several times.
+        batches: calibration batches, which are iterated over several times; an attention mask must be an input by
+            name. Derivatives of the loss use the labels of all of them.
         loss: loss of a batch, the mean over its samples; None if only inputs are used.
         seed: seed of the random vectors of the Hessian.
     """
@@ -88,7 +77,8 @@ class Statistics:
     def __init__(self, graph: Graph, batches: Iterable[Batch], loss: Loss | None = None, seed: int = 0) -> None:
         self._graph, self._loss, self._seed = graph, loss, seed
         self._calibration = calibration_of(graph)
-        self._batches = _NamedBatches(graph, batches)
+        self._batches = batches
+        self._labeled = batches.labeled if isinstance(batches, CalibrationBatches) else batches
         self._gating = {group.name: gating_entries(graph, group) for group in graph.groups}
 
     # ------------------------------------------------------------------------------------------------ derivatives
@@ -147,23 +137,24 @@ class Statistics:
 
     @cached_property
     def _hessian_diagonal(self) -> dict[str, Any]:
-        """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator)."""
-        random = np.random.default_rng(self._seed)
+        """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator).
+
+        All batches use the same vectors, so that the estimate does not depend on the division into batches.
+        """
         gating = {part.name for parts in self._gating.values() for part in parts}  # others would only add noise
         weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
 
-        vectors = max(1, round(HESSIAN_VECTORS / max(1, sum(1 for _ in self._batches))))
-
         def estimate(batch: Batch) -> dict[str, Any]:
+            random = np.random.default_rng(self._seed)
             total: dict[str, Any] = {}
-            for _ in range(vectors):
+            for _ in range(HESSIAN_VECTORS):
                 signs = {
                     name: ops.convert_to_tensor(random.choice([-1.0, 1.0], tuple(value.shape)), like=value)
                     for name, value in weights.items()
                 }
                 products = self._calibration.hessian_products(self._graph, batch, self._required_loss, signs)
                 for name, product in products.items():
-                    term = ops.upcast(signs[name]) * ops.upcast(product) / vectors
+                    term = ops.upcast(signs[name]) * ops.upcast(product) / HESSIAN_VECTORS
                     total[name] = total[name] + term if name in total else term
             return total
 
@@ -242,20 +233,20 @@ class Statistics:
 
     def _samples(self) -> Iterator[Batch]:
         """Yield each sample with a label as a batch."""
-        for batch in self._batches:
+        for batch in self._labeled:
             for sample in samples_of(batch):
                 if labels_in(sample):
                     yield sample
 
     def _check_samples(self, samples: int) -> None:
         if not samples:
-            raise DataError("`data` of kirsch.plan has no samples with labels.", fix="Give at least one.")
+            raise no_labels()
 
     def _mean_over_batches(self, compute: Callable[[Batch], dict[str, Any]]) -> dict[str, Any]:
         """Return the mean over all labels of arrays that are means over the labels of a batch."""
         total: dict[str, Any] = {}
         count = 0
-        for batch in self._batches:
+        for batch in self._labeled:
             labels = labels_in(batch)
             count += labels
             for name, value in compute(batch).items() if labels else ():
@@ -266,7 +257,7 @@ class Statistics:
 
     def _mean_loss(self, keep: NDArray[np.bool_]) -> float:
         total, count = 0.0, 0
-        for batch in self._batches:
+        for batch in self._labeled:
             labels = labels_in(batch)
             count += labels
             if labels:

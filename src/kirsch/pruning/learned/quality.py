@@ -1,4 +1,4 @@
-"""SearchQuality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
+"""Quality of pruned models during a search: minus the loss on calibration data, or a function of the user."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from kirsch.data.arrays import host
 from kirsch.errors import UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.pruning.importance.activations import labels_in
-from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, loss_of
+from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, loss_of, no_labels
+from kirsch.pruning.importance.padding import only_padding, refuse_padding
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.pruning.options import LEARNED_RANKINGS
+from kirsch.tasks.padding import counted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchQuality:
-    """SearchQuality of pruned models.
+    """Quality of pruned models during a search.
 
     Args:
         of_model: function of a pruned model.
@@ -103,15 +105,18 @@ def quality_of(graph: Graph, ranking: str, data: Any, loss: Any, given: QualityF
         )
     check_reusable(data)
     reader = f'ranking="{ranking}"'
-    batches = list(CalibrationBatches(data, "inputs", reader, loss))
+    batches = list(CalibrationBatches(graph.model, data, "inputs", reader, loss))
     if all(batch.targets is not None for batch in batches):
-        batches = list(CalibrationBatches(batches, "labels", reader, loss))
+        batches = list(CalibrationBatches(graph.model, batches, "labels", reader, loss))
         name = loss if isinstance(loss, str) else "given loss"
         of_model, words = _minus_mean_loss(batches, loss_of(loss), labels_in), f"minus the {name}"
     else:
-        of_model = _minus_mean_loss(_with_outputs(graph, batches), _divergence, len)
+        of_model = _minus_mean_loss(_with_outputs(graph, batches), _divergence, _positions)
         words = "minus the KL divergence from the outputs of the original"
     statistics = framework_of(graph.model).surgery.batch_norms(graph.model)
+    if statistics:
+        for batch in batches:
+            refuse_padding(batch, "give `quality`, a function of a pruned model")
     with_statistics = ", with batch-norm statistics of these samples" if statistics else ""
     return SearchQuality(of_model, f"{words} on {sum(map(len, batches)):,} samples{with_statistics}")
 
@@ -125,7 +130,7 @@ def _minus_mean_loss(batches: Sequence[Batch], loss: Loss, weight: Callable[[Bat
     """
     weights = [weight(batch) for batch in batches]
     if not sum(weights):
-        raise UsageError("`data` of kirsch.plan has no samples with labels.", fix="Give at least one.")
+        raise only_padding() if weight is _positions else no_labels()
 
     def quality(model: Any) -> float:
         framework = framework_of(model)
@@ -143,7 +148,7 @@ def _minus_mean_loss(batches: Sequence[Batch], loss: Loss, weight: Callable[[Bat
 
 
 def _with_outputs(graph: Graph, batches: Sequence[Batch]) -> list[Batch]:
-    """Return the batches with pairs as targets: the logits of the original, and which positions are not padding."""
+    """Return the batches with the logits of the original, and which positions are not padding, as targets."""
     inference = framework_of(graph.model).inference
     model = inference.frozen_copy(graph.model, graph.model)
     found = []
@@ -156,10 +161,14 @@ def _with_outputs(graph: Graph, batches: Sequence[Batch]) -> list[Batch]:
                 "Without labels, pruned models are compared with the original by their probabilities of classes.",
                 "Give batches of (inputs, labels), or `quality`, a function of a pruned model.",
             )
-        mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-        positions = None if mask is None or logits.ndim != len("NLK") else host(mask) != 0
-        found.append(replace(batch, targets={"logits": logits, "mask": positions}))
+        found.append(replace(batch, targets={"logits": logits, "mask": counted_tokens(batch.inputs, logits.shape)}))
     return found
+
+
+def _positions(batch: Batch) -> int:
+    """Return the number of positions of a batch of `_with_outputs` that are not padding."""
+    logits, mask = batch.targets["logits"], batch.targets["mask"]
+    return int(ops.classes_last(logits)[..., 0].size if mask is None else mask.sum())
 
 
 def _divergence(logits: Any, targets: Any) -> Any:

@@ -11,8 +11,8 @@ from kirsch import ops
 from kirsch.data.arrays import host
 from kirsch.errors import DataError, NumericError
 from kirsch.frameworks.find import framework_of
-from kirsch.pruning.importance.activations import without_padding
 from kirsch.pruning.importance.calibration import read_batches
+from kirsch.pruning.importance.padding import without_padding
 from kirsch.pruning.sparsity.matrix import matrix_shape
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _sums(model: Any, data: Any, weights: Sequence[WeightMatrix], reduce: Reduce
     known: Mapping[str, WeightMatrix] = {weight.name: weight for weight in weights}
     found: dict[str, NDArray[np.float64]] = {}
     count = 0
-    for batch, padding in without_padding(read_batches(data)):
+    for batch, padding in without_padding(read_batches(data, model)):
         count += 1
 
         def see(name: str, axis: int, groups: int, x: Any, padding: Any = padding) -> None:

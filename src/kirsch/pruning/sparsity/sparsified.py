@@ -53,7 +53,7 @@ class Sparsified(Printable):
     Args:
         model: the model with masks; train it like any other. `kirsch.fold_masks` returns the model without masks.
         layers: the weights with masks.
-        kept: parameters that are kept dense, with the reason.
+        kept: parameters that were not masked by this call, with the reason: they are dense, or keep an earlier mask.
         parameters: number of all parameters.
         options: the options of the call.
         notes: notes on runtimes and on the result.
@@ -141,10 +141,12 @@ class Sparsified(Printable):
         return [*rows, [f"and {more:,} more"]] if more > 0 else rows
 
     def _kept_notes(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[tuple[str, str], list[str]] = {}
+        masked = {layer.name for layer in self.layers}
         for name, reason in self.kept.items():
-            reasons.setdefault(reason, []).append(f"`{name}`")
-        return [f"Kept dense: {figures.listed(names)}: {reason}." for reason, names in reasons.items()]
+            what = "Kept with the earlier mask" if name in masked else "Kept dense"
+            reasons.setdefault((what, reason), []).append(f"`{name}`")
+        return [f"{what}: {figures.listed(names)}: {reason}." for (what, reason), names in reasons.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values."""

@@ -100,7 +100,7 @@ def sparsify(
     _check_growth(weights, masks, options.fraction)
     copy = masking.fold(model)  # without masks, because the importances run the plain model
     before = file_size(copy, masking.weight_matrices(copy)) if _parameters(copy) <= MOST_VALUES else None
-    unused = _apply(copy, copy, weights, masks, options, data)
+    unused = _apply(copy, copy, weights, masks, masking.patterns(model), options, data)
     return _record(copy, kept | unused, options, data, before)
 
 
@@ -191,12 +191,18 @@ def _apply(
     target: Any,
     weights: Sequence[WeightMatrix],
     masks: Mapping[str, NDArray[np.bool_]],
+    patterns: Mapping[str, str],
     options: SparsityOptions,
     data: Any,
 ) -> dict[str, str]:
-    """Choose the zeros from a plain model, and set the masks of `target`; return the reasons for what is kept."""
+    """Choose the zeros from a plain model, and set the masks of `target`; return the reasons for what is kept.
+
+    `masks` and `patterns` are those that the model had before, by name.
+    """
     choice = Chooser(plain, weights, masks, options, data).choose()
-    framework_of(target).masking.hold(target, {**masks, **choice.masks}, choice.values)
+    masking = framework_of(target).masking
+    masking.hold(target, {**masks, **choice.masks}, choice.values)
+    masking.set_patterns(target, {**patterns, **dict.fromkeys(choice.masks, options.pattern)})
     return {weight.name: "its layer does not run on the calibration data" for weight in choice.unused}
 
 
@@ -206,10 +212,11 @@ def _record(
     """Return the record of a model with masks."""
     masking = framework_of(model).masking
     matrices = {weight.name: weight for weight in masking.weight_matrices(model)}
-    layers = tuple(
-        SparseLayer(name, matrices[name].kind, matrices[name].shape, int((~mask).sum()), mask.size, options.pattern)
-        for name, mask in masking.masks(model).items()
-    )
+    patterns = masking.patterns(model)
+    layers = []
+    for name, mask in masking.masks(model).items():
+        matrix, pattern = matrices[name], patterns[name] or UNSTRUCTURED
+        layers.append(SparseLayer(name, matrix.kind, matrix.shape, int((~mask).sum()), mask.size, pattern))
     empty = [f"`{layer.name}`" for layer in layers if layer.zeros == layer.size]
     notes = [f"No weight is left in {figures.listed(empty)}, so that the output is constant there."] if empty else []
 
@@ -219,13 +226,13 @@ def _record(
         masks = masking.masks(record.model)
         _check_growth(weights, masks, new.fraction)
         plain = masking.fold(record.model) if new.needs_inputs else record.model
-        unused = _apply(plain, record.model, weights, masks, new, data)
+        unused = _apply(plain, record.model, weights, masks, masking.patterns(record.model), new, data)
         return _record(record.model, still | unused, new, data, record.before)
 
     return Sparsified(
         model,
-        layers,
-        {name: reason for name, reason in kept.items() if name not in {layer.name for layer in layers}},
+        tuple(layers),
+        kept,
         sum(weight.size for weight in matrices.values()),
         options,
         (*notes, *runtime_notes(options.form)),

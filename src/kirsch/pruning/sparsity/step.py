@@ -57,6 +57,8 @@ class Sparsify(SparsityOptions, Step):
         model = framework.masking.fold(job.model)
         shapes = {layer["name"]: tuple(layer["shape"]) for layer in record["sparsity"]["layers"]}
         framework.masking.hold(model, {name: np.ones(shape, bool) for name, shape in shapes.items()})
+        patterns = {layer["name"]: layer["pattern"] for layer in record["sparsity"]["layers"]}
+        framework.masking.set_patterns(model, patterns)
         framework.inference.load_weights(model, folder / WEIGHTS)
         job.model = framework.inference.inference_mode(model)
 

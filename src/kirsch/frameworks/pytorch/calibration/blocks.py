@@ -25,15 +25,16 @@ def outputs(graph: Graph, inputs: Any, without: Collection[str] = ()) -> list[ND
     return [value.double().cpu().numpy() for value in values if value.is_floating_point()]
 
 
-def block_features(graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any]], None]) -> None:
-    """Call `see` with the path, input and output of each block; arrays of shape (..., features)."""
+def block_features(graph: Graph, inputs: Any, see: Callable[[str, NDArray[Any], NDArray[Any], bool], None]) -> None:
+    """Call `see(path, input, output, joined)` for each block; see `kirsch.frameworks.protocols.Calibration`."""
 
     def features_last(value: torch.Tensor, axis: int | None) -> NDArray[Any]:
         value = value.flatten(1) if axis is None else value.movedim(axis, -1)
         return value.detach().double().cpu().numpy()
 
     def tap(block: ResidualBlock, entry: torch.Tensor, out: torch.Tensor) -> None:
-        see(block.path, *(features_last(value, block.features) for value in (entry, out)))
+        joined = block.features is None and entry.dim() > len(("samples", "features"))
+        see(block.path, features_last(entry, block.features), features_last(out, block.features), joined)
 
     with tapped_blocks(part_of(graph.model, graph.tracing.module), graph.traced.blocks, tap):
         repeatable_outputs(graph.model, *arguments_of(graph.model, inputs))

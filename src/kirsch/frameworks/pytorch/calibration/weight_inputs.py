@@ -92,8 +92,7 @@ def weight_input_patches(graph: Graph, inputs: Any, names: Collection[str], see:
         see: called with the path of the weight, the axis over which the product is summed, the labels of the channels,
             the number of groups of a convolution (else 1), the activations that each output of the layer reads,
             shape (outputs, channels, kernel size), and the experts of `weight_inputs`. It is called once for each
-            sample, if the kernel of a convolution is larger than 1. For a transposed convolution, an activation is read
-            by several outputs; it is passed once, with kernel size 1.
+            sample, if the kernel of a convolution is larger than 1.
     """
     labels = _ChannelLabels(graph)
 
@@ -174,7 +173,8 @@ class Product:
         name, axis: path of the weight, and the axis over which the product is summed.
         x: the activations: (..., channels), or (N, channels, ...) for a convolution.
         kernel: sizes of the kernel of a convolution, else empty.
-        convolution: the further arguments of a convolution that is not transposed; None for other products.
+        convolution: "stride", "padding" and "dilation" of a convolution, and "output_padding" of a transposed one; None
+            for other products.
         groups: number of groups of a convolution, else 1.
         experts: index on axis 0 of a stack of weights for each position; None for other weights.
     """
@@ -206,17 +206,42 @@ class Product:
             yield self.positions()[:, :, None]
             return
         stride, padding, dilation = (self.convolution[name] for name in ("stride", "padding", "dilation"))
-        if math.prod(self.kernel) == 1 and not any(padding):
+        if math.prod(self.kernel) == 1 and not any(padding) and "output_padding" not in self.convolution:
             strided: Any = (..., *(slice(None, None, step) for step in stride))
             yield self.x[strided].movedim(1, -1).flatten(0, -2)[:, :, None]
             return
         widths = [width for size in reversed(padding) for width in (size, size)]
-        for image in self.x:
+        images, flipped = self.x, False
+        if "output_padding" in self.convolution:
+            images, widths, stride = self._stretched(), self._margins(), [1] * len(stride)
+            flipped = True  # the first position of the kernel is that of the last activation that an output reads
+        for image in images:
             windows = torch.nn.functional.pad(image, widths)  # (channels, ...)
             for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=1):
                 windows = windows.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
+            if flipped:
+                windows = windows.flip([*range(-len(self.kernel), 0)])
             # (channels, outputs ..., kernel ...)
             yield windows.movedim(0, len(self.kernel)).reshape(-1, self.channels, math.prod(self.kernel))
+
+    def _stretched(self) -> torch.Tensor:
+        """Return the activations of a transposed convolution with stride - 1 zeros between them on each axis.
+
+        The transposed convolution is a convolution of them with stride 1 and a flipped kernel.
+        """
+        stride = (self.convolution or {})["stride"]
+        sizes = [(size - 1) * step + 1 for size, step in zip(self.x.shape[2:], stride, strict=True)]
+        stretched = self.x.new_zeros(*self.x.shape[:2], *sizes)
+        strided: Any = (..., *(slice(None, None, step) for step in stride))
+        stretched[strided] = self.x
+        return stretched
+
+    def _margins(self) -> list[int]:
+        """Return the widths of the zeros around `_stretched`, those of the last axis first; negative ones crop."""
+        options = self.convolution or {}
+        axes = zip(self.kernel, options["padding"], options["dilation"], options["output_padding"], strict=True)
+        sides = [(distance * (size - 1) - padding, more) for size, padding, distance, more in axes]
+        return [width for first, more in reversed(sides) for width in (first, first + more)]
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
@@ -262,8 +287,9 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch 
     def _convolution(self, x: Any, weight: Any, _: Any, stride: Any, padding: Any, dilation: Any, *others: Any) -> None:
         found = self._weight(weight)
         if found is not None:
-            transposed, _, groups = others
-            options = None if transposed else {"stride": stride, "padding": padding, "dilation": dilation}
+            transposed, output_padding, groups = others
+            options = {"stride": stride, "padding": padding, "dilation": dilation}
+            options |= {"output_padding": output_padding} if transposed else {}
             self._observe(Product(found.name, 0 if transposed else 1, x, found.shape[2:], options, groups))
 
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:

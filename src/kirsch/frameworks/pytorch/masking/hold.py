@@ -26,21 +26,26 @@ class Mask(nn.Module):
     is zero where the mask is False.
 
     Args:
-        mask: bool tensor of the shape of the weight; a buffer, so that it is in the state dict and moves with the
-            model.
+        mask: bool tensor of the shape of the weight.
         order: names of the parameters of the layer when the mask was registered, in the order that `fold` restores.
+
+    Attributes:
+        zeros: float16 tensor, not 0 where the weight is zero; a buffer, so that it is in the state dict and moves with
+            the model. A moving average of it, with any decay, is exactly 0 where the weight was never masked, and not
+            0 elsewhere. Since masks only grow, that is the mask of the trained model.
+        pattern: pattern of the zeros.
     """
 
-    mask: torch.Tensor
+    zeros: torch.Tensor
 
     def __init__(self, mask: torch.Tensor, order: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.order = order
-        self.register_buffer("mask", mask)
+        self.order, self.pattern = order, ""
+        self.register_buffer("zeros", (~mask).half())
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the masked weight; `where`, unlike a product, also hides NaN and infinity."""
-        return torch.where(self.mask, weight, 0.0)
+        return torch.where(self.zeros == 0, weight, 0.0)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the parameter for a weight that is assigned to the layer."""
@@ -69,8 +74,25 @@ def masks(model: nn.Module) -> dict[str, NDArray[np.bool_]]:
     for path, name, part in masked_parameters(model):
         if id(part.original) not in seen:
             seen.add(id(part.original))
-            found[f"{path}.{name}".lstrip(".")] = _mask_of(part).mask.cpu().numpy()
+            found[f"{path}.{name}".lstrip(".")] = (_mask_of(part).zeros == 0).cpu().numpy()
     return found
+
+
+def patterns(model: nn.Module) -> dict[str, str]:
+    """Return the patterns that `set_patterns` stored, by the name of the parameter; empty texts for other masks."""
+    return {f"{path}.{name}".lstrip("."): _mask_of(part).pattern for path, name, part in masked_parameters(model)}
+
+
+def set_patterns(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Store the pattern of the zeros of masked parameters, by name; copies of the model have them, too."""
+    found = {f"{path}.{name}".lstrip("."): part for path, name, part in masked_parameters(model)}
+    for name, pattern in names.items():
+        _mask_of(found[name]).pattern = pattern
+
+
+def mask_bytes(model: nn.Module) -> int:
+    """Return the size of the masks in the state of a model."""
+    return sum(_mask_of(part).zeros.nbytes for _, _, part in masked_parameters(model))
 
 
 @torch.no_grad()
@@ -125,7 +147,7 @@ def _mask(module: nn.Module, name: str, mask: torch.Tensor) -> None:
     """Give a parameter of a module a mask, or replace its mask."""
     if parametrize.is_parametrized(module, name):
         listed: Any = module.parametrizations
-        _mask_of(listed[name]).mask.copy_(mask)
+        _mask_of(listed[name]).zeros.copy_(~mask)
         return
     if parametrize.is_parametrized(module):
         _separate_class(module)
