@@ -49,7 +49,7 @@ def order_of(model: Any, data: Any, weights: Sequence[WeightMatrix]) -> list[str
     Weights that are not read are missing.
     """
     order: dict[str, None] = {}
-    first = next(iter(read_batches(data)), None)
+    first = next(iter(read_batches(data, model)), None)
     if first is not None:  # `_sums` refuses data without batches
         names = [weight.name for weight in weights]
         framework_of(model).calibration.layer_inputs(
