@@ -509,7 +509,7 @@ def latency(network: str, fraction: float) -> None:
 
 
 HEAD = """\
-{original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps are
+{original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps come
 before it. Mean of {seeds} seeds ± standard deviation."""
 
 
