@@ -272,12 +272,18 @@ def test_altered_weights_are_refused_with_an_incomplete_manifest(case, tmp_path,
         kirsch.load(tmp_path / "small", build)
 
 
-@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
-def test_a_folder_without_plan_or_weights_is_refused(case, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("model.safetensors", CheckpointError, r"does not contain a model of kirsch\.save\."),
+        ("plan.json", LoadError, "do not fit a Sequential"),  # as of a sparse model that was not pruned
+    ],
+)
+def test_a_folder_without_plan_or_weights_is_refused(case, tmp_path, name, error, message):
     kirsch.save(kirsch.prune(*case), tmp_path / "small")
     (tmp_path / "small" / name).unlink()
     files.write_manifest(tmp_path / "small")
-    with pytest.raises(CheckpointError, match=r"does not contain a model of kirsch\.save\."):
+    with pytest.raises(error, match=message):
         kirsch.load(tmp_path / "small", build)
 
 

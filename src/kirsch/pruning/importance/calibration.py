@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from kirsch.tasks.padding import MASK, token_mask
 
 if TYPE_CHECKING:
     from kirsch.pruning.importance.importance import Importance, Needs
-    from kirsch.pruning.importance.statistics import Loss
+
+Loss = Callable[[Any, Any], Any]
+"""Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
 
 NEXT_TOKEN = "next-token"  # noqa: S105 - not a password
 """The cross-entropy of a causal language model: the logits at position i belong to the label at position i + 1."""

@@ -19,7 +19,7 @@ from kirsch.pruning.importance.activations import (
     input_statistics,
     labels_in,
 )
-from kirsch.pruning.importance.calibration import CalibrationBatches, no_labels
+from kirsch.pruning.importance.calibration import CalibrationBatches, Loss, no_labels
 from kirsch.pruning.importance.gates import gating_entries
 from kirsch.pruning.importance.importance import sum_per_unit, unit_of_index
 from kirsch.pruning.importance.padding import samples_of
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from kirsch.graph.group import Group, ParameterAxis
     from kirsch.graph.labels import Labels
 
-Loss = Callable[[Any, Any], Any]
-"""Function of logits and targets that returns a scalar with gradient, the mean over the samples."""
 
 HESSIAN_VECTORS = 32
 """Number of random vectors from which the diagonal of the Hessian is estimated, the same ones for each batch."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kirsch.data.batches import Batch
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Goal, Plan
-    from kirsch.pruning.importance.statistics import Loss
+    from kirsch.pruning.importance.calibration import Loss
     from kirsch.pruning.options import PlanOptions
 
     QualityFunction = Callable[[Any], float]

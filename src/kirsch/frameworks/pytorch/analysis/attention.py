@@ -4,28 +4,19 @@
 trained scale after a cut, the rows of the weights, biases or gains that compute the queries are multiplied by
 sqrt(new width / old width). The rows are found by following the graph back from the queries through operations that
 move values or are linear; if that fails, the width is frozen.
-
-A model of the transformers library has the scale as an attribute, which a model that is built from the configuration of
-the pruned model computes from the new width. The rows are multiplied then, too, and the attribute gets its new value.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.node import Node, map_arg
 
-from kirsch.frameworks.pytorch.transformers.blueprint import has_configuration
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import nn
-
-    from kirsch.frameworks.pytorch.analysis.traced import Traced
     from kirsch.graph.labels import Labels
 
 _MOVES = """
@@ -61,50 +52,6 @@ class QueryScaling:
     attribute: tuple[str, str] | None = None
 
 
-def attribute_scale(width: int, present: float, present_width: int) -> float:
-    """Return the scale for a width by the formula that gives the present scale exactly.
-
-    The formulas differ in the last bit of the result.
-    """
-    formulas = (lambda n: n**-0.5, lambda n: 1 / math.sqrt(n))
-    return next((formula for formula in formulas if formula(present_width) == present), formulas[0])(width)
-
-
-def attribute_scalings(model: nn.Module, traced: Traced) -> Iterator[QueryScaling]:
-    """Yield the attentions whose scale is an attribute of a module and equals width ** -0.5 of the queries.
-
-    There are none in a model without a configuration, whose attributes need not follow the width.
-    """
-    modules = dict(model.named_modules())
-    for node in traced.program.graph.nodes if has_configuration(model) else ():
-        query, scale = _explicit_scale(node)
-        axes = getattr(traced.states.get(query), "axes", None) if isinstance(query, Node) else None
-        if not axes or axes[-1] is None or not math.isclose(scale, len(axes[-1]) ** -0.5, rel_tol=1e-12):
-            continue
-        path = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))[0]
-        names = [name for name, value in vars(modules.get(path, model)).items() if type(value) is float]
-        names = [name for name in names if getattr(modules.get(path, model), name) == scale]
-        found = query_scaling(node, axes[-1], traced.slots, query) if len(names) == 1 else None
-        if found is not None:
-            yield replace(found, attribute=(path, names[0]))
-
-
-def _explicit_scale(node: Node) -> tuple[Any, float]:
-    """Return the queries and the scale of a product of queries and keys with a scale; None and 0 for other nodes."""
-    if node.op != "call_function":
-        return None, 0.0
-    name = _name(node)
-    if name == "scaled_dot_product_attention":
-        return node.args[0], float(node.kwargs.get("scale") or 0.0)  # type: ignore[arg-type]
-    if name == "baddbmm":
-        return node.args[1], float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    if name == "mul" and isinstance(node.args[0], Node) and type(node.args[1]) is float:
-        product = node.args[0]
-        if _name(product) in ("matmul", "bmm") and len(product.users) == 1:
-            return product.args[0], node.args[1]
-    return None, 0.0
-
-
 def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str], query: Any = None) -> QueryScaling | None:
     """Return the rows that must be multiplied to preserve the scale when the width changes.
 
@@ -125,12 +72,12 @@ def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str], quer
     if producer is None:
         return None
     path = [node for node in attention.graph.nodes if node in between]
-    weight, bias, axis = PRODUCERS[_name(producer)]
+    weight, bias, axis = PRODUCERS[name_of(producer)]
     rows = _rows_used(producer, path, query, axis)
     before = [node for node in (producer, *path) if node is not query]
     others = [user for node in before for user in node.users if user not in between]
     for other in others:
-        if _name(other) not in MOVES or rows & _rows_used(producer, [*path, other], other, axis):
+        if name_of(other) not in MOVES or rows & _rows_used(producer, [*path, other], other, axis):
             return None
     rows_by_parameter: dict[str, tuple[int, ...]] = {}
     for position in (weight, bias):
@@ -144,7 +91,8 @@ def query_scaling(attention: Node, width: Labels, slots: Mapping[str, str], quer
     return QueryScaling(width, rows_by_parameter)
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """Return the name of the operation of a node, without its overload."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
@@ -153,7 +101,7 @@ def _producer_of(node: Node, between: set[Node]) -> Node | None:
 
     The nodes from that operation to the value are added to `between`.
     """
-    name = _name(node)
+    name = name_of(node)
     if node.op != "call_function":
         return None
     if name in PRODUCERS:
@@ -182,7 +130,7 @@ def _has_producer(node: Node) -> bool:
         current = stack.pop()
         if current not in seen:
             seen.add(current)
-            if current.op == "call_function" and _name(current) in PRODUCERS:
+            if current.op == "call_function" and name_of(current) in PRODUCERS:
                 return True
             stack += current.all_input_nodes
     return False
@@ -216,7 +164,7 @@ def _graph_inputs(source: Node, rows: set[int]) -> Iterator[tuple[Node, set[int]
 
     The weight or bias may be a concatenation of graph inputs.
     """
-    if source.op == "call_function" and _name(source) == "cat" and len(source.users) == 1:
+    if source.op == "call_function" and name_of(source) == "cat" and len(source.users) == 1:
         first = 0
         for part in source.args[0]:  # type: ignore[union-attr]
             size = part.meta["val"].shape[0]  # type: ignore[union-attr]

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from kirsch.errors import ModelError
 from kirsch.frameworks.pytorch.analysis import operators
-from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, attribute_scalings, query_scaling
+from kirsch.frameworks.pytorch.analysis.attention import QueryScaling, query_scaling
+from kirsch.frameworks.pytorch.analysis.attention_scale import attribute_scalings
 from kirsch.frameworks.pytorch.analysis.blocks import find as find_blocks
 from kirsch.frameworks.pytorch.analysis.count import macs_of
 from kirsch.frameworks.pytorch.analysis.input_specifications import specification

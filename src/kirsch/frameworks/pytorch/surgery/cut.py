@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kirsch.frameworks.pytorch.analysis.attention import attribute_scale
+from kirsch.frameworks.pytorch.analysis.attention_scale import attribute_scale
 from kirsch.frameworks.pytorch.analysis.provenance import set_integer
 from kirsch.frameworks.pytorch.inference.predict import inference
 from kirsch.frameworks.pytorch.modules.copying import copy_of, recompute_weights
