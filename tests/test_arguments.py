@@ -111,6 +111,7 @@ ACCEPTED_BY_CALLABLE = {
     "plan.loss": {"function", "model"},
     "plan.goal": {"None"},
     "plan.keep": {"None"},
+    "plan.loadable": {"None"},
     "sparsify.model": {"model"},
     "sparsify.sparsity": {"number"},
     "sparsify.ranking": {"None"},
