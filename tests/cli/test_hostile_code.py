@@ -201,7 +201,7 @@ def test_the_error_for_an_exception_in_forward_names_line_step_and_batch_size(
 ):
     monkeypatch.setenv("AT", str(at))
     monkeypatch.setenv("ERROR", error)
-    changes = ("teacher.model=models.py:counted", "student=null", "distill=null")
+    changes = ("teacher.model=models.py:counted", "student=null", "distill=null", "prune.importance=magnitude")
     arguments = ("compress", "recipe.yaml", *(word for change in changes for word in ("--set", change)))
     content = run_json(*arguments, "--run", "run", code=code)["error"]
     first = "Counted does not run on a batch whose inputs are"

@@ -375,10 +375,16 @@ def class_numbers(weights: Mapping[str | int, float] | None, names: Any) -> dict
     Args:
         weights: class name or number → weight, or None.
         names: names of the classes, in the order of the outputs.
+
+    Raises:
+        UnknownNameError: the data have names of classes, and this is none of them.
     """
     if weights is None:
         return None
     numbers = {name: number for number, name in enumerate(names)}
+    for key in weights if numbers else ():
+        if isinstance(key, str) and key not in numbers and not key.isdigit():
+            raise UnknownNameError("class", key, numbers, argument="class_weights")
     return {numbers.get(key, key) if isinstance(key, str) else key: weight for key, weight in weights.items()}
 
 
