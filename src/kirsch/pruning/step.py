@@ -164,7 +164,10 @@ class Prune(PlanOptions, Step):
         name = options["importance"] or self.importance_name
         runs = runs_model(name) if self.of_blocks else importance_of(name).needs != "weights"
         if self.ranking == "milp" or self.is_learned or runs:
-            options["data"] = self._calibration(job, job.data.calibration_batches, samples)
+            # The preview must remove the same blocks as the run, and therefore ranks them on the same samples.
+            options["data"] = self._calibration(
+                job, job.data.calibration_batches, CALIBRATION if self.of_blocks else samples
+            )
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:

@@ -66,7 +66,10 @@ def test_units_are_removed_in_the_order_of_the_smallest_error():
 def test_the_error_of_a_transposed_convolution_is_that_of_its_outputs(monkeypatch):
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 4, 1, bias=False), nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, bias=False)
-    model, images = nn.Sequential(*layers).double().eval(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    model, images = (
+        nn.Sequential(*layers).double().eval().requires_grad_(False),
+        torch.randn(2, 2, 3, 3, dtype=torch.float64),
+    )
     monkeypatch.setattr("kirsch.pruning.importance.activations.SAMPLED", 10_000)
     graph = trace(model, images[:1])
     (products,) = Statistics(graph, [Batch(images)]).contribution_products(graph.groups[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ def samples(layer):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_products_of_the_inputs_give_the_energy_of_the_outputs(name):
-    model = nn.Sequential(LAYERS[name]).double()
+    model = nn.Sequential(copy.deepcopy(LAYERS[name])).double().requires_grad_(False)
     x = samples(model[0])
     weight = next(w for w in MASKING.weight_matrices(model) if w.name == "0.weight")
     (gram,) = inputs.grams(model, [x[:2], x[2:]], [weight]).values()
@@ -46,7 +48,7 @@ def test_products_of_the_inputs_give_the_energy_of_the_outputs(name):
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("transposed")])
 def test_sparsegpt_changes_the_outputs_of_a_transposed_convolution_less_than_random_zeros(name):
-    model = nn.Sequential(LAYERS[name]).float()
+    model = nn.Sequential(copy.deepcopy(LAYERS[name])).float().requires_grad_(False)
     x = samples(model[0]).float()
 
     def error(importance, data):
