@@ -13,7 +13,7 @@ import numpy as np
 
 from kirsch import ops
 from kirsch.data.arrays import host
-from kirsch.errors import DataError, NumericError, UsageError, error_text
+from kirsch.errors import DataError, NumericError, UnknownNameError, UsageError, error_text
 from kirsch.measurement.outputs import are_probabilities
 from kirsch.registry import Registry
 from kirsch.tasks.classification import PredictionSummary

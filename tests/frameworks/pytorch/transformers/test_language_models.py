@@ -167,8 +167,8 @@ def test_narrower_heads_keep_their_scale_and_the_configuration_is_unchanged(tran
     found = prune_with_verification(model, plan)
     assert found.verification.passed
     assert found.model.config.to_dict() == model.config.to_dict()
-    width = found.model.layers[0].self_attn.head_dim
-    assert found.model.layers[0].self_attn.scaling == width**-0.5 > model.layers[0].self_attn.scaling
+    attention = found.model.model.layers[0].self_attn
+    assert attention.scaling == attention.head_dim**-0.5 > model.model.layers[0].self_attn.scaling
     assert_one_note(config_notes(found), r"the buffer \S*inv_freq would have other values\. Save it with kirsch\.save")
     kirsch.save(found.model, tmp_path / "small")
     again = kirsch.load(tmp_path / "small", lambda: build(transformers, "llama", num_hidden_layers=1)[0])
