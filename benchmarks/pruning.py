@@ -509,8 +509,8 @@ def latency(network: str, fraction: float) -> None:
 
 
 HEAD = """\
-{original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps come
-before it. Mean of {seeds} seeds ± standard deviation."""
+{original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps
+come before it. Mean of {seeds} seeds ± standard deviation."""
 
 
 def table(network: str, fraction: float) -> list[str]:

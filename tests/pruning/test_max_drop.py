@@ -241,7 +241,10 @@ def test_a_step_of_a_job_measures_the_drop_on_the_validation_part(tmp_path):
     run = kirsch.compress(
         one_unit_per_class(),
         data,
-        steps=[Prune(max_drop=0.1, round_to=1), Prune(max_drop=0.3, class_weights={"c": 0.0}, round_to=1)],
+        steps=[
+            Prune(max_drop=0.1, importance="magnitude", round_to=1),
+            Prune(max_drop=0.3, importance="magnitude", class_weights={"c": 0.0}, round_to=1),
+        ],
         folder=tmp_path / "run",
         listen=lambda _: None,
     )

@@ -178,13 +178,16 @@ class Prune(PlanOptions, Step):
             raise GoalError(f"The step {job.key!r} cannot prune. {error.what}", error.why, error.fix) from error
 
     def _importance_in(self, job: Job) -> str:
-        """Return the importance of units: "taylor" by default, where the loss of the task can be computed.
+        """Return the importance of units: "taylor" by default, where there are labels and the loss can be computed.
 
         docs/benchmarks.md compares it with "magnitude", the default without data.
         """
-        has_loss = job.task.label_loss == self.loss and job.outputs.get(job.model_name) != "probabilities"
         of_magnitude = self.norm != type(self).model_fields["norm"].default
-        return self.importance or ("taylor" if has_loss and not of_magnitude else self.importance_name)
+        of_logits = job.task.label_loss == self.loss and job.outputs.get(job.model_name) != "probabilities"
+        if self.importance is not None or of_magnitude or not of_logits:
+            return self.importance_name
+        first = self._calibration(job, job.data.calibration_batches, 1)
+        return self.importance_name if any(batch.targets is None for batch in first) else "taylor"
 
     def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""
