@@ -258,8 +258,8 @@ def _annotated(value: Any, hint: Any) -> Any:
 def _union(value: Any, hint: Any) -> Any:
     """Convert the value with the first member of the union that accepts it.
 
-    If no member accepts the value, raise the last error with `close=True`. If there is none, raise an error that names
-    all members.
+    If no member accepts the value, raise the last error with `close=True`, which names all ranges if the members are
+    several ranges of numbers. If there is no such error, raise one that names all members.
     """
     closest: MismatchError | None = None
     fix, alternatives = "", sum(alternative is not type(None) for alternative in get_args(hint))
@@ -274,7 +274,13 @@ def _union(value: Any, hint: Any) -> Any:
                 fix = error.fix or fix
             if error.close:
                 closest = error
+    if closest is not None and all(map(_is_range, get_args(hint))):
+        closest = MismatchError(value, type_phrase(hint), closest.fix, close=True)
     raise closest or MismatchError(value, type_phrase(hint), fix, close=False)
+
+
+def _is_range(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and any(isinstance(extra, Between) for extra in get_args(hint))
 
 
 def _literal(value: Any, hint: Any) -> Any:
