@@ -17,16 +17,17 @@ class SparsitySchedule:
     """Sparsity as a function of the step of a training; the unit of a step is yours: an optimizer step or a round.
 
     Args:
-        final: sparsity from step `begin + steps` on.
-        steps: number of steps from the initial to the final sparsity.
-        initial: sparsity at step `begin` and before.
-        begin: first step.
-        every: number of steps between two changes.
-        kind: "cubic" is final + (initial - final) (1 - t)³, where t is the completed fraction of the steps. It removes
-            most weights early, when many are redundant; other tools call it AGP or polynomial decay. "constant" is the
-            final sparsity from step `begin` on.
+        final: sparsity after the last change, which is among the steps from `begin` to `begin + steps - 1`.
+        steps: number of steps of the training. A loop of `steps` steps ends at the final sparsity.
+        initial: sparsity before step `begin`.
+        begin: step of the first change.
+        every: number of steps between two changes, and at most from the last change to the end of the training.
+        kind: "cubic" is final + (initial - final) (1 - n / N)³ after change n of N. It removes most weights early, when
+            many are redundant; other tools call it AGP or polynomial decay. "constant" is the final sparsity from step
+            `begin` on.
 
-    Source: Zhu, Gupta 2017, arXiv:1710.01878, equation 1.
+    Source: Zhu, Gupta 2017, arXiv:1710.01878, equation 1. There, the sparsity at the first step is still the initial
+    one, and the final one is reached one change after a loop of `steps` steps.
     """
 
     final: Sparsity
@@ -48,10 +49,10 @@ class SparsitySchedule:
         """Return the sparsity at a step; it is constant between two changes."""
         if step < self.begin:
             return self.initial
-        if self.kind == "constant" or step >= self.begin + self.steps:
+        changes, done = -(-self.steps // self.every), (step - self.begin) // self.every + 1
+        if self.kind == "constant" or done >= changes:
             return self.final
-        completed = (step - self.begin) // self.every * self.every / self.steps
-        return self.final + (self.initial - self.final) * (1 - completed) ** 3
+        return self.final + (self.initial - self.final) * (1 - done / changes) ** 3
 
     def changes_at(self, step: int) -> bool:
         """Return whether the sparsity at a step differs from that of the step before, or is that of the first step."""
@@ -60,5 +61,5 @@ class SparsitySchedule:
     @property
     def rounds(self) -> tuple[float, ...]:
         """The sparsities after `begin`, one for each change, for pruning and training in rounds."""
-        found = [self(step) for step in range(self.begin, self.begin + self.steps + 1) if self.changes_at(step)]
+        found = [self(step) for step in range(self.begin, self.begin + self.steps) if self.changes_at(step)]
         return tuple(value for value in found if value > self.initial)
