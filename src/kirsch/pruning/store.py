@@ -21,33 +21,34 @@ MAX_NAMED = 5
 
 @checked
 def save(model: Model, folder: str | Path) -> Path:
-    """Save a pruned model to a folder: plan.json, model.safetensors, manifest.json.
+    """Save a pruned or sparse model to a folder: plan.json, model.safetensors, manifest.json.
 
     Args:
-        model: result of `kirsch.prune`, pruned once or several times; further plans are plan.2.json, ... Masks of
-            `kirsch.sparsify` are folded into the stored weights.
+        model: result of `kirsch.prune`, pruned once or several times; further plans are plan.2.json, ... Or a model
+            with masks of `kirsch.sparsify`, pruned or not; the masks are folded into the stored weights. Without
+            pruning, there is no plan.
         folder: written atomically; an older folder is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: the model was not pruned by `kirsch.prune`, or its layers were changed since, so that `load` could
-            not restore it.
+        UsageError: the model was neither pruned by `kirsch.prune` nor has it masks; or its layers were changed after
+            pruning, so that `load` could not restore it.
         OutputError: the folder cannot be written.
     """
-    if framework_of(model).masking.masks(model):
-        model = framework_of(model).masking.fold(model)
-    plans = getattr(model, PLANS, None)
-    if not plans:
-        inside = getattr(model, "module", None)
-        if getattr(inside, PLANS, None):
-            raise UsageError(
-                f"This {type(model).__name__} wraps the model that Kirsch pruned.",
-                fix="Save the model inside: kirsch.save(model.module, folder).",
-            )
+    masking = framework_of(model).masking
+    has_masks = bool(masking.masks(model))
+    model = masking.fold(model) if has_masks else model
+    plans = getattr(model, PLANS, [])
+    if not plans and getattr(getattr(model, "module", None), PLANS, None):
         raise UsageError(
-            f"This {type(model).__name__} was not pruned by Kirsch.",
+            f"This {type(model).__name__} wraps the model that Kirsch pruned.",
+            fix="Save the model inside: kirsch.save(model.module, folder).",
+        )
+    if not plans and not has_masks:
+        raise UsageError(
+            f"This {type(model).__name__} was not pruned by Kirsch, and has no masks.",
             "Its architecture cannot be restored without a plan.",
             "Save its state_dict with safetensors instead.",
         )
@@ -88,12 +89,12 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
 
     Args:
         folder: written by `save`; contains exactly the files that `save` wrote.
-        build: returns the original architecture before pruning, with any weights and floating types.
+        build: returns the original architecture, before pruning and without masks, with any weights and floating types.
         example_inputs: only needed if the plan could not store its example inputs (objects of other classes, or values
             that decide which branch the forward takes); see `kirsch.trace`.
 
     Returns:
-        The pruned model in inference mode, on the device of the model that `build` returns.
+        The pruned or sparse model in inference mode, without masks, on the device of the model that `build` returns.
 
     Raises:
         CheckpointError: a file is missing, damaged or not written by `save`; the message names it.
@@ -119,7 +120,7 @@ def load(folder: str | Path, build: Build, *, example_inputs: Inputs | None = No
         )
     names = files.entries(source).keys()
     plans = [_plan_name(number) for number in range(1, len(names))]  # one of the files has the weights
-    if names != {WEIGHTS, *plans} or not plans:
+    if names != {WEIGHTS, *plans}:
         raise CheckpointError(
             f"{source} does not contain a model of kirsch.save.",
             f"It has {', '.join(sorted(names)[:MAX_NAMED])}; expected {WEIGHTS} and plan.json, plan.2.json, …",

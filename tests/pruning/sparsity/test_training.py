@@ -55,7 +55,7 @@ def test_a_gradual_schedule_in_a_loop_of_ones_own_ends_at_the_final_sparsity():
     schedule = kirsch.SparsitySchedule(0.8, steps=8, every=2)
     sparse = kirsch.sparsify(model, sparsity=schedule(0))
     optimizer = torch.optim.Adam(sparse.model.parameters(), 0.01)
-    for step in range(12):
+    for step in range(8):
         if schedule.changes_at(step):
             sparse = sparse.raise_to(schedule(step))
         optimizer.zero_grad()
@@ -83,6 +83,16 @@ def test_a_pruned_model_with_masks_is_saved_with_zeros_and_loaded_without_masks(
     model, images, _ = digits_like()
     plan = kirsch.plan(kirsch.trace(model, images[:2]), kirsch.Goal(macs=0.7), round_to=1)
     sparse = kirsch.sparsify(kirsch.prune(model, plan), sparsity=0.5)
+    kirsch.save(sparse.model, tmp_path / "saved")
+    loaded = kirsch.load(tmp_path / "saved", lambda: digits_like(seed=1)[0])
+    assert MASKING.masks(loaded) == {}
+    assert torch.equal(loaded(images), sparse.model(images))
+    assert_zeros(loaded, MASKING.masks(sparse.model))
+
+
+def test_a_sparse_model_that_was_not_pruned_is_saved_and_loaded_with_its_zeros(tmp_path):
+    model, images, _ = digits_like()
+    sparse = kirsch.sparsify(model, sparsity=0.8)
     kirsch.save(sparse.model, tmp_path / "saved")
     loaded = kirsch.load(tmp_path / "saved", lambda: digits_like(seed=1)[0])
     assert MASKING.masks(loaded) == {}
