@@ -22,6 +22,7 @@ from kirsch.graph.plan import Plan
 from kirsch.measurement.statistics import Difference, bootstrap_difference, paired_difference
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.tasks.metrics import default_metric, metric_of
+from kirsch.tasks.next_token import tokens_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -160,13 +161,15 @@ class Quality:
         """Return what the outputs for a batch are compared with; `original` holds the outputs of the original."""
         if metric.reference == "original":
             return self._outputs(self._graph.model, batch, number) if original is None else original
-        if batch.targets is None:
+        tokens = tokens_in(batch.inputs) if metric.name.startswith("next_token") else None
+        labels = tokens if batch.targets is None else batch.targets
+        if labels is None:
             raise DataError(
                 f"Batch {number} of `{self._argument}` has no labels.",
                 f"The metric {metric.name!r} compares outputs with labels.",
                 "Give batches of (inputs, labels), or metric='kl', which compares the outputs with the original.",
             )
-        return host(batch.targets)
+        return host(labels)
 
     @cached_property
     def original(self) -> Measured:

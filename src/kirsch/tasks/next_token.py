@@ -26,6 +26,11 @@ def predicted_tokens(mask: Any) -> Any:
     return (shift_logits(mask) != 0) & (shift_labels(mask) != 0)
 
 
+def tokens_in(inputs: Any) -> Any:
+    """Return the `input_ids` of a dict of inputs, shape (N, L), the labels of a causal model; None for other inputs."""
+    return inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+
+
 def next_labels(labels: Any, inputs: Any, ignore_index: int) -> Any:
     """Return the label of each position of a causal model but the last; those from or at padding are ignored.
 

@@ -110,10 +110,11 @@ def test_missing_and_unusable_scores_of_the_user_are_named(graph):
         plan(graph, importance=lambda _graph, group, batch: np.ones(group.size))
 
 
-def test_next_token_shifts_logits_and_labels_and_leaves_out_padding():
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_next_token_shifts_logits_and_labels_and_leaves_out_padding(with_labels):
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    batch = {"input_ids": tokens, "attention_mask": mask} | ({"labels": tokens} if with_labels else {})
     [found] = batches_for(importance_of("taylor"), [batch], "next-token")
     losses = [
         F.cross_entropy(logits[row, start:-1], tokens[row, start + 1 :], reduction="none")

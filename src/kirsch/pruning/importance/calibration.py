@@ -13,7 +13,7 @@ from kirsch.data.arrays import host
 from kirsch.data.batches import Batch, SeededData, batches_of
 from kirsch.errors import DataError, UnknownNameError, UsageError
 from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
-from kirsch.tasks.next_token import next_labels, shift_logits
+from kirsch.tasks.next_token import next_labels, shift_logits, tokens_in
 
 if TYPE_CHECKING:
     from kirsch.pruning.importance.importance import Importance, Needs
@@ -31,8 +31,9 @@ class CalibrationBatches:
         data: a loader, `ArrayData`, a list of batches, or one batch.
         needs: what the batches must have, inputs or labels.
         reader: what reads the batches, such as "The importance 'taylor'", for messages.
-        loss: name of the loss, or a function. For "next-token", the labels of the batches are those that the positions
-            predict, shape (N, L - 1), and padding has no label.
+        loss: name of the loss, or a function. For "next-token", the labels of a batch without labels are its
+            `input_ids`. The labels of the batches are those that the positions predict, shape (N, L - 1), and padding
+            has no label.
     """
 
     data: Any
@@ -42,7 +43,7 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(read_batches(self.data), start=1):
+        for number, batch in enumerate(map(self._labeled, read_batches(self.data)), start=1):
             if self.needs == "labels":
                 self._check_labels(batch, number)
                 yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
@@ -50,6 +51,12 @@ class CalibrationBatches:
                 yield batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
+
+    def _labeled(self, batch: Batch) -> Batch:
+        """Return a batch with its tokens as labels, if the loss needs them and the batch has no labels."""
+        if batch.targets is None and isinstance(self.loss, str) and self.loss == NEXT_TOKEN:
+            return replace(batch, targets=tokens_in(batch.inputs))
+        return batch
 
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
