@@ -66,18 +66,20 @@ def integer_attributes(model: nn.Module) -> dict[str, set[float]]:
     return integers
 
 
-def with_numbers(config: Any, changes: Mapping[str, float]) -> Any:
+def with_numbers(config: Any, changes: Mapping[str, float], layers: AbstractSet[str] = frozenset()) -> Any:
     """Return a copy of a configuration with other numbers, after conversion to a dict and back.
 
-    If a number decreases, lists of words that had as many entries are cut to the new number, such as the types of all
-    layers.
+    If one of the numbers `layers` decreases, lists of words that had as many entries are cut to the new number, such as
+    the types of all layers.
 
     Raises:
         Exception: the configuration does not allow the numbers.
     """
     new = copy.deepcopy(config)
     for path, number in changes.items():
-        _shorten(new, path.split("."), number)
+        if path in layers:
+            for owner, name in _lists_of_words(new, path, number):
+                setattr(owner, name, getattr(owner, name)[: int(number)])
         _set(new, path.split("."), number)
     converted = type(config).from_dict(new.to_dict())
     _copy_private(new, converted)
@@ -95,17 +97,31 @@ def _set(owner: Any, path: Sequence[str], number: float) -> Any:
     return owner
 
 
-def _shorten(owner: Any, path: Sequence[str], number: float) -> None:
-    """Cut the lists of words beside a number whose length is the present value of the number."""
-    for name in path[:-1]:
+def _lists_of_words(owner: Any, path: str, number: float) -> list[tuple[Any, str]]:
+    """Return the lists of words beside a number that decreases, as owner and attribute, whose length is the number."""
+    *outer, last = path.split(".")
+    for name in outer:
         owner = owner[int(name)] if isinstance(owner, (list, tuple)) else getattr(owner, name, None)
-    if not hasattr(owner, "to_dict"):
-        return
-    present = getattr(owner, path[-1], None)
-    if type(present) is int and type(number) is int and number < present:
-        for name, value in vars(owner).items():
-            if isinstance(value, list) and len(value) == present and all(isinstance(word, str) for word in value):
-                setattr(owner, name, value[:number])
+    present = getattr(owner, last, None) if hasattr(owner, "to_dict") else None
+    if type(present) is not int or type(number) is not int or number >= present:
+        return []
+    lists = [(name, value) for name, value in vars(owner).items() if isinstance(value, list) and len(value) == present]
+    return [(owner, name) for name, value in lists if all(isinstance(word, str) for word in value)]
+
+
+def _counts_layers(model: nn.Module, path: str, number: float) -> bool:
+    """Return whether lists of words have an entry for each of the layers that a number counts.
+
+    Another number, such as that of the heads, may have the same value. The number counts layers if a model that is
+    built with a lower number and shorter lists lacks tensors, and has no others.
+    """
+    if not _lists_of_words(model.config, path, number):
+        return False
+    try:
+        fewer = build(model, {path: number}, "meta", {path})
+        return fewer.state_dict().keys() < build(model, {}, "meta").state_dict().keys()
+    except Exception:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
+        return False
 
 
 def _copy_private(old: Any, new: Any) -> None:
@@ -130,17 +146,23 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def build(model: nn.Module, changes: Mapping[str, float], device: str | torch.device) -> nn.Module:
+def build(
+    model: nn.Module, changes: Mapping[str, float], device: str | torch.device, layers: AbstractSet[str] | None = None
+) -> nn.Module:
     """Return a new model of the same class from the configuration with other numbers.
+
+    `layers` are the numbers that count layers, see `with_numbers`; None: those that `_counts_layers` finds.
 
     Raises:
         Exception: the model cannot be built from these numbers.
     """
+    if layers is None:
+        layers = {path for path, number in changes.items() if _counts_layers(model, path, number)}
     before = torch.get_default_dtype()
     with quiet(), torch.device(device):
         torch.set_default_dtype(next((p.dtype for p in model.parameters() if p.is_floating_point()), before))
         try:
-            new: nn.Module = type(model)(with_numbers(model.config, changes))
+            new: nn.Module = type(model)(with_numbers(model.config, changes, layers))
         finally:
             torch.set_default_dtype(before)
     return new
