@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
     from kirsch.graph.plan import Plan
 
-SAMPLED = 256
-"""Largest number of positions of a sample at which a convolution is observed; they are drawn at random."""
-
 NO_BIAS = "it has no bias of its own; least_squares and batch_norm do not need one"
 UNSEEN = "it does not read activations exactly once in a run of the model"
 GROUPS = "whole groups of the convolution were removed together with inputs of the others"
@@ -74,13 +71,15 @@ class _Run:
     def __init__(self, pruned: Any, graph: Graph, framework: Framework, data: Any) -> None:
         self._pruned, self._graph, self._data = pruned, graph, data
         self._calibration, self._surgery = framework.calibration, framework.surgery
+        self._samples = 0  # those of the last complete pass over the data
 
     def _batches(self) -> Iterator[Batch]:
-        empty = True
+        samples = 0
         for batch in read_batches(self._data):
-            empty = False
+            samples += len(batch)
             yield batch
-        if empty:
+        self._samples = samples
+        if not samples:
             raise DataError("`data` of kirsch.prune has no batches.", fix="Give at least one batch.")
 
     def output_error(self) -> float:
@@ -144,8 +143,14 @@ class _Run:
         targets: dict[str, Any] = {}
         by_name = {layer.name: layer for layer in layers}
         random = np.random.default_rng(0)
+        total = self._samples
         for batch, padding in without_padding(self._batches()):
             other = Padding(batch)  # the object counts the calls of each layer
+
+            def choose(
+                name: str, positions: int, padding: Padding = padding, samples: int = len(batch)
+            ) -> NDArray[np.int64] | None:
+                return None if padding.exists else by_name[name].drawn(random, positions, samples, total)
 
             def see(
                 name: str,
@@ -162,14 +167,11 @@ class _Run:
                 x, y = ops.upcast(padding.left_out(name, x, None)), ops.upcast(other.left_out(name, y, None))
                 if of_original:
                     y = x[:, np.flatnonzero(np.tile(by_name[name].kept, groups[0]))]
-                if len(by_name[name].shape) > len("OI"):
-                    most = SAMPLED * (1 if x.shape[2] > 1 else samples)  # a larger kernel: one sample at a time
-                    chosen = np.sort(random.permutation(x.shape[0])[:most])
+                if padding.exists:
+                    chosen = by_name[name].drawn(random, x.shape[0], samples, total)
                     x, y = x[chosen], y[chosen]
                 if name not in targets:
-                    target = by_name[name].target
-                    grouped = target.reshape(groups[0], -1, target.shape[1])
-                    targets[name] = ops.convert_to_tensor(grouped, like=x)
+                    targets[name] = ops.convert_to_tensor(by_name[name].grouped_target(groups[0]), like=x)
                 sums = _sums(x, y, targets[name])
                 if not sums.is_finite:
                     raise NumericError(
@@ -177,13 +179,9 @@ class _Run:
                         "The layer cannot be compensated.",
                         "Check the weights of the model and the calibration data.",
                     )
-                present = found.get(name)
-                if present is None:
-                    found[name] = sums
-                else:
-                    present.add(sums)
+                found[name] = sums.added_to(found.get(name))
 
-            self._calibration.paired_inputs(self._graph, self._pruned, batch.inputs, list(by_name), see)
+            self._calibration.paired_inputs(self._graph, self._pruned, batch.inputs, list(by_name), choose, see)
         return found
 
     def _fit(self, layer: ReadingLayer, products: Products, method: str) -> CompensatedLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 10_000
 """Largest number of inputs of an output of a layer; the products of the inputs are a square matrix."""
+
+PER_INPUT, FEWEST = 32, 4096
+"""Number of positions to which the weight of a layer is fitted, for each of its inputs, and the smallest number."""
+
+OF_SAMPLE = 256
+"""Largest number of positions of a sample, on average, for a convolution; neighbors are almost the same."""
 
 SLICE_ERROR = 0.01
 """Largest difference of a pruned weight from the slice of the original, relative to its largest entry (bfloat16)."""
@@ -50,6 +57,25 @@ class ReadingLayer:
     def columns(self) -> int:
         """Number of inputs of each output in the pruned model; each position of a kernel counts."""
         return int(np.prod(self.shape)) // self.shape[1 - self.axis]
+
+    def drawn(self, random: np.random.Generator, positions: int, samples: int, total: int) -> NDArray[np.int64]:
+        """Return the numbers of the positions of some samples to which the weight is fitted, in ascending order.
+
+        Args:
+            random: draws the positions.
+            positions: number of the positions of these samples.
+            samples: number of these samples.
+            total: number of all calibration samples.
+        """
+        limit = OF_SAMPLE if len(self.shape) > len("OI") else math.inf
+        most = math.ceil(samples * min(max(PER_INPUT * self.columns, FEWEST) / total, limit))
+        if most >= positions:
+            return np.arange(positions, dtype=np.int64)
+        return np.sort(random.choice(positions, most, replace=False))
+
+    def grouped_target(self, groups: int) -> NDArray[np.float64]:
+        """Return `target` by group of a convolution, shape (groups, outputs, inputs)."""
+        return self.target.reshape(groups, -1, self.target.shape[1])
 
     def matrix(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return a weight of the pruned layer as a matrix, shape (outputs, inputs)."""

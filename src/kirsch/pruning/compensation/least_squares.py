@@ -38,14 +38,17 @@ class Products:
     yx: Array
     yy: float
 
-    def add(self, other: Products) -> None:
-        """Add the sums of further positions."""
-        self.count += other.count
-        self.x += other.x
-        self.y += other.y
-        self.xx += other.xx
-        self.yx += other.yx
-        self.yy += other.yy
+    def added_to(self, other: Products | None) -> Products:
+        """Add these sums to those of other positions, in place, and return them; None stands for no positions."""
+        if other is None:
+            return self
+        other.count += self.count
+        other.x += self.x
+        other.y += self.y
+        other.xx += self.xx
+        other.yx += self.yx
+        other.yy += self.yy
+        return other
 
     @property
     def is_finite(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,7 @@ from kirsch.frameworks.pytorch.modules.submodule import part_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+    from numpy.typing import NDArray
     from torch import nn
 
     from kirsch.graph.graph import Graph
@@ -123,10 +126,14 @@ def layer_inputs(
     observe(model, model, inputs, see_product)
 
 
+class SeenAll(BaseException):
+    """Raised by a function that observes a run, to end it. Models may catch `Exception`; this is a `BaseException`."""
+
+
 def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> set[str]:
     """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations.
 
-    Returns the weights of the part that `weight_inputs` returns.
+    `see` may raise `SeenAll` to end the run. Returns the weights of the part that `weight_inputs` returns.
     """
     weights: dict[int, list[_Storage]] = {}
     for name, value in part.named_parameters():
@@ -136,6 +143,7 @@ def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Produ
     observer = _Observer(weights, see)
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
+        contextlib.suppress(SeenAll),
         inference(model),
         torch.no_grad(),
         plain_kernels(),
@@ -202,21 +210,56 @@ class Product:
 
         A convolution with a kernel larger than 1 yields the outputs of one sample at a time, to save memory.
         """
+        if self.convolution is None or math.prod(self.kernel) == 1:
+            yield self.windows().all()
+        else:
+            for image in self.x.split(1):
+                yield replace(self, x=image).windows().all()
+
+    def windows(self) -> Windows:
+        """Return the activations that each output reads, without a copy of those that several outputs read."""
         if self.convolution is None:
-            yield self.positions()[:, :, None]
-            return
+            x = self.x.movedim(1, -1) if self.kernel else self.x
+            return Windows(x, x.dim() - 1)
         stride, padding, dilation = (self.convolution[name] for name in ("stride", "padding", "dilation"))
-        if math.prod(self.kernel) == 1 and not any(padding):
-            strided: Any = (..., *(slice(None, None, step) for step in stride))
-            yield self.x[strided].movedim(1, -1).flatten(0, -2)[:, :, None]
-            return
         widths = [width for size in reversed(padding) for width in (size, size)]
-        for image in self.x:
-            windows = torch.nn.functional.pad(image, widths)  # (channels, ...)
-            for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=1):
-                windows = windows.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
-            # (channels, outputs ..., kernel ...)
-            yield windows.movedim(0, len(self.kernel)).reshape(-1, self.channels, math.prod(self.kernel))
+        view = torch.nn.functional.pad(self.x, widths) if any(widths) else self.x  # (N, channels, ...)
+        for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=2):
+            view = view.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
+        outputs = 1 + len(self.kernel)
+        return Windows(view.movedim(1, outputs), outputs)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The activations that each output of a layer reads, as a view.
+
+    Args:
+        values: shape (N, ..., channels, kernel ...); the first axes are those of the outputs.
+        axes: number of axes of the outputs.
+    """
+
+    values: torch.Tensor
+    axes: int
+
+    @property
+    def count(self) -> int:
+        """Number of outputs."""
+        return math.prod(self.values.shape[: self.axes])
+
+    def all(self) -> torch.Tensor:
+        """Return the activations, shape (outputs, channels, kernel size)."""
+        return self._flat(self.values, self.count)
+
+    def at(self, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Return the activations that some of the outputs read, by their numbers in the order of `all`."""
+        positions = np.unravel_index(chosen, self.values.shape[: self.axes])
+        index = tuple(torch.tensor(position, device=self.values.device) for position in positions)
+        return self._flat(self.values[index], len(chosen))
+
+    def _flat(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        channels, *kernel = self.values.shape[self.axes :]
+        return values.reshape(count, channels, math.prod(kernel))
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
