@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kirsch
-from kirsch.cli import app, failure
+from kirsch.cli import command, failure
 from kirsch.cli.terminal import Mode, Terminal
 from kirsch.errors import CheckpointError, Interrupted, OutputError, Preempted, UnknownNameError, UsageError
 
@@ -155,8 +155,8 @@ def test_control_c_in_a_subcommand_has_exit_code_130(kirsch, monkeypatch):
 
 
 def test_warnings_of_libraries_are_hidden_without_debug():
-    with pytest.warns(UserWarning, match="planted"), app._quiet_warnings(Mode(debug=True)):
+    with pytest.warns(UserWarning, match="planted"), command._quiet_warnings(Mode(debug=True)):
         warnings.warn("planted", stacklevel=1)
-    with warnings.catch_warnings(record=True) as seen, app._quiet_warnings(Mode()):
+    with warnings.catch_warnings(record=True) as seen, command._quiet_warnings(Mode()):
         warnings.warn("planted", stacklevel=1)
     assert seen == []

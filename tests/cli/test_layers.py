@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import kirsch as package
 from kirsch.cli.app import app
-from kirsch.pruning.sensitivity import SensitivityOptions
+from kirsch.pruning.sensitivity_options import SensitivityOptions
 from kirsch.pruning.sparsity.options import SparsityOptions
 
 pytest.importorskip("torch")

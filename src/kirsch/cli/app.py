@@ -17,7 +17,7 @@ from kirsch.cli.streams import discard_stdout, prepare_streams
 from kirsch.cli.terminal import ClosedError, Mode, Terminal
 from kirsch.errors import GoalError, Interrupted, OutputError, UsageError
 from kirsch.pruning.options import PlanOptions
-from kirsch.pruning.sensitivity import SensitivityOptions
+from kirsch.pruning.sensitivity_options import SensitivityOptions
 from kirsch.pruning.sparsity.options import SparsityOptions
 
 # typer has no public name for the base class of its errors, and its module differs between versions.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from kirsch.annotations import Count, Fix, Fraction, Names, Seed
+from kirsch.annotations import Count, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import ModelError, NumericError, UsageError
@@ -15,7 +13,6 @@ from kirsch.frameworks.progress import shown_on
 from kirsch.graph.graph import Graph
 from kirsch.graph.kinds import BLOCK
 from kirsch.graph.plan import Removal, Skip
-from kirsch.options import Options
 from kirsch.progress import CountProgress
 from kirsch.pruning.blocks import not_excluded_blocks
 from kirsch.pruning.importance import importance_of
@@ -24,36 +21,11 @@ from kirsch.pruning.options import ClassWeights, KindNames, PlanOptions
 from kirsch.pruning.quality import Quality
 from kirsch.pruning.scores import scores_of
 from kirsch.pruning.selection import removable_groups
+from kirsch.pruning.sensitivity_options import FRACTIONS, SAMPLES, Fractions, SensitivityOptions
 from kirsch.pruning.sensitivity_table import Point, Row, Sensitivity, removed_count
 
 if TYPE_CHECKING:
     from kirsch.graph.group import Group
-
-Fractions = Annotated[
-    tuple[Fraction, ...], Fix("Give the fractions of units to remove, such as [0.25, 0.5], each above 0 and below 1.")
-]
-FRACTIONS = (0.1, 0.25, 0.5, 0.75)
-SAMPLES = 256
-
-
-class SensitivityOptions(Options):
-    """Options of `kirsch.sensitivity`, where each is described in full, and of the step `sensitivity`."""
-
-    fractions: Fractions = Field(FRACTIONS, description="fractions of the units of a group that are removed")
-    importance: str = Field(
-        "magnitude", description="importance that ranks the units; the least important ones are removed"
-    )
-    metric: str | None = Field(
-        None, description="metric of the quality, as for max_drop of a plan; default: by the form of the labels"
-    )
-    class_weights: ClassWeights = Field(
-        None, description="a dict from class to weight for the accuracy; the weight of other classes is 1"
-    )
-    kinds: KindNames | None = Field(
-        None, description="only units of these kinds, and block for residual blocks; default: all units and blocks"
-    )
-    exclude: Names = Field((), description="layers or residual blocks that are left out; glob patterns")
-    samples: Count = Field(SAMPLES, description="largest number of samples on which the quality is measured")
 
 
 @checked

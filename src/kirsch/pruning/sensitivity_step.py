@@ -9,7 +9,8 @@ from kirsch import figures, files
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
 from kirsch.jobs.step import STEPS, Step
-from kirsch.pruning.sensitivity import SensitivityOptions, passes_of, sensitivity
+from kirsch.pruning.sensitivity import passes_of, sensitivity
+from kirsch.pruning.sensitivity_options import SensitivityOptions
 from kirsch.pruning.step import validation_of
 
 if TYPE_CHECKING:

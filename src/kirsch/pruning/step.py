@@ -159,15 +159,7 @@ class Prune(PlanOptions, Step):
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
-        if not self.of_blocks:
-            options["importance"] = self._importance_in(job)
-        name = options["importance"] or self.importance_name
-        runs = runs_model(name) if self.of_blocks else importance_of(name).needs != "weights"
-        if self.ranking == "milp" or self.is_learned or runs:
-            # The preview must remove the same blocks as the run, and therefore ranks them on the same samples.
-            options["data"] = self._calibration(
-                job, job.data.calibration_batches, CALIBRATION if self.of_blocks else samples
-            )
+        options |= self._ranked_by(job, samples)
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:
@@ -177,17 +169,24 @@ class Prune(PlanOptions, Step):
         except GoalError as error:  # several steps may have the same options
             raise GoalError(f"The step {job.key!r} cannot prune. {error.what}", error.why, error.fix) from error
 
-    def _importance_in(self, job: Job) -> str:
-        """Return the importance of units: "taylor" by default, where there are labels and the loss can be computed.
+    def _ranked_by(self, job: Job, samples: int) -> dict[str, Any]:
+        """Return the importance, and the data that it or the ranking needs.
 
-        docs/benchmarks.md compares it with "magnitude", the default without data.
+        The default is "taylor" where there are labels and the loss can be computed; docs/benchmarks.md compares it with
+        "magnitude", the default without data.
         """
+        # The preview must remove the same blocks as the run, and therefore ranks them on the same samples.
+        count = CALIBRATION if self.of_blocks else samples
+        name, data = self.importance_name, None
         of_magnitude = self.norm != type(self).model_fields["norm"].default
         of_logits = job.task.label_loss == self.loss and job.outputs.get(job.model_name) != "probabilities"
-        if self.importance is not None or of_magnitude or not of_logits:
-            return self.importance_name
-        first = self._calibration(job, job.data.calibration_batches, 1)
-        return self.importance_name if any(batch.targets is None for batch in first) else "taylor"
+        if self.importance is None and of_logits and not (self.of_blocks or of_magnitude):
+            data = self._calibration(job, job.data.calibration_batches, count)
+            name = name if any(batch.targets is None for batch in data) else "taylor"
+        runs = runs_model(name) if self.of_blocks else importance_of(name).needs != "weights"
+        if not (self.ranking == "milp" or self.is_learned or runs):
+            return {"importance": name}
+        return {"importance": name, "data": data or self._calibration(job, job.data.calibration_batches, count)}
 
     def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""

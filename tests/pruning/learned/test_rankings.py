@@ -305,7 +305,7 @@ def test_missing_data_is_named_before_any_work(graph):
 
 def test_options_without_effect_are_refused(graph):
     goal = kirsch.Goal(macs=0.5)
-    with pytest.raises(UsageError, match=r'`evaluations` has no effect with ranking="global"'):
+    with pytest.raises(UsageError, match=r'`evaluations` has no effect with ranking="auto"'):
         kirsch.plan(graph, goal, evaluations=10)
     with pytest.raises(UsageError, match=r'`quality` has no effect with ranking="local"'):
         kirsch.plan(graph, goal, ranking="local", quality=lambda _model: 0.0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from kirsch.annotations import Between, Fix, Names, Seed
 from kirsch.errors import UsageError
 from kirsch.options import Options
-from kirsch.pruning.sparsity.pattern import UNSTRUCTURED, Pattern
+
+if TYPE_CHECKING:
+    from kirsch.pruning.sparsity.pattern import Pattern
 
 Sparsity: TypeAlias = Annotated[
     float, Between(0, 1, exclusive="most"), Fix("Give the fraction of zeros, such as 0.9 for 90 %.")
@@ -31,7 +33,7 @@ class SparsityOptions(Options):
         None, description="fraction of zeros in the weights that may be zero; for a pattern N:M, the pattern states it"
     )
     pattern: str = Field(
-        UNSTRUCTURED,
+        "unstructured",
         description=(
             'positions of the zeros: "unstructured"; N:M such as "2:4", at most N of M consecutive inputs are not '
             'zero; a block of outputs x inputs such as "1x4" or "16x1"'
@@ -88,6 +90,8 @@ class SparsityOptions(Options):
     @property
     def form(self) -> Pattern:
         """The pattern."""
+        from kirsch.pruning.sparsity.pattern import Pattern  # noqa: PLC0415 - `kirsch --help` loads no numpy
+
         return Pattern.read(self.pattern)
 
     @property
