@@ -24,13 +24,13 @@ from kirsch.pruning.compensation import Compensate, check_model, methods_of
 from kirsch.pruning.importance import importance_of
 from kirsch.pruning.max_drop import minimized_cost
 from kirsch.pruning.options import ONLY_WITH_MAX_DROP, PlanOptions
-from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
+from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification, rebuilt
 from kirsch.pruning.quality import Quality
 from kirsch.pruning.store import last_plan, load, save
 from kirsch.tasks.metrics import METRIC_OF_LOSS, class_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from kirsch.graph.graph import Graph
@@ -121,8 +121,11 @@ class Prune(PlanOptions, Step):
         """
         _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
         job.plans[job.key] = plan
-        check_model(methods_of(self.compensate), job.model, plan)
-        job.model = prune_with_verification(job.model, plan, verify=False).model
+        plain = _plain(job.model)
+        check_model(methods_of(self.compensate), plain, plan)
+        pruned = prune_with_verification(plain, plan, verify=False).model
+        _hold_zeros(pruned, pruned, framework_of(plain).masking.masks(job.model))
+        job.model = pruned
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
         """Return the goal of this step, or the limits of the job's `goal` if it applies to this step.
@@ -154,7 +157,7 @@ class Prune(PlanOptions, Step):
         if goal is not None and self.goal_of == "job":
             goal = Goal(**goal.to_dict(), of=Cost(**{"parameters": 0, "macs": 0, "activations": 0} | job.start_cost))
         inference = framework_of(job.model).inference
-        graph = trace(job.model, inference.from_numpy(job.example))
+        graph = trace(_plain(job.model), inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in PlanOptions.model_fields}
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
@@ -174,7 +177,7 @@ class Prune(PlanOptions, Step):
     def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""
         inference = framework_of(job.model).inference
-        graph = trace(job.model, inference.from_numpy(job.example))
+        graph = trace(_plain(job.model), inference.from_numpy(job.example))
         validation = validation_of(job, self.metric, self.class_weights)
         Quality(graph, validation["validation"], validation["metric"], validation["class_weights"])  # checks them
         step = self.changed(max_drop=None, **dict.fromkeys(ONLY_WITH_MAX_DROP))
@@ -192,7 +195,11 @@ class Prune(PlanOptions, Step):
         """Prune the model, verify it, and write it with its plan."""
         graph, plan = self._plan(job)
         samples = None if not self.compensate else self._calibration(job, job.data.calibration_batches)
-        pruned = prune_with_verification(job.model, plan, compensate=self.compensate, data=samples)
+        plain = _plain(job.model)
+        pruned = prune_with_verification(plain, plan, compensate=self.compensate, data=samples)
+        # A compensation changes the weights that are zero: the zeros are those without it.
+        reference = rebuilt(plain, pruned.plan) if self.compensate else pruned.model
+        masked = _hold_zeros(pruned.model, reference, framework_of(plain).masking.masks(job.model))
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
@@ -210,6 +217,7 @@ class Prune(PlanOptions, Step):
             record["compensation"] = pruned.compensation.to_dict()
             record["notes"] = [*notes, f"Compensation: {pruned.compensation.text}."]
         record["before"] = plan.before.to_dict()
+        record["masked"] = masked
         parts = (
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
@@ -218,11 +226,31 @@ class Prune(PlanOptions, Step):
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the pruned model, and restore the copy of its plan in the run folder."""
-        del record
         job.model = load(folder / PRUNED, job.make_model)
+        _hold_zeros(job.model, job.model, record.get("masked", ()))
         stored, shown = last_plan(folder / PRUNED), job.folder / plan_file(job.key)
         if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
             files.write_bytes(shown, stored.read_bytes())
+
+
+def _plain(model: Any) -> Any:
+    """Return a model without masks: a copy, if it has masks, else the model itself."""
+    masking = framework_of(model).masking
+    return masking.fold(model) if masking.masks(model) else model
+
+
+def _hold_zeros(model: Any, reference: Any, names: Iterable[str]) -> list[str]:
+    """Hold the zeros of a reference in weights of a pruned model, and return the weights that have masks.
+
+    Args:
+        model: the pruned model, which is changed in place.
+        reference: a model of the same shapes.
+        names: weights that had masks before the pruning; those that were removed are left out.
+    """
+    framework = framework_of(model)
+    left = [name for name in names if name in framework.inference.parameter_shapes(model)]
+    framework.masking.hold(model, {name: framework.masking.values(reference, name) != 0 for name in left})
+    return left
 
 
 def _reduction(plan: Plan) -> str:

@@ -109,3 +109,38 @@ def test_masks_do_not_count_for_a_goal_on_the_size(tmp_path):
     outcome, _ = run(tmp_path, RECIPE_STEPS.partition("- sparsify")[0] + steps)
     sizes = {model["key"]: model["size"] for model in outcome.metrics["models"] if "size" in model}
     assert sizes["sparsified"] == sizes["pruned"]
+
+
+@pytest.mark.parametrize("options", ["round_to: 1", "round_to: 1, compensate: bias"])
+def test_a_later_prune_step_keeps_the_zeros_and_does_not_count_the_masks(tmp_path, options):
+    """The plan is that of the model without masks, and an interrupted run ends with the same model."""
+    from kirsch.recipes.recipe import read_recipe
+    from kirsch.recipes.runner import resume
+    from kirsch.recipes.runner import run as run_recipe
+
+    head = RECIPE_STEPS.partition("- recover")[0]
+    prune = f"- prune: {{goal: {{macs: 0.6}}, {options}}}\n"
+    text = f"{head}{prune}- recover: {{epochs: 1, learning_rate: 0.02}}\ngoal: {{max_drop: 0.9}}\n"
+    (tmp_path / "whole").mkdir()
+    whole, _ = run(tmp_path / "whole", text)
+    plan = kirsch.Plan.read(tmp_path / "whole" / "run" / "plan.json")
+    models = {model["key"]: model for model in whole.metrics["models"]}
+    assert plan.before.parameters == models["teacher"]["parameters"]
+    assert plan.after.parameters == models["pruned"]["parameters"] < plan.before.parameters
+    found = zeros(whole.model)
+    assert sum(int(part.sum()) for part in found.values()) > 0.3 * sum(part.numel() for part in found.values())
+
+    base, events = tmp_path / "parts", []
+    base.mkdir()
+    (base / "nets.py").write_text(NETS)
+    (base / "recipe.yaml").write_text(text)
+
+    def stop():
+        last = [event for event in events if event["event"] == "epoch" and event["step"] == "recover"]
+        return Interrupted("asked") if last else None
+
+    with pytest.raises(Interrupted):
+        run_recipe(read_recipe(base / "recipe.yaml", ()), base / "run", base=base, listen=events.append, stop=stop)
+    resumed = resume(base / "run", listen=lambda _event: None)
+    for (name, value), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(value, other), name
