@@ -259,7 +259,7 @@ def _union(value: Any, hint: Any) -> Any:
     """Convert the value with the first member of the union that accepts it.
 
     If no member accepts the value, raise the last error with `close=True`, which names all ranges if the members are
-    several ranges of numbers. If there is no such error, raise one that names all members.
+    several ranges of numbers. Otherwise, raise an error that names all members.
     """
     closest: MismatchError | None = None
     fix, alternatives = "", sum(alternative is not type(None) for alternative in get_args(hint))

@@ -174,13 +174,11 @@ class LoadableSearch:
             Variant(", ".join(sorted(choice.numbers)), partial(choice.chooser.keep, choice.counts), choice.without)
             for choice in measured
         ]
-        changes = mean_output_changes(self._graph, variants, self._batches, self._loss, progress=False)
-        return [measured[index] for index in np.argsort(changes, kind="stable")]
-
-    @property
-    def _loss(self) -> str:
-        loss = None if self._batches is None else self._batches.loss
-        return loss if isinstance(loss, str) else "squared-error"
+        loss = self._batches.loss if isinstance(self._batches.loss, str) else "squared-error"
+        changes = mean_output_changes(self._graph, variants, self._batches, loss, progress=False)
+        taken = {id(choice) for choice in measured}
+        rest = [choice for choice in choices if id(choice) not in taken]  # if the others fail the verification
+        return [*(measured[index] for index in np.argsort(changes, kind="stable")), *rest]
 
     def error(self, differences: Sequence[str] = ()) -> GoalError:
         """Return the error for a goal that the configuration cannot state."""

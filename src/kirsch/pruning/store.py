@@ -25,8 +25,8 @@ def save(model: Model, folder: str | Path) -> Path:
 
     Args:
         model: result of `kirsch.prune`, pruned once or several times; further plans are plan.2.json, ... Or a model
-            with masks of `kirsch.sparsify`, pruned or not; the masks are folded into the stored weights. Without
-            pruning, there is no plan.
+            with masks of `kirsch.sparsify`, pruned or not; the masks are folded into the stored weights. The
+            folder of a model that was not pruned has no plan.json.
         folder: written atomically; an older folder is replaced.
 
     Returns:

@@ -96,7 +96,7 @@ class WidthSearch:
 
     @cached_property
     def _start(self) -> Built:
-        """The model built from the present configuration, which exists if there is no obstacle."""
+        """The model built from the present configuration; read only if `obstacle` is empty."""
         return cast("Built", self._builds.start)
 
     @cached_property
