@@ -16,7 +16,7 @@ from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.distance import distance
-from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, cast, constants_of_the_trace, mapped
+from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, constants_of_the_trace, mapped
 from kirsch.frameworks.pytorch.verification.noise import named_tensors, seeded
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class Candidate:
 
     def _noisy(self, target: torch.Tensor, noise: Callable[[], torch.Tensor]) -> torch.Tensor:
         with _disable_current_modes():
-            noisy: torch.Tensor = cast(target, self.dtype) + noise().to(target.device)
-        return noisy
+            return target.detach().to(self.dtype, copy=True).add_(noise().to(target.device))
 
     def _with_own_weights(self) -> nn.Module:
         """Return a copy whose parameters and buffers are converted and have noise."""
@@ -150,8 +149,7 @@ class Candidate:
                 yield target, functools.partial(self._kept_noise, id(value), name)
 
     def _kept_noise(self, key: int, name: str) -> torch.Tensor:
-        noise: torch.Tensor = cast(self.noise[key], self.dtype)
-        return sliced(noise, self.graph.tensors[name], self.graph, self.removal.keep)
+        return sliced(self.noise[key], self.graph.tensors[name], self.graph, self.removal.keep)
 
 
 class _ConvertedWeights(TorchFunctionMode):

@@ -29,6 +29,10 @@ for larger tensors. The number is prime, so that the rows of a matrix have diffe
 """
 
 
+PART = 1 << 15
+"""Number of entries whose noise is computed at a time."""
+
+
 SMALL = 1 << 14
 """Largest number of entries of a tensor that is stored after it has been computed."""
 
@@ -65,16 +69,28 @@ class Noise(Mapping[int, torch.Tensor]):
 
     def __getitem__(self, key: int) -> torch.Tensor:
         """Return the noise of a tensor, float32 on the CPU."""
-        name, value, offset, deviation = self._tensors[key]
-        times = -(-value.numel() // POOL)
-        pool = self._pool if times <= 1 else self._pool.repeat(times)
+        value = self._tensors[key][1]
         with _disable_current_modes():
-            noise = (pool[offset : offset + value.numel()] * (self._factor * deviation)).reshape(value.shape)
+            return self.add_to(torch.zeros(value.shape), key)
+
+    def add_to(self, target: torch.Tensor, key: int) -> torch.Tensor:
+        """Add the noise of a tensor in place to a contiguous tensor of the same shape, and return it.
+
+        Parts of the noise are added one after another, because memory for all of it would take longer to allocate than
+        the noise to compute.
+        """
+        name, value, offset, deviation = self._tensors[key]
+        flat, values = target.view(-1), value.detach().reshape(-1)
+        for start in range(0, len(flat), PART):
+            part = slice(start, min(start + PART, len(flat)))
+            first = (offset + start) % POOL
+            noise = self._pool[first : first + part.stop - start] * (self._factor * deviation)
             if name.endswith("running_var"):
-                return noise.abs_()
-            if self._factor == 1:  # positive noise on zero biases activates units
-                return noise.copysign_(value.detach().to("cpu"))
-            return noise
+                noise.abs_()
+            elif self._factor == 1:  # positive noise on zero biases activates units
+                noise.copysign_(values[part].to("cpu"))
+            flat[part].add_(noise.to(target.device))
+        return target
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors
@@ -111,10 +127,10 @@ class ConvertedTensors(Mapping[str, torch.Tensor]):
 
     def _converted(self, value: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
-            converted: torch.Tensor = cast(value.detach(), self._dtype)
-            if self._noise is not None and id(value) in self._noise:
-                converted = converted + self._noise[id(value)].to(value.device)
-        return converted
+            if self._noise is None or id(value) not in self._noise:
+                return cast(value, self._dtype)
+            copy = value.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+            return self._noise.add_to(copy, id(value))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -148,7 +148,7 @@ class _Weights(Mapping["str", "torch.Tensor"]):
         return len(self._tensors)
 
     def _record(self, name: str, gradient: torch.Tensor) -> None:
-        effect = (gradient * self._value(name)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
+        effect = (gradient * self._value(name)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).abs_()
         for axis in self._axes[name]:
             rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1).amax(1).cpu().double().numpy()
             self.effects[name, axis] = np.maximum(self.effects[name, axis], rows)
