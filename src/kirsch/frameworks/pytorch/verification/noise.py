@@ -128,7 +128,8 @@ class ConvertedTensors(Mapping[str, torch.Tensor]):
     def _converted(self, value: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
             if self._noise is None or id(value) not in self._noise:
-                return cast(value, self._dtype)
+                converted: torch.Tensor = cast(value, self._dtype)
+                return converted
             copy = value.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format)
             return self._noise.add_to(copy, id(value))
 
