@@ -6,22 +6,18 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kirsch.errors import GoalError, UsageError
 from kirsch.graph.plan import Goal, Plan, Skip
 from kirsch.pruning.loadable import LoadableSearch, configurable_of
+from kirsch.pruning.scores import equal_scores
 from kirsch.pruning.units import assembled, with_notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
     from kirsch.graph.configuration import Configurable
     from kirsch.graph.cost import Cost
     from kirsch.graph.graph import Graph
-    from kirsch.graph.group import Group
     from kirsch.pruning.obstacles import Least
     from kirsch.pruning.options import PlanOptions
     from kirsch.pruning.scores import ScoreCache
@@ -79,17 +75,18 @@ def plan_function(
     return plan_for
 
 
+def is_loadable(graph: Graph, options: PlanOptions) -> bool:
+    """Return whether `plan_function` tries to make only cuts that the configuration of the model states."""
+    configurable = None if options.loadable is False else configurable_of(graph)
+    return configurable is not None and not _default_obstacle(graph, options, configurable)
+
+
 def least_loadable(graph: Graph, options: PlanOptions) -> Cost | None:
     """Return the least cost of plans that the configuration states; None if ordinary plans are made."""
     configurable = None if options.loadable is False or options.free_widths else configurable_of(graph)
     if configurable is None or (not options.loadable and _default_obstacle(graph, options, configurable)):
         return None
-    return LoadableSearch(graph, Goal(parameters=0.5), options, configurable, _equal).least().cost
-
-
-def _equal(group: Group, _: PlanOptions) -> NDArray[np.float64]:
-    """Return equal importances, for a least cost, which is almost the same for any choice of units."""
-    return np.zeros(group.size)
+    return LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores).least().cost
 
 
 def _default_obstacle(graph: Graph, options: PlanOptions, configurable: Configurable) -> str:
@@ -102,7 +99,7 @@ def _default_obstacle(graph: Graph, options: PlanOptions, configurable: Configur
         )
     if configurable.obstacle:
         return f"the configuration of {graph.model_name} states no cuts: {configurable.obstacle} {CONSEQUENCE}"
-    if not LoadableSearch(graph, Goal(parameters=0.5), options, configurable, _equal).has_cuts:
+    if not LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores).has_cuts:
         return f"the configuration of {graph.model_name} can state no cut with these options. {CONSEQUENCE}"
     return ""
 
@@ -140,6 +137,6 @@ def plan_loadable(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreC
     chosen = replace(chosen, blocks=blocks, configuration=choice.numbers)
 
     def least(changed: PlanOptions) -> Least:
-        return LoadableSearch(graph, goal, changed, configurable, _equal).least()
+        return LoadableSearch(graph, goal, changed, configurable, equal_scores).least()
 
     return with_notes(chosen, graph, options, least)

@@ -74,6 +74,19 @@ def allocate(
     return chooser, counts, removed
 
 
+def count_runs(graph: Graph, options: PlanOptions, choosers: Iterable[Chooser]) -> int:
+    """Return the number of models that `allocate` runs on each batch, with the original; 0 if none is small enough.
+
+    Args:
+        graph: graph of the model.
+        options: options of the plan.
+        choosers: see `allocate`.
+    """
+    blocks = removable_blocks(graph, options)
+    reaching = next((chooser for chooser in choosers if _reaches(chooser, blocks)), None)
+    return 0 if reaching is None else 1 + len(Alternatives(graph, reaching, blocks).variants())
+
+
 def _reaches(chooser: Chooser, blocks: tuple[str, ...]) -> bool:
     """Return whether a search reaches its goal if all of these residual blocks are removed."""
     least, chooser.without = chooser.least(), blocks

@@ -82,6 +82,11 @@ def scores_of(graph: Graph, options: PlanOptions, importance: Importance, data: 
     return ScoreCache(graph, options, importance, batches, statistics)
 
 
+def equal_scores(group: Group, _: PlanOptions) -> NDArray[np.float64]:
+    """Return equal importances, for costs that are almost the same for any choice of units, such as the least one."""
+    return np.zeros(group.size)
+
+
 def _relative(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return scores divided by the mean of their magnitudes, so that those of all groups have the same mean.
 

@@ -23,11 +23,13 @@ from kirsch.pruning.choose import least_cost
 from kirsch.pruning.choose import plan as choose
 from kirsch.pruning.compensation import Compensate, check_model, methods_of
 from kirsch.pruning.importance import importance_of
+from kirsch.pruning.loadable_plan import is_loadable
 from kirsch.pruning.max_drop import minimized_cost
 from kirsch.pruning.options import ONLY_WITH_MAX_DROP, PlanOptions
 from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
 from kirsch.pruning.quality import Quality
 from kirsch.pruning.store import last_plan, load, save
+from kirsch.pruning.units import runs_for_milp
 from kirsch.tasks.metrics import METRIC_OF_LOSS, class_numbers
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 CALIBRATION, PREVIEW = 256, 8
 """Number of training samples for the ranking of units and blocks and for compensation; and for the ranking of units
 before the job starts."""
+
+FEW_MACS = 10**12
+"""Number of multiply-accumulates that the measurements of a ranking may need for any model."""
 
 SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
 """Short names of the costs in `WORDS`."""
@@ -160,6 +165,8 @@ class Prune(PlanOptions, Step):
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
         options |= self._ranked_by(job, samples)
+        if self.importance is None and self.is_measured(graph, goal, job.data.sizes["train"]) and "data" in options:
+            options["ranking"] = "milp"
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
         if self.max_drop is not None:
@@ -187,6 +194,25 @@ class Prune(PlanOptions, Step):
         if not (self.ranking == "milp" or self.is_learned or runs):
             return {"importance": name}
         return {"importance": name, "data": data or self._calibration(job, job.data.calibration_batches, count)}
+
+    def is_measured(self, graph: Graph, goal: Goal | None, training_samples: int | None) -> bool:
+        """Return whether the ranking "auto" is "milp" in this step: the best ranking where its cost is acceptable.
+
+        The ranking runs a model for each alternative width on `CALIBRATION` samples. It is used if it multiplies and
+        adds as often as one pass over the training data at most, or 10^12 times, a few seconds on a processor.
+        docs/benchmarks.md compares it with the ranking "per_cost".
+
+        Args:
+            graph: graph of the model.
+            goal: goal of the step.
+            training_samples: number of training samples; None if it is not known.
+        """
+        if self.ranking != "auto" or self.of_blocks or goal is None or self.max_drop is not None:
+            return False
+        if is_loadable(graph, self):
+            return False
+        most = max(training_samples or 0, FEW_MACS // max(graph.cost.macs, 1))
+        return CALIBRATION * runs_for_milp(graph, goal, self) <= most
 
     def _assumed_plan(self, job: Job) -> tuple[Graph, Plan]:
         """Return a plan for the goal, or else one half way to the least cost, without a measurement of quality."""

@@ -14,7 +14,7 @@ from kirsch.pruning.by_hand import kept_units, tied_number
 from kirsch.pruning.exclusion import exclusion_notes
 from kirsch.pruning.learned.allocations import Allocations
 from kirsch.pruning.learned.search import search, search_note
-from kirsch.pruning.milp import allocate
+from kirsch.pruning.milp import allocate, count_runs
 from kirsch.pruning.notes import (
     CLOSE,
     absent_kind_notes,
@@ -27,6 +27,7 @@ from kirsch.pruning.notes import (
 )
 from kirsch.pruning.obstacles import Least, unreachable
 from kirsch.pruning.options import FIXED_RANKINGS, PlanOptions
+from kirsch.pruning.scores import equal_scores
 from kirsch.pruning.search import Candidate, Chooser
 from kirsch.pruning.selection import max_halvings, ranked_together, removable_groups, tied_groups, width_multiple
 
@@ -127,14 +128,17 @@ def assembled(graph: Graph, goal: Goal | None, options: PlanOptions, chooser: Ch
 
 
 def least_units(graph: Graph, goal: Goal | None, options: PlanOptions) -> Least:
-    """Return the least cost that plans with these options reach; no importance is computed.
-
-    The least cost is almost the same for any choice of units.
-    """
-    chooser = _chooser(graph, goal, options, lambda group, _: np.zeros(group.size), max_halvings(options))
+    """Return the least cost that plans with these options reach; no importance is computed."""
+    chooser = _chooser(graph, goal, options, equal_scores, max_halvings(options))
     counts = chooser.least()
     chooser.without = removable_blocks(graph, options)
     return Least(chooser.price(counts), chooser.keep(counts), chooser.without)
+
+
+def runs_for_milp(graph: Graph, goal: Goal, options: PlanOptions) -> int:
+    """Return the number of models that ranking="milp" runs on each batch; no importance is computed."""
+    steps = range(max_halvings(options) + 1)
+    return count_runs(graph, options, (_chooser(graph, goal, options, equal_scores, step) for step in steps))
 
 
 # ------------------------------------------------------------------------------------------------ rankings
