@@ -146,7 +146,8 @@ class Allocation:
             integrality=np.ones(len(flat), np.int64),
             bounds=Bounds(0, 1),
             constraints=[self._structure, LinearConstraint(self._changes(point).T, -np.inf, limits)],
-            options={"node_limit": NODES, "mip_rel_gap": 1e-3},
+            # With the presolver, HiGHS may print a line about its state; such small problems do not need it.
+            options={"node_limit": NODES, "mip_rel_gap": 1e-3, "presolve": False},
         )
         if result.x is None:
             return None
