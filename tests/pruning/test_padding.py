@@ -129,6 +129,16 @@ def test_the_quality_of_pruned_models_does_not_depend_on_padding(graph, metric):
         assert len(each.sample) == count
 
 
+def test_the_tokens_of_inputs_without_labels_are_the_labels_of_next_tokens(graph):
+    options = {"importance": "taylor", "loss": "next-token", "metric": "next_token_log_likelihood", "fractions": [0.5]}
+    labeled, *found = (kirsch.sensitivity(graph, d, **options) for d in (*batches(labels=True), *batches(labels=False)))
+    for other in found:
+        assert other.original == pytest.approx(labeled.original)
+        assert [point.quality for point in other.rows[0].points] == pytest.approx([labeled.rows[0].points[0].quality])
+    with pytest.raises(DataError, match=r"Batch 1 of `data` has no labels\..*'accuracy' compares outputs with labels"):
+        kirsch.sensitivity(graph, batches(labels=False)[0], metric="accuracy")
+
+
 @pytest.mark.parametrize("importance", ["wanda", "activation", "thinet"])
 def test_data_of_padding_alone_is_refused(model, graph, importance):
     ids, mask = ids_and_mask(3)
@@ -186,6 +196,14 @@ def test_the_mask_of_the_decoder_tells_which_outputs_count(ranking):
     if ranking == "legr":
         first, second = (np.array(plan.method["search"]["improvements"], float) for plan in found)
         np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_the_tokens_of_an_encoder_are_not_the_labels_of_a_decoder():
+    graph = kirsch.trace(Seq2Seq().eval(), sequences(3))
+    with pytest.raises(DataError, match=r"Batch 1 of `data` has no labels"):
+        kirsch.plan(graph, kirsch.Goal(parameters=0.8), importance="taylor", loss="next-token", data=[sequences(3)])
+    with pytest.raises(DataError, match=r"Batch 1 of `data` has no labels"):
+        Quality(graph, [sequences(3)], "next_token_accuracy")
 
 
 def test_outputs_have_the_mask_of_the_sequence_to_which_they_belong():

@@ -133,10 +133,14 @@ def without_the_first_sample(function):
     return observe
 
 
-def shifted_pairs(graph, pruned, inputs, names, see):
+def shifted_pairs(graph, pruned, inputs, names, choose, see):
     CALIBRATION.paired_inputs(
-        graph, pruned, inputs, names, lambda name, groups, x, y: see(name, groups, x, y.roll(1, 1))
+        graph, pruned, inputs, names, choose, lambda name, groups, x, y: see(name, groups, x, y.roll(1, 1))
     )
+
+
+def pairs_of_all_outputs(graph, pruned, inputs, names, choose, see):
+    CALIBRATION.paired_inputs(graph, pruned, inputs, names, lambda _name, _outputs: None, see)
 
 
 FAULTS = [
@@ -242,6 +246,11 @@ FAULTS = [
         "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
         planted("calibration", paired_inputs=shifted_pairs),
         "the activations of",
+    ),
+    (
+        "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",
+        planted("calibration", paired_inputs=pairs_of_all_outputs),
+        "for half of the outputs",
     ),
     (
         "check_inputs_of_a_pruned_model_are_paired_with_those_of_the_original",

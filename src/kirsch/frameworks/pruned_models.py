@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from kirsch.graph.graph import Graph
@@ -48,12 +49,15 @@ class PairedRuns(Protocol):
         pruned: Any,
         inputs: Any,
         names: Collection[str],
+        choose: Callable[[str, int], NDArray[np.int64] | None],
         see: Callable[[str, tuple[int, int], Any, Any], None],
     ) -> None:
         """Call `see(name, groups, x, y)` with the activations that a weight reads in the model and in its pruned copy.
 
         `groups` are the numbers of groups of a convolution in the two models, else 1. The activations have the shape
         (outputs, channels, kernel size), as those of `weight_input_patches`, at the same positions.
+        `choose(name, outputs)` returns the numbers of the outputs that are passed, in any number of calls; None: all
+        outputs, in one call.
         """
 
     def paired_outputs(self, graph: Graph, pruned: Any, inputs: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:

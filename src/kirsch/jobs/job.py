@@ -53,6 +53,12 @@ def never() -> None:
     """Return None: a job with this function is never asked to stop."""
 
 
+def without_masks(model: Any) -> Any:
+    """Return a copy of a model without its masks, with zeros in its weights; a model without masks itself."""
+    masking = framework_of(model).masking
+    return masking.fold(model) if masking.masks(model) else model
+
+
 @dataclass
 class Job:
     """State that the steps of a job share.
@@ -244,9 +250,7 @@ class Job:
         names = [name for goal in limits if goal is not None for name in goal.to_dict() if name in TRACED]
         cost = {"parameters": parameters, "macs": macs}
         if names:
-            framework = framework_of(model)
-            plain = framework.masking.fold(model) if framework.masking.masks(model) else model  # masks are not stored
-            traced = trace(plain, framework.inference.from_numpy(self.example)).cost.to_dict()
+            traced = trace(without_masks(model), framework_of(model).inference.from_numpy(self.example)).cost.to_dict()
             cost |= {name: traced[name] for name in TRACED if name in names}
         return cost
 

@@ -23,6 +23,7 @@ from kirsch.measurement.statistics import Difference, bootstrap_difference, pair
 from kirsch.pruning.importance.calibration import read_batches
 from kirsch.pruning.importance.statistics import calibration_of
 from kirsch.tasks.metrics import class_number, default_metric, metric_of
+from kirsch.tasks.next_token import tokens_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -170,13 +171,16 @@ class Quality:
         """Return what the outputs for a batch are compared with; `original` holds the outputs of the original."""
         if metric.reference == "original":
             return self._outputs(self._graph.model, batch, number) if original is None else original
-        if batch.targets is None:
+        labels = batch.targets
+        if labels is None and metric.reference == "tokens":
+            labels = tokens_in(batch.inputs)
+        if labels is None:
             raise DataError(
                 f"Batch {number} of `{self._argument}` has no labels.",
                 f"The metric {metric.name!r} compares outputs with labels.",
                 "Give batches of (inputs, labels), or metric='kl', which compares the outputs with the original.",
             )
-        return host(batch.targets)
+        return host(labels)
 
     @cached_property
     def original(self) -> Measured:

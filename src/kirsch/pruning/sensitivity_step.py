@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kirsch import figures, files
 from kirsch.frameworks.find import framework_of
 from kirsch.frameworks.trace import trace
+from kirsch.jobs.job import without_masks
 from kirsch.jobs.step import STEPS, Step
 from kirsch.pruning.sensitivity import passes_of, sensitivity
 from kirsch.pruning.sensitivity_options import SensitivityOptions
@@ -39,7 +40,7 @@ class MeasureSensitivity(SensitivityOptions, Step):
     def _passes(self, job: Job) -> tuple[Quality, int]:
         """Return the evaluation of the models, and the number of models that are evaluated."""
         measured = validation_of(job, self.metric, self.class_weights)
-        graph = trace(job.model, framework_of(job.model).inference.from_numpy(job.example))
+        graph = trace(without_masks(job.model), framework_of(job.model).inference.from_numpy(job.example))
         return passes_of(graph, measured["validation"], self, measured["metric"], measured["class_weights"])
 
     def seconds(self, job: Job) -> float | None:
@@ -51,7 +52,7 @@ class MeasureSensitivity(SensitivityOptions, Step):
 
     def run(self, job: Job, folder: Path) -> Record:
         """Measure the sensitivity, and write it as JSON."""
-        graph = trace(job.model, framework_of(job.model).inference.from_numpy(job.example))
+        graph = trace(without_masks(job.model), framework_of(job.model).inference.from_numpy(job.example))
         options = {name: getattr(self, name) for name in SensitivityOptions.model_fields}
         options |= validation_of(job, self.metric, self.class_weights)
         found = sensitivity(graph, options.pop("validation"), **options, seed=job.seed, progress=False)

@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from kirsch import figures, files
@@ -16,7 +17,9 @@ from kirsch.frameworks.trace import trace
 from kirsch.graph.cost import Cost
 from kirsch.graph.cost_names import WORDS
 from kirsch.graph.goal import Goal
+from kirsch.graph.plan import Plan
 from kirsch.jobs.goal import PlanGoal
+from kirsch.jobs.job import without_masks
 from kirsch.jobs.step import STEPS, Step, model_cells
 from kirsch.pruning.blocks import runs_model
 from kirsch.pruning.choose import least_cost
@@ -26,8 +29,9 @@ from kirsch.pruning.importance import importance_of
 from kirsch.pruning.loadable_plan import is_loadable
 from kirsch.pruning.max_drop import minimized_cost
 from kirsch.pruning.options import ONLY_WITH_MAX_DROP, PlanOptions
-from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification
+from kirsch.pruning.prune import OPTIMIZER_NOTE, prune_with_verification, rebuilt
 from kirsch.pruning.quality import Quality
+from kirsch.pruning.sparsity.pattern import UNSTRUCTURED
 from kirsch.pruning.store import last_plan, load, save
 from kirsch.pruning.units import runs_for_milp
 from kirsch.tasks.metrics import METRIC_OF_LOSS, class_numbers
@@ -36,8 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from kirsch.graph.graph import Graph
-    from kirsch.graph.plan import Plan
     from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
@@ -50,6 +55,8 @@ FEW_MACS = 10**12
 
 SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
 """Short names of the costs in `WORDS`."""
+
+PATTERN_FIX = "The kept inputs of a layer need not fit it. Prune before the step sparsify to keep it."
 
 PRUNED = "model"
 """Folder of the pruned model in the folder of the step."""
@@ -125,10 +132,29 @@ class Prune(PlanOptions, Step):
         The quality of the model before training says nothing. With `max_drop` and no goal, the size of the result is
         therefore not known; a model of about half the cost takes its place.
         """
+        masks = self._without_masks(job)
         _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
         job.plans[job.key] = plan
         check_model(methods_of(self.compensate), job.model, plan)
-        job.model = prune_with_verification(job.model, plan, verify=False).model
+        pruned = prune_with_verification(job.model, plan, verify=False).model
+        _hold_cut_masks(pruned, job.model, plan, masks)
+        job.model = pruned
+
+    def _without_masks(self, job: Job) -> dict[str, NDArray[np.bool_]]:
+        """Replace the model of a job by a copy without masks, and return the masks; a model without masks stays.
+
+        Raises:
+            UsageError: the model has masks, and compensation changes weights.
+        """
+        masks = framework_of(job.model).masking.masks(job.model)
+        if masks and "least_squares" in methods_of(self.compensate):
+            raise UsageError(
+                f"The step {job.key!r} cannot compensate with 'least_squares'.",
+                "It changes all weights, and a step before it, such as sparsify, holds some of them at zero.",
+                "Use 'bias' or 'batch_norm', or prune before the step sparsify.",
+            )
+        job.model = without_masks(job.model)
+        return masks
 
     def goal_in(self, goal: JobGoal, key: str) -> Goal | None:
         """Return the goal of this step, or the limits of the job's `goal` if it applies to this step.
@@ -233,13 +259,18 @@ class Prune(PlanOptions, Step):
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""
+        lost = sorted(set(framework_of(job.model).masking.patterns(job.model).values()) - {"", UNSTRUCTURED})
+        masks = self._without_masks(job)
         graph, plan = self._plan(job)
         samples = None if not self.compensate else self._calibration(job, job.data.calibration_batches)
         pruned = prune_with_verification(job.model, plan, compensate=self.compensate, data=samples)
+        _hold_cut_masks(pruned.model, job.model, plan, masks)
         job.model = pruned.model
         save(pruned.model, folder / PRUNED)
         files.write_text(job.folder / plan_file(job.key), pruned.plan.to_json())
         notes = [note for note in pruned.notes if note != OPTIMIZER_NOTE]  # the steps make their own optimizers
+        if lost:
+            notes.append(f"The zeros stay zero, but no longer have the pattern {figures.listed(lost)}. {PATTERN_FIX}")
         for text in notes:
             job.note(text)
         error = pruned.verification.error if pruned.verification else float("nan")
@@ -262,10 +293,35 @@ class Prune(PlanOptions, Step):
     def load(self, job: Job, folder: Path, record: Record) -> None:
         """Load the pruned model, and restore the copy of its plan in the run folder."""
         del record
-        job.model = load(folder / PRUNED, job.make_model)
+        pruned = load(folder / PRUNED, job.make_model)
+        masks = framework_of(job.model).masking.masks(job.model)
+        if masks:
+            _hold_cut_masks(pruned, without_masks(job.model), Plan.read(last_plan(folder / PRUNED)), masks)
+        job.model = pruned
         stored, shown = last_plan(folder / PRUNED), job.folder / plan_file(job.key)
         if not shown.is_file() or shown.read_bytes() != stored.read_bytes():
             files.write_bytes(shown, stored.read_bytes())
+
+
+def _hold_cut_masks(pruned: Any, model: Any, plan: Plan, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Give a pruned model the masks that its weights had before it was pruned, without the removed units.
+
+    The masks are cut by pruning the model with their values as weights, so that a kept weight that happens to be zero
+    is not held. They have no pattern: the kept inputs need not fit it.
+
+    Args:
+        pruned: the pruned model, which gets the masks.
+        model: the model before, a copy that is no longer needed: the values of its weights are lost.
+        plan: the plan by which it was pruned.
+        masks: masks of the weights of `model` by name; weights that are removed as a whole are left out.
+    """
+    if not masks:
+        return
+    framework = framework_of(model)
+    framework.masking.hold(model, {}, {name: mask.astype(np.float32) for name, mask in masks.items()})
+    cut = rebuilt(model, plan)
+    kept = [name for name in masks if name in framework.inference.parameter_shapes(cut)]
+    framework.masking.hold(pruned, {name: framework.masking.values(cut, name) != 0 for name in kept})
 
 
 def _reduction(plan: Plan) -> str:

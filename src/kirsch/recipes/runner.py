@@ -16,7 +16,7 @@ from kirsch.data.sources import load_data
 from kirsch.errors import NOT_REACHED, KirschError, LoadError, OutputError, UsageError
 from kirsch.failures import during
 from kirsch.frameworks.find import framework_of
-from kirsch.jobs.job import CHECKPOINTS, RECORD, Job, ignore, never
+from kirsch.jobs.job import CHECKPOINTS, RECORD, Job, ignore, never, without_masks
 from kirsch.measurement.machine import environment
 from kirsch.pruning.store import save
 from kirsch.recipes import manifest, run_folder
@@ -185,8 +185,7 @@ def run(
         for sentence in [*notes, *run_folder.notes(altered, list(steps))]:
             job.note(sentence)
         _run_steps(job, steps, materials.origin, altered)
-        masking = framework_of(job.model).masking
-        job.model = masking.fold(job.model) if masking.masks(job.model) else job.model
+        job.model = without_masks(job.model)
         if any(isinstance(step, Prune) for step in steps.values()):
             save(job.model, folder / PRUNED)
         seconds = sum(record["seconds"] for record in job.records.values())

@@ -5,7 +5,6 @@ A larger value is better for each metric, so that the drop of a pruned model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,14 +17,16 @@ from kirsch.measurement.outputs import are_probabilities
 from kirsch.registry import Registry
 from kirsch.tasks.classification import PredictionSummary
 from kirsch.tasks.label_losses import IGNORED
-from kirsch.tasks.next_token import next_labels, shift_logits
+from kirsch.tasks.next_token import next_labels, shift_logits, tokens_in
 from kirsch.tasks.padding import MASK, counted_tokens, token_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
 
-Reference = Literal["labels", "original"]
-"""What a metric compares outputs with: the labels of the data, or the outputs of the original model."""
+Reference = Literal["labels", "tokens", "original"]
+"""What a metric compares outputs with: the labels, the tokens of inputs without labels, or the original's outputs."""
 
 GIVEN = "given function"
 """Name of a metric that is a function of the user."""
@@ -52,7 +53,7 @@ class Metric:
         name: name of the metric.
         reference: what the outputs are compared with.
         items: function (outputs, reference, inputs) → `Items`. `outputs` is a numpy array of logits or predicted values
-            (N, ...); `reference` holds the labels or the outputs of the original model.
+            (N, ...); `reference` holds the labels, the tokens or the outputs of the original model.
         value: function of the arrays in `Items.values` → number, larger for better outputs.
         fraction: whether the value is a fraction up to 1, which is shown as percent.
         correct: function of the same arrays that returns which items are correct, if the value is their fraction.
@@ -192,8 +193,8 @@ def _of_next_tokens(
     return shifted
 
 
-_register(Metric("next_token_accuracy", "labels", _of_next_tokens(_predicted_classes), _accuracy, correct=_are_equal))
-_register(Metric("next_token_log_likelihood", "labels", _of_next_tokens(_log_likelihoods), _mean, fraction=False))
+_register(Metric("next_token_accuracy", "tokens", _of_next_tokens(_predicted_classes), _accuracy, correct=_are_equal))
+_register(Metric("next_token_log_likelihood", "tokens", _of_next_tokens(_log_likelihoods), _mean, fraction=False))
 
 
 # ------------------------------------------------------------------------------------------------ other labels
@@ -403,7 +404,7 @@ def default_metric(outputs: NDArray[Any], labels: NDArray[Any] | None, inputs: A
     several = outputs.ndim > 1 and outputs.shape[-1] > 1
     if labels is None:
         return "kl" if several else "output_r2"
-    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    tokens = tokens_in(inputs)
     if tokens is not None and tuple(tokens.shape) == labels.shape and outputs.ndim == len("NLK"):
         same = (labels == host(tokens)) | (labels == IGNORED)
         return "next_token_accuracy" if same.all() else "accuracy"

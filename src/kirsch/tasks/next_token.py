@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kirsch import ops
-from kirsch.tasks.padding import token_mask
+from kirsch.tasks.padding import DECODER, token_mask
 
 
 def shift_logits(logits: Any) -> Any:
@@ -24,6 +25,15 @@ def predicted_tokens(mask: Any) -> Any:
     Neither the position nor the next token may be padding.
     """
     return (shift_logits(mask) != 0) & (shift_labels(mask) != 0)
+
+
+def tokens_in(inputs: Any) -> Any:
+    """Return the tokens of a causal language model, which are its labels: the `input_ids` of a dict, shape (N, L).
+
+    None for other inputs, also those with a decoder, whose outputs do not belong to the `input_ids`.
+    """
+    causal = isinstance(inputs, Mapping) and not any(name.startswith(DECODER) for name in inputs)
+    return inputs.get("input_ids") if causal else None
 
 
 def next_labels(labels: Any, inputs: Any, ignore_index: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn.utils import parametrizations
 
 import kirsch
 from kirsch.errors import DataError, NumericError, UnknownNameError, UsageError
+from kirsch.frameworks.pytorch.calibration import paired_inputs as module
+from kirsch.frameworks.pytorch.calibration.paired_inputs import paired_inputs
 from kirsch.frameworks.pytorch.surgery import interface
 from trace_and_cut import with_noise
 
@@ -123,6 +126,63 @@ def test_encoders_of_transformers_are_compensated_on_batches_of_a_tokenizer(tran
     found = kirsch.prune_with_verification(model, plan, compensate="least_squares", data=data).compensation
     assert not found.skipped
     assert found.output_errors["least_squares"] < 0.6 * found.output_errors["none"]
+
+
+# ------------------------------------------------------------------------------------------------------- cost
+
+
+class Counting(nn.Module):
+    """Returns its input, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_a_run_ends_when_it_has_reached_the_layers():
+    model = nn.Sequential(*mlp(), Counting()).train()
+    pruned, seen = copy.deepcopy(model), []
+
+    def see(name, groups, x, y):
+        seen.append((name, groups, tuple(x.shape), tuple(y.shape)))
+
+    graph = kirsch.trace(model, X[:2])
+    calls = model[3].calls
+    paired_inputs(graph, pruned, X, ["2.weight"], lambda _name, _outputs: None, see)
+    assert seen == [("2.weight", (1, 1), (64, 12, 1), (64, 12, 1))]
+    assert (model[3].calls, pruned[3].calls) == (calls, 0)
+    assert model.training
+    assert model[0].training
+
+
+def convolutions():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, stride=2), nn.Flatten()
+    )
+
+
+def test_a_convolution_is_observed_at_256_positions_of_a_sample(removing):
+    model, images = convolutions(), torch.randn(6, 3, 40, 40)
+    plan = removing(model, images[:2], {"0": [1, 2]})
+    found = kirsch.prune_with_verification(model, plan, compensate="least_squares", data=[images[:4], images[4:]])
+    assert found.compensation.layers[0].positions == 6 * 256  # of 6 · 400
+    few = kirsch.prune_with_verification(model, plan, compensate="least_squares", data=[images[:, :, :20, :20]])
+    assert few.compensation.layers[0].positions == 6 * 100
+
+
+def test_the_fit_does_not_depend_on_how_many_positions_are_passed_at_once(removing, monkeypatch):
+    model, images = convolutions(), torch.randn(8, 3, 12, 12)
+    plan = removing(model, images[:2], {"0": [1, 2]})
+    whole = kirsch.prune(model, plan, compensate="least_squares", data=[images])
+    monkeypatch.setattr(module, "MOST_NUMBERS", 1000)
+    torch.testing.assert_close(
+        kirsch.prune(model, plan, compensate="least_squares", data=[images])[2].weight, whole[2].weight
+    )
 
 
 # ------------------------------------------------------------------------------------------- layers left out

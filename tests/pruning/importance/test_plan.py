@@ -148,10 +148,11 @@ def test_a_shuffling_loader_does_not_change_the_random_state(graph, residual, la
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_next_token_shifts_logits_and_labels_and_leaves_out_padding():
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_next_token_shifts_logits_and_labels_and_leaves_out_padding(with_labels):
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    batch = {"input_ids": tokens, "attention_mask": mask} | ({"labels": tokens} if with_labels else {})
     [found] = batches_for(importance_of("taylor"), nn.Identity(), [batch], "next-token")
     losses = [
         F.cross_entropy(logits[row, start:-1], tokens[row, start + 1 :], reduction="none")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kirsch.graph.plan import Plan
 
 SAMPLED = 256
-"""Largest number of positions of a sample at which a convolution is observed; they are drawn at random."""
+"""Largest number of positions of a sample, on average, at which a convolution is observed; they are drawn at random."""
 
 NO_BIAS = "it has no bias of its own; least_squares and batch_norm do not need one"
 UNSEEN = "it does not read activations exactly once in a run of the model"
@@ -152,6 +152,12 @@ class _Run:
         for batch, padding in without_padding(self._batches()):
             other = Padding(batch)  # the object counts the calls of each layer
 
+            def choose(
+                name: str, positions: int, padding: Padding = padding, samples: int = len(batch)
+            ) -> NDArray[np.int64] | None:
+                is_convolution = len(by_name[name].shape) > len("OI")
+                return _drawn(random, positions, samples) if is_convolution and not padding.exists else None
+
             def see(
                 name: str,
                 groups: tuple[int, int],
@@ -167,9 +173,8 @@ class _Run:
                 x, y = ops.upcast(padding.left_out(name, x, None)), ops.upcast(other.left_out(name, y, None))
                 if of_original:
                     y = x[:, np.flatnonzero(np.tile(by_name[name].kept, groups[0]))]
-                if len(by_name[name].shape) > len("OI"):
-                    most = SAMPLED * (1 if x.shape[2] > 1 else samples)  # a larger kernel: one sample at a time
-                    chosen = np.sort(random.permutation(x.shape[0])[:most])
+                if padding.exists and len(by_name[name].shape) > len("OI"):
+                    chosen = _drawn(random, x.shape[0], samples)
                     x, y = x[chosen], y[chosen]
                 if name not in targets:
                     target = by_name[name].target
@@ -188,7 +193,7 @@ class _Run:
                 else:
                     present.add(sums)
 
-            self._calibration.paired_inputs(self._graph, self._pruned, batch.inputs, list(by_name), see)
+            self._calibration.paired_inputs(self._graph, self._pruned, batch.inputs, list(by_name), choose, see)
         return found
 
     def _fit(self, layer: ReadingLayer, products: Products, method: str) -> CompensatedLayer:
@@ -220,6 +225,11 @@ class _Run:
 def _size_and_inputs(batch: Batch) -> tuple[int, Any]:
     refuse_padding(batch, "remove 'batch_norm' from `compensate`")
     return len(batch), batch.inputs
+
+
+def _drawn(random: np.random.Generator, positions: int, samples: int) -> NDArray[np.int64]:
+    """Return the numbers of the positions of some samples at which a convolution is observed, in ascending order."""
+    return np.sort(random.permutation(positions)[: SAMPLED * samples])
 
 
 def _sums(x: Any, y: Any, target: Any) -> Products:

@@ -15,7 +15,7 @@ from kirsch.data.batches import Batch, SeededData, batches_of
 from kirsch.errors import DataError, UnknownNameError, UsageError
 from kirsch.frameworks.find import framework_of
 from kirsch.tasks.label_losses import IGNORED, LABEL_LOSSES
-from kirsch.tasks.next_token import next_labels, shift_logits
+from kirsch.tasks.next_token import next_labels, shift_logits, tokens_in
 from kirsch.tasks.padding import MASK, token_mask
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class CalibrationBatches:
         data: a loader, `ArrayData`, a list of batches, or one batch.
         needs: what the batches must have, inputs or labels.
         reader: what reads the batches, such as "The importance 'taylor'", for messages.
-        loss: name of the loss, or a function. For "next-token", the labels of the batches are those that the positions
-            predict, shape (N, L - 1), and padding has no label.
+        loss: name of the loss, or a function. For "next-token", the tokens of a batch without labels are its labels.
+            The labels are those that the positions predict, shape (N, L - 1), and padding has no label.
     """
 
     model: Any
@@ -50,11 +50,7 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[Batch]:
         number = 0
         for number, batch in enumerate(read_batches(self.data, self.model), start=1):
-            if self.needs == "labels":
-                self._check_labels(batch, number)
-                yield _predicted(batch, number) if self.loss == NEXT_TOKEN else batch
-            else:
-                yield batch
+            yield self._with_labels(batch, number) if self.needs == "labels" else batch
         if not number:
             raise DataError("`data` of kirsch.plan has no batches.", fix="Give at least one batch.")
 
@@ -63,6 +59,14 @@ class CalibrationBatches:
         """The same batches, which must have labels, for statistics that use them."""
         return replace(self, needs="labels")
 
+    def _with_labels(self, batch: Batch, number: int) -> Batch:
+        """Return a batch with the labels that the loss compares with the outputs."""
+        next_token = isinstance(self.loss, str) and self.loss == NEXT_TOKEN
+        if next_token and batch.targets is None:
+            batch = replace(batch, targets=tokens_in(batch.inputs))
+        self._check_labels(batch, number)
+        return _predicted(batch, number) if next_token else batch
+
     def _check_labels(self, batch: Batch, number: int) -> None:
         if batch.targets is None:
             raise DataError(
@@ -70,7 +74,7 @@ class CalibrationBatches:
                 f"{self.reader} is computed from the loss on labels.",
                 "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
             )
-        tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, dict) else None
+        tokens = tokens_in(batch.inputs)
         unshifted = isinstance(self.loss, str) and self.loss != NEXT_TOKEN
         if tokens is None or not unshifted or tuple(tokens.shape) != tuple(batch.targets.shape):
             return

@@ -10,7 +10,7 @@ import torch
 
 from kirsch.frameworks.pruned_models import LinearLayer
 from kirsch.frameworks.pytorch.analysis.program import name_of
-from kirsch.frameworks.pytorch.calibration.weight_inputs import observe
+from kirsch.frameworks.pytorch.calibration.weight_inputs import SeenAll, observe
 from kirsch.frameworks.pytorch.inference.outputs import named, selected_outputs
 from kirsch.frameworks.pytorch.inference.predict import arguments_of, call_model, copied, inference, tensors
 from kirsch.frameworks.pytorch.modules.submodule import part_of
@@ -19,6 +19,7 @@ from kirsch.frameworks.pytorch.modules.unsupported import check_values
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
     from torch.fx import Node
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from kirsch.frameworks.pytorch.calibration.weight_inputs import Product
     from kirsch.graph.graph import Graph
 
+    Choose = Callable[[str, int], NDArray[np.int64] | None]
     SeePair = Callable[[str, tuple[int, int], Any, Any], None]
 
 MATRIX = 2
 """Number of axes of a matrix."""
+
+MOST_NUMBERS = 2**24
+"""Largest number of activations in one call of `see` for chosen outputs; in float32, 64 MB."""
 
 
 def linear_layers(graph: Graph) -> dict[str, LinearLayer]:
@@ -94,7 +99,7 @@ def reading_order(graph: Graph, pruned: nn.Module, inputs: Any, names: Collectio
             stages.append([product.name])
         last[:] = [(x, x._version)]  # noqa: SLF001 - has no public name
 
-    observe(pruned, part_of(pruned, graph.tracing.module), inputs, see)
+    observe(pruned, part_of(pruned, graph.tracing.module), inputs, see, recurrent=False)
     times = Counter(name for stage in stages for name in stage)
     once = ([name for name in stage if times[name] == 1] for stage in stages)
     return [stage for stage in once if stage]
@@ -109,36 +114,51 @@ def _same_memory(first: torch.Tensor, version: int, second: torch.Tensor) -> boo
     )
 
 
-def paired_inputs(graph: Graph, pruned: nn.Module, inputs: Any, names: Collection[str], see: SeePair) -> None:
+def paired_inputs(
+    graph: Graph, pruned: nn.Module, inputs: Any, names: Collection[str], choose: Choose, see: SeePair
+) -> None:
     """Call `see(name, groups, x, y)` with the activations that a weight reads in the model and in its pruned copy.
+
+    Each run ends as soon as it has reached all of the weights. A weight that is read twice until then is left out.
 
     Args:
         graph: graph of the model.
         pruned: the pruned copy; its weights have the same paths.
         inputs: inputs of one batch.
         names: weights of `linear_layers`.
+        choose: called with the path of the weight and the number of outputs, of all samples; returns the numbers of the
+            outputs whose activations are passed to `see`, in any number of calls. None: all outputs, in one call.
         see: called with the path of the weight, the numbers of groups of a convolution in the model and in the copy
-            (else 1), and the activations x and y that each output reads, shape (outputs, channels, kernel size). It is
-            called once for each sample for a kernel larger than 1. Weights that do not read activations exactly once in
-            each of the two runs are left out.
+            (else 1), and the activations x and y that each output reads, shape (outputs, channels, kernel size).
     """
-    path = graph.tracing.module
-    runs: list[dict[str, list[Product]]] = []
-    for model in (graph.model, pruned):
-        read: dict[str, list[Product]] = {}
-
-        def keep(product: Product, read: dict[str, list[Product]] = read) -> None:
-            if product.name in names:  # the model may change the activations in place later
-                read.setdefault(product.name, []).append(replace(product, x=product.x.clone()))
-
-        observe(model, part_of(model, path), inputs, keep)
-        runs.append(read)
+    first, second = (_inputs_once(model, graph, inputs, names) for model in (graph.model, pruned))
     for name in names:
-        first, second = (run.get(name, []) for run in runs)
-        if len(first) == len(second) == 1:
-            groups = first[0].groups, second[0].groups
-            for x, y in zip(first[0].patches(), second[0].patches(), strict=True):
-                see(name, groups, x, y)
+        if name not in first or name not in second:
+            continue
+        groups = first[name].groups, second[name].groups
+        x, y = first[name].windows(), second[name].windows()
+        chosen = choose(name, x.count)
+        if chosen is None:
+            see(name, groups, x.all(), y.all())
+            continue
+        most = max(1, MOST_NUMBERS // (x.values.numel() // max(x.count, 1)))
+        for start in range(0, len(chosen), most):
+            part = chosen[start : start + most]
+            see(name, groups, x.at(part), y.at(part))
+
+
+def _inputs_once(model: nn.Module, graph: Graph, inputs: Any, names: Collection[str]) -> dict[str, Product]:
+    """Return what the named weights read in a run of a model, without those that are read more than once."""
+    read: dict[str, list[Product]] = {}
+
+    def keep(product: Product) -> None:
+        if product.name in names:  # the model may change the activations in place later
+            read.setdefault(product.name, []).append(replace(product, x=product.x.clone()))
+            if len(read) == len(names):
+                raise SeenAll
+
+    observe(model, part_of(model, graph.tracing.module), inputs, keep, recurrent=False)  # see `linear_layers`
+    return {name: products[0] for name, products in read.items() if len(products) == 1}
 
 
 def paired_outputs(graph: Graph, pruned: nn.Module, inputs: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:

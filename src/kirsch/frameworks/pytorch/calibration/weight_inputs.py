@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,7 @@ from kirsch.frameworks.pytorch.modules.submodule import part_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
+    from numpy.typing import NDArray
     from torch import nn
 
     from kirsch.graph.graph import Graph
@@ -122,10 +125,24 @@ def layer_inputs(
     observe(model, model, inputs, see_product)
 
 
-def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None]) -> set[str]:
+class SeenAll(BaseException):
+    """Raised by a function that observes a run, to end it. Models may catch `Exception`; this is a `BaseException`."""
+
+
+def observe(
+    model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Product], None], *, recurrent: bool = True
+) -> set[str]:
     """Run a model in inference mode, and call `see` for each product of a weight of a part of it with activations.
 
-    Returns the weights of the part that `weight_inputs` returns.
+    Args:
+        model: a model, which need not be traced.
+        part: the part of the model whose weights are observed.
+        inputs: inputs of one batch.
+        see: may raise `SeenAll` to end the run.
+        recurrent: whether the products of recurrent layers are observed, too; without them, convolutions are faster.
+
+    Returns:
+        The weights of the part that `weight_inputs` returns.
     """
     weights: dict[int, list[_Storage]] = {}
     for name, value in part.named_parameters():
@@ -135,10 +152,11 @@ def observe(model: nn.Module, part: nn.Module, inputs: Any, see: Callable[[Produ
     observer = _Observer(weights, see)
     # Fused kernels, such as those of recurrent layers and of attention, would hide their products.
     with (
+        contextlib.suppress(SeenAll),
         inference(model),
         torch.no_grad(),
-        plain_kernels(),
-        torch.backends.cudnn.flags(enabled=False),
+        plain_kernels(recurrent=recurrent),
+        torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),
         observer,
     ):
         call_model(model, args, options)
@@ -202,27 +220,27 @@ class Product:
 
         A convolution with a kernel larger than 1 yields the outputs of one sample at a time, to save memory.
         """
+        if self.convolution is None or math.prod(self.kernel) == 1:
+            yield self.windows().all()
+        else:
+            for index in range(len(self.x)):
+                yield replace(self, x=self.x[index : index + 1]).windows().all()
+
+    def windows(self) -> Windows:
+        """Return the activations that each output reads, without a copy of those that several outputs read."""
         if self.convolution is None:
-            yield self.positions()[:, :, None]
-            return
+            return Windows(self.x, self.x.dim() - 1)
         stride, padding, dilation = (self.convolution[name] for name in ("stride", "padding", "dilation"))
-        if math.prod(self.kernel) == 1 and not any(padding) and "output_padding" not in self.convolution:
-            strided: Any = (..., *(slice(None, None, step) for step in stride))
-            yield self.x[strided].movedim(1, -1).flatten(0, -2)[:, :, None]
-            return
-        widths = [width for size in reversed(padding) for width in (size, size)]
-        images, flipped = self.x, False
+        x, widths = self.x, [width for size in reversed(padding) for width in (size, size)]
         if "output_padding" in self.convolution:
-            images, widths, stride = self._stretched(), self._margins(), [1] * len(stride)
-            flipped = True  # the first position of the kernel is that of the last activation that an output reads
-        for image in images:
-            windows = torch.nn.functional.pad(image, widths)  # (channels, ...)
-            for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=1):
-                windows = windows.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
-            if flipped:
-                windows = windows.flip([*range(-len(self.kernel), 0)])
-            # (channels, outputs ..., kernel ...)
-            yield windows.movedim(0, len(self.kernel)).reshape(-1, self.channels, math.prod(self.kernel))
+            x, widths, stride = self._stretched(), self._margins(), [1] * len(stride)
+        view = torch.nn.functional.pad(x, widths) if any(widths) else x  # (N, channels, ...)
+        for axis, (size, step, distance) in enumerate(zip(self.kernel, stride, dilation, strict=True), start=2):
+            view = view.unfold(axis, distance * (size - 1) + 1, step)[..., ::distance]
+        if "output_padding" in self.convolution:  # its kernel begins at the last activation that an output reads
+            view = view.flip([*range(-len(self.kernel), 0)])
+        outputs = 1 + len(self.kernel)
+        return Windows(view.movedim(1, outputs), outputs)  # (N, outputs ..., channels, kernel ...)
 
     def _stretched(self) -> torch.Tensor:
         """Return the activations of a transposed convolution with stride - 1 zeros between them on each axis.
@@ -242,6 +260,38 @@ class Product:
         axes = zip(self.kernel, options["padding"], options["dilation"], options["output_padding"], strict=True)
         sides = [(distance * (size - 1) - padding, more) for size, padding, distance, more in axes]
         return [width for first, more in reversed(sides) for width in (first, first + more)]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The activations that each output of a layer reads, as a view.
+
+    Args:
+        values: shape (N, ..., channels, kernel ...); the first axes are those of the outputs.
+        axes: number of axes of the outputs.
+    """
+
+    values: torch.Tensor
+    axes: int
+
+    @property
+    def count(self) -> int:
+        """Number of outputs."""
+        return math.prod(self.values.shape[: self.axes])
+
+    def all(self) -> torch.Tensor:
+        """Return the activations, shape (outputs, channels, kernel size)."""
+        return self._flat(self.values, self.count)
+
+    def at(self, chosen: NDArray[np.int64]) -> torch.Tensor:
+        """Return the activations that some of the outputs read, by their numbers in the order of `all`."""
+        positions = np.unravel_index(chosen, self.values.shape[: self.axes])
+        index = tuple(torch.tensor(position, device=self.values.device) for position in positions)
+        return self._flat(self.values[index], len(chosen))
+
+    def _flat(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        channels, *kernel = self.values.shape[self.axes :]
+        return values.reshape(count, channels, math.prod(kernel))
 
 
 class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch does not annotate it
