@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -378,6 +379,13 @@ def test_a_goal_may_be_a_fraction_of_an_earlier_model():
         plan = kirsch.plan(graph, goal, ranking="milp", data=data(), **ALL_STEPS)
         assert goal.macs - 0.06 <= plan.after.macs / original.macs <= goal.macs  # one unit is 0.06 of the MACs
         model = kirsch.prune(model, plan)
+
+
+def test_the_memory_of_an_earlier_model_is_no_limit():
+    graph = traced(Mlp)
+    goal = kirsch.Goal(macs=0.6, of=replace(graph.cost, activations=0, memory=0))  # jobs store no memory
+    plan = kirsch.plan(graph, goal, ranking="milp", data=data(), **ALL_STEPS)
+    assert plan.groups == kirsch.plan(graph, kirsch.Goal(macs=0.6), ranking="milp", data=data(), **ALL_STEPS).groups
 
 
 def test_the_smallest_model_inside_a_drop_is_found_by_measured_changes():

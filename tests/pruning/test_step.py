@@ -10,7 +10,8 @@ from torch import nn
 
 import kirsch
 from kirsch.graph.plan import Removal
-from kirsch.pruning.step import removal_record
+from kirsch.pruning import step
+from kirsch.pruning.step import CALIBRATION, Prune, removal_record
 
 
 def test_the_record_has_the_removed_units_and_the_outputs_and_parameters_of_each_cut_layer():
@@ -78,3 +79,18 @@ def test_a_recurrent_layer_is_listed_with_its_units_not_with_the_rows_of_its_gat
     (layer,) = removal_record(graph, plan)["layers"]
     assert (layer["name"], layer["before"], layer["after"]) == ("gru", 16, 16 - len(plan.groups[0].removed))
     assert layer["parameters_after"] < layer["parameters_before"] / 2 + 100
+
+
+def test_the_default_ranking_is_milp_if_its_runs_cost_at_most_a_pass_over_the_training_data(monkeypatch):
+    monkeypatch.setattr(step, "FEW_MACS", 0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    graph, goal, runs = kirsch.trace(model, torch.randn(1, 4)), kirsch.Goal(macs=0.5), 1 + 2 * 7
+    options = {"round_to": 1}
+    assert Prune(**options).is_measured(graph, goal, runs * CALIBRATION)
+    assert not Prune(**options).is_measured(graph, goal, runs * CALIBRATION - 1)
+    assert not Prune(**options).is_measured(graph, goal, None)
+    assert not Prune(**options).is_measured(graph, None, 10**9)
+    assert not Prune(**options, ranking="global").is_measured(graph, goal, 10**9)
+    assert not Prune(max_drop=0.1, **options).is_measured(graph, goal, 10**9)
+    monkeypatch.setattr(step, "FEW_MACS", runs * CALIBRATION * graph.cost.macs)
+    assert Prune(**options).is_measured(graph, goal, None)

@@ -79,8 +79,8 @@ class Alternatives:
         original = goal.of or self._graph.cost
         limits = goal.to_dict()
         # The memory is a maximum over the operations: each operation that needs too much of it has its own limit.
-        whole = self._graph.prices.memory_profile(self._graph.keep({}))
-        peaks = np.flatnonzero(whole > limits.get("memory", 1.0) * original.memory)
+        most = limits["memory"] * original.memory if "memory" in limits else np.inf
+        peaks = np.flatnonzero(self._graph.prices.memory_profile(self._graph.keep({})) > most)
         sums = [name for name in limits if name != "memory"]
 
         def costs(choice: Choice) -> NDArray[np.float64]:
@@ -90,7 +90,7 @@ class Alternatives:
             memory = self._graph.prices.memory_profile(keep, without)[peaks] if len(peaks) else np.zeros(0)
             return np.array([*found, *(memory / max(original.memory, 1))])
 
-        values = [limits[name] for name in sums] + [limits.get("memory", 1.0)] * len(peaks)
+        values = [limits[name] for name in sums] + [limits.get("memory", np.inf)] * len(peaks)
         return Allocation(scores, costs, np.array(values), self._conflicts())
 
     def _conflicts(self) -> list[tuple[int, int]]:

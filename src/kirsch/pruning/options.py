@@ -77,7 +77,8 @@ class PlanOptions(Options):
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
             "each group by the measured change of the outputs on data; or search for the widths with the best quality "
-            "on data (legr, actor_critic); auto: per_cost for the importances taylor, fisher and snip, else global"
+            "on data (legr, actor_critic); auto: per_cost for the importances taylor, fisher and snip, else global; in "
+            "recipes, milp if its measurements cost at most one pass over the training data"
         ),
     )
     round_to: RoundTo = Field(
