@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from dataclasses import replace
@@ -186,11 +187,13 @@ def _training_walk(
     """
     terms, uncounted = list(facts.terms), list(facts.uncounted)
     statistics, facts.statistics = facts.statistics, set()
+    # In training mode, branches may depend on random values, such as masks. To follow them, the exporter copies the
+    # weights and computes with them, so the other way is tried first.
+    trials = dict.fromkeys([tracing, replace(tracing, decisions="example")])
     try:
-        # In training mode, branches may depend on random values, such as masks.
-        by_example = replace(tracing, decisions="example")
-        return _walk(model, args, options, facts, tensors, by_example, training=True)
-    except ModelError:
+        for trial in trials:
+            with contextlib.suppress(ModelError):
+                return _walk(model, args, options, facts, tensors, trial, training=True)
         return None
     finally:
         facts.terms[:], facts.uncounted[:], facts.statistics = terms, uncounted, statistics
