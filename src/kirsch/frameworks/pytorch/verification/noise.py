@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ class Noise(Mapping[int, torch.Tensor]):
     def _deviation(self, value: torch.Tensor) -> float:
         if value.dim() <= 1 or not value.numel():
             return 0.1
-        size = float(value.detach().float().nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        values = value.detach().float()
+        size = float(values.abs().mean())
+        if not math.isfinite(size):
+            size = float(values.nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
         return 0.1 * max(size, 1e-2)
 
     def __getitem__(self, key: int) -> torch.Tensor:

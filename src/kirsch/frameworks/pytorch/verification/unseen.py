@@ -148,7 +148,9 @@ class _Weights(Mapping["str", "torch.Tensor"]):
         return len(self._tensors)
 
     def _record(self, name: str, gradient: torch.Tensor) -> None:
-        effect = (gradient * self._value(name)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).abs_()
+        effect = (gradient * self._value(name)).abs()
+        if not bool(effect.sum().isfinite()):  # much cheaper than a test of each entry
+            effect.nan_to_num_(nan=0.0, posinf=0.0)
         for axis in self._axes[name]:
             rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1).amax(1).cpu().double().numpy()
             self.effects[name, axis] = np.maximum(self.effects[name, axis], rows)
