@@ -38,7 +38,6 @@ import kirsch
 from kirsch import figures
 from kirsch.deploy.measure import compare_latencies
 from kirsch.measurement.machine import cpu, version_of
-from kirsch.pruning.importance import IMPORTANCES
 
 ROOT = Path(__file__).parents[1]
 ROWS, PAGE = ROOT / "benchmarks" / "pruning.jsonl", ROOT / "docs" / "benchmarks.md"
@@ -76,8 +75,9 @@ def by_kirsch(compensate: list[str] | None = None, **options: Any) -> Callable[[
     def prune(case: Case, model: nn.Module) -> nn.Module:
         inputs, labels = calibration(case.seed)
         graph = kirsch.trace(model, IMAGE)
-        needs_data = IMPORTANCES[options.get("importance", "magnitude")].needs != "weights"
-        data = [(inputs, labels)] if needs_data or options.get("ranking") == "milp" else None
+        without_data = ("magnitude", "bn_scale", "fpgm", "random")
+        needs_data = options.get("importance", "magnitude") not in without_data or options.get("ranking") == "milp"
+        data = [(inputs, labels)] if needs_data else None
         goal = kirsch.Goal(macs=case.fraction)
         plan = kirsch.plan(graph, goal, data=data, seed=case.seed, progress=False, **options)
         pruned: nn.Module = kirsch.prune(
@@ -160,12 +160,14 @@ def narrower(case: Case, _model: nn.Module) -> nn.Module:
     return NETWORKS[case.network].narrower(case.fraction)
 
 
-DEFAULTS = {"importance": "taylor", "ranking": "per_cost", "round_to": 8}
-"""What Kirsch chooses for these networks if it has labels; the rows below change one of these options."""
+DEFAULTS = {"importance": "taylor", "ranking": "milp"}
+"""What the recipes of Kirsch choose for these networks; the rows below change one of these options."""
 DEFAULT = by_kirsch(**DEFAULTS)
+BLOCKS = {"importance": "change", "kinds": "block"}
+BLOCKS_AND_UNITS = DEFAULTS | {"kinds": {"block": 1.0}}
 PEER_TAYLOR = by_peer("GroupTaylorImportance", labels=True, global_pruning=True)
 METHODS = (
-    Method(KIRSCH, "defaults: taylor, per_cost, round_to=8, with teacher", DEFAULT, teacher=True),
+    Method(KIRSCH, "defaults: taylor, milp, round_to auto, with teacher", DEFAULT, teacher=True),
     Method(TORCH_PRUNING, "magnitude, global", by_peer("GroupMagnitudeImportance", global_pruning=True)),
     Method(TORCH_PRUNING, "Taylor, global", PEER_TAYLOR),
     Method(TORCH_PRUNING, "Taylor, global, with Kirsch's teacher", PEER_TAYLOR, teacher=True),
@@ -175,19 +177,25 @@ METHODS = (
         by_peer("GroupMagnitudeImportance", pruner="GroupNormPruner", global_pruning=True),
         peer_sparsity,
     ),
-    Method(KIRSCH, "in 8 rounds, round_to=1", in_rounds(8, **DEFAULTS | {"round_to": 1}), teacher=True),
-    Method(KIRSCH, "in 8 rounds", in_rounds(8, **DEFAULTS), teacher=True),
+    Method(KIRSCH, "ranking per_cost", by_kirsch(**DEFAULTS | {"ranking": "per_cost"}), teacher=True),
+    Method(KIRSCH, "of whole blocks and units", by_kirsch(**BLOCKS_AND_UNITS), teacher=True),
+    Method(
+        KIRSCH, "ranking per_cost, in 8 rounds, round_to=1", in_rounds(8, importance="taylor", round_to=1), teacher=True
+    ),
     Method(KIRSCH, "round_to=1", by_kirsch(**DEFAULTS | {"round_to": 1}), teacher=True),
+    Method(KIRSCH, "whole blocks, by the change of the outputs", by_kirsch(**BLOCKS), teacher=True),
+    Method(KIRSCH, "round_to=16", by_kirsch(**DEFAULTS | {"round_to": 16}), teacher=True),
+    Method(KIRSCH, "ranking per_cost, in 8 rounds", in_rounds(8, importance="taylor"), teacher=True),
     Method(TORCH_PRUNING, "defaults: magnitude, local", by_peer("GroupMagnitudeImportance")),
     Method(KIRSCH, "without teacher", DEFAULT),
-    Method(KIRSCH, "magnitude, ranking global", by_kirsch(round_to=8, ranking="global"), teacher=True),
+    Method(KIRSCH, "magnitude, ranking global", by_kirsch(ranking="global"), teacher=True),
     Method(NONE, "narrower network from random weights, with teacher", narrower, teacher=True),
-    Method(KIRSCH, "random units of each layer", by_kirsch(importance="random", ranking="local", round_to=8)),
+    Method(KIRSCH, "random units of each layer", by_kirsch(importance="random", ranking="local")),
     Method(KIRSCH, "with least squares", by_kirsch(["least_squares"], **DEFAULTS), teacher=True),
     Method(KIRSCH, "after training with group lasso", DEFAULT, group_lasso, teacher=True),
     *(
         Method(KIRSCH, f"ranking {ranking}", by_kirsch(**DEFAULTS | {"ranking": ranking}), teacher=True)
-        for ranking in ("global", "isomorphic", "milp", "local")
+        for ranking in ("global", "isomorphic", "local")
     ),
     *(
         Method(KIRSCH, name, by_kirsch(**DEFAULTS | {"importance": name}), teacher=True)
@@ -213,7 +221,7 @@ def write(row: dict[str, Any]) -> None:
 def run(network: str, fraction: float, seed: int, count: int) -> None:
     """Prune and train a network by the first methods, unless they have a row."""
     keys = ("network", "fraction", "seed", "tool", "method")
-    done = {tuple(row[key] for key in keys) for row in known_rows()}
+    done = {tuple(row.get(key) for key in keys) for row in known_rows()}
     short = round(fraction, 3)
     methods = [method for method in METHODS[:count] if (network, short, seed, method.tool, method.name) not in done]
     if importlib.util.find_spec("torch_pruning") is None:
