@@ -189,9 +189,8 @@ def _training_walk(
     statistics, facts.statistics = facts.statistics, set()
     # In training mode, branches may depend on random values, such as masks. To follow them, the exporter copies the
     # weights and computes with them, so the other way is tried first.
-    trials = dict.fromkeys([tracing, replace(tracing, decisions="example")])
     try:
-        for trial in trials:
+        for trial in dict.fromkeys([tracing, replace(tracing, decisions="example")]):
             with contextlib.suppress(ModelError):
                 return _walk(model, args, options, facts, tensors, trial, training=True)
         return None
