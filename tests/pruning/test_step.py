@@ -81,6 +81,15 @@ def test_a_recurrent_layer_is_listed_with_its_units_not_with_the_rows_of_its_gat
     assert layer["parameters_after"] < layer["parameters_before"] / 2 + 100
 
 
+def test_a_transposed_convolution_is_listed_with_its_outputs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    graph = kirsch.trace(model, torch.randn(1, 3, 8, 8))
+    record = removal_record(graph, kirsch.plan(graph, keep={"0": 5, "2": 4}))
+    pruned = kirsch.prune(model, kirsch.plan(graph, keep={"0": 5, "2": 4}))
+    found = {layer["name"]: (layer["before"], layer["after"]) for layer in record["layers"]}
+    assert found == {"0": (8, pruned[0].out_channels), "2": (6, pruned[2].out_channels)} == {"0": (8, 5), "2": (6, 4)}
+
+
 def test_the_default_ranking_is_milp_if_its_runs_cost_at_most_a_pass_over_the_training_data(monkeypatch):
     monkeypatch.setattr(step, "FEW_MACS", 0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from kirsch import figures, files
 from kirsch.annotations import Seed
@@ -43,12 +44,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kirsch.graph.graph import Graph
+    from kirsch.graph.group import Group
     from kirsch.jobs.goal import JobGoal
     from kirsch.jobs.job import Job, Record
 
 CALIBRATION, PREVIEW = 256, 8
 """Number of training samples for the ranking of units and blocks and for compensation; and for the ranking of units
 before the job starts."""
+
+BATCH = 32
+"""Number of samples that a model runs on at once."""
 
 FEW_MACS = 10**12
 """Number of multiply-accumulates that the measurements of a ranking may need for any model."""
@@ -109,6 +114,7 @@ class Prune(PlanOptions, Step):
     seed: Seed | None = Field(
         None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
     )  # type: ignore[assignment]
+    _seconds: float = PrivateAttr(1.0)  # estimated by `preview`
     compensate: Compensate = Field(
         None,
         description=(
@@ -133,7 +139,10 @@ class Prune(PlanOptions, Step):
         therefore not known; a model of about half the cost takes its place.
         """
         masks = self._without_masks(job)
+        begun = time.monotonic()
         _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
+        measured = plan.method.get("ranking") == "milp"
+        self._seconds = 1.0 + (time.monotonic() - begun) * (CALIBRATION / BATCH if measured else 1)
         job.plans[job.key] = plan
         check_model(methods_of(self.compensate), job.model, plan)
         pruned = prune_with_verification(job.model, plan, verify=False).model
@@ -191,7 +200,7 @@ class Prune(PlanOptions, Step):
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
         options |= self._ranked_by(job, samples)
-        if self.importance is None and self.is_measured(graph, goal, job.data.sizes["train"]) and "data" in options:
+        if options["importance"] == "taylor" and self.is_measured(graph, goal, job.data.sizes["train"]):
             options["ranking"] = "milp"
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
@@ -256,6 +265,11 @@ class Prune(PlanOptions, Step):
     def _calibration(self, job: Job, read: Callable[[int], Any], samples: int = CALIBRATION) -> Any:
         """Return training samples; a shuffling loader gives the same samples each time."""
         return framework_of(job.model).training.seeded(lambda: read(samples), job.seed)
+
+    def seconds(self, job: Job) -> float:
+        """Return the estimated time: that of the preview, which for "milp" runs each model on one small batch."""
+        del job
+        return self._seconds
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""
@@ -358,14 +372,17 @@ def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:
         for name, axis in group.footprint:
             layer, _, parameter = name.rpartition(".")
             # The weights of a recurrent layer, such as weight_ih_l0, have a row for each gate of each unit.
-            recurrent = group.kind == "recurrent unit" and parameter.startswith("weight")
-            if axis == 0 and (recurrent or parameter.endswith("weight")) and len(graph.tensors[name].shape) > 1:
+            recurrent = axis == 0 and group.kind == "recurrent unit" and parameter.startswith("weight")
+            if (recurrent or parameter.endswith("weight")) and len(graph.tensors[name].shape) > 1:
+                labels = None if recurrent else _output_labels(graph, group, name, axis)
                 if layer in {entry["name"] for entry in layers}:  # its outputs belong to several groups
                     continue
                 if recurrent:
                     size, rest = group.size, group.size - len(units)
+                elif labels is None:
+                    continue
                 else:
-                    size, mask = graph.tensors[name].shape[0], graph.kept(graph.axes[name, 0], kept)
+                    size, mask = len(labels), graph.kept(labels, kept)
                     rest = size if mask is None else int(mask.sum())
                 gone = bool(in_removed_block(layer))
                 layers.append(
@@ -383,3 +400,21 @@ def removal_record(graph: Graph, plan: Plan) -> dict[str, Any]:
         for b in graph.blockers
     ]
     return {"groups": groups, "layers": layers, "blockers": blockers}
+
+
+def _output_labels(graph: Graph, group: Group, name: str, axis: int) -> NDArray[np.int64] | None:
+    """Return the labels of the outputs of a layer if units of a group are among them; None if they are not.
+
+    Args:
+        graph: graph of the model.
+        group: the group.
+        name: weight of the layer, an axis of which belongs to the group.
+        axis: this axis; the outputs of a module that is not called are assumed to be those of its first axis.
+    """
+    outputs = graph.module_outputs().get(name.rpartition(".")[0])
+    if outputs is None:
+        return graph.axes[name, axis] if axis == 0 else None
+    in_group = np.zeros(len(graph.coupling.frozen), bool)
+    in_group[group.components] = True
+    labels = (labels for output in outputs for labels in output.axes if labels is not None)
+    return next((found for found in labels if in_group[graph.coupling.component[found]].any()), None)
