@@ -11,6 +11,7 @@ from kirsch.annotations import Count, MaxDrop, Names, Seed
 from kirsch.arguments import checked
 from kirsch.data.annotations import Calibration
 from kirsch.errors import GoalError, UnknownNameError, UsageError, listing
+from kirsch.frameworks.find import framework_of
 from kirsch.graph.cost_names import WORDS
 from kirsch.graph.graph import Graph
 from kirsch.graph.plan import Goal, Plan
@@ -158,8 +159,8 @@ def plan(
         GoalError: no plan reaches the goal; the message has the least reachable cost, the layers that cannot be cut
             further, and options that reach the goal. Or the goal is on MACs only, and the model has no MACs.
         UnknownNameError: an importance, a kind or a name to exclude is unknown.
-        UsageError: an option is out of range or has no effect with the others, `kinds` names blocks and other kinds, or
-            `data` is missing or cannot be used.
+        UsageError: an option is out of range or has no effect with the others, `kinds` names blocks and other kinds,
+            `data` is missing or cannot be used, or the model has masks of `kirsch.sparsify`.
         DataError: the data has no samples or labels.
         NumericError: a weight, an activation or a gradient is not finite.
     """
@@ -189,6 +190,11 @@ def plan(
         raise UsageError(
             "The goal is missing.",
             fix="Give a goal, kirsch.Goal(macs=0.5), a largest drop, max_drop=0.02, or widths by hand in `keep`.",
+        )
+    if graph.model is not None and framework_of(graph.model).masking.masks(graph.model):
+        raise UsageError(
+            f"{graph.model_name} has masks from kirsch.sparsify, which the plan would prune like weights.",
+            fix="Trace kirsch.fold_masks(model), whose weights have the zeros. In a recipe, the step prune does this.",
         )
     if goal is not None and not graph.cost.macs and list(goal.to_dict()) == ["macs"]:
         raise GoalError(

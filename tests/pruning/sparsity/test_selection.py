@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kirsch
+from kirsch.errors import UsageError
 from kirsch.pruning.sparsity import selection
 from kirsch.pruning.sparsity.selection import smallest, smallest_in_rows, smallest_of_all
 
@@ -56,3 +59,13 @@ def test_the_smallest_of_each_row_are_selected(monkeypatch):
     mask = smallest_in_rows(scores, counts)
     for row, kept, count in zip(scores, mask, counts, strict=True):
         assert np.array_equal(np.sort(row[kept]), np.sort(row)[:count])
+
+
+def test_a_plan_of_a_model_with_masks_is_refused_with_the_call_that_folds_them():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    masked = kirsch.sparsify(model, sparsity=0.5).model
+    inputs = torch.randn(2, 4)
+    with pytest.raises(UsageError, match="fold_masks"):
+        kirsch.plan(kirsch.trace(masked, inputs), kirsch.Goal(macs=0.5), round_to=1)
+    graph = kirsch.trace(kirsch.fold_masks(masked), inputs)
+    assert kirsch.plan(graph, kirsch.Goal(macs=0.5), round_to=1).groups

@@ -35,13 +35,14 @@ def bn_scale(graph: Graph, group: Group) -> NDArray[np.float64]:
     """
     keys = graph.axes_with(group, SCALE)
     if not keys:
-        others = [repr(other.name) for other in graph.groups if other != group and not graph.axes_with(other, SCALE)]
+        names = [other.name for other in graph.groups if other != group and not graph.axes_with(other, SCALE)]
+        others = [repr(name) for name in names]
+        layers = list(dict.fromkeys(name.partition("#")[0] for name in (group.name, *names)))
         raise UsageError(
             f'The importance "bn_scale" cannot rank the units of {group.name!r}.',
             "No batch normalization with a scale is applied to them"
             f"{f', nor to those of {figures.listed(others)}' if others else ''}.",
-            f"Keep the outputs of such layers, keep_outputs={[group.name.partition('#')[0]]!r}, or use another "
-            "importance.",
+            f"Keep the outputs of such layers, keep_outputs={layers!r}, or use another importance.",
         )
     total = np.zeros(group.size)
     for key in keys:

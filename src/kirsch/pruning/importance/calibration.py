@@ -72,7 +72,8 @@ class CalibrationBatches:
             raise DataError(
                 f"Batch {number} of `data` has no labels.",
                 f"{self.reader} is computed from the loss on labels.",
-                "Give batches of (inputs, labels), or an importance that needs inputs alone, such as 'wanda'.",
+                "Give batches of (inputs, labels), loss='next-token' for a causal language model, or an importance of "
+                "inputs alone, such as 'wanda'.",
             )
         tokens = tokens_in(batch.inputs)
         unshifted = isinstance(self.loss, str) and self.loss != NEXT_TOKEN
