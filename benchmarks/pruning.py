@@ -182,9 +182,9 @@ METHODS = (
     Method(
         KIRSCH, "ranking per_cost, in 8 rounds, round_to=1", in_rounds(8, importance="taylor", round_to=1), teacher=True
     ),
-    Method(KIRSCH, "round_to=1", by_kirsch(**DEFAULTS | {"round_to": 1}), teacher=True),
+    Method(KIRSCH, "ranking per_cost, round_to=1", by_kirsch(importance="taylor", round_to=1), teacher=True),
     Method(KIRSCH, "whole blocks, by the change of the outputs", by_kirsch(**BLOCKS), teacher=True),
-    Method(KIRSCH, "round_to=16", by_kirsch(**DEFAULTS | {"round_to": 16}), teacher=True),
+    Method(KIRSCH, "ranking per_cost, round_to=16", by_kirsch(importance="taylor", round_to=16), teacher=True),
     Method(KIRSCH, "ranking per_cost, in 8 rounds", in_rounds(8, importance="taylor"), teacher=True),
     Method(TORCH_PRUNING, "defaults: magnitude, local", by_peer("GroupMagnitudeImportance")),
     Method(KIRSCH, "without teacher", DEFAULT),
@@ -289,7 +289,7 @@ def latency(network: str, fraction: float) -> None:
 
 HEAD = """\
 {original:.1f} % before pruning. {steps} steps of {batch} images after it; with sparse training, half of these steps
-come before it. Mean of {seeds} seeds ± standard deviation."""
+come before it. Mean of {seeds} seeds ± standard deviation; numbers without ± are of one seed."""
 
 
 def table(network: str, fraction: float) -> list[str]:
@@ -341,9 +341,9 @@ def spread(values: list[float]) -> str:
 def page() -> str:
     """Return the text between the markers of the page."""
     rows = known_rows()
-    measured = ", ".join(sorted({f"{row['machine']}, {row['date']}" for row in rows}))
+    machines, dates = (", ".join(sorted({row[key] for row in rows})) for key in ("machine", "date"))
     hours = sum(row.get("cpu", 0) for row in rows) / 3600
-    head = f"`python benchmarks/pruning.py` writes these tables; {hours:.1f} hours of one core of {measured}."
+    head = f"`python benchmarks/pruning.py` writes these tables; {hours:.1f} hours of one core of {machines}, {dates}."
     tables = [table(name, fraction) for name, network in NETWORKS.items() for fraction in network.fractions]
     return "\n\n".join([START, head, *("\n".join(lines) for lines in tables if lines), END])
 
