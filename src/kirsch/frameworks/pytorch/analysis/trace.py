@@ -87,8 +87,11 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     unused = _unused(tensors, traced)
     if unused:
         traced.training = _training_walk(model, args, options, facts, tensors, tracing)
+    still_unused = unused if traced.training is None else unused & _unused(tensors, traced.training)
+    if still_unused == unused:  # training uses no further tensors, such as for a buffer that no mode reads
+        traced.training = None
+    unused = still_unused
     if traced.training is not None:
-        unused &= _unused(tensors, traced.training)
         scaled = {name for scaling in traced.query_scalings for name in scaling.rows}
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
