@@ -22,6 +22,7 @@ from kirsch.frameworks.pytorch.analysis.regions import exits, regions
 from kirsch.frameworks.pytorch.features import adapters
 from kirsch.frameworks.pytorch.features.capture import dry_run
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
+from kirsch.frameworks.pytorch.verification.noise import ConvertedTensors
 from kirsch.frameworks.training import Training, TrainingHooks
 from kirsch.graph.plan import Removal
 from kirsch.pruning.kept import Kept, kept_output_channels
@@ -142,7 +143,7 @@ class RecordingRun(MaskedRun):
     """The masked original, which records the output of each operation."""
 
     def __init__(self, graph, keep, model):
-        super().__init__(graph, keep, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+        super().__init__(graph, keep, ConvertedTensors(model, None, torch.float64))
         self.outputs_by_node = {}
 
     def run_node(self, n):

@@ -39,6 +39,13 @@ def test_modules_that_only_run_in_training_mode_are_cut_and_verified():
     assert (found.unseen, found.not_compared) == ((), ())
 
 
+def test_training_mode_is_not_compared_if_it_uses_no_further_tensors():
+    model = with_noise(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    model.register_buffer("copy", torch.zeros(8))  # read in no mode, as the copied frequencies of rotary embeddings
+    assert trace(model, torch.randn(5, 4)).traced.training is None
+    assert verified(model, torch.randn(5, 4)).passed
+
+
 class OnlyFloat32(Auxiliary):
     """A model whose training mode has an operation that does not support float64."""
 

@@ -11,7 +11,8 @@ from kirsch.errors import VerificationError
 from kirsch.frameworks.pytorch.analysis.trace import trace
 from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.surgery.prune import verify_cut
-from kirsch.frameworks.pytorch.verification import masked
+from kirsch.frameworks.pytorch.verification import masked, unseen
+from kirsch.frameworks.pytorch.verification import verify as verification
 from kirsch.frameworks.pytorch.verification.distance import distance
 from kirsch.frameworks.pytorch.verification.verify import verify
 from trace_and_cut import randomly_removed, verified, with_noise
@@ -271,6 +272,42 @@ TOKENS = {
 def test_modules_without_effect_on_the_outputs_are_listed_as_unseen(kind):
     inputs, unseen = TOKENS[kind]
     assert verified(with_noise(Attention()), inputs).unseen == unseen
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The modules without effect in each run of the original, where the effects of two rows of a weight are sampled."""
+    found, run_original = [], unseen.run_original
+
+    def run(*args, **options):
+        found.append(run_original(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(unseen, "ROWS", 2)
+    monkeypatch.setattr(verification, "run_original", run)
+    return found
+
+
+def test_the_effects_of_some_rows_are_sufficient_if_each_module_has_an_effect(runs):
+    assert verified(with_noise(Attention()), torch.randn(2, 5, 4)).unseen == ()
+    assert len(runs) == 1
+
+
+def test_all_rows_decide_if_the_units_of_some_rows_have_no_effect(runs):
+    class OneActive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8, bias=False), nn.Linear(8, 3)
+            self.shift = nn.Parameter(torch.where(torch.arange(8) == 3, 0.0, -1e3))  # not a row of the sample
+
+        def forward(self, x):
+            return self.second((self.first(x) + self.shift).relu())
+
+    model, inputs = OneActive(), torch.randn(5, 4)
+    graph = trace(model, inputs)
+    keep = graph.keep({graph.groups[0].name: (3,)})
+    assert verify(cut(model, graph, keep), model, graph, keep).unseen == ()
+    assert [run.unseen for run in runs] == [("first",), ()]
 
 
 def test_modules_without_effect_are_found_in_a_model_with_batch_normalization():

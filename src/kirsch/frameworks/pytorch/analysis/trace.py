@@ -86,9 +86,11 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
     add_costs(model, facts, tensors)
     unused = _unused(tensors, traced)
     if unused:
-        traced.training = _training_walk(model, args, options, facts, tensors, tracing)
+        training = _training_walk(model, args, options, facts, tensors, tracing)
+        still_unused = unused if training is None else unused & _unused(tensors, training)
+        if still_unused != unused:  # a buffer that no mode reads, for example, needs no comparison in training mode
+            traced.training, unused = training, still_unused
     if traced.training is not None:
-        unused &= _unused(tensors, traced.training)
         scaled = {name for scaling in traced.query_scalings for name in scaling.rows}
         traced.query_scalings += [
             scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
@@ -187,8 +189,7 @@ def _training_walk(
     """
     terms, uncounted = list(facts.terms), list(facts.uncounted)
     statistics, facts.statistics = facts.statistics, set()
-    # In training mode, branches may depend on random values, such as masks. To follow them, the exporter copies the
-    # weights and computes with them, so the other way is tried first.
+    # Branches may depend on random values. To follow them, the exporter copies the weights, so this is tried last.
     try:
         for trial in dict.fromkeys([tracing, replace(tracing, decisions="example")]):
             with contextlib.suppress(ModelError):

@@ -17,7 +17,7 @@ from kirsch.frameworks.pytorch.modules.copying import copy_of
 from kirsch.frameworks.pytorch.surgery.cut import sliced
 from kirsch.frameworks.pytorch.verification.distance import distance
 from kirsch.frameworks.pytorch.verification.dtypes import OneType, WithoutDropout, constants_of_the_trace, mapped
-from kirsch.frameworks.pytorch.verification.noise import named_tensors, seeded
+from kirsch.frameworks.pytorch.verification.noise import empty, named_tensors, seeded, with_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -112,33 +112,29 @@ class Candidate:
         parameters = {id(parameter) for parameter in model.parameters()}
         weights: dict[int, Callable[[], torch.Tensor]] = {}
         buffers: dict[int, torch.Tensor] = {}
-        for target, noise in self._targets(model):
+        for target, noisy in self._targets(model):
             if id(target) in parameters:
-                weights[id(target)] = functools.partial(self._noisy, target, noise)
+                weights[id(target)] = noisy
             else:
-                buffers[id(target)] = self._noisy(target, noise)
+                buffers[id(target)] = noisy()
         for module in model.modules():
             for name, value in module.named_buffers(recurse=False):
                 if id(value) in buffers:
                     setattr(module, name, buffers[id(value)])
         return model, weights
 
-    def _noisy(self, target: torch.Tensor, noise: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with _disable_current_modes():
-            return target.detach().to(self.dtype, copy=True).add_(noise().to(target.device))
-
     def _with_own_weights(self) -> nn.Module:
         """Return a copy whose parameters and buffers are converted and have noise."""
         model = copy_of(self.pruned)
         model = model.double() if self.dtype is torch.float64 else model.float()  # keeps complex tensors complex
         with torch.no_grad():
-            for target, noise in self._targets(model):
-                target.add_(noise().to(target.device))
+            for target, noisy in self._targets(model):
+                target.copy_(noisy())
         return model
 
     def _targets(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, Callable[[], torch.Tensor]]]:
-        """Yield each tensor of a copy of the pruned model that has noise, and a function that returns its noise."""
-        tensors, done = named_tensors(model), set()
+        """Yield each tensor of a copy of the pruned model that has noise, and a function that returns its value."""
+        tensors, stored, done = named_tensors(model), named_tensors(self.pruned), set()
         for name, value in named_tensors(self.original).items():
             new_name = self.removal.new_name(name)
             if new_name is None or (new_name not in tensors and self.graph.tracing.as_graph):
@@ -146,10 +142,14 @@ class Candidate:
             target = tensors[new_name]
             if id(value) in self.noise and id(target) not in done:
                 done.add(id(target))
-                yield target, functools.partial(self._kept_noise, id(value), name)
+                yield target, functools.partial(self._noisy, stored[new_name], name, id(value))
 
-    def _kept_noise(self, key: int, name: str) -> torch.Tensor:
-        return sliced(self.noise[key], self.graph.tensors[name], self.graph, self.removal.keep)
+    def _noisy(self, stored: torch.Tensor, name: str, key: int) -> torch.Tensor:
+        """Return a tensor of the pruned model, in the dtype of the comparison, with the noise of the original's."""
+        with _disable_current_modes():
+            noise = sliced(self.noise[key], self.graph.tensors[name], self.graph, self.removal.keep)
+            total = with_noise(stored, noise)
+            return empty(total.shape, self.dtype, total.device).copy_(total)
 
 
 class _ConvertedWeights(TorchFunctionMode):

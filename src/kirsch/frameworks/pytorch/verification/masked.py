@@ -67,7 +67,8 @@ class MaskedRun(Interpreter):
         Args:
             graph: graph of the original.
             keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
-            tensors: parameters and buffers by path, in the dtype to compute in.
+            tensors: parameters and buffers by path, in the dtype to compute in. Each access returns a new tensor, which
+                the run changes.
             blocks: paths of residual blocks to skip.
             training: run the trace of training mode.
         """
@@ -186,7 +187,7 @@ class MaskedRun(Interpreter):
         value, labeled = self._tensors[name], self._graph.tensors[name]
         if not self._is_cut(labeled) or not (value.is_floating_point() or value.is_complex()):
             return value
-        return value * self._mask_of(labeled, value)
+        return value.mul_(self._mask_of(labeled, value))
 
     def _zeroed(self, value: Any, labeled: Any) -> Any:
         """Return the value with 0 in removed units, for a weight that is computed from others.

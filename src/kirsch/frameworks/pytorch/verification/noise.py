@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kirsch.frameworks.pytorch.verification.dtypes import cast
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -22,11 +20,12 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-POOL = 1_048_583
+POOL = 131_071
 """Number of random numbers from which the noise of all tensors is taken.
 
 Noise is computed each time that an operation reads a tensor, so it must be cheap: it is a part of this pool, repeated
-for larger tensors. The number is prime, so that the rows of a matrix have different noise.
+for larger tensors. The number is prime, so that the rows of a matrix have different noise. The pool fits into the cache
+of a processor core.
 """
 
 
@@ -34,8 +33,27 @@ PART = 1 << 15
 """Number of entries whose noise is computed at a time."""
 
 
-SMALL = 1 << 14
-"""Largest number of entries of a tensor that is stored after it has been computed."""
+SAMPLE = 1 << 16
+"""Number of entries of a large tensor from which its mean absolute value is estimated."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return a new tensor without values.
+
+    On the CPU, numpy allocates it: it asks the system for large pages, and most of the time to write a new large tensor
+    is the time to map its pages.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def with_noise(value: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor and its noise, in float32, or in float64 for a tensor in float64.
+
+    Kept entries of a pruned tensor and of its original thus have equal sums.
+    """
+    return value.detach() + noise.to(value.device)
 
 
 class Noise(Mapping[int, torch.Tensor]):
@@ -65,36 +83,41 @@ class Noise(Mapping[int, torch.Tensor]):
     def _deviation(self, value: torch.Tensor) -> float:
         if value.dim() <= 1 or not value.numel():
             return 0.1
-        values = value.detach().float()
-        size = float(values.abs().mean())
-        if not math.isfinite(size):
-            size = float(values.nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        # The odd step visits all columns of a matrix with an even number of columns.
+        entries = value.detach().reshape(-1)[:: value.numel() // SAMPLE | 1]
+        size = float(entries.float().nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
         return 0.1 * max(size, 1e-2)
 
     def __getitem__(self, key: int) -> torch.Tensor:
         """Return the noise of a tensor, float32 on the CPU."""
-        value = self._tensors[key][1]
         with _disable_current_modes():
-            return self.add_to(torch.zeros(value.shape), key)
+            noise = empty(self._tensors[key][1].shape, torch.float32)
+            for part, values in self._parts(key):
+                noise.view(-1)[part] = values
+        return noise
 
-    def add_to(self, target: torch.Tensor, key: int) -> torch.Tensor:
-        """Add the noise of a tensor in place to a contiguous tensor of the same shape, and return it.
+    def added(self, key: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a new contiguous tensor in a dtype: the tensor with its noise, see `with_noise`."""
+        with _disable_current_modes():
+            value = self._tensors[key][1]
+            result = empty(value.shape, dtype, value.device)
+            for part, noise in self._parts(key):
+                result.view(-1)[part] = with_noise(value.reshape(-1)[part], noise)
+        return result
 
-        Parts of the noise are added one after another, because memory for all of it would take longer to allocate than
-        the noise to compute.
-        """
+    def _parts(self, key: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield slices of a flattened tensor and their noise, which takes less time than the noise of all entries."""
         name, value, offset, deviation = self._tensors[key]
-        flat, values = target.view(-1), value.detach().reshape(-1)
-        for start in range(0, len(flat), PART):
-            part = slice(start, min(start + PART, len(flat)))
+        values = value.detach().reshape(-1)
+        for start in range(0, len(values), PART):
+            part = slice(start, min(start + PART, len(values)))
             first = (offset + start) % POOL
             noise = self._pool[first : first + part.stop - start] * (self._factor * deviation)
             if name.endswith("running_var"):
                 noise.abs_()
             elif self._factor == 1:  # positive noise on zero biases activates units
                 noise.copysign_(values[part].to("cpu"))
-            flat[part].add_(noise.to(target.device))
-        return target
+            yield part, noise
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors
@@ -107,9 +130,9 @@ class Noise(Mapping[int, torch.Tensor]):
 
 
 class ConvertedTensors(Mapping[str, torch.Tensor]):
-    """Parameters and buffers of a model by path, in a dtype and with noise, computed at each access.
+    """Parameters and buffers of a model by path, in a dtype and with noise; each access returns a new tensor.
 
-    So only the tensors that an operation reads exist in this dtype.
+    So only the tensors that an operation reads exist in this dtype, and the reader may change them.
 
     Args:
         model: the model.
@@ -119,23 +142,13 @@ class ConvertedTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, model: nn.Module, noise: Noise | None, dtype: torch.dtype) -> None:
         self._tensors, self._noise, self._dtype = named_tensors(model), noise, dtype
-        self._small: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._small:
-            value = self._converted(self._tensors[name])
-            if value.numel() > SMALL:
-                return value
-            self._small[name] = value
-        return self._small[name]
-
-    def _converted(self, value: torch.Tensor) -> torch.Tensor:
+        value = self._tensors[name]
+        if self._noise is not None and id(value) in self._noise:
+            return self._noise.added(id(value), self._dtype)
         with _disable_current_modes():
-            if self._noise is None or id(value) not in self._noise:
-                converted: torch.Tensor = cast(value, self._dtype)
-                return converted
-            copy = value.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format)
-            return self._noise.add_to(copy, id(value))
+            return value.detach().to(self._dtype if value.is_floating_point() else value.dtype, copy=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -6,12 +6,14 @@ of queries and keys would pass the verification. The gradients of the outputs sh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from kirsch.errors import error_text
 from kirsch.frameworks.pytorch.verification.masked import MaskedRun
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 FAINT = 1e-6
 """Effects below this fraction of the largest effect are rounding errors in float64. `verify` adds noise to the
 parameters before the call, so most real effects are above 1e-3 of the largest effect."""
+
+ROWS = 64
+"""Number of rows of the weight of a linear layer whose effects are computed if they are sampled."""
 
 Effects = dict["ParameterAxis", "NDArray[np.float64]"]
 """Axis of a tensor → for each index on it, the effect on the outputs."""
@@ -48,7 +53,13 @@ class OriginalRun:
 
 
 def run_original(
-    graph: Graph, keep: NDArray[np.bool_], tensors: Mapping[str, torch.Tensor], inputs: list[Any], faint: float | None
+    graph: Graph,
+    keep: NDArray[np.bool_],
+    tensors: Mapping[str, torch.Tensor],
+    inputs: list[Any],
+    faint: float | None,
+    *,
+    sampled: bool = False,
 ) -> OriginalRun:
     """Run the trace of the original.
 
@@ -58,10 +69,12 @@ def run_original(
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
         faint: effects below this fraction of the largest effect are rounding errors; None: do not compute the effects.
+        sampled: compute the effects of some rows of the weights of linear layers only, which takes much less time. A
+            module in which one unit has an effect is not listed with all rows, either; a listed module may be.
     """
     undetermined = ""
     if faint is not None:
-        weights = _Weights(graph, tensors)
+        weights = _Weights(graph, tensors, ROWS if sampled else None)
         try:
             outputs = weights.run(inputs)
         except (
@@ -102,8 +115,8 @@ class _Weights(Mapping["str", "torch.Tensor"]):
             an effect: batch normalization has no derivative with respect to its buffers.
     """
 
-    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._graph, self._tensors = graph, tensors
+    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor], rows: int | None = None) -> None:
+        self._graph, self._tensors, self._rows = graph, tensors, rows
         self._requires_grad = torch.ones((), requires_grad=True)
         self._last = "", torch.empty(0)
         first: dict[int, str] = {}
@@ -120,7 +133,7 @@ class _Weights(Mapping["str", "torch.Tensor"]):
 
     def run(self, inputs: list[Any]) -> Callable[[NDArray[np.bool_]], list[torch.Tensor]]:
         """Run the original, compute the effects for a random weighting of the outputs, and return the outputs."""
-        run = MaskedRun(self._graph, self._graph.keep({}), self)
+        run = _SampledRun(self._graph, self._graph.keep({}), self)
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(self._without_weight, self._with_weight):
             outputs = run.outputs(inputs, gradients=True)
@@ -147,13 +160,26 @@ class _Weights(Mapping["str", "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def _record(self, name: str, gradient: torch.Tensor) -> None:
-        effect = (gradient * self._value(name)).abs()
-        if not bool(effect.sum().isfinite()):  # much cheaper than a test of each entry
-            effect.nan_to_num_(nan=0.0, posinf=0.0)
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `linear(x, weight, bias)`; its derivative computes the effects of the sampled rows of the weight."""
+        name = getattr(weight, NAME, None)
+        if self._rows is None or name is None or len(weight) <= self._rows:
+            return linear(x, weight, bias)
+        rows = torch.linspace(0, len(weight) - 1, self._rows).long()
+        value, record = (functools.partial(function, name) for function in (self._value, self._record))
+        out: torch.Tensor = _Linear.apply(x, self._requires_grad, weight.detach(), rows, value, record)  # type: ignore[no-untyped-call]
+        return out if bias is None else out + bias
+
+    def _record(self, name: str, gradient: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        value = self._value(name) if rows is None else self._value(name)[rows]
+        effect = (gradient * value).abs()
+        if not bool(effect.sum().isfinite()):  # much cheaper than the replacement
+            effect.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         for axis in self._axes[name]:
-            rows = effect.movedim(axis, 0).reshape(effect.shape[axis], -1).amax(1).cpu().double().numpy()
-            self.effects[name, axis] = np.maximum(self.effects[name, axis], rows)
+            largest = effect.movedim(axis, 0).reshape(effect.shape[axis], -1).amax(1).cpu().double().numpy()
+            index = slice(None) if rows is None or axis else rows.numpy()
+            effects = self.effects[name, axis]
+            effects[index] = np.maximum(effects[index], largest)
 
     def _without_weight(self, value: torch.Tensor) -> Any:
         """Return what the derivative of an operation stores: for a weight or a view of it, its name and strides."""
@@ -173,7 +199,17 @@ class _Weights(Mapping["str", "torch.Tensor"]):
         return self._last[1]
 
 
-Record = Callable[[str, torch.Tensor], None]
+class _SampledRun(MaskedRun):
+    """Run the traced operations of the original with the linear layers of `_Weights`."""
+
+    _tensors: _Weights
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation."""
+        if target is torch.ops.aten.linear.default:
+            return self._tensors.linear(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
 
 NAME = "_kirsch_name"
 """Attribute of a weight that an operation reads: its path."""
@@ -198,3 +234,33 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.record(ctx.name, gradient)
         return None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose derivative passes the gradients of some rows of the weight to a function.
+
+    The other rows get no gradient, and the graph of the gradients does not keep the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        requires_grad: torch.Tensor,
+        weight: torch.Tensor,
+        rows: torch.Tensor,
+        value: Callable[[], torch.Tensor],
+        record: Callable[..., None],
+    ) -> torch.Tensor:
+        del requires_grad
+        ctx.save_for_backward(x)
+        ctx.rows, ctx.value, ctx.record = rows, value, record
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        of_rows = gradient[..., ctx.rows].reshape(-1, len(ctx.rows))
+        ctx.record(of_rows.T @ x.reshape(-1, x.shape[-1]), ctx.rows)
+        of_x = gradient @ ctx.value() if ctx.needs_input_grad[0] else None
+        return of_x, None, None, None, None, None

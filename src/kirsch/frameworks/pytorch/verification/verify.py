@@ -292,15 +292,16 @@ def _run_original(
 ) -> OriginalRun:
     """Return the outputs of the original, and the modules without effect on them.
 
-    A run in float32 takes half the memory and much less time. It decides unless an effect is so small that it may be a
-    rounding error.
+    A run in float32 takes half the memory and much less time. Its effects are those of some rows of the weights. It
+    decides if it shows an effect of each module, because one unit with an effect is sufficient, and no effect is so
+    small that it may be a rounding error. Otherwise, a run in the dtype of the comparison computes all effects.
     """
-    for trial in dict.fromkeys([torch.float32, dtype]):
+    for trial, sampled in ((torch.float32, True), (dtype, False)):
         args, options = _inputs(graph, trial)
         tensors = ConvertedTensors(original, noise, trial)
-        faint = FAINT if trial is dtype else CLEAR
+        faint = (CLEAR if sampled else FAINT) if gradients else None
         with OneType(trial):
-            found = run_original(graph, keep, tensors, tree_leaves((args, options)), faint if gradients else None)
+            found = run_original(graph, keep, tensors, tree_leaves((args, options)), faint, sampled=sampled)
         if not found.unseen and not found.undetermined and power(masked, found.outputs) > CLEAR:
             break
     return found
