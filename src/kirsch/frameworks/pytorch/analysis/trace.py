@@ -92,9 +92,8 @@ def trace(whole: nn.Module, example_inputs: Any, tracing: Tracing = DEFAULT, *, 
             traced.training, unused = training, still_unused
     if traced.training is not None:
         scaled = {name for scaling in traced.query_scalings for name in scaling.rows}
-        traced.query_scalings += [
-            scaling for scaling in traced.training.query_scalings if scaled.isdisjoint(scaling.rows)
-        ]
+        further = traced.training.query_scalings
+        traced.query_scalings += [scaling for scaling in further if scaled.isdisjoint(scaling.rows)]
     if not tracing.as_graph:  # the traced program has the scale as a constant
         traced.query_scalings += attribute_scalings(model, traced)
     freeze_unused(unused, model, facts, tensors)
@@ -189,7 +188,7 @@ def _training_walk(
     """
     terms, uncounted = list(facts.terms), list(facts.uncounted)
     statistics, facts.statistics = facts.statistics, set()
-    # Branches may depend on random values. To follow them, the exporter copies the weights, so this is tried last.
+    # Branches may depend on random values. The exporter copies weights to follow them: this is tried last.
     try:
         for trial in dict.fromkeys([tracing, replace(tracing, decisions="example")]):
             with contextlib.suppress(ModelError):
