@@ -113,15 +113,16 @@ def test_times_are_extrapolated_from_a_few_training_steps(job, monkeypatch):
     monkeypatch.setattr(training_steps, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = forecast(job.recipe(), base=job.base)
     seconds = {step["key"]: step["seconds"] for step in found["steps"]}
+    pruning = seconds.pop("prune")  # measured by another clock
+    assert 1.0 < pruning < 60.0
     assert seconds == {
         "train": 6 * 6.0,
         "distill": 4 * 6.0,
-        "prune": 1.0,
         "recover": 3 * 6.0,
         "export": None,  # known only after an export
         "measure": None,
     }
-    assert found["seconds"] == pytest.approx(13 * 6.0 + 1.0)
+    assert found["seconds"] == pytest.approx(13 * 6.0 + pruning)
     lines = [plain(line) for line in forecast_lines(found)]
     assert [line.split()[1] for line in lines if "not timed" in line] == ["export", "measure"]
     (line,) = [line for line in lines if line.startswith("time ")]

@@ -86,6 +86,7 @@ class Job:
         inputs: hash over everything that determines the result of the current step.
         records: key of a step → record of its results.
         plans: key of each step `Prune` → the plan that its `preview` made.
+        planning_seconds: key of each step `Prune` → the time for its plan that its `preview` estimated.
     """
 
     data: DataSet
@@ -107,6 +108,7 @@ class Job:
     inputs: str = ""
     records: dict[str, Record] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
+    planning_seconds: dict[str, float] = field(default_factory=dict)
 
     def build(self) -> None:
         """Build the models before training."""

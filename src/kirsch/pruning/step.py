@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from kirsch import figures, files
 from kirsch.annotations import Seed
@@ -114,7 +114,6 @@ class Prune(PlanOptions, Step):
     seed: Seed | None = Field(
         None, description='seed of the importances "random" and "hessian"; null: the seed of the recipe'
     )  # type: ignore[assignment]
-    _seconds: float = PrivateAttr(1.0)  # estimated by `preview`
     compensate: Compensate = Field(
         None,
         description=(
@@ -139,10 +138,11 @@ class Prune(PlanOptions, Step):
         therefore not known; a model of about half the cost takes its place.
         """
         masks = self._without_masks(job)
-        begun = time.monotonic()
+        begun = time.perf_counter()
         _, plan = self._plan(job, PREVIEW, evaluations=1) if self.max_drop is None else self._assumed_plan(job)
         measured = plan.method.get("ranking") == "milp"
-        self._seconds = 1.0 + (time.monotonic() - begun) * (CALIBRATION / BATCH if measured else 1)
+        seconds = (time.perf_counter() - begun) * (CALIBRATION / BATCH if measured else 1)
+        job.planning_seconds[job.key] = seconds
         job.plans[job.key] = plan
         check_model(methods_of(self.compensate), job.model, plan)
         pruned = prune_with_verification(job.model, plan, verify=False).model
@@ -267,9 +267,8 @@ class Prune(PlanOptions, Step):
         return framework_of(job.model).training.seeded(lambda: read(samples), job.seed)
 
     def seconds(self, job: Job) -> float:
-        """Return the estimated time: that of the preview, which for "milp" runs each model on one small batch."""
-        del job
-        return self._seconds
+        """Return the estimated time: about a second, and that of the preview, which runs "milp" on one small batch."""
+        return 1.0 + job.planning_seconds.get(job.key, 0.0)
 
     def run(self, job: Job, folder: Path) -> Record:
         """Prune the model, verify it, and write it with its plan."""
