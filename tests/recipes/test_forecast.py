@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kirsch import figures
 from kirsch.cli.jobs import forecast_lines
 from kirsch.distillation import steps as training_steps
 from kirsch.errors import GoalError, OutputError, ShapeError, UsageError
@@ -126,7 +127,8 @@ def test_times_are_extrapolated_from_a_few_training_steps(job, monkeypatch):
     lines = [plain(line) for line in forecast_lines(found)]
     assert [line.split()[1] for line in lines if "not timed" in line] == ["export", "measure"]
     (line,) = [line for line in lines if line.startswith("time ")]
-    assert "about 1 min 19 s, without export and measure, on this machine under its current load" in line
+    total = figures.seconds(found["seconds"])
+    assert f"about {total}, without export and measure, on this machine under its current load" in line
     ticks = itertools.count(0, 6)
     batch_of_eight = forecast(job.recipe("data.batch_size=8"), base=job.base)
     assert batch_of_eight["steps"][0]["seconds"] == 6 * 6.0 / 3 * 6
