@@ -51,7 +51,7 @@ def _language(layers: int, shape: dict[str, int]) -> tuple[nn.Module, Any]:
     import_beside("torchvision")
     library = import_beside("transformers")
     config = library.LlamaConfig(vocab_size=32000, num_hidden_layers=layers, use_cache=False, **shape)
-    return library.LlamaForCausalLM(config), {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    return library.LlamaForCausalLM(config), {"input_ids": torch.arange(8).unsqueeze(0)}
 
 
 def _vision(name: str, library: str = "torchvision.models") -> tuple[nn.Module, Any]:
