@@ -95,11 +95,11 @@ def test_the_default_ranking_is_milp_if_its_runs_cost_at_most_a_pass_over_the_tr
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     graph, goal, runs = kirsch.trace(model, torch.randn(1, 4)), kirsch.Goal(macs=0.5), 1 + 2 * 7
     options = {"round_to": 1}
-    assert Prune(**options).is_measured(graph, goal, runs * CALIBRATION)
-    assert not Prune(**options).is_measured(graph, goal, runs * CALIBRATION - 1)
-    assert not Prune(**options).is_measured(graph, goal, None)
-    assert not Prune(**options).is_measured(graph, None, 10**9)
-    assert not Prune(**options, ranking="global").is_measured(graph, goal, 10**9)
-    assert not Prune(max_drop=0.1, **options).is_measured(graph, goal, 10**9)
+    assert Prune(**options).uses_milp(graph, goal, runs * CALIBRATION)
+    assert not Prune(**options).uses_milp(graph, goal, runs * CALIBRATION - 1)
+    assert not Prune(**options).uses_milp(graph, goal, None)
+    assert not Prune(**options).uses_milp(graph, None, 10**9)
+    assert not Prune(**options, ranking="global").uses_milp(graph, goal, 10**9)
+    assert not Prune(max_drop=0.1, **options).uses_milp(graph, goal, 10**9)
     monkeypatch.setattr(step, "FEW_MACS", runs * CALIBRATION * graph.cost.macs)
-    assert Prune(**options).is_measured(graph, goal, None)
+    assert Prune(**options).uses_milp(graph, goal, None)

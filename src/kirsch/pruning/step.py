@@ -56,7 +56,7 @@ BATCH = 32
 """Number of samples that a model runs on at once."""
 
 FEW_MACS = 10**12
-"""Number of multiply-accumulates that the measurements of a ranking may need for any model."""
+"""Number of multiply-accumulates that "milp" may always need: a few seconds on a processor."""
 
 SHORT = {"macs": "MACs", "parameters": "params", "size": "bytes", "memory": "memory"}
 """Short names of the costs in `WORDS`."""
@@ -200,7 +200,7 @@ class Prune(PlanOptions, Step):
         options["seed"] = job.seed if self.seed is None else self.seed
         options["progress"] = False  # the job shows its own progress
         options |= self._ranked_by(job, samples)
-        if options["importance"] == "taylor" and self.is_measured(graph, goal, job.data.sizes["train"]):
+        if options["importance"] == "taylor" and self.uses_milp(graph, goal, job.data.sizes["train"]):
             options["ranking"] = "milp"
         if self.is_learned:
             options["evaluations"] = evaluations or self.evaluations
@@ -230,12 +230,12 @@ class Prune(PlanOptions, Step):
             return {"importance": name}
         return {"importance": name, "data": data or self._calibration(job, job.data.calibration_batches, count)}
 
-    def is_measured(self, graph: Graph, goal: Goal | None, training_samples: int | None) -> bool:
-        """Return whether the ranking "auto" is "milp" in this step: the best ranking where its cost is acceptable.
+    def uses_milp(self, graph: Graph, goal: Goal | None, training_samples: int | None) -> bool:
+        """Return whether the ranking "auto" is "milp" in this step.
 
-        The ranking runs a model for each alternative width on `CALIBRATION` samples. It is used if it multiplies and
-        adds as often as one pass over the training data at most, or 10^12 times, a few seconds on a processor.
-        docs/benchmarks.md compares it with the ranking "per_cost".
+        "milp" was the best ranking in docs/benchmarks.md, but it runs a model for each alternative width on
+        `CALIBRATION` samples. It is used if these runs together have at most as many multiply-accumulates as one pass
+        over the training data, or at most `FEW_MACS`.
 
         Args:
             graph: graph of the model.
@@ -324,7 +324,7 @@ def _hold_cut_masks(pruned: Any, model: Any, plan: Plan, masks: Mapping[str, NDA
 
     Args:
         pruned: the pruned model, which gets the masks.
-        model: the model before, a copy that is no longer needed: the values of its weights are lost.
+        model: the model before pruning; its weights are overwritten, so give a copy.
         plan: the plan by which it was pruned.
         masks: masks of the weights of `model` by name; weights that are removed as a whole are left out.
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Reference = Literal["labels", "tokens", "original"]
-"""What a metric compares outputs with: the labels, the tokens of inputs without labels, or the original's outputs."""
+"""What outputs are compared with: labels; input tokens if there are no labels; or outputs of the original."""
 
 GIVEN = "given function"
 """Name of a metric that is a function of the user."""

@@ -188,7 +188,7 @@ def _training_walk(
     """
     terms, uncounted = list(facts.terms), list(facts.uncounted)
     statistics, facts.statistics = facts.statistics, set()
-    # Branches may depend on random values. The exporter copies weights to follow them: this is tried last.
+    # To follow branches that depend on random values, the exporter copies all weights, so this is tried last.
     try:
         for trial in dict.fromkeys([tracing, replace(tracing, decisions="example")]):
             with contextlib.suppress(ModelError):

@@ -49,8 +49,8 @@ def copy_base_configurations(base: nn.Module, model: nn.Module) -> None:
 def adapter_difference(model: nn.Module, args: Any, options: Any) -> str:
     """Return how adapters that are loaded on the base model differ from those of a pruned model; "" if not at all.
 
-    A new base model is built from the configuration, and new adapters from theirs. With equal tensors, the outputs must
-    be bit-identical. Noise is added to the tensors, because an adapter that was not trained adds zeros.
+    The base model and the adapters are built again from their configurations, and get the same tensors. The outputs
+    must then be bit-identical. Noise is added to the tensors, because an adapter that was not trained adds zeros.
     """
     noise = Noise(model)
     copied = copy_of(model).eval()

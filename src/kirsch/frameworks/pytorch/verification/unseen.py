@@ -69,8 +69,8 @@ def run_original(
         tensors: parameters and buffers of the original by path, in the dtype to compute in.
         inputs: the flat user inputs.
         faint: effects below this fraction of the largest effect are rounding errors; None: do not compute the effects.
-        sampled: compute the effects of some rows of the weights of linear layers only, which takes much less time. A
-            module in which one unit has an effect is not listed with all rows, either; a listed module may be.
+        sampled: compute the effects of some rows of the weights of linear layers only, which takes much less time. If
+            one of them has an effect, the module has one; otherwise, other rows may still have one.
     """
     undetermined = ""
     if faint is not None:
