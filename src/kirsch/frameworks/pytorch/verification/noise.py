@@ -40,8 +40,8 @@ SAMPLE = 1 << 16
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return a new tensor without values.
 
-    On the CPU, numpy allocates the memory, because it asks the system for large pages. Otherwise, writing to a new large
-    tensor takes most of its time to map the pages.
+    On the CPU, numpy allocates the memory, because it asks the system for large pages: most of the time to write a new
+    large tensor is the time to map its pages.
     """
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
