@@ -209,7 +209,7 @@ def test_removed_units_are_listed_by_group_and_by_layer(page, metrics):
     ]
     assert table(part, "share of parameters") == [["27.3 %", "reshape (view)", "head net.py:41"]]
     assert "The pruned model is equal to the masked original (rounding)." in part.words
-    assert "0.707 of their size" in part.words
+    assert "its outputs change by 70.7 %." in part.words
     assert [item.words for item in part.all("li")] == ["MACs are far below the goal of <50 %>."]
 
 
