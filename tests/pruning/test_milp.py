@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 import kirsch
 from kirsch.errors import DataError, GoalError, NumericError, UsageError
+from kirsch.frameworks.pytorch.framework import PYTORCH
 from kirsch.graph.plan import Plan
+from kirsch.pruning import output_change
 from kirsch.pruning.allocation import Allocation
 
 INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -241,6 +243,23 @@ def test_the_plan_does_not_depend_on_the_batches_or_on_the_run():
     plans = [kirsch.plan(graph, GOALS[0], ranking="milp", data=data(n), **ALL_STEPS) for n in (64, 64, 5)]
     assert plans[0].groups == plans[1].groups == plans[2].groups
     assert Plan.from_json(plans[0].to_json()).method["ranking"] == "milp"
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(1, 7), (3, 3), (100, 1)])
+def test_a_variant_is_cut_once_for_the_batches_whose_outputs_are_stored(stored, expected, monkeypatch):
+    graph = traced(Mlp)
+    plan = kirsch.plan(graph, GOALS[0], ranking="milp", data=data(10), **ALL_STEPS)
+    monkeypatch.setattr(output_change, "STORED_BYTES", stored * 10 * 3 * 8)
+    calls, run = [], PYTORCH.calibration.outputs_without
+
+    def counted(graph, batches, keep, without=()):
+        calls.append(keep.all())
+        return run(graph, batches, keep, without)
+
+    monkeypatch.setattr(PYTORCH.calibration, "outputs_without", counted)
+    assert kirsch.plan(graph, GOALS[0], ranking="milp", data=data(10), **ALL_STEPS).groups == plan.groups
+    assert sum(calls) == 7, "the original runs once for each batch"
+    assert len(calls) - sum(calls) == expected * 3 * 7, "3 layers, which keep 1 to 7 of 8 units"
 
 
 def test_blocks_and_units_are_removed_together():

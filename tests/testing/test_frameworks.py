@@ -223,7 +223,7 @@ FAULTS = [
         "check_outputs_without_units_are_those_of_the_pruned_model",
         planted(
             "calibration",
-            outputs_without=lambda graph, inputs, keep: CALIBRATION.outputs_without(graph, inputs, keep | True),
+            outputs_without=lambda graph, batches, keep: CALIBRATION.outputs_without(graph, batches, keep | True),
         ),
         "the first output: the largest difference",
     ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kirsch.frameworks.pruned_models import ChangedValues, PairedRuns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -130,11 +130,11 @@ class Calibration(PairedRuns, Protocol):
         """Return the loss after the removal of the components for which `keep` is False."""
 
     def outputs_without(
-        self, graph: Graph, inputs: Any, keep: NDArray[np.bool_], without: Collection[str] = ()
-    ) -> list[NDArray[Any]]:
-        """Return the floating outputs, the logits first, after the removal of components and residual blocks.
+        self, graph: Graph, batches: Iterable[Any], keep: NDArray[np.bool_], without: Collection[str] = ()
+    ) -> Iterator[list[NDArray[Any]]]:
+        """Yield the floating outputs for each batch, the logits first, without some components and residual blocks.
 
-        The model is not traced again. Hidden states, attention weights and caches are not returned.
+        The model is cut once, and not traced again. Hidden states, attention weights and caches are not returned.
         """
 
 

@@ -16,7 +16,7 @@ from kirsch.tables import Piece
 from kirsch.tasks.padding import counted_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SOFTMAX, SIGMOID = ("cross-entropy", "next-token"), ("binary",)
 """Losses whose logits become probabilities by a softmax, or by a sigmoid. Other outputs are compared as numbers."""
+STORED_BYTES = 2**26
+"""Outputs of the original that are stored while the variants run."""
 
 
 class Variant(NamedTuple):
@@ -43,12 +45,31 @@ class Variant(NamedTuple):
     without: tuple[str, ...] = ()
 
 
+class _Original(NamedTuple):
+    """Outputs of the original for a batch.
+
+    Args:
+        number: number of the batch, from 1.
+        inputs: inputs of the batch.
+        outputs: outputs of the original.
+        counted: whether each token counts; None counts all.
+        weight: weight of the batch in the mean over all batches.
+    """
+
+    number: int
+    inputs: Any
+    outputs: NDArray[Any]
+    counted: NDArray[np.bool_] | None
+    weight: float
+
+
 def mean_output_changes(
     graph: Graph, variants: Sequence[Variant], batches: Iterable[Batch], loss: str, *, progress: bool | None = None
 ) -> NDArray[np.float64]:
     """Return the mean change of the outputs of each variant of a model, over all positions that are not padding.
 
-    The original runs once for each batch, and each variant once for each batch.
+    The original and each variant run once for each batch. A variant is cut from the model once for all batches whose
+    original outputs together take at most `STORED_BYTES`.
 
     Args:
         graph: graph of the model.
@@ -63,7 +84,7 @@ def mean_output_changes(
         UsageError: the outputs have one class; see `output_change`.
     """
     run, display = calibration_of(graph).outputs_without, shown_on(progress)
-    totals, weights, tokens, state = np.zeros(len(variants)), 0.0, 0, [0, 0]
+    totals, weights, any_counted, state = np.zeros(len(variants)), 0.0, False, [0, 0]
 
     def line() -> Line:
         return [Piece(f"   measuring batch {state[0]}, alternative {state[1]} of {len(variants)}")]
@@ -71,24 +92,22 @@ def mean_output_changes(
     if display is not None:
         display.start_status(line)
     try:
-        for number, batch in enumerate(batches, 1):
-            original = run(graph, batch.inputs, graph.keep({}))[0]
-            counted = counted_tokens(batch.inputs, original.shape)
-            change, weight = output_change(original, original, loss, counted)
-            _check_finite(change, f"The outputs of {graph.model_name} for batch {number} of `data`")
-            weights, tokens = weights + weight, tokens + (counted is None or int(counted.sum()))
+        for originals in _stored(_originals(graph, batches, loss)):
+            weights += sum(each.weight for each in originals)
+            any_counted |= any(each.counted is None or each.counted.any() for each in originals)
             for index, variant in enumerate(variants):
-                state[:] = number, index + 1
-                if display is not None:
-                    display.refresh_status()
-                changed = run(graph, batch.inputs, variant.keep(), variant.without)[0]
-                change, _ = output_change(original, changed, loss, counted)
-                _check_finite(change, f"The outputs of {graph.model_name} without units of {variant.name!r}")
-                totals[index] += change
+                every = run(graph, [each.inputs for each in originals], variant.keep(), variant.without)
+                for each, changed in zip(originals, every, strict=True):
+                    state[:] = each.number, index + 1
+                    if display is not None:
+                        display.refresh_status()
+                    change, _ = output_change(each.outputs, changed[0], loss, each.counted)
+                    _check_finite(change, f"The outputs of {graph.model_name} without units of {variant.name!r}")
+                    totals[index] += change
     finally:
         if display is not None:
             display.stop_status()
-    if not tokens:
+    if not any_counted:
         raise only_padding()
     if not weights:
         raise DataError(
@@ -98,6 +117,29 @@ def mean_output_changes(
         )
     found: NDArray[np.float64] = totals / weights
     return found
+
+
+def _originals(graph: Graph, batches: Iterable[Batch], loss: str) -> Iterator[_Original]:
+    """Yield the outputs of the original for each batch."""
+    run, everything = calibration_of(graph).outputs_without, graph.keep({})
+    for number, batch in enumerate(batches, 1):
+        outputs = next(run(graph, [batch.inputs], everything))[0]
+        counted = counted_tokens(batch.inputs, outputs.shape)
+        change, weight = output_change(outputs, outputs, loss, counted)
+        _check_finite(change, f"The outputs of {graph.model_name} for batch {number} of `data`")
+        yield _Original(number, batch.inputs, outputs, counted, weight)
+
+
+def _stored(originals: Iterable[_Original]) -> Iterator[list[_Original]]:
+    """Yield lists of the outputs of successive batches that take at most `STORED_BYTES`, or are of one batch."""
+    stored: list[_Original] = []
+    for each in originals:
+        if stored and sum(other.outputs.nbytes for other in (*stored, each)) > STORED_BYTES:
+            yield stored
+            stored = []
+        stored.append(each)
+    if stored:
+        yield stored
 
 
 def _check_finite(change: float, outputs: str) -> None:

@@ -76,7 +76,8 @@ def check_outputs_without_units_are_those_of_the_pruned_model(example: Framework
     chosen, before = plan(graph, Goal(macs=0.6)), framework.inference.fingerprint(model)
     pruned, _ = framework.surgery.prune(model, chosen, graph, verify=False)
     for each, keep in ((model, graph.keep({})), (pruned, chosen.keep(graph))):
-        found = framework.calibration.outputs_without(graph, example.inputs, keep)
+        first, found = framework.calibration.outputs_without(graph, [example.inputs, example.inputs], keep)
+        assert_close(found[0], first[0], "the outputs of the same batch again")
         assert all(isinstance(output, np.ndarray) for output in found), "an output is not a numpy array"
         assert_close(found[0], framework.inference.predict(each, example.inputs), "the first output")
     assert framework.inference.fingerprint(model) == before, "outputs_without changes the model"

@@ -16,7 +16,7 @@ from kirsch.frameworks.pytorch.surgery.cut import cut
 from kirsch.frameworks.pytorch.surgery.graph_module import graph_module
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from numpy.typing import NDArray
     from torch import nn
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from kirsch.graph.graph import Graph
 
 
-def outputs_without(graph: Graph, inputs: Any, keep: Any, without: Collection[str] = ()) -> list[NDArray[Any]]:
-    """Return the floating outputs of the model after the removal of components, the logits first.
+def outputs_without(
+    graph: Graph, batches: Iterable[Any], keep: Any, without: Collection[str] = ()
+) -> Iterator[list[NDArray[Any]]]:
+    """Yield the floating outputs of the model after the removal of components for each batch, the logits first.
 
-    The units are cut from a copy that shares all other tensors with the model, which is not traced again. The model
-    runs in inference mode, with the same random numbers in each call. Hidden states, attention weights and caches are
-    not returned.
+    The units are cut once, from a copy that shares all other tensors with the model, which is not traced again. The
+    model runs in inference mode, with the same random numbers for each batch. Hidden states, attention weights and
+    caches are not returned.
 
     Args:
         graph: graph of the model.
-        inputs: inputs of one batch, numpy arrays or tensors.
+        batches: inputs of each batch, numpy arrays or tensors.
         keep: mask of the components (sets of coupled labels) that stay, bool of shape (components,).
         without: paths of residual blocks that return their inputs.
 
@@ -42,12 +44,13 @@ def outputs_without(graph: Graph, inputs: Any, keep: Any, without: Collection[st
     """
     model = _cut_model(graph, keep)
     skipped = [block for block in graph.traced.blocks if block.path in without]
-    args, options = arguments_of(model, copied(tensors(inputs, model)))
-    with _repeatable(model), skipping(part_of(model, graph.tracing.module), skipped):
-        found = named(call_model(model, args, options))
-    first = logits_output(list(found))
-    names = [first, *(name for name in found if name != first and is_prediction(name))]
-    return [_array(found[name]) for name in names if found[name].is_floating_point()]
+    for inputs in batches:
+        args, options = arguments_of(model, copied(tensors(inputs, model)))
+        with _repeatable(model), skipping(part_of(model, graph.tracing.module), skipped):
+            found = named(call_model(model, args, options))
+        first = logits_output(list(found))
+        names = [first, *(name for name in found if name != first and is_prediction(name))]
+        yield [_array(found[name]) for name in names if found[name].is_floating_point()]
 
 
 def _cut_model(graph: Graph, keep: Any) -> nn.Module:
