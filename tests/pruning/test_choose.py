@@ -170,7 +170,35 @@ def test_a_plan_close_to_its_goal_has_no_note_on_the_goal():
 
 def test_a_plan_with_widths_that_run_slowly_has_a_note():
     plan = kirsch.plan(kirsch.trace(network(), IMAGE), kirsch.Goal(macs=0.5), round_to=1)
-    assert any("Widths that are not multiples of 4 run slowly" in note for note in plan.notes)
+    (note,) = (note for note in plan.notes if note.startswith("Output widths that are not multiples of 4 run slowly"))
+    widths = {
+        name: layer.weight.shape[0]
+        for name, layer in kirsch.prune(network(), plan).named_children()
+        if getattr(layer, "weight", torch.empty(0)).ndim > 1
+    }
+    unaligned = [f"`{name}` ({width})" for name, width in widths.items() if width % 4 and name != "10"]
+    assert note.endswith(f": {', '.join(unaligned)}.")
+
+
+def test_the_note_on_widths_names_the_width_of_a_layer_with_several_groups():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 24), nn.Linear(4, 8), nn.Linear(4, 16)
+            self.head = nn.Linear(24, 2)
+
+        def forward(self, x):
+            return self.head(self.a(x) + torch.cat([self.b(x), self.c(x)], -1))
+
+    graph = kirsch.trace(Joined(), torch.randn(1, 4))
+    assert [group.size for group in graph.groups] == [8, 16]
+    plan = kirsch.plan(graph, keep={"a#1": 5, "a#2": 11})
+    (note,) = plan.notes
+    assert note.endswith("run slowly on some runtimes: `b` (5), `c` (11).")  # `a` has 16
+    plan = kirsch.plan(graph, keep={"a": 0.63})
+    assert any(note.endswith("run slowly on some runtimes: `a` (15), `b` (5), `c` (10).") for note in plan.notes)
+    with pytest.raises(UsageError, match=r"several groups of units.*'a#1' \(.*'a#2' \(.*give a fraction"):
+        kirsch.plan(graph, keep={"a": 12})
 
 
 @pytest.mark.parametrize("pattern", ["3", "3.weight", "[3]"])

@@ -65,15 +65,8 @@ def _groups(graph: Graph, pattern: str, options: PlanOptions, amount: float) -> 
     produced = {path: _produced_by(graph, path, groups, least_axes=2) for path in paths}
     if not any(produced.values()):  # a pattern that names normalizations alone
         produced = {path: _produced_by(graph, path, groups, least_axes=1) for path in paths}
-    several = next((path for path, found in produced.items() if len(found) > 1), None)
-    if several is not None:
-        numbered = {g.name: g.name if "#" in g.name else f"{g.name}#1" for g in produced[several]}
-        kinds = ", ".join(f"{numbered[group.name]!r} ({group.kind})" for group in produced[several])
-        raise UsageError(
-            f"`keep` names {several!r}, whose outputs have several kinds of units.",
-            f"They are the groups {kinds}.",
-            "Name one of these groups, or give `kinds`, so that one kind remains.",
-        )
+    for path, of_layer in produced.items():
+        _check_unambiguous(path, of_layer, amount)
     found = list(dict.fromkeys(group.name for groups in produced.values() for group in groups))
     if not found and amount != 1.0:
         raise UsageError(
@@ -82,6 +75,26 @@ def _groups(graph: Graph, pattern: str, options: PlanOptions, amount: float) -> 
             f"Remove {pattern!r} from `keep`; graph.explain({paths[0]!r}) shows the reason.",
         )
     return found
+
+
+def _check_unambiguous(layer: str, groups: Sequence[Group], amount: float) -> None:
+    """Raise a UsageError if a number or fraction of the outputs of a layer can mean several plans.
+
+    A fraction of outputs that are several groups of one kind is a fraction of each of them.
+    """
+    kinds = {group.kind for group in groups}
+    if len(kinds) <= 1 and (isinstance(amount, float) or len(groups) <= 1):
+        return
+    numbered = [group.name if "#" in group.name else f"{group.name}#1" for group in groups]
+    listed = ", ".join(f"{name!r} ({group.kind})" for name, group in zip(numbered, groups, strict=True))
+    several, other = "groups of units", "give a fraction, which applies to each of them"
+    if len(kinds) > 1:
+        several, other = "kinds of units", "give `kinds`, so that one kind remains"
+    raise UsageError(
+        f"`keep` names {layer!r}, whose outputs have several {several}.",
+        f"They are the groups {listed}.",
+        f"Name one of these groups, or {other}.",
+    )
 
 
 def _produced_by(graph: Graph, path: str, groups: Sequence[Group], least_axes: int) -> list[Group]:

@@ -37,7 +37,7 @@ def with_recomputed_costs(plan: Plan, graph: Graph) -> Plan:
     landing, met = landing_note(priced, graph), met_note(priced)
     on_options = [note for note in plan.notes if note.startswith(ON_OPTIONS)]
     notes = [*missed_notes(priced), *([met] if met else []), *([landing] if landing in plan.notes else [])]
-    notes += [*width_notes(priced), *unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
+    notes += [*width_notes(priced, graph), *unused_notes(priced, graph), *uncounted_notes(priced, graph), *on_options]
     return replace(priced, notes=tuple(notes))
 
 
@@ -143,17 +143,22 @@ def _next_cost(plan: Plan, graph: Graph, name: str) -> str:
     )
 
 
-def width_notes(plan: Plan) -> list[str]:
-    """Return a note on the kept widths that run slowly on some runtimes."""
-    unaligned = [
-        f"{removal.name} ({removal.size - len(removal.removed)})"
-        for removal in plan.groups
-        if removal.removed and removal.kind not in UNROUNDED_KINDS and (removal.size - len(removal.removed)) % ALIGNED
-    ]
+def width_notes(plan: Plan, graph: Graph) -> list[str]:
+    """Return a note on the layers whose outputs get a width that runs slowly on some runtimes."""
+    removed, keep = {removal.name for removal in plan.groups if removal.removed}, plan.keep(graph)
+    widths: dict[str, int] = {}
+    for group in graph.groups:
+        if group.name in removed:
+            inputs = set(graph.input_axes(group))
+            for key in group.footprint:
+                if key not in inputs and len(graph.tensors[key[0]].shape) > 1:
+                    layer = key[0].rpartition(".")[0] or key[0]
+                    widths[layer] = int(keep[graph.coupling.component[graph.axes[key]]].sum())
+    unaligned = [f"`{layer}` ({width})" for layer, width in widths.items() if width % ALIGNED]
     if not unaligned:
         return []
     names = figures.listed(unaligned)
-    return [f"Widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
+    return [f"Output widths that are not multiples of {ALIGNED} run slowly on some runtimes: {names}."]
 
 
 def absent_kind_notes(graph: Graph, options: PlanOptions) -> list[str]:

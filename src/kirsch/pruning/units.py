@@ -96,7 +96,7 @@ def with_notes(
         *first,
         met_note(chosen),
         landing_note(chosen, graph),
-        *width_notes(chosen),
+        *width_notes(chosen, graph),
         *unused_notes(chosen, graph),
         *uncounted_notes(chosen, graph),
         *absent_kind_notes(graph, options),
