@@ -170,6 +170,12 @@ def test_labels_that_are_not_integers_are_refused(framework):
     assert float(hard_label(framework(z_s), framework(y.astype(np.uint8)))) == float(hard_label(z_s, y))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(np.int64, ShapeError), (np.float32, DataError)])
+def test_the_error_for_one_hot_labels_says_how_to_convert_them(dtype, error, framework):
+    with pytest.raises(error, match=r"If they are one-hot, give labels\.argmax\(-1\)"):
+        hard_label(framework(z_s), framework(np.eye(K, dtype=dtype)[y]))
+
+
 @pytest.mark.parametrize(
     ("loss", "values"), [(binary_label, (-1, 2, 255, math.nan)), (squared_error, (math.nan, math.inf))]
 )

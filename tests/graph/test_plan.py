@@ -250,6 +250,11 @@ def test_the_error_for_a_latency_goal_names_the_alternatives(name):
         Goal(**{name: 5})
 
 
+def test_the_error_for_a_goal_in_flops_names_the_macs():
+    with pytest.raises(GoalError, match=r"FLOPs are not counted.*Use macs, such as macs=0\.5"):
+        Goal(flops=0.5)
+
+
 def test_a_goal_that_is_missed_by_little_is_shown_with_as_many_digits_as_differ():
     goal, original = Goal(macs=0.0208, parameters=0.5), Cost(100, 100_000, 0)
     assert goal.shortfall(Cost(60, 2081, 0), original).startswith(

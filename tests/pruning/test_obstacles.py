@@ -83,7 +83,7 @@ def test_the_suggested_options_reach_the_goal(graph, goal, options, fix, fixed_o
 @pytest.mark.parametrize("options", [{"round_to": 8}, {"min_keep": 0.7}, {"exclude": ["up.bias"]}])
 def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
     error = refused(graph, kirsch.Goal(parameters=0.01, macs=0.01), **options)
-    suggested = re.search(r"Or keep the options, and use the goal macs=([\d.]+), parameters=([\d.]+)\.", error.fix)
+    suggested = re.search(r"With the options given, use the goal macs=([\d.]+), parameters=([\d.]+)\.", error.fix)
     macs, params = (float(number) for number in suggested.groups())
     assert plan(graph, kirsch.Goal(macs=macs, parameters=params), **options).groups
 
@@ -91,7 +91,7 @@ def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
 def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
     error = refused(graph, kirsch.Goal(parameters=0.001))
     assert re.search(
-        r"^No options reach the goal: even with round_to=1 and min_keep=0\.001, [\d.]+% of the parameters remain\. Or ",
+        r"^No options reach the goal: even with round_to=1 and min_keep=0\.001, [\d.]+% of the parameters remain\. With the options given",
         error.fix,
     )
     assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why

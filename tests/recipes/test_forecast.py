@@ -70,20 +70,20 @@ def test_forecast_shows_the_cost_that_the_steps_reach_for_each_limit(job):
 @pytest.mark.parametrize(
     ("groups", "blocks", "text"),
     [
-        (1, 0, "by pruning 1 group; units"),
-        (2, 0, "by pruning 2 groups; units"),
-        (0, 1, "by removing 1 block; blocks"),
-        (0, 3, "by removing 3 blocks; blocks"),
+        (1, 0, "by pruning 1 group; units ranked by the importance influence, widths by the ranking milp"),
+        (2, 0, "by pruning 2 groups; units ranked by the importance influence, widths by the ranking milp"),
+        (0, 1, "by removing 1 block; blocks ranked by the importance influence"),
+        (0, 3, "by removing 3 blocks; blocks ranked by the importance influence"),
     ],
 )
 def test_forecast_counts_groups_or_blocks_and_names_their_importance(job, groups, blocks, text):
     found = forecast(job.recipe(*TRAINED_TEACHER), base=job.base)
     assert found["plans"]["prune"]["method"]["importance"] == "taylor"
-    method = {"importance": "influence"}
+    method = {"importance": "influence", "ranking": "milp"}
     found["plans"]["prune"] |= {"groups": [{}] * groups, "blocks": [{}] * blocks, "method": method}
     (line,) = [plain(line) for line in forecast_lines(found) if plain(line).startswith("plan ")]
     weights = "the weights that nets.py:teacher comes with"
-    assert line.endswith(f" {text} ranked by the importance influence, with {weights}")
+    assert line.endswith(f" {text}, with {weights}")
 
 
 def test_goal_that_the_steps_do_not_reach_is_refused_by_a_forecast(job):

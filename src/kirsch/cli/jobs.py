@@ -128,6 +128,8 @@ def forecast_lines(content: dict[str, Any], run: str = "") -> list[Line]:
         lines += [[]] if number == 0 else []
         kind = "block" if plan["blocks"] else "unit"
         ranking = f"; {kind}s ranked by the importance {plan['method']['importance']}"
+        if plan["groups"]:
+            ranking += f", widths by the ranking {plan['method']['ranking']}"
         weights = f", with {content['plan_weights']}" if number == 0 else ""
         of_groups = f"by pruning {figures.counted(len(plan['groups']), 'group')}"
         of_blocks = f"by removing {figures.counted(len(plan['blocks']), 'block')}"

@@ -61,7 +61,13 @@ class Goal(Printable):
 
     @staticmethod
     def refuse_argument(name: str) -> GoalError | None:
-        """Return the error for a latency limit; None for any other name. Called by `kirsch.arguments.checked`."""
+        """Return the error for a limit of latency or FLOPs; None for other names, for `kirsch.arguments.checked`."""
+        if "flop" in name.lower():
+            return GoalError(
+                f"The goal {name}: FLOPs are not counted, but multiply-accumulates are.",
+                "One multiply-accumulate is two FLOPs, so that fractions of both are the same.",
+                "Use macs, such as macs=0.5.",
+            )
         if not LATENCY.search(name):
             return None
         return GoalError(f"The goal {name}: {NO_LATENCY}", WHY_NO_LATENCY, IN_PLACE_OF_LATENCY)

@@ -99,7 +99,7 @@ def reachable(goal: Goal, least: Cost, original: Cost) -> str:
     }
     if any(limit >= 1 for limit in limits.values()):
         return ""
-    return f"Or keep the options, and use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}."
+    return f"With the options given, use the goal {', '.join(f'{name}={limit:g}' for name, limit in limits.items())}."
 
 
 # --------------------------------------------------------------------------------------- causes of the remaining cost

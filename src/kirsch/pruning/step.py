@@ -300,7 +300,8 @@ class Prune(PlanOptions, Step):
         parts = (
             figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
         )
-        record["cells"] = [*model_cells(record), f"{parts}, verified ({error:.0e})"]
+        by = f"{plan.method['importance']}, {plan.method['ranking']}" if plan.groups else plan.method["importance"]
+        record["cells"] = [*model_cells(record), f"{parts} ({by}), verified ({error:.0e})"]
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
