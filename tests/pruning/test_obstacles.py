@@ -91,7 +91,8 @@ def test_the_suggested_goal_is_reached_with_the_same_options(graph, options):
 def test_a_goal_that_no_options_reach_names_the_least_reachable_cost(graph):
     error = refused(graph, kirsch.Goal(parameters=0.001))
     assert re.search(
-        r"^No options reach the goal: even with round_to=1 and min_keep=0\.001, [\d.]+% of the parameters remain\. With the options given",
+        r"^No options reach the goal: even with round_to=1 and min_keep=0\.001, [\d.]+% of the parameters remain\. "
+        r"With the options given",
         error.fix,
     )
     assert "cut as far as min_keep=0.1, round_to='auto' allow" in error.why
