@@ -30,6 +30,13 @@ FAINT = 1e-6
 """Effects below this fraction of the largest effect are rounding errors in float64. `verify` adds noise to the
 parameters before the call, so most real effects are above 1e-3 of the largest effect."""
 
+ROUNDED = 1e-5
+"""Effects below this fraction of the largest effect may be rounding errors in float32.
+
+In a Llama with 1 billion parameters, the effects of queries and keys are above 5e-4 of the largest effect for different
+tokens. For equal tokens, they would be 0 without rounding, and are below 2e-8.
+"""
+
 ROWS = 64
 """Number of rows of the weight of a linear layer whose effects are computed if they are sampled."""
 

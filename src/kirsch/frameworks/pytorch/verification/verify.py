@@ -27,7 +27,7 @@ from kirsch.frameworks.pytorch.verification.noise import (
     seeded,
     without_constant,
 )
-from kirsch.frameworks.pytorch.verification.unseen import FAINT, OriginalRun, run_original
+from kirsch.frameworks.pytorch.verification.unseen import FAINT, ROUNDED, OriginalRun, run_original
 from kirsch.graph.constants import AS_GRAPH
 from kirsch.graph.verification import UNUSUAL_LAYERS, Verification
 
@@ -299,7 +299,7 @@ def _run_original(
     for trial, sampled in ((torch.float32, True), (dtype, False)):
         args, options = _inputs(graph, trial)
         tensors = ConvertedTensors(original, noise, trial)
-        faint = (CLEAR if sampled else FAINT) if gradients else None
+        faint = (ROUNDED if sampled else FAINT) if gradients else None
         with OneType(trial):
             found = run_original(graph, keep, tensors, tree_leaves((args, options)), faint, sampled=sampled)
         if not found.unseen and not found.undetermined and power(masked, found.outputs) > CLEAR:
