@@ -147,8 +147,10 @@ class Candidate:
     def _noisy(self, stored: torch.Tensor, name: str, key: int) -> torch.Tensor:
         """Return a tensor of the pruned model, in the dtype of the comparison, with the noise of the original's."""
         with _disable_current_modes():
-            noise = sliced(self.noise[key], self.graph.tensors[name], self.graph, self.removal.keep)
-            total = with_noise(stored, noise)
+            total = stored.detach()
+            if self.noise.changes(key):
+                noise = sliced(self.noise[key], self.graph.tensors[name], self.graph, self.removal.keep)
+                total = with_noise(total, noise)
             return empty(total.shape, self.dtype, total.device).copy_(total)
 
 

@@ -37,6 +37,16 @@ SAMPLE = 1 << 16
 """Number of entries of a large tensor from which its mean absolute value is estimated."""
 
 
+LARGE = 1 << 18
+"""Number of entries from which a tensor has noise only if it needs it, because noise takes time."""
+
+SLICE = 32
+"""Number of entries of each slice of a large tensor by which slices are compared."""
+
+SMALL = 1e-3
+"""Mean absolute value below which a large tensor has noise, so that its entries have an effect on the outputs."""
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return a new tensor without values.
 
@@ -61,7 +71,9 @@ class Noise(Mapping[int, torch.Tensor]):
 
     The standard deviation is 0.1. For tensors of two or more axes, it is 0.1 times their mean absolute value, and at
     least 0.001. The noise has the sign of the value, because variances and arguments of logarithms must stay positive.
-    Infinite values, as in attention masks, stay infinite.
+    Infinite values, as in attention masks, stay infinite. Large tensors that are not small and in which no two slices
+    along an axis are equal have no noise, because a wrong index changes the outputs without it. With another factor
+    than 1, they have noise, too.
 
     Args:
         model: model with the parameters and buffers.
@@ -80,12 +92,18 @@ class Noise(Mapping[int, torch.Tensor]):
                 self._tensors[id(value)] = name, value, offset, self._deviation(value)
                 offset = (offset + value.numel()) % POOL
 
+    def changes(self, key: int) -> bool:
+        """Return whether a tensor has noise; the noise of any other is zero."""
+        return self._tensors[key][3] > 0
+
     def _deviation(self, value: torch.Tensor) -> float:
         if value.dim() <= 1 or not value.numel():
             return 0.1
         # The odd step visits all columns of a matrix with an even number of columns.
         entries = value.detach().reshape(-1)[:: value.numel() // SAMPLE | 1]
         size = float(entries.float().nan_to_num(posinf=0.0, neginf=0.0).abs().mean())
+        if self._factor == 1 and value.numel() >= LARGE and size >= SMALL and _slices_differ(value.detach()):
+            return 0.0
         return 0.1 * max(size, 1e-2)
 
     def __getitem__(self, key: int) -> torch.Tensor:
@@ -101,6 +119,8 @@ class Noise(Mapping[int, torch.Tensor]):
         with _disable_current_modes():
             value = self._tensors[key][1]
             result = empty(value.shape, dtype, value.device)
+            if not self.changes(key):
+                return result.copy_(value.detach())
             for part, noise in self._parts(key):
                 result.view(-1)[part] = with_noise(value.reshape(-1)[part], noise)
         return result
@@ -129,6 +149,24 @@ class Noise(Mapping[int, torch.Tensor]):
         return len(self._tensors)
 
 
+def _slices_differ(value: torch.Tensor) -> bool:
+    """Return whether no two slices of a tensor along one of its axes are equal.
+
+    Only `SLICE` entries in the middle of each slice are compared; if they are equal, the slices are taken as equal.
+    """
+    for axis in range(value.dim()):
+        sample, left = value.movedim(axis, 0), SLICE
+        for other in range(value.dim() - 1, 0, -1):
+            length = min(sample.shape[other], left)
+            sample, left = sample.narrow(other, (sample.shape[other] - length) // 2, length), max(left // length, 1)
+        entries = sample.reshape(len(sample), -1).double()
+        factors = torch.randn(entries.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        sums = (entries * factors.to(entries.device)).sum(1).cpu().numpy()
+        if len(np.unique(sums)) < len(sums) or not np.isfinite(sums).all():
+            return False
+    return True
+
+
 class ConvertedTensors(Mapping[str, torch.Tensor]):
     """Parameters and buffers of a model by path, in a dtype and with noise; each access returns a new tensor.
 
@@ -138,13 +176,18 @@ class ConvertedTensors(Mapping[str, torch.Tensor]):
         model: the model.
         noise: the noise of its tensors; None for no noise.
         dtype: dtype of the floating-point tensors.
+        read_only: the reader changes no tensor, so that those without noise that have this dtype are not copied.
     """
 
-    def __init__(self, model: nn.Module, noise: Noise | None, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, noise: Noise | None, dtype: torch.dtype, *, read_only: bool = False) -> None:
         self._tensors, self._noise, self._dtype = named_tensors(model), noise, dtype
+        self._read_only = read_only
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value = self._tensors[name]
+        has_noise = self._noise is not None and id(value) in self._noise and self._noise.changes(id(value))
+        if self._read_only and not has_noise and value.dtype is self._dtype:
+            return value.detach()
         if self._noise is not None and id(value) in self._noise:
             return self._noise.added(id(value), self._dtype)
         with _disable_current_modes():

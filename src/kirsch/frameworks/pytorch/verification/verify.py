@@ -298,7 +298,7 @@ def _run_original(
     """
     for trial, sampled in ((torch.float32, True), (dtype, False)):
         args, options = _inputs(graph, trial)
-        tensors = ConvertedTensors(original, noise, trial)
+        tensors = ConvertedTensors(original, noise, trial, read_only=True)
         faint = (ROUNDED if sampled else FAINT) if gradients else None
         with OneType(trial):
             found = run_original(graph, keep, tensors, tree_leaves((args, options)), faint, sampled=sampled)
