@@ -96,6 +96,16 @@ def test_several_limits_are_all_met(graph):
     assert max(learned.expected["macs"] - 0.7, learned.expected["parameters"] - 0.5) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_plan_from_gates_that_are_undecided_has_a_note(graph, learned):
+    gated = kirsch.with_gates(graph, kirsch.Goal(macs=0.6), steps=10)  # not trained
+    untrained = kirsch.read_gates(gated, graph, kirsch.Goal(macs=0.6), round_to=1)
+    assert untrained.undecided > 0.9
+    assert any(note.startswith("100 % of the gates are between 0.1 and 0.9") for note in untrained.plan.notes)
+    for case in (untrained, learned):
+        noted = any("Train for more steps" in note for note in case.plan.notes)
+        assert noted is (case.undecided > 0.1)
+
+
 def test_with_frozen_weights_only_the_gates_are_trained(graph, trained):
     training = kirsch.Training(epochs=3, optimizer="adamw", learning_rate=2e-3)
     learned = kirsch.learn_gates(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,9 @@ START = 0.05
 
 UNDECIDED = (0.1, 0.9)
 """Probabilities of an open gate between which a unit counts as undecided."""
+
+MANY = 0.1
+"""Fraction of undecided units above which the plan has a note."""
 
 
 class UnitGates:
@@ -278,10 +281,13 @@ def read_gates(
     scores = {group.name: part for group, part in zip(groups, np.split(probability, ends), strict=True)}
     chosen = plan(graph, goal, importance=scores, round_to=round_to, min_keep=min_keep, loadable=False, **options)
     low, high = UNDECIDED
+    undecided = float(((probability > low) & (probability < high)).mean())
+    if undecided > MANY:
+        note = (
+            f"{figures.percent(undecided, 0)} of the gates are between {low} and {high}: the plan removes units that "
+            "were often open in the training. Train for more steps, or raise gate_speed."
+        )
+        chosen = replace(chosen, notes=(*chosen.notes, note))
     return LearnedGates(
-        framework.training.without_gates(model),
-        chosen,
-        scores,
-        gating.expected_cost(probability),
-        float(((probability > low) & (probability < high)).mean()),
+        framework.training.without_gates(model), chosen, scores, gating.expected_cost(probability), undecided
     )
