@@ -351,7 +351,7 @@ class Recover(Distill):
 
     needs_student: ClassVar[bool] = False
     makes: ClassVar[str] = "recovered"
-    did: ClassVar[str] = ""
+    did: ClassVar[str] = "retrained"
 
     def objective_for(self, job: Job) -> Objective:
         """Return the objective; without a student, the default objective compares all outputs of the model."""
