@@ -271,7 +271,7 @@ In the last table, half of the units of each group (every second one) are remove
 - *Selection of kept weights*, for comparison with the cut: time to select evenly spaced entries from each original
   tensor, as many as the plan keeps.
 - *Prune*: time of `kirsch.prune`. The rows "cut" run it without the verification, the rows "cut and verified" with it.
-  A verification computes in float64 and holds two copies of the original.
+  A verification computes in float64; a weight is converted while an operation reads it.
 - *Additional memory*: (peak memory - memory before `kirsch.prune` - size of the pruned model) / (size of the original
   + size of the pruned model). 0 % means that the process grew by the pruned model only; values near 0 are within the
   measurement error.
