@@ -207,6 +207,7 @@ METHODS: dict[str, tuple[str, Callable[..., None] | None]] = {
     "local": ("local", None),
     "isomorphic": ("isomorphic", None),
     "per_cost": ("per_cost", None),
+    "milp": ("milp", None),
     "legr": ("legr", None),
     "actor_critic": ("actor_critic", None),
     "random transformations": ("legr", random_transformations),
@@ -225,8 +226,8 @@ def measure(network: str, seed: int) -> list[dict[str, Any]]:
     rows = []
     for goal in GOALS:
         for name, (ranking, replacement) in METHODS.items():
-            learned = ranking in LEARNED
-            options = {"data": [data["validation"]], "evaluations": EVALUATIONS} if learned else {}
+            options: dict[str, Any] = {"data": [data["validation"]]} if ranking in (*LEARNED, "milp") else {}
+            options |= {"evaluations": EVALUATIONS} if ranking in LEARNED else {}
             begun = time.perf_counter()
             with patch.dict(LEARNED, {ranking: replacement} if replacement else {}):
                 plan = kirsch.plan(graph, kirsch.Goal(macs=goal), ranking=ranking, round_to=4, seed=seed, **options)

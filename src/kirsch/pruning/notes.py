@@ -147,13 +147,14 @@ def width_notes(plan: Plan, graph: Graph) -> list[str]:
     """Return a note on the layers whose outputs get a width that runs slowly on some runtimes."""
     removed, keep = {removal.name for removal in plan.groups if removal.removed}, plan.keep(graph)
     widths: dict[str, int] = {}
-    for group in graph.groups:
-        if group.name in removed:
-            inputs = set(graph.input_axes(group))
-            for key in group.footprint:
-                if key not in inputs and len(graph.tensors[key[0]].shape) > 1:
-                    layer = key[0].rpartition(".")[0] or key[0]
-                    widths[layer] = int(keep[graph.coupling.component[graph.axes[key]]].sum())
+    for group in (group for group in graph.groups if group.name in removed):
+        inputs = set(graph.input_axes(group))
+        for key in group.footprint:
+            labels, shape = graph.axes[key], graph.tensors[key[0]].shape
+            of_units = group.kind in UNROUNDED_KINDS and len(labels) == group.size  # such as experts, not channels
+            if key not in inputs and len(shape) > 1 and not of_units:
+                layer = key[0].rpartition(".")[0] or key[0]
+                widths[layer] = int(keep[graph.coupling.component[labels]].sum())
     unaligned = [f"`{layer}` ({width})" for layer, width in widths.items() if width % ALIGNED]
     if not unaligned:
         return []

@@ -82,6 +82,7 @@ def test_experts_are_removed_with_their_rows_of_the_router(run):
     (removal,) = plan.groups
     kept = [unit for unit in range(5) if unit not in removal.removed]
     assert result.verification.power > 1e-3
+    assert not any("Output widths" in note for note in plan.notes), "the number of experts is no width"
     assert torch.equal(result.model.router.weight, model.router.weight[kept])
     assert torch.equal(result.model.up, model.up[kept])
     assert count(result.model, ROWS) == (plan.after.parameters, plan.after.macs)
