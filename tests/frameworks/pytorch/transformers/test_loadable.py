@@ -13,6 +13,7 @@ import torch
 import kirsch
 from configured_models import INPUT, Config, Small, Tied, assert_configuration_builds
 from kirsch.errors import GoalError, UsageError
+from kirsch.frameworks.pytorch.transformers.depths import configured_depths
 from kirsch.graph.configuration import ConfiguredDepth
 from kirsch.pruning.prune import prune_with_verification
 from trace_and_cut import with_noise
@@ -139,6 +140,15 @@ def test_the_removed_layers_are_the_cheapest_that_leave_the_types_of_the_first_l
         ]
         expected += [min(sets, key=lambda removed: sum(costs[path] for path in removed))] if sets else []
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("T5", ["num_decoder_layers"]), ("BART", ["encoder_layers", "decoder_layers"])]
+)
+def test_layers_are_removed_only_if_the_cache_of_generate_has_an_entry_for_each_layer_that_stays(name, numbers):
+    """The cache of a T5 has an entry for each layer of the encoder, and `generate` would fail with a longer decoder."""
+    model, inputs = RECIPES[name].build()
+    assert [depth.path for depth in configured_depths(model, kirsch.trace(model, inputs))] == numbers
 
 
 def test_loadable_is_refused_without_configuration_and_with_widths_by_hand(small):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.frameworks.pytorch.modules.tuners import path_of_base_model
 from kirsch.frameworks.pytorch.transformers.blueprint import build, numbers
 from kirsch.graph.configuration import ConfiguredDepth
@@ -20,7 +21,8 @@ def configured_depths(model: nn.Module, graph: Graph) -> list[ConfiguredDepth]:
     """Return the numbers that count the elements of a list whose elements are residual blocks.
 
     A number counts a list if a model that is built with the number minus 1 lacks the tensors of the last element, and
-    no others.
+    no others, and if the cache of `generate` still fits the layers: transformers 5.24 gives the cache of a T5 as many
+    entries as its encoder has layers.
 
     Args:
         model: the model without adapters.
@@ -35,7 +37,7 @@ def configured_depths(model: nn.Module, graph: Graph) -> list[ConfiguredDepth]:
         last = f"{path.removeprefix(prefix)}.{length - 1}."
         without_last = {name for name in names if not name.startswith(last)}
         for number, value in numbers(model.config).items():
-            if value == length and type(value) is int and _names(model, {number: length - 1}) == without_last:
+            if value == length and type(value) is int and _lacks(model, {number: length - 1}, without_last):
                 elements = tuple(f"{path}.{index}" for index in range(length))
                 types = tuple(_type(traced.get_submodule(element)) for element in elements)
                 found.append(ConfiguredDepth(number, length, elements, tuple(blocks), types))
@@ -63,9 +65,22 @@ def _lists(graph: Graph) -> dict[str, list[str]]:
     return lists
 
 
-def _names(model: nn.Module, changes: Mapping[str, float]) -> set[str]:
-    """Return the names of the stored tensors of a model that is built with changed numbers; empty if this fails."""
+def _lacks(model: nn.Module, changes: Mapping[str, float], names: set[str]) -> bool:
+    """Return whether a model that is built with changed numbers has only these tensors, and a cache for its layers."""
     try:
-        return set(build(model, changes, "meta").state_dict())
+        changed = build(model, changes, "meta")
     except Exception:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
-        return set()
+        return False
+    return set(changed.state_dict()) == names and (_has_cache(changed) or not _has_cache(model))
+
+
+def _has_cache(model: nn.Module) -> bool:
+    """Return whether the cache of `generate` has an entry for each layer of the decoder."""
+    try:
+        decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        config: Any = model.config
+        entries = len(import_beside("transformers").DynamicCache(config=config.get_text_config(decoder=True)).layers)
+    except Exception:  # noqa: BLE001 - models without a decoder or a cache, and other versions of transformers
+        return False
+    layers = [getattr(module, "layer_idx", None) for module in decoder.modules()]
+    return all(index < entries for index in layers if isinstance(index, int))
