@@ -3,9 +3,8 @@
 A network is trained and pruned with the importance "magnitude" to a fraction of its MACs, with each ranking. Widths are
 multiples of 4, because the networks are narrow. The searches have the same number of evaluations and the same starts;
 their quality is minus the cross-entropy on a validation part that the training does not see. "random transformations"
-draws what LeGR draws before its first mutation, and "random fractions" what the actor-critic draws before it uses the
-actor. Each pruned model is evaluated on the test part at once, with batch-norm statistics of the validation part, and
-after a short recovery with labels.
+draws what LeGR draws before its first mutation. Each pruned model is evaluated on the test part at once, with
+batch-norm statistics of the validation part, and after a short recovery with labels.
 
 Networks: a ResNet-8 on 16×16 images of CIFAR-10 (from the folder KIRSCH_DATA), and a MobileNetV2-like network and a
 transformer encoder on the digits of scikit-learn. Wall time is that of one thread.
@@ -36,9 +35,8 @@ import kirsch
 from kirsch.data.sources import load_data
 from kirsch.frameworks.find import framework_of
 from kirsch.measurement.machine import environment
-from kirsch.pruning.learned.actor_critic import Walk
-from kirsch.pruning.learned.legr import Individual, mutated
-from kirsch.pruning.learned.search import LEARNED
+from kirsch.pruning.learned import search
+from kirsch.pruning.learned.legr import Individual, evolve, mutated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,13 +193,6 @@ def random_transformations(allocations: Allocations, random: np.random.Generator
         allocations.evaluate(allocations.of_scores(*mutated(unchanged, changed, allocations.candidates, 1.0, random)))
 
 
-def random_fractions(allocations: Allocations, random: np.random.Generator) -> None:
-    """Evaluate allocations with random kept fractions."""
-    walk = Walk(allocations)
-    while allocations.progress < 1:
-        allocations.evaluate(allocations.of_counts(walk.counts(lambda _state: float(random.uniform()))))
-
-
 METHODS: dict[str, tuple[str, Callable[..., None] | None]] = {
     "global": ("global", None),
     "local": ("local", None),
@@ -209,9 +200,7 @@ METHODS: dict[str, tuple[str, Callable[..., None] | None]] = {
     "per_cost": ("per_cost", None),
     "milp": ("milp", None),
     "legr": ("legr", None),
-    "actor_critic": ("actor_critic", None),
     "random transformations": ("legr", random_transformations),
-    "random fractions": ("legr", random_fractions),
 }
 """Ranking of each row, and the search that replaces the ranking's own."""
 
@@ -226,10 +215,10 @@ def measure(network: str, seed: int) -> list[dict[str, Any]]:
     rows = []
     for goal in GOALS:
         for name, (ranking, replacement) in METHODS.items():
-            options: dict[str, Any] = {"data": [data["validation"]]} if ranking in (*LEARNED, "milp") else {}
-            options |= {"evaluations": EVALUATIONS} if ranking in LEARNED else {}
+            options: dict[str, Any] = {"data": [data["validation"]]} if ranking in ("legr", "milp") else {}
+            options |= {"evaluations": EVALUATIONS} if ranking == "legr" else {}
             begun = time.perf_counter()
-            with patch.dict(LEARNED, {ranking: replacement} if replacement else {}):
+            with patch.object(search, "evolve", replacement or evolve):
                 plan = kirsch.plan(graph, kirsch.Goal(macs=goal), ranking=ranking, round_to=4, seed=seed, **options)
             seconds = time.perf_counter() - begun
             pruned = kirsch.prune(model, plan, verify=False)

@@ -100,9 +100,7 @@ PLAN = record(
                 "importance": text(1),
                 "loss": text(),
                 "norm": one_of((1, 2)),
-                "ranking": one_of(
-                    ("auto", "global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic")
-                ),
+                "ranking": one_of(("auto", "global", "local", "isomorphic", "per_cost", "milp", "legr")),
                 "round_to": either(one_of(("auto",)), mapping(integer(1), KINDS), integer(1)),
                 "exclude": array(text(1)),
                 "keep_outputs": array(text(1)),

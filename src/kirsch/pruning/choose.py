@@ -97,8 +97,8 @@ def plan(
             of each class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
             "milp" measures, for up to nine widths of each group, how much the outputs on `data` change if only this
             group is reduced, and chooses the widths with the least sum of changes by an integer program. This runs the
-            model once for each width and batch. "legr" and "actor_critic" search for the number of units of each group
-            with which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
+            model once for each width and batch. "legr" searches for the number of units of each group with
+            which the pruned model has the best quality on `data`; see docs/learned_pruning.md.
         round_to: the number of kept units of each group is a multiple of this number. Runtimes are slow for other
             widths. "auto": 16 for groups of 128 units or more, 8 from 16 units, 4 from 8 units, else 1; always 1 for
             heads and other units that contain several channels each. Multiples are halved, but not below 4, if
@@ -118,8 +118,8 @@ def plan(
             the same number of units. Of the layers and widths, those are removed whose importances have the smallest
             sum; with `data`, of several such choices, the one that changes the outputs least. See docs/loadable.md.
             None: True for a model with such a configuration. A plan with any cuts is made if the configuration cannot
-            state one for the goal, or with `keep` and the rankings "milp", "legr" and "actor_critic", which set the
-            width of each layer; a note of the plan says so. With True, it is an error.
+            state one for the goal, or with `keep` and the rankings "milp" and "legr", which set the width of each
+            layer; a note of the plan says so. With True, it is an error.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the
@@ -144,9 +144,9 @@ def plan(
             contain a named layer, are kept.
         keep_outputs: one or several module paths or globs; the outputs of these modules are not changed. They may lose
             inputs.
-        seed: seed of the importances "random" and "hessian", and of the rankings "legr" and "actor_critic".
-        evaluations: number of plans that "legr" and "actor_critic" evaluate; each runs a pruned model on `data`.
-        quality: for "legr" and "actor_critic", a function of a pruned model that returns a number, larger for better
+        seed: seed of the importances "random" and "hessian", and of the ranking "legr".
+        evaluations: number of plans that "legr" evaluates; each runs a pruned model on `data`.
+        quality: for "legr", a function of a pruned model that returns a number, larger for better
             models, such as its accuracy. It may train the model, which is a copy. None: minus `loss` on `data`, or
             without labels, minus the KL divergence from the outputs of the original.
         progress: whether to show the progress of rankings that run the model; None: on a terminal and in a notebook.

@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from kirsch.pruning.importance import Importance
 
 Norm: TypeAlias = Literal[1, 2]
-Ranking: TypeAlias = Literal["auto", "global", "local", "isomorphic", "per_cost", "milp", "legr", "actor_critic"]
+Ranking: TypeAlias = Literal["auto", "global", "local", "isomorphic", "per_cost", "milp", "legr"]
 FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
 """Rankings that follow from the importances; the last one only for importances that are not negative."""
-LEARNED_RANKINGS = ("legr", "actor_critic")
-"""Rankings that search for the widths with which pruned models have the best quality on data."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -77,7 +75,7 @@ class PlanOptions(Options):
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
             "each group by the measured change of the outputs on data; or search for the widths with the best quality "
-            "on data (legr, actor_critic); auto: per_cost for the importances taylor, fisher and snip, else global; in "
+            "on data (legr); auto: per_cost for the importances taylor, fisher and snip, else global; in "
             "recipes, milp if its measurements cost at most one pass over the training data"
         ),
     )
@@ -139,7 +137,7 @@ class PlanOptions(Options):
     exclude: Names = Field((), description="layers or residual blocks whose parameters are not changed; glob patterns")
     keep_outputs: Names = Field((), description="layers that keep all their outputs and may lose inputs; glob patterns")
     seed: Seed = Field(0, description='seed of the importances "random" and "hessian", and of learned rankings')
-    evaluations: Count = Field(200, description="number of plans that the rankings legr and actor_critic evaluate")
+    evaluations: Count = Field(200, description="number of plans that the ranking legr evaluates")
 
     def check(self) -> None:
         """Check the combinations of options, and the names of kinds, which the types do not restrict.
@@ -187,7 +185,7 @@ class PlanOptions(Options):
         if not self.is_learned and self.evaluations != type(self).model_fields["evaluations"].default:
             raise UsageError(
                 f'`evaluations` has no effect with ranking="{self.ranking}".',
-                fix=f'Remove `evaluations`, or give ranking="{LEARNED_RANKINGS[0]}".',
+                fix='Remove `evaluations`, or give ranking="legr".',
             )
 
     def check_importance(self, importance: Importance) -> None:
@@ -238,7 +236,7 @@ class PlanOptions(Options):
     @property
     def is_learned(self) -> bool:
         """Whether the ranking evaluates pruned models on data."""
-        return self.ranking in LEARNED_RANKINGS
+        return self.ranking == "legr"
 
     @property
     def free_widths(self) -> tuple[str, str, str] | None:

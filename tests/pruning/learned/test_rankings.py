@@ -1,4 +1,4 @@
-"""The rankings "legr" and "actor_critic": search for the widths of the model with the best quality."""
+"""The ranking "legr": search for the widths of the model with the best quality."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from kirsch.display import Display
 from kirsch.errors import DataError, GoalError, NumericError, UsageError
 from kirsch.tables import plain
 
-RANKINGS = ["legr", "actor_critic"]
 FREE = {"round_to": 1, "min_keep": 0.01}
 BATCH = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 
@@ -51,11 +50,10 @@ def kept(plan):
     ]
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_a_branch_without_effect_loses_all_units_that_may_be_removed(graph, ranking):
+def test_a_branch_without_effect_loses_all_units_that_may_be_removed(graph):
     """Without labels, the quality is minus the KL divergence, which is 0 as long as the other branches are kept."""
     goal = kirsch.Goal(parameters=0.71)
-    plan = kirsch.plan(graph, goal, ranking=ranking, data=BATCH, evaluations=80, **FREE)
+    plan = kirsch.plan(graph, goal, ranking="legr", data=BATCH, evaluations=80, **FREE)
     first, without_effect, last = kept(plan)
     assert without_effect <= 2
     assert first + last >= 23  # of 24; a plan of 25 units is close to the goal
@@ -72,9 +70,8 @@ def test_legr_corrects_importances_of_another_scale(graph):
     assert kept(plan) == [12, 1, 12]
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("worth", [(1.0, 3.0, 2.0), (2.0, 0.5, 2.1), (1.0, 1.0, 1.0)])
-def test_enough_evaluations_find_the_best_of_all_allocations(ranking, worth):
+def test_enough_evaluations_find_the_best_of_all_allocations(worth):
     """The quality is the sum of a concave function of each width."""
     graph = kirsch.trace(network(widths=(6, 5, 8)), BATCH)
     goal = kirsch.Goal(parameters=0.6)
@@ -92,47 +89,43 @@ def test_enough_evaluations_find_the_best_of_all_allocations(ranking, worth):
         for widths in itertools.product(range(1, 7), range(1, 6), range(1, 9))
     }
     admitted = [widths for widths, fraction in fractions.items() if 0.6 - distance - 1e-9 <= fraction <= 0.6]
-    plan = kirsch.plan(graph, goal, ranking=ranking, quality=quality, evaluations=80, **FREE)
+    plan = kirsch.plan(graph, goal, ranking="legr", quality=quality, evaluations=80, **FREE)
     assert tuple(kept(plan)) in admitted
     assert value(kept(plan)) == pytest.approx(max(map(value, admitted)))
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize(
     "goal",
     [kirsch.Goal(macs=0.5), kirsch.Goal(parameters=0.4, macs=0.6), kirsch.Goal(size=0.5), kirsch.Goal(memory=0.6)],
 )
-def test_goals_are_met_within_one_percent(ranking, goal):
+def test_goals_are_met_within_one_percent(goal):
     layers = [nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 4)]
     graph = kirsch.trace(nn.Sequential(*layers), BATCH)
-    plan = kirsch.plan(graph, goal, ranking=ranking, data=BATCH, evaluations=25, **FREE)
+    plan = kirsch.plan(graph, goal, ranking="legr", data=BATCH, evaluations=25, **FREE)
     reached = goal.fractions(plan.after, plan.before)
     assert all(value <= limit for value, limit in reached.values())
     assert min(limit - value for value, limit in reached.values()) < 0.01
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_units_are_removed_in_the_order_of_the_importance(graph, ranking):
+def test_units_are_removed_in_the_order_of_the_importance(graph):
     scores = {group.name: np.random.default_rng(0).permutation(12) - 6.0 for group in graph.groups}  # also negative
     goal = kirsch.Goal(parameters=0.6)
-    plan = kirsch.plan(graph, goal, importance=scores, ranking=ranking, data=BATCH, evaluations=20, **FREE)
+    plan = kirsch.plan(graph, goal, importance=scores, ranking="legr", data=BATCH, evaluations=20, **FREE)
     for removal in plan.groups:
         order = np.argsort(scores[removal.name])
         assert set(removal.removed) == set(order[: len(removal.removed)].tolist())
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_the_result_follows_from_the_seed(graph, ranking):
+def test_the_result_follows_from_the_seed(graph):
     def plan(seed):
-        options = {"ranking": ranking, "data": BATCH, "evaluations": 25, "seed": seed}
+        options = {"ranking": "legr", "data": BATCH, "evaluations": 25, "seed": seed}
         return kirsch.plan(graph, kirsch.Goal(parameters=0.5), **options, **FREE)
 
     assert plan(1).to_json() == plan(1).to_json()
     assert plan(1).method["search"] != plan(2).method["search"]
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_the_model_and_the_random_state_are_not_changed(ranking):
+def test_the_model_and_the_random_state_are_not_changed():
     model = nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)
     )
@@ -151,19 +144,18 @@ def test_the_model_and_the_random_state_are_not_changed(ranking):
             return -float(pruned(BATCH).square().mean())
 
     for options in ({"data": BATCH}, {"quality": quality}):
-        kirsch.plan(graph, kirsch.Goal(macs=0.5), ranking=ranking, evaluations=10, **options, **FREE)
+        kirsch.plan(graph, kirsch.Goal(macs=0.5), ranking="legr", evaluations=10, **options, **FREE)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_the_quality_is_that_of_the_pruned_model(graph, ranking):
+def test_the_quality_is_that_of_the_pruned_model(graph):
     """The best quality of the record is minus the loss of the model that `kirsch.prune` returns."""
     labels = torch.arange(64) % 4
     data = [(BATCH[:48], labels[:48]), (BATCH[48:], labels[48:])]
-    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.5), ranking=ranking, data=data, evaluations=15, **FREE)
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.5), ranking="legr", data=data, evaluations=15, **FREE)
     pruned = kirsch.prune(graph.model, plan)
     loss = nn.functional.cross_entropy(pruned(BATCH), labels).item()
     search = plan.method["search"]
@@ -173,11 +165,10 @@ def test_the_quality_is_that_of_the_pruned_model(graph, ranking):
     assert any(f"is {-loss:.3g}" in note or f"is {-loss:.2f}" in note for note in plan.notes)
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_the_search_is_at_least_as_good_as_each_fixed_ranking(graph, ranking):
+def test_the_search_is_at_least_as_good_as_each_fixed_ranking(graph):
     labels = torch.arange(64) % 4
     search = kirsch.plan(
-        graph, kirsch.Goal(macs=0.5), ranking=ranking, data=(BATCH, labels), evaluations=8, **FREE
+        graph, kirsch.Goal(macs=0.5), ranking="legr", data=(BATCH, labels), evaluations=8, **FREE
     ).method["search"]
     for fixed in ("global", "local", "isomorphic", "per_cost"):
         plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), ranking=fixed, **FREE)
@@ -237,26 +228,23 @@ def test_plans_whose_quality_is_not_finite_are_rejected(graph):
         kirsch.plan(graph, kirsch.Goal(macs=0.5), ranking="legr", quality=lambda _: math.nan, evaluations=5, **FREE)
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_widths_by_hand_are_kept(graph, ranking):
-    options = {"ranking": ranking, "data": BATCH, "evaluations": 10}
+def test_widths_by_hand_are_kept(graph):
+    options = {"ranking": "legr", "data": BATCH, "evaluations": 10}
     plan = kirsch.plan(graph, kirsch.Goal(parameters=0.7), keep={"inner.1": 9}, **options, **FREE)
     assert kept(plan)[1] == 9
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_equal_layers_stay_equal_with_uniform(graph, ranking):
+def test_equal_layers_stay_equal_with_uniform(graph):
     plan = kirsch.plan(
-        graph, kirsch.Goal(parameters=0.5), ranking=ranking, data=BATCH, evaluations=5, uniform=True, **FREE
+        graph, kirsch.Goal(parameters=0.5), ranking="legr", data=BATCH, evaluations=5, uniform=True, **FREE
     )
     assert len(set(kept(plan))) == 1
 
 
-@pytest.mark.parametrize("ranking", RANKINGS)
-def test_importances_from_data_and_rankings_from_data_are_combined(graph, ranking):
+def test_importances_from_data_and_rankings_from_data_are_combined(graph):
     data = (BATCH, torch.arange(64) % 4)
     plan = kirsch.plan(
-        graph, kirsch.Goal(macs=0.5), importance="taylor", ranking=ranking, data=data, evaluations=6, **FREE
+        graph, kirsch.Goal(macs=0.5), importance="taylor", ranking="legr", data=data, evaluations=6, **FREE
     )
     order = kirsch.plan(graph, kirsch.Goal(macs=0.2), importance="taylor", data=data, **FREE)
     for removal in plan.groups:

@@ -116,10 +116,6 @@ class Allocations:
             )
         return max(self._known, key=lambda counts: self._known[counts])
 
-    def known(self) -> dict[Counts, float]:
-        """Return the evaluated allocations and their qualities, in the order of the evaluation."""
-        return dict(self._known)
-
     # ------------------------------------------------------------------------------------------------ the goal
 
     def of_scores(self, scales: NDArray[np.float64], shifts: NDArray[np.float64]) -> Counts:
@@ -139,19 +135,6 @@ class Allocations:
             if self._is_close(found):
                 return found
         return next(iter(self.starts.values()))
-
-    def of_counts(self, counts: Sequence[int]) -> Counts:
-        """Return the allocation near the given one that meets the goal, with units restored up to the goal.
-
-        Units are restored as in other plans, the most important first. The given allocation must meet the goal, except
-        for units that must be restored because an axis would lose too many.
-        """
-        found = list(counts)
-        for chooser in self._choosers:
-            found = chooser.refine(chooser.repaired(found), [0] * len(found))
-            if self._is_close(found):
-                return tuple(found)
-        return self.of_scores(np.ones(len(found)), self.shifts_of(tuple(found)))
 
     def shifts_of(self, counts: Counts) -> NDArray[np.float64]:
         """Return shifts of the importances with which a global ranking with the threshold 0 removes these units.

@@ -13,7 +13,6 @@ from kirsch.pruning.importance.activations import labels_in
 from kirsch.pruning.importance.calibration import CalibrationBatches, check_reusable, loss_of, no_labels
 from kirsch.pruning.importance.padding import only_padding, refuse_padding
 from kirsch.pruning.importance.statistics import calibration_of
-from kirsch.pruning.options import LEARNED_RANKINGS
 from kirsch.tasks.padding import counted_tokens
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def check_search(goal: Goal | None, options: PlanOptions, quality: QualityFuncti
     if quality is not None and not options.is_learned:
         raise UsageError(
             f'`quality` has no effect with ranking="{options.ranking}".',
-            fix=f'Remove `quality`, or give ranking="{LEARNED_RANKINGS[0]}".',
+            fix='Remove `quality`, or give ranking="legr".',
         )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from kirsch import figures
 from kirsch.frameworks.progress import shown_on
 from kirsch.progress import bar, time_left
-from kirsch.pruning.learned.actor_critic import explore
 from kirsch.pruning.learned.legr import evolve
 from kirsch.tables import Piece
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from kirsch.pruning.learned.allocations import Allocations
     from kirsch.pruning.options import PlanOptions
     from kirsch.tables import Line
-
-LEARNED: Mapping[str, Callable[[Allocations, np.random.Generator], None]] = {"legr": evolve, "actor_critic": explore}
-"""Searches by the name of the ranking."""
 
 
 def search(allocations: Allocations, options: PlanOptions, progress: bool | None) -> Allocations:
@@ -37,7 +33,7 @@ def search(allocations: Allocations, options: PlanOptions, progress: bool | None
     with _shown(options.ranking, options.evaluations, progress) as report:
         allocations.begin(report)
         if any(candidate.kept is None for candidate in allocations.candidates):
-            LEARNED[options.ranking](allocations, np.random.default_rng(options.seed))
+            evolve(allocations, np.random.default_rng(options.seed))
     return allocations
 
 
