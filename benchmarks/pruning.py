@@ -164,6 +164,7 @@ DEFAULTS = {"importance": "taylor", "ranking": "milp"}
 """What the recipes of Kirsch choose for these networks; the rows below change one of these options."""
 DEFAULT = by_kirsch(**DEFAULTS)
 BLOCKS = {"importance": "change", "kinds": "block"}
+PER_COST = {"importance": "taylor", "ranking": "per_cost"}
 BLOCKS_AND_UNITS = DEFAULTS | {"kinds": {"block": 1.0}}
 PEER_TAYLOR = by_peer("GroupTaylorImportance", labels=True, global_pruning=True)
 METHODS = (
@@ -177,15 +178,13 @@ METHODS = (
         by_peer("GroupMagnitudeImportance", pruner="GroupNormPruner", global_pruning=True),
         peer_sparsity,
     ),
-    Method(KIRSCH, "ranking per_cost", by_kirsch(**DEFAULTS | {"ranking": "per_cost"}), teacher=True),
+    Method(KIRSCH, "ranking per_cost", by_kirsch(**PER_COST), teacher=True),
     Method(KIRSCH, "of whole blocks and units", by_kirsch(**BLOCKS_AND_UNITS), teacher=True),
-    Method(
-        KIRSCH, "ranking per_cost, in 8 rounds, round_to=1", in_rounds(8, importance="taylor", round_to=1), teacher=True
-    ),
-    Method(KIRSCH, "ranking per_cost, round_to=1", by_kirsch(importance="taylor", round_to=1), teacher=True),
+    Method(KIRSCH, "ranking per_cost, in 8 rounds, round_to=1", in_rounds(8, **PER_COST, round_to=1), teacher=True),
+    Method(KIRSCH, "ranking per_cost, round_to=1", by_kirsch(**PER_COST, round_to=1), teacher=True),
     Method(KIRSCH, "whole blocks, by the change of the outputs", by_kirsch(**BLOCKS), teacher=True),
-    Method(KIRSCH, "ranking per_cost, round_to=16", by_kirsch(importance="taylor", round_to=16), teacher=True),
-    Method(KIRSCH, "ranking per_cost, in 8 rounds", in_rounds(8, importance="taylor"), teacher=True),
+    Method(KIRSCH, "ranking per_cost, round_to=16", by_kirsch(**PER_COST, round_to=16), teacher=True),
+    Method(KIRSCH, "ranking per_cost, in 8 rounds", in_rounds(8, **PER_COST), teacher=True),
     Method(TORCH_PRUNING, "defaults: magnitude, local", by_peer("GroupMagnitudeImportance")),
     Method(KIRSCH, "without teacher", DEFAULT),
     Method(KIRSCH, "magnitude, ranking global", by_kirsch(ranking="global"), teacher=True),

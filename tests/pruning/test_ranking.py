@@ -131,3 +131,38 @@ def test_goals_are_met_within_one_percent(graph, ranking, goal):
     reached = goal.fractions(plan.after, plan.before)
     assert all(value <= limit for value, limit in reached.values())
     assert min(limit - value for value, limit in reached.values()) < 0.01
+
+
+class Residual(nn.Module):
+    """A classifier of tokens with a residual stream, as in a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.wide, self.narrow = nn.Embedding(10, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head((x + self.narrow(self.wide(x).relu())).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("convolutions", {"taylor": "per_cost", "snip": "per_cost", "fisher": "per_cost", "hessian": "global"}),
+        ("transformer", {"taylor": "global", "snip": "global", "fisher": "per_cost", "hessian": "global"}),
+    ],
+)
+def test_the_default_ranking_follows_from_the_importance_and_the_kinds_of_units(network, expected):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 6), nn.Flatten())
+    inputs = torch.randn(4, 3, 8, 8)
+    if network == "transformer":
+        model = Residual()
+        inputs = torch.arange(12).reshape(4, 3) % 10
+    model.eval()
+    graph = kirsch.trace(model, inputs[:1])
+    data = [(inputs, torch.arange(4))]
+    for importance, ranking in (expected | {"magnitude": "global"}).items():
+        needed = {} if importance == "magnitude" else {"data": data}
+        plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), importance=importance, round_to=1, **needed)
+        assert plan.method["ranking"] == ranking

@@ -18,7 +18,7 @@ from kirsch.graph.plan import Goal, Plan
 from kirsch.pruning.blocks import BLOCK_IMPORTANCES, BlockScores, least_cost_of_blocks, plan_blocks
 from kirsch.pruning.importance import IMPORTANCES, importance_of
 from kirsch.pruning.learned.quality import check_search, quality_of
-from kirsch.pruning.loadable_plan import least_loadable, plan_function
+from kirsch.pruning.loadable_plan import is_loadable, least_loadable, plan_function
 from kirsch.pruning.max_drop import DropSearch, check_validation, minimized_cost
 from kirsch.pruning.options import (
     ClassWeights,
@@ -93,8 +93,9 @@ def plan(
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
             goal limits; "auto" is "per_cost" for "taylor", "fisher" and "snip", which estimate changes of the loss, and
-            "global" for others. "local" removes the same fraction of each group; "isomorphic" removes the same fraction
-            of each class of groups that occur in layers of the same types (after Fang et al. 2024, arXiv:2407.04616).
+            "global" for others, and for "taylor" and "snip" in transformers. "local" removes the same fraction of each
+            group; "isomorphic" removes the same fraction of each class of groups that occur in layers of the same types
+            (after Fang et al. 2024, arXiv:2407.04616).
             "milp" measures, for up to nine widths of each group, how much the outputs on `data` change if only this
             group is reduced, and chooses the widths with the least sum of changes by an integer program. This runs the
             model once for each width and batch. "legr" searches for the number of units of each group with
@@ -220,7 +221,8 @@ def plan(
         plan_for = partial(plan_blocks, graph, options=options, block_scores=block_scores)
     else:
         chosen = importance_of(options.importance_name if importance is None else importance)
-        options = options.with_ranking(chosen)
+        present = set() if is_loadable(graph, options) else {group.kind for group in graph.groups}
+        options = options.with_ranking(chosen, present)
         options.check_importance(chosen)
         if isinstance(importance, Mapping):
             _check_groups(graph, importance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -21,6 +21,8 @@ Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["auto", "global", "local", "isomorphic", "per_cost", "milp", "legr"]
 FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
 """Rankings that follow from the importances; the last one only for importances that are not negative."""
+FIRST_ORDER, RESIDUAL_STREAM = ("taylor", "snip"), "embedding dim"
+"""Importances that are absolute changes of the loss to first order, and the kind of the units of a residual stream."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")
@@ -75,8 +77,9 @@ class PlanOptions(Options):
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
             "each group by the measured change of the outputs on data; or search for the widths with the best quality "
-            "on data (legr); auto: per_cost for the importances taylor, fisher and snip, else global; in "
-            "recipes, milp if its measurements cost at most one pass over the training data"
+            "on data (legr); auto: per_cost for the importances taylor, fisher and snip, else global, and also for "
+            "taylor and snip in transformers; in recipes, milp if its measurements cost at most one pass over the "
+            "training data"
         ),
     )
     round_to: RoundTo = Field(
@@ -257,15 +260,22 @@ class PlanOptions(Options):
         default = "influence" if self.of_blocks else "magnitude"
         return default if self.importance is None else self.importance
 
-    def with_ranking(self, importance: Importance) -> Self:
-        """Return the options with the ranking that fits the importance, if it is "auto".
+    def with_ranking(self, importance: Importance, kinds: Collection[str]) -> Self:
+        """Return the options with the ranking that fits the importance and the model, if it is "auto".
 
         Changes of the loss can be added. The smallest sum at a given cost is that of the units with the lowest
-        importance per cost.
+        importance per cost. In transformers, changes to first order are too small for units of the residual stream,
+        which cost most; docs/benchmarks.md has the figures.
+
+        Args:
+            importance: the importance.
+            kinds: kinds of the units of the model.
         """
         if self.ranking != "auto" or self.of_blocks:
             return self
-        return self.changed(ranking="per_cost" if importance.of_loss and not importance.signed else "global")
+        additive = importance.of_loss and not importance.signed
+        fits = importance.name not in FIRST_ORDER or RESIDUAL_STREAM not in kinds
+        return self.changed(ranking="per_cost" if additive and fits else "global")
 
     @property
     def kind_weights(self) -> dict[str, float]:

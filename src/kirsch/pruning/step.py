@@ -297,11 +297,8 @@ class Prune(PlanOptions, Step):
             record["compensation"] = pruned.compensation.to_dict()
             record["notes"] = [*notes, f"Compensation: {pruned.compensation.text}."]
         record["before"] = plan.before.to_dict()
-        parts = (
-            figures.counted(len(plan.blocks), "block") if plan.blocks else figures.counted(len(plan.groups), "group")
-        )
-        by = f"{plan.method['importance']}, {plan.method['ranking']}" if plan.groups else plan.method["importance"]
-        record["cells"] = [*model_cells(record), f"{parts} ({by}), verified ({error:.0e})"]
+        chosen = figures.counted(len(plan.blocks), "block") if plan.blocks else plan.method["ranking"]
+        record["cells"] = [*model_cells(record), f"{chosen}, verified ({error:.0e})"]
         return record
 
     def load(self, job: Job, folder: Path, record: Record) -> None:
