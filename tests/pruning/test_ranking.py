@@ -9,6 +9,8 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import UsageError
+from kirsch.pruning import scores as scores_module
+from kirsch.pruning.importance import importance_of
 from kirsch.pruning.importance.importance import as_importance
 from kirsch.pruning.options import PlanOptions
 from kirsch.pruning.selection import ranked_together
@@ -166,3 +168,18 @@ def test_the_default_ranking_follows_from_the_importance_and_the_kinds_of_units(
         needed = {} if importance == "magnitude" else {"data": data}
         plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), importance=importance, round_to=1, **needed)
         assert plan.method["ranking"] == ranking
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_scores_from_labels_are_divided_by_the_mean_of_their_layer_except_in_transformers(divided):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model, inputs = (plain, torch.randn(16, 3)) if divided else (Residual(), torch.randint(0, 10, (16, 3)))
+    graph = kirsch.trace(model.eval(), inputs[:1])
+    options = PlanOptions(importance="taylor", ranking="global")
+    scores = scores_module.scores_of(
+        graph, options, importance_of("taylor"), [(inputs, torch.arange(16) % 4)], "cross-entropy"
+    )
+    means = [scores.get(group, options).mean() for group in graph.groups]
+    assert len(means) == 2
+    assert (np.array(means) == pytest.approx(1)) is divided

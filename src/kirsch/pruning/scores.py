@@ -10,6 +10,7 @@ from kirsch.errors import NumericError, UsageError
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.importance import GIVEN
 from kirsch.pruning.importance.statistics import Statistics
+from kirsch.pruning.options import RESIDUAL_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +49,7 @@ class ScoreCache:
         self._graph, self._importance, self.batches = graph, importance, batches
         self._settings = {"norm": options.norm, "seed": options.seed, "statistics": statistics}
         self._cache: dict[str, NDArray[np.float64]] = {}
+        self._has_residual_stream = any(group.kind == RESIDUAL_STREAM for group in graph.groups)
 
     def get(self, group: Group, options: PlanOptions) -> NDArray[np.float64]:
         """Return the importance of each unit, divided by the weight of its kind.
@@ -59,7 +61,8 @@ class ScoreCache:
             self._cache[group.name] = _importance_scores(self._graph, group, self._importance, self._settings)
         scores, weight = self._cache[group.name], options.kind_weights[group.kind]
         if options.ranking == "global" and not options.loadable and self._importance.needs == "labels":
-            scores = _relative(scores)
+            # In transformers, the scores of the residual stream must stay comparable with those of other units.
+            scores = scores if self._has_residual_stream else _relative(scores)
         if options.ranking == "milp":  # the weights divide the measured changes of the outputs
             return scores
         if (options.ranking == "per_cost" or weight != 1) and (scores < 0).any():
