@@ -28,6 +28,7 @@ COST, GOALS, MULTIPLE = "parameters", (0.8, 0.65, 0.5), 8
 """Cost that the goals limit, the goals, and a number that divides all hidden sizes of small models."""
 IMPORTANCES = ("magnitude", "taylor", "fisher", "wanda", "activation", "flap", "random")
 LOADABLE = ("magnitude", "taylor", "random")
+RANKINGS = ("per_cost", "isomorphic", "local", "milp")
 TRAINING = kirsch.Training(
     epochs=1, learning_rate=4e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.1, max_grad_norm=1.0
 )

@@ -21,6 +21,7 @@ COST, GOALS, MULTIPLE = "macs", (0.8, 0.65, 0.5, 0.3), 4
 """Cost that the goals limit, the goals, and a number that divides all hidden sizes of small models."""
 IMPORTANCES = ("magnitude", "taylor", "fisher", "wanda", "activation", "flap", "movement", "random")
 LOADABLE = ("magnitude", "taylor")
+RANKINGS = ("per_cost", "milp")
 TRAINING = kirsch.Training(
     epochs=6, learning_rate=1e-3, optimizer="adamw", weight_decay=0.01, warmup_epochs=0.5, max_grad_norm=1.0
 )

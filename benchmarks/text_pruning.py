@@ -1,4 +1,4 @@
-"""Compare importances for the pruning of transformers models, and write the tables in docs/benchmarks.md.
+"""Compare importances and rankings for the pruning of transformers models, and write the tables in docs/benchmarks.md.
 
 A small Llama and a small BERT are trained, pruned once to some goals by each importance, and trained for a short time
 by distillation from the dense model. All rows of a seed start from the same dense model and have the
@@ -46,6 +46,9 @@ ROWS, PAGE, MODELS = ROOT / "benchmarks/text_pruning.jsonl", ROOT / "docs/benchm
 START, END = "<!-- tables: written by benchmarks/text_pruning.py -->", "<!-- end of text_pruning tables -->"
 TASKS: dict[str, ModuleType] = {"decoder": text_decoder, "encoder": text_encoder}
 PRUNED, LOADABLE, SHORT, FULL, DENSE = "pruned", "loadable", "small, recovery only", "small, full training", "dense"
+RANKING = "ranking "
+"""Beginning of the methods that prune by the importance `RANKED` and the ranking that follows."""
+RANKED = "taylor"
 KEY = ("task", "seed", "method", "importance", "goal")
 
 
@@ -109,9 +112,10 @@ def measure(name: str, model: nn.Module, graph: kirsch.Graph, row: dict[str, Any
     task, seed = TASKS[name], row["seed"]
     if row["method"] == DENSE:
         return {"quality": task.quality(model), "bag_of_words": getattr(task, "bag_of_words", lambda: None)()}
-    if row["method"] in (PRUNED, LOADABLE):
+    ranking = row["method"].removeprefix(RANKING) if row["method"].startswith(RANKING) else "auto"
+    if row["method"] in (PRUNED, LOADABLE) or ranking != "auto":
         begun = time.process_time()
-        options = importance_options(name, seed, row["importance"])
+        options = importance_options(name, seed, row["importance"]) | {"ranking": ranking}
         goal = kirsch.Goal(**{task.COST: row["goal"]})
         plan = kirsch.plan(graph, goal, loadable=row["method"] == LOADABLE, progress=False, **options)
         found: dict[str, Any] = {"plan_seconds": round(time.process_time() - begun, 1)}
@@ -137,6 +141,7 @@ def rows_of(name: str, seed: int) -> list[dict[str, Any]]:
     methods = [(DENSE, None, 1.0)]
     methods += [(PRUNED, importance, goal) for importance in task.IMPORTANCES for goal in task.GOALS]
     methods += [(LOADABLE, importance, goal) for importance in task.LOADABLE for goal in task.GOALS]
+    methods += [(f"{RANKING}{ranking}", RANKED, goal) for ranking in task.RANKINGS for goal in task.GOALS]
     methods += [(method, None, goal) for method in (SHORT, FULL) for goal in task.GOALS]
     return [dict(zip(KEY, (name, seed, *each), strict=True)) for each in methods]
 
@@ -211,6 +216,7 @@ def table(name: str) -> list[str]:
         lines.append(f"| logistic regression on words | {100 * words:.1f} |" + len(heads) * " – |")
     titles = [(PRUNED, i, f"`{i}`") for i in task.IMPORTANCES]
     titles += [(LOADABLE, i, f"`{i}`, `loadable=True`") for i in task.LOADABLE]
+    titles += [(f"{RANKING}{r}", RANKED, f'`{RANKED}`, `ranking="{r}"`') for r in task.RANKINGS]
     titles += [(method, None, method) for method in (SHORT, FULL)]
     for method, importance, title in titles:
         values = [*cells(method, importance, "one_shot"), *cells(method, importance, "recovered")]

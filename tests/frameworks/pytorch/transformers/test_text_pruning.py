@@ -42,6 +42,7 @@ def benchmark(tmp_path, monkeypatch):
         monkeypatch.setattr(text_pruning, name, value)
     for task in (text_decoder, text_encoder):
         monkeypatch.setattr(task, "LOADABLE", ("magnitude",))
+        monkeypatch.setattr(task, "RANKINGS", ("local",))
         monkeypatch.setattr(task, "GOALS", (0.6,))
     monkeypatch.setattr(text_decoder, "IMPORTANCES", ("taylor", "wanda"))
     monkeypatch.setattr(text_encoder, "IMPORTANCES", ("movement", "random"))
@@ -80,6 +81,7 @@ def test_all_rows_of_a_seed_are_measured_once_and_appear_in_the_table(benchmark,
     assert "old" not in page
     for importance in text_pruning.TASKS[name].IMPORTANCES:
         assert f"| `{importance}` |" in page
+    assert '| `taylor`, `ranking="local"` |' in page
 
 
 @pytest.mark.parametrize("name", ["decoder", "encoder"])
