@@ -43,5 +43,8 @@ UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "
 Runtimes are fast for any number of these units; only the number of channels should be a multiple of 8 or 16.
 """
 
+RESIDUAL_STREAM = "embedding dim"
+"""Kind of the channels of a residual stream of linear layers, as in transformers; see `KINDS`."""
+
 BLOCK = "block"
 """Kind of a residual block, a module that can be replaced by the identity. A block is not a unit of a group."""

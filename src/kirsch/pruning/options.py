@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kirsch.annotations import AtLeastZero, Between, Count, Fix, MaxDrop, Names, OneOrMore, Seed
 from kirsch.errors import UnknownNameError, UsageError
-from kirsch.graph.kinds import BLOCK, KINDS
+from kirsch.graph.kinds import BLOCK, KINDS, RESIDUAL_STREAM
 from kirsch.options import Options
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ Norm: TypeAlias = Literal[1, 2]
 Ranking: TypeAlias = Literal["auto", "global", "local", "isomorphic", "per_cost", "milp", "legr"]
 FIXED_RANKINGS = ("global", "local", "isomorphic", "per_cost")
 """Rankings that follow from the importances; the last one only for importances that are not negative."""
-FIRST_ORDER, RESIDUAL_STREAM = ("taylor", "snip"), "embedding dim"
-"""Importances that are absolute changes of the loss to first order, and the kind of the units of a residual stream."""
+FIRST_ORDER = ("taylor", "snip")
+"""Importances that are absolute changes of the loss to first order."""
 RoundTo: TypeAlias = Count | Literal["auto"] | Mapping[str, Count]
 KindNames = Annotated[
     str | Sequence[str], OneOrMore(), Fix("Give one or several kinds of units, such as ['head', 'ffn unit'].")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from kirsch.errors import NumericError, UsageError
+from kirsch.graph.kinds import RESIDUAL_STREAM
 from kirsch.pruning.importance.calibration import batches_for, loss_of
 from kirsch.pruning.importance.importance import GIVEN
 from kirsch.pruning.importance.statistics import Statistics
-from kirsch.pruning.options import RESIDUAL_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable

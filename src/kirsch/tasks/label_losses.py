@@ -166,7 +166,7 @@ def squared_error(student: Any, targets: Any, *, mask: Any = None, label_smoothi
     return ops.masked_mean(ops.sum(difference * difference, -1), mask)
 
 
-def fix_of_one_hot(student: Any, labels: Any) -> str:
+def _fix_of_one_hot(student: Any, labels: Any) -> str:
     """Return the fix for labels that may be one-hot, with the shape of the logits; empty for others."""
     return "If they are one-hot, give labels.argmax(-1)." if tuple(labels.shape) == tuple(student.shape) else ""
 
@@ -187,14 +187,14 @@ def check_labels(student: Any, labels: Any, mask: Any = None) -> tuple[Any, Any]
         raise DataError(
             f"The labels have type {ops.dtype(labels)}.",
             "Class numbers must be integers.",
-            fix_of_one_hot(student, labels)
+            _fix_of_one_hot(student, labels)
             or "Convert class numbers to int64; for probabilities or real numbers choose another label loss.",
         )
     if tuple(labels.shape) != tuple(student.shape[:-1]):
         raise ShapeError(
             f"The labels have shape {tuple(labels.shape)}; the logits have shape {tuple(student.shape)}.",
             f"Labels of shape {tuple(student.shape[:-1])} are needed: one class number for each sample or position.",
-            fix_of_one_hot(student, labels),
+            _fix_of_one_hot(student, labels),
         )
     if mask is None and ops.is_known_to_hold((labels >= 0) & (labels < student.shape[-1])):
         return labels, None

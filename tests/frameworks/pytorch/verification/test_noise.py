@@ -9,16 +9,15 @@ from torch import nn
 import kirsch
 from kirsch.errors import VerificationError
 from kirsch.frameworks.pytorch.surgery.cut import cut
-from kirsch.frameworks.pytorch.verification import noise as module
-from kirsch.frameworks.pytorch.verification.noise import ConvertedTensors, Noise
+from kirsch.frameworks.pytorch.verification.noise import ConvertedTensors, Noise, named_tensors
 from kirsch.frameworks.pytorch.verification.verify import verify
 from kirsch.graph.labels import Tensor
 
 SHAPE = (512, 512)
 
 
-def changed(change, shape=SHAPE):
-    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def changed(change):
+    weight = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     change(weight)
     return weight
 
@@ -63,7 +62,7 @@ def test_a_large_weight_with_equal_or_small_slices_has_noise(name):
 )
 def test_small_tensors_and_vectors_have_noise_and_large_weights_have_none(layer, expected):
     noise = Noise(layer)
-    tensors = module.named_tensors(layer)
+    tensors = named_tensors(layer)
     assert {name: noise.changes(id(tensors[name])) for name in expected} == expected
     for name, changes in expected.items():
         value = tensors[name].detach()

@@ -37,7 +37,7 @@ def configured_depths(model: nn.Module, graph: Graph) -> list[ConfiguredDepth]:
         last = f"{path.removeprefix(prefix)}.{length - 1}."
         without_last = {name for name in names if not name.startswith(last)}
         for number, value in numbers(model.config).items():
-            if value == length and type(value) is int and _lacks(model, {number: length - 1}, without_last):
+            if value == length and type(value) is int and _builds_with(model, {number: length - 1}, without_last):
                 elements = tuple(f"{path}.{index}" for index in range(length))
                 types = tuple(_type(traced.get_submodule(element)) for element in elements)
                 found.append(ConfiguredDepth(number, length, elements, tuple(blocks), types))
@@ -65,8 +65,8 @@ def _lists(graph: Graph) -> dict[str, list[str]]:
     return lists
 
 
-def _lacks(model: nn.Module, changes: Mapping[str, float], names: set[str]) -> bool:
-    """Return whether a model that is built with changed numbers has only these tensors, and a cache for its layers."""
+def _builds_with(model: nn.Module, changes: Mapping[str, float], names: set[str]) -> bool:
+    """Return whether a model that is built with changed numbers has these tensors only, and a cache for its layers."""
     try:
         changed = build(model, changes, "meta")
     except Exception:  # noqa: BLE001 - the code of the model can raise any exception if numbers do not fit
