@@ -168,6 +168,8 @@ def test_the_default_ranking_follows_from_the_importance_and_the_kinds_of_units(
         needed = {} if importance == "magnitude" else {"data": data}
         plan = kirsch.plan(graph, kirsch.Goal(macs=0.7), importance=importance, round_to=1, **needed)
         assert plan.method["ranking"] == ranking
+        plan = kirsch.plan(graph, kirsch.Goal(macs=0.9, memory=0.95), importance=importance, round_to=1, **needed)
+        assert plan.method["ranking"] == "global"
 
 
 @pytest.mark.parametrize("divided", [True, False])

@@ -92,10 +92,11 @@ def plan(
             themselves for other losses.
         norm: 1 or 2, the norm of "magnitude" and "lamp".
         ranking: "global" ranks all units together; "per_cost" as well, by their importance divided by the cost that the
-            goal limits; "auto" is "per_cost" for "taylor", "fisher" and "snip", which estimate changes of the loss, and
-            "global" for others, and for "taylor" and "snip" in transformers. "local" removes the same fraction of each
-            group; "isomorphic" removes the same fraction of each class of groups that occur in layers of the same types
-            (after Fang et al. 2024, arXiv:2407.04616).
+            goal limits. "auto" is "per_cost" for "taylor", "fisher" and "snip", which estimate changes of the loss, and
+            "global" for others. It is also "global" for "taylor" and "snip" in models with units of kind "embedding
+            dim", such as transformers, and for goals on the memory. "local" removes the same fraction of each group;
+            "isomorphic" removes the same fraction of each class of groups that occur in layers of the same types (after
+            Fang et al. 2024, arXiv:2407.04616).
             "milp" measures, for up to nine widths of each group, how much the outputs on `data` change if only this
             group is reduced, and chooses the widths with the least sum of changes by an integer program. This runs the
             model once for each width and batch. "legr" searches for the number of units of each group with
@@ -222,7 +223,8 @@ def plan(
     else:
         chosen = importance_of(options.importance_name if importance is None else importance)
         present = set() if is_loadable(graph, options) else {group.kind for group in graph.groups}
-        options = options.with_ranking(chosen, present)
+        limits_memory = goal is not None and goal.memory is not None
+        options = options.with_ranking(chosen, present, limits_memory=limits_memory)
         options.check_importance(chosen)
         if isinstance(importance, Mapping):
             _check_groups(graph, importance)

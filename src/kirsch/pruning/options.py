@@ -77,9 +77,9 @@ class PlanOptions(Options):
             "rank the units of all layers together (global), divided by their cost (per_cost), of each group by itself "
             "(local), of each class of groups in layers of the same types (isomorphic); milp: choose among widths of "
             "each group by the measured change of the outputs on data; or search for the widths with the best quality "
-            "on data (legr); auto: per_cost for the importances taylor, fisher and snip, else global, and also for "
-            "taylor and snip in transformers; in recipes, milp if its measurements cost at most one pass over the "
-            "training data"
+            "on data (legr); auto: per_cost for the importances taylor, fisher and snip, else global; global also for "
+            "taylor and snip if the model has units of kind embedding dim, and for goals on the memory; in recipes, "
+            "milp if its measurements cost at most one pass over the training data"
         ),
     )
     round_to: RoundTo = Field(
@@ -260,22 +260,24 @@ class PlanOptions(Options):
         default = "influence" if self.of_blocks else "magnitude"
         return default if self.importance is None else self.importance
 
-    def with_ranking(self, importance: Importance, kinds: Collection[str]) -> Self:
+    def with_ranking(self, importance: Importance, kinds: Collection[str], *, limits_memory: bool) -> Self:
         """Return the options with the ranking that fits the importance and the model, if it is "auto".
 
         Changes of the loss can be added. The smallest sum at a given cost is that of the units with the lowest
-        importance per cost. In transformers, changes to first order are too small for units of the residual stream,
-        which cost most; docs/benchmarks.md has the figures.
+        importance per cost. There are two exceptions. Changes to first order are too small for units of a residual
+        stream, which cost most; docs/benchmarks.md has the figures. The memory is a maximum, so that units have no cost
+        of their own.
 
         Args:
             importance: the importance.
             kinds: kinds of the units of the model.
+            limits_memory: whether the goal limits the memory.
         """
         if self.ranking != "auto" or self.of_blocks:
             return self
-        additive = importance.of_loss and not importance.signed
-        fits = importance.name not in FIRST_ORDER or RESIDUAL_STREAM not in kinds
-        return self.changed(ranking="per_cost" if additive and fits else "global")
+        of_stream = importance.name in FIRST_ORDER and RESIDUAL_STREAM in kinds
+        per_cost = importance.of_loss and not importance.signed and not of_stream and not limits_memory
+        return self.changed(ranking="per_cost" if per_cost else "global")
 
     @property
     def kind_weights(self) -> dict[str, float]:
