@@ -314,7 +314,8 @@ def table(network: str, fraction: float) -> list[str]:
         if not (found := complete[method]):
             failed = next((row["error"] for row in rows if "error" in row and is_by(row, method)), None)
             if failed is not None:
-                lines.append(f"| {method.tool} | {method.name} | {failed.replace('|', '/')} | – | – | – | – | – |")
+                reason = "goal out of reach" if failed.startswith("GoalError") else failed.replace("|", "/")
+                lines.append(f"| {method.tool} | {method.name} | {reason} | – | – | – | – | – |")
             continue
         speed = next((row for row in reversed(rows) if "speedup" in row and is_by(row, method)), None)
         ratio = float(np.mean([row["macs"] for row in found]))
