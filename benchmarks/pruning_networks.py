@@ -20,7 +20,6 @@ from kirsch.frameworks.find import framework_of
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from rankings import ViT  # noqa: E402 - the network of the other benchmark
 from resnet56 import PadShortcut, ResNet56, resnet56  # noqa: E402 - the example's own network
 from resnet_to_mobilenet import mobilenet  # noqa: E402 - the example's own network
 
@@ -31,6 +30,28 @@ CALIBRATION, BATCH, TEST, FEW = 256, 64, 10_000, 2_000
 IMAGE = torch.zeros(1, 3, 32, 32)
 TEMPERATURE, WEIGHT = 4.0, 0.9
 """Temperature and weight of the distillation loss."""
+
+
+class ViT(nn.Module):
+    """A vision transformer of four layers with a class token, on patches of 8 × 8 pixels."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.cls, self.positions = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 17, width))
+        layers = [
+            nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True) for _ in "1234"
+        ]
+        self.layers, self.norm, self.head = nn.ModuleList(layers), nn.LayerNorm(width), nn.Linear(width, 10)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits, shape (N, 10)."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x[:, 0]))
 
 
 @cache
