@@ -8,6 +8,7 @@ from torch import nn
 
 import kirsch
 from kirsch.errors import GoalError
+from kirsch.pruning.units import unit_cost
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
@@ -141,3 +142,26 @@ def test_the_memory_of_a_model_without_a_block_is_predicted():
         without = graph.prices.price(graph.keep({}), [block])
         smaller = nn.Sequential(*(layer for index, layer in enumerate(model) if str(index) != block))
         assert without == kirsch.trace(smaller, IMAGES).cost
+
+
+def test_the_memory_cost_of_a_unit_counts_every_operation_above_the_goal():
+    """Four equal blocks: a hidden layer lowers the memory of its block only, and so not the peak."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *(Residual(16, 48) for _ in "1234"), nn.Flatten(), nn.Linear(3136, 4))
+    graph = kirsch.trace(model.eval(), IMAGES)
+    stream, *hidden = graph.groups
+    costs = [unit_cost(graph, kirsch.Goal(memory=0.7), [group]) for group in (stream, *hidden)]
+    assert costs[1:] == pytest.approx([costs[1]] * 4)
+    assert 1 < costs[0] / costs[1] < 48
+
+    def importance(graph, group):
+        return [1.1 * costs[0] if group.name == stream.name else costs[1]] * group.size
+
+    plan = kirsch.plan(graph, kirsch.Goal(memory=0.7), importance=importance, ranking="per_cost", round_to=1)
+    assert {removal.name for removal in plan.groups} == {group.name for group in hidden}
+
+
+def test_a_note_names_the_limit_because_of_which_another_one_is_far_undercut():
+    plan = kirsch.plan(kirsch.trace(network(), IMAGES), kirsch.Goal(memory=0.4, macs=0.9), round_to=1)
+    (note,) = (note for note in plan.notes if "points below" in note)
+    assert note.startswith("MACs are ")
+    assert note.endswith("points below the goal of 90.0%, because of the goal on the bytes of the activations.")

@@ -24,6 +24,9 @@ ON_OPTIONS = ("exclude=", "keep_outputs=", "kinds=", "max_drop=", "round_to=", "
 CLOSE = 0.01
 """A plan that is below its goal by more than this fraction of the original cost gets a note."""
 
+FAR = 0.1
+"""A plan gets a note if it is below one limit of its goal by more than this fraction, because of another limit."""
+
 ALIGNED = 4
 """ONNX Runtime cannot use its blocked layout of convolutions for widths that are not multiples of this number.
 
@@ -98,15 +101,22 @@ def met_note(plan: Plan) -> str:
 
 
 def landing_note(plan: Plan, graph: Graph) -> str:
-    """Return a note with the reason why a plan is far below its goal; empty if the plan is close to the goal."""
+    """Return a note with the reason why a plan is far below a limit of its goal; empty if it is close to all limits."""
     if plan.limits is None or not (plan.groups or plan.blocks) or "round_to" not in plan.method:
         return ""
     reached = plan.limits.fractions(plan.after, plan.before)
-    name, (value, limit) = min(reached.items(), key=lambda item: item[1][1] - item[1][0])
-    if limit - value <= CLOSE:
-        return ""
+    below = {name: limit - value for name, (value, limit) in reached.items()}
+    closest, farthest = min(below, key=lambda name: below[name]), max(below, key=lambda name: below[name])
+    if below[closest] > CLOSE:
+        return f"{_distance_text(closest, *reached[closest])}. {_landing_reason(plan, graph, closest)}"
+    if below[farthest] > FAR:
+        return f"{_distance_text(farthest, *reached[farthest])}, because of the goal on the {WORDS[closest]}."
+    return ""
+
+
+def _distance_text(name: str, value: float, limit: float) -> str:
     distance = f"{100 * (limit - value):.1f} points below the goal of {limit:.1%}"
-    return f"{WORDS[name]} are {value:.1%} of the original, {distance}. {_landing_reason(plan, graph, name)}"
+    return f"{WORDS[name]} are {value:.1%} of the original, {distance}"
 
 
 def _landing_reason(plan: Plan, graph: Graph, name: str) -> str:

@@ -227,11 +227,20 @@ def _chooser(graph: Graph, goal: Goal | None, options: PlanOptions, scores: Scor
 
 
 def unit_cost(graph: Graph, goal: Goal, groups: Sequence[Group]) -> float:
-    """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits."""
-    without = graph.prices.price(graph.keep({group.name: tuple(range(group.size)) for group in groups}))
-    remaining, present = (goal.fractions(cost, graph.cost) for cost in (without, graph.cost))
-    cost = sum(present[name][0] - remaining[name][0] for name in present) / sum(group.size for group in groups)
-    return max(cost, np.finfo(float).eps)
+    """Return the mean cost of a unit of some groups, as the sum of its fractions of the costs that the goal limits.
+
+    The memory is a maximum over the operations, which the units of a single group hardly change. Its cost is the mean
+    over the operations that need more memory than the goal allows.
+    """
+    present, removed = graph.keep({}), graph.keep({group.name: tuple(range(group.size)) for group in groups})
+    before, after = (goal.fractions(graph.prices.price(keep), graph.cost) for keep in (present, removed))
+    saved = {name: before[name][0] - after[name][0] for name in before}
+    if goal.memory is not None:
+        original = max((goal.of or graph.cost).memory, 1)
+        profile, remaining = (graph.prices.memory_profile(keep) / original for keep in (present, removed))
+        too_large = profile > goal.memory
+        saved["memory"] = float((profile - remaining)[too_large].mean()) if too_large.any() else 0.0
+    return max(sum(saved.values()) / sum(group.size for group in groups), np.finfo(float).eps)
 
 
 def _removals(
