@@ -13,6 +13,7 @@ import kirsch
 from kirsch.errors import GoalError
 from kirsch.frameworks.pytorch.io.vision import import_beside
 from kirsch.graph.cost_names import WORDS
+from kirsch.pruning.units import unit_cost
 
 RANKINGS = ("global", "per_cost", "local", "isomorphic")
 FRACTIONS = (0.3, 0.5, 0.7)
@@ -203,3 +204,19 @@ def test_a_plan_with_widths_by_hand_does_not_blame_the_rounding():
         "MACs are 25.0% of the original, 65.0 points below the goal of 90.0%. "
         "The widths in `keep` are fixed, and no unit of another layer can be restored without missing the goal."
     )
+
+
+def test_single_steps_are_exchanged_if_a_limit_on_one_group_leads_away_from_the_goal():
+    """Without the two groups that are ranked first, the third one would remove far more than the goal asks for."""
+    widths = (3, 32, 64, 32, 32, 64)
+    layers = [nn.Conv2d(*pair, 3, 2 if pair[0] == pair[1] else 1, 1) for pair in itertools.pairwise(widths)]
+    graph = kirsch.trace(nn.Sequential(*layers, nn.Conv2d(64, 4, 1)).eval(), torch.randn(1, 3, 32, 32))
+    goal, ranks = kirsch.Goal(macs=0.99), {"1": 1.0, "2": 1.1, "0": 1.2, "3": 1.3, "4": 1.4}
+    costs = {group.name: unit_cost(graph, goal, [group]) for group in graph.groups}
+
+    def importance(graph, group):
+        return [ranks[group.name] * costs[group.name]] * group.size
+
+    plan = kirsch.plan(graph, goal, importance=importance, ranking="per_cost", round_to=4)
+    assert 0.98 <= plan.after.macs / plan.before.macs <= 0.99
+    assert {removal.name for removal in plan.groups} <= {"3", "4"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -117,6 +118,10 @@ class Candidate:
         steps = self.steps
         return steps[max(0, int(np.searchsorted(steps, most, side="right")) - 1)]
 
+    def next_step(self, count: int) -> int:
+        """Return the smallest allowed number of removed units above `count`, or the largest one."""
+        return next((step for step in self.steps if step > count), self.steps[-1])
+
 
 class Chooser:
     """Search over choices. A choice is the number of removed units, or portions of units, of each candidate.
@@ -216,6 +221,8 @@ class Chooser:
     ) -> list[int]:
         """Return a choice that is closer to the goal: fewer units of one candidate, and more of others, as in `search`.
 
+        If no limit on one candidate helps, single steps of two candidates are exchanged.
+
         Args:
             best: a choice that meets the goal.
             limits: largest number of removed units of each candidate.
@@ -231,10 +238,23 @@ class Chooser:
                 if self.fits(trial):
                     trials.append((self.refine(trial, fewest), changed))
             worth = [trial for trial in trials if self._is_worth(trial[0], best)]
+            worth = worth or [(trial, limits) for trial in self._exchanges(best) if self._is_worth(trial, best)]
             if not worth:
                 break
             best, limits = min(worth, key=lambda trial: self.removed_importance(trial[0]))
         return best
+
+    def _exchanges(self, counts: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the choices that meet the goal with one step less of one candidate and one step more of another."""
+        free = [index for index, candidate in enumerate(self.candidates) if candidate.kept is None]
+        for less, more in itertools.permutations(free, 2):
+            trial = list(counts)
+            trial[less] = self.candidates[less].allowed(counts[less] - 1)
+            trial[more] = self.candidates[more].next_step(counts[more])
+            if trial[less] < counts[less] and trial[more] > counts[more]:
+                trial = self.repaired(trial)
+                if self.fits(trial):
+                    yield trial
 
     def filled(self, counts: Sequence[int], close: float) -> list[int]:
         """Return a choice that is closer to the goal than another one, of which only a few numbers change."""
