@@ -183,3 +183,19 @@ def test_a_goal_on_macs_of_a_model_without_parameters_advises_another_model():
     graph = kirsch.trace(nn.MaxPool1d(2), torch.randn(1, 3, 4))
     with pytest.raises(GoalError, match=r"has no MACs and no parameters\. Give a model that has layers"):
         plan(graph, kirsch.Goal(macs=0.5))
+
+
+@pytest.mark.parametrize("softmax", ["freeze", "kept"])
+def test_kinds_that_the_model_does_not_have_are_named(softmax):
+    graph = kirsch.trace(
+        nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(1, 6), softmax=softmax
+    )
+    error = refused(graph, kirsch.Goal(parameters=0.6), kinds=["expert", "head"])
+    assert error.why.startswith(
+        "Nothing can be removed with these options. kinds='expert' has no effect: Sequential has no units of this kind. "
+        "Its kinds of units: ffn unit."
+    )
+    assert "kinds='head' has no effect" in error.why
+    assert ('Experts can only be removed after kirsch.trace(..., softmax="kept").' in error.why) is (
+        softmax == "freeze"
+    )

@@ -43,6 +43,9 @@ UNROUNDED_KINDS = frozenset(["expert", "kv group", "head", "head in kv group", "
 Runtimes are fast for any number of these units; only the number of channels should be a multiple of 8 or 16.
 """
 
+EXPERT = "expert"
+"""Kind of the experts of a mixture; see `KINDS`."""
+
 RESIDUAL_STREAM = "embedding dim"
 """Kind of the channels of a residual stream of linear layers, as in transformers; see `KINDS`."""
 

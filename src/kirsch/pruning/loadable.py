@@ -15,7 +15,7 @@ from kirsch.frameworks.find import framework_of
 from kirsch.graph.configuration import ConfiguredWidth
 from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import mean_influence
-from kirsch.pruning.notes import CLOSE
+from kirsch.pruning.notes import CLOSE, absent_kind_notes
 from kirsch.pruning.obstacles import Least, reachable
 from kirsch.pruning.output_change import Variant, mean_output_changes
 from kirsch.pruning.search import Candidate, Chooser
@@ -189,6 +189,7 @@ class LoadableSearch:
             f"{_names(width)}: {width.refused.rstrip('.')}" for width in self._configurable.widths if width.refused
         ]
         held = f"It can state {figures.listed([*widths, *depths], 8)}." if widths or depths else "It can state no cut."
+        held = " ".join([held, *absent_kind_notes(self._graph, self._options)])
         reason = f" It cannot state {'; '.join(refused[:3])}." if refused else ""
         fix = "Remove `loadable`, and save the pruned model with kirsch.save."
         if self._goal.met_by(least, self._graph.cost):

@@ -9,7 +9,7 @@ from kirsch import figures
 from kirsch.graph.cost_names import WORDS
 from kirsch.graph.facts import UNUSED
 from kirsch.graph.inputs import tensors
-from kirsch.graph.kinds import BLOCK, UNROUNDED_KINDS
+from kirsch.graph.kinds import BLOCK, EXPERT, UNROUNDED_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -177,15 +177,21 @@ def absent_kind_notes(graph: Graph, options: PlanOptions) -> list[str]:
 
     This is not an error, because a recipe may be used for several models.
     """
-    present = {group.kind for group in graph.groups}
     return [
-        f"{option}={kind!r} has no effect: {graph.model_name} has no units of this kind. Its kinds of units: "
-        f"{', '.join(sorted(present))}."
+        f"{option}={kind!r} has no effect: {_absent_kind(graph, kind)}"
         for option in ("kinds", "round_to")
         if not isinstance(getattr(options, option), (int, str))
         for kind in getattr(options, option) or ()
-        if kind not in present and kind != BLOCK
+        if kind not in {BLOCK, *(group.kind for group in graph.groups)}
     ]
+
+
+def _absent_kind(graph: Graph, kind: str) -> str:
+    """Return a sentence that the model has no units of a kind, with the kinds that it has."""
+    kinds = ", ".join(sorted({group.kind for group in graph.groups}))
+    hint = ' Experts can only be removed after kirsch.trace(..., softmax="kept").'
+    needs_hint = kind == EXPERT and graph.tracing.softmax == "freeze"
+    return f"{graph.model_name} has no units of this kind. Its kinds of units: {kinds}.{hint if needs_hint else ''}"
 
 
 def unused_notes(plan: Plan, graph: Graph) -> list[str]:

@@ -15,6 +15,7 @@ from kirsch.errors import GoalError, KirschError
 from kirsch.graph.cost_names import WORDS
 from kirsch.graph.facts import INPUTS
 from kirsch.pruning.by_hand import kept_units
+from kirsch.pruning.notes import absent_kind_notes
 from kirsch.pruning.selection import exclusions
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ def unreachable(graph: Graph, goal: Goal, options: PlanOptions, least: Callable[
         return f"{' and '.join(f'{value} of the {word}' for word, value in remaining.items())} remain"
 
     causes = _causes(graph, goal, options, reached)
-    nothing = "Nothing can be removed with these options. " if reached.cost == graph.cost else ""
+    nothing = ""
+    if reached.cost == graph.cost:
+        notes = absent_kind_notes(graph, options)
+        nothing = " ".join(["Nothing can be removed with these options.", *notes, ""])
     fixes = (_fix(options, graph, shortfall), reachable(goal, reached.cost, graph.cost))
     return GoalError(
         f"No plan for {graph.model_name} reaches the goal: {goal.shortfall(reached.cost, graph.cost)}.",

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kirsch.graph.kinds import EXPERT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -46,7 +48,7 @@ class GatingEntries:
 
 def gating_entries(graph: Graph, group: Group) -> list[GatingEntries]:
     """Return the entries of the parameters whose w · ∂L/∂w are summed for the gates of the units of a group."""
-    read = graph.input_axes(group) or (_last_weights(graph, group) if group.kind == "expert" else [])
+    read = graph.input_axes(group) or (_last_weights(graph, group) if group.kind == EXPERT else [])
     produced = [key for key in group.footprint if key[0] in graph.parameters and key not in read]
     pairs = graph.coupling.marks.get("contracted with activations")
     if pairs is None or not pairs[group.components].any():

@@ -12,7 +12,7 @@ import torch
 
 import kirsch
 from configured_models import INPUT, Config, Small, Tied, assert_configuration_builds
-from kirsch.errors import GoalError, UsageError
+from kirsch.errors import GoalError, ModelError, UsageError
 from kirsch.frameworks.pytorch.transformers.depths import configured_depths
 from kirsch.graph.configuration import ConfiguredDepth
 from kirsch.pruning.prune import prune_with_verification
@@ -61,6 +61,28 @@ def test_every_other_family_is_half_as_large_and_loads_elsewhere_or_is_refused_i
     else:
         assert found["same"]
         assert 0.48 <= found["left"] <= 0.5
+
+
+def test_experts_are_removed_if_the_router_may_choose_among_fewer(tmp_path):
+    model, inputs = RECIPES["Mixtral"].build()
+    graph = kirsch.trace(with_noise(model), inputs, softmax="kept")
+    plan = kirsch.plan(graph, kirsch.Goal(parameters=0.75), kinds=["expert"], loadable=True)
+    assert plan.configuration == {"num_local_experts": 2}
+    pruned = kirsch.prune(model, plan)
+    pruned.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], pruned(**inputs)[0])
+
+
+def test_experts_that_run_one_after_another_cannot_be_traced_and_the_error_has_the_fix():
+    model, inputs = RECIPES["Mixtral"].build()
+    model.set_experts_implementation("eager")
+    with pytest.raises(ModelError, match="cannot be traced") as caught:
+        kirsch.trace(model, inputs)
+    assert 'Call model.set_experts_implementation("grouped_mm")' in caught.value.fix
+    model.set_experts_implementation("grouped_mm")
+    kirsch.trace(model, inputs)
 
 
 @pytest.fixture

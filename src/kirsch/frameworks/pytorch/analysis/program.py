@@ -137,15 +137,21 @@ def _reason(
     dynamic = any(word in type(error).__name__ for word in ("DataDependent", "GuardOn")) or "data-dependent" in str(
         error
     )
-    fix = (
-        "The operations that `forward` runs depend on the values of the inputs. "
-        'Trace a part without such decisions (module="backbone"), '
+    if dynamic:
+        return what, why, _fix_of_decisions(model)
+    inputs = "Check that model(*example_inputs) runs, and that the model expects inputs of these shapes."
+    return what, why, fix_of_inputs(model, args, options, error) or inputs
+
+
+def _fix_of_decisions(model: nn.Module) -> str:
+    """Return the fix for a model whose operations depend on the values of the inputs."""
+    depend = "The operations that `forward` runs depend on the values of the inputs."
+    if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
+        return f'{depend} Call model.set_experts_implementation("grouped_mm") before kirsch.trace.'
+    return (
+        f'{depend} Trace a part without such decisions (module="backbone"), '
         'or follow the decisions for these inputs (kirsch.trace(..., decisions="example"), in Python only).'
-        if dynamic
-        else fix_of_inputs(model, args, options, error)
-        or "Check that model(*example_inputs) runs, and that the model expects inputs of these shapes."
     )
-    return what, why, fix
 
 
 def user_line(error: BaseException) -> str:
