@@ -192,8 +192,8 @@ def test_kinds_that_the_model_does_not_have_are_named(softmax):
     )
     error = refused(graph, kirsch.Goal(parameters=0.6), kinds=["expert", "head"])
     assert error.why.startswith(
-        "Nothing can be removed with these options. kinds='expert' has no effect: Sequential has no units of this kind. "
-        "Its kinds of units: ffn unit."
+        "Nothing can be removed with these options. kinds='expert' has no effect: Sequential has no units of this "
+        "kind. Its kinds of units: ffn unit."
     )
     assert "kinds='head' has no effect" in error.why
     assert ('Experts can only be removed after kirsch.trace(..., softmax="kept").' in error.why) is (

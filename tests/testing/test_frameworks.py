@@ -111,6 +111,10 @@ def doubled(function):
     return lambda *args: {name: 2 * value for name, value in function(*args).items()}
 
 
+def doubled_products(function):
+    return lambda *args: ({name: 2 * value for name, value in product.items()} for product in function(*args))
+
+
 def unmasked(model):
     """Return the model with ones in place of zeros."""
     for parameter in model.parameters():
@@ -208,7 +212,7 @@ FAULTS = [
     ),
     (
         "check_gradients_predict_the_change_of_loss_and_gradient",
-        planted("calibration", hessian_products=doubled(CALIBRATION.hessian_products)),
+        planted("calibration", hessian_products=doubled_products(CALIBRATION.hessian_products)),
         "the products with the Hessian",
     ),
     (

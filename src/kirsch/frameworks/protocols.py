@@ -120,9 +120,12 @@ class Calibration(PairedRuns, Protocol):
         """
 
     def hessian_products(
-        self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the product of the Hessian of the loss with a vector, which has an array for each parameter."""
+        self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], vectors: Iterable[Mapping[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the product of the Hessian of the loss with each vector, for the parameters of the vector.
+
+        A vector has an array for each of some parameters, and is 0 for the others.
+        """
 
     def loss_without(
         self, graph: Graph, batch: Batch, loss: Callable[[Any, Any], Any], keep: NDArray[np.bool_]

@@ -238,7 +238,7 @@ class Chooser:
                 if self.fits(trial):
                     trials.append((self.refine(trial, fewest), changed))
             worth = [trial for trial in trials if self._is_worth(trial[0], best)]
-            worth = worth or [(trial, limits) for trial in self._exchanges(best) if self._is_worth(trial, best)]
+            worth = worth or [(trial, [*limits]) for trial in self._exchanges(best) if self._is_worth(trial, best)]
             if not worth:
                 break
             best, limits = min(worth, key=lambda trial: self.removed_importance(trial[0]))

@@ -34,7 +34,7 @@ def check_gradients_predict_the_change_of_loss_and_gradient(example: FrameworkEx
     calibration, model = example.framework.calibration, example.model()
     graph, batch = example.graph(model), Batch(example.inputs, example.labels)
     gradient = calibration.gradients(graph, batch, _cross_entropy)
-    product = calibration.hessian_products(graph, batch, _cross_entropy, gradient)
+    (product,) = calibration.hessian_products(graph, batch, _cross_entropy, [gradient])
     assert set(gradient) == set(graph.parameters), "gradients and parameters have different names"
     arrays = {name: host(value).astype(np.float64) for name, value in gradient.items()}
     square = sum(float((value**2).sum()) for value in arrays.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 HESSIAN_VECTORS = 32
-"""Number of random vectors from which the diagonal of the Hessian is estimated, the same ones for each batch."""
+"""Number of random vectors for each parameter, from which its second derivatives are estimated."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ class Statistics:
 
     def second_order(self, group: Group) -> NDArray[np.float64]:
         """Return the sum over the weights that read each unit of w² · ∂²L/∂w², with estimated second derivatives."""
-        weights = self._weights
-        return self._per_unit(group, {name: weights[name] ** 2 * h for name, h in self._hessian_diagonal.items()})
+        return self._per_unit(group, self._second_order)
 
     def loss_changes(self, group: Group) -> NDArray[np.float64]:
         """Return the change of the mean loss when a unit is removed from the model, for each unit of a group."""
@@ -128,30 +128,39 @@ class Statistics:
     @cached_property
     def _hessian_gradient(self) -> dict[str, Any]:
         direction = self._mean_gradient
-        return self._mean_over_batches(
-            lambda batch: self._calibration.hessian_products(self._graph, batch, self._required_loss, direction)
-        )
+
+        def product(batch: Batch) -> dict[str, Any]:
+            [found] = self._calibration.hessian_products(self._graph, batch, self._required_loss, [direction])
+            return found
+
+        return self._mean_over_batches(product)
 
     @cached_property
-    def _hessian_diagonal(self) -> dict[str, Any]:
-        """Diagonal of the Hessian: the mean of z · (H z) over random vectors z of signs (Hutchinson's estimator).
+    def _second_order(self) -> dict[str, Any]:
+        """Estimates of w² · ∂²L/∂w² for the weights that gate units, whose sums over a unit are useful.
 
-        All batches use the same vectors, so that the estimate does not depend on the division into batches.
+        The estimate is the mean of v · (H v) over random vectors v = w · z, with signs z (Hutchinson's estimator for
+        the diagonal of w · H · w). Each vector is 0 outside of one parameter, because second derivatives by weights of
+        two layers would only add noise. All batches use the same vectors, so that the estimate does not depend on the
+        division into batches.
         """
-        gating = {part.name for parts in self._gating.values() for part in parts}  # others would only add noise
+        gating = {part.name for parts in self._gating.values() for part in parts}
         weights = {name: value for name, value in self._calibration.weights(self._graph).items() if name in gating}
 
-        def estimate(batch: Batch) -> dict[str, Any]:
+        def vectors() -> Iterator[dict[str, Any]]:
             random = np.random.default_rng(self._seed)
+            for name, value in weights.items():
+                for _ in range(HESSIAN_VECTORS):
+                    signs = random.choice([-1.0, 1.0], tuple(value.shape))
+                    yield {name: value * ops.convert_to_tensor(signs, like=value)}
+
+        def estimate(batch: Batch) -> dict[str, Any]:
             total: dict[str, Any] = {}
-            for _ in range(HESSIAN_VECTORS):
-                signs = {
-                    name: ops.convert_to_tensor(random.choice([-1.0, 1.0], tuple(value.shape)), like=value)
-                    for name, value in weights.items()
-                }
-                products = self._calibration.hessian_products(self._graph, batch, self._required_loss, signs)
-                for name, product in products.items():
-                    term = ops.upcast(signs[name]) * ops.upcast(product) / HESSIAN_VECTORS
+            given, again = itertools.tee(vectors())
+            products = self._calibration.hessian_products(self._graph, batch, self._required_loss, given)
+            for vector, product in zip(again, products, strict=True):
+                for name, value in product.items():
+                    term = ops.upcast(vector[name]) * ops.upcast(value) / HESSIAN_VECTORS
                     total[name] = total[name] + term if name in total else term
             return total
 

@@ -16,7 +16,7 @@ from kirsch.frameworks.pytorch.modules.submodule import part_of, with_part
 from kirsch.frameworks.pytorch.surgery.cut import cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -47,28 +47,35 @@ def gradients(graph: Graph, batch: Batch, loss: Loss) -> dict[str, torch.Tensor]
     return _unscaled(parameters, found, scale)
 
 
-def hessian_products(graph: Graph, batch: Batch, loss: Loss, vectors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the products of the Hessian of the loss of a batch with a vector, as arrays by parameter.
+def hessian_products(
+    graph: Graph, batch: Batch, loss: Loss, vectors: Iterable[Mapping[str, Any]]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the product of the Hessian of the loss of a batch with each vector, as arrays by parameter.
+
+    The loss and its gradient are computed once for all vectors.
 
     Args:
         graph: graph of the model.
         batch: batch with targets.
         loss: function of logits and targets.
-        vectors: the vector, an array for each parameter.
+        vectors: vectors, which have an array for each of some parameters, and are 0 for the others. The product is
+            computed for these parameters.
     """
     parameters = _parameters(graph)
-    chosen = {name: parameters[name] for name in vectors}
     scale = _loss_scale(parameters)
     # Only the plain implementation of attention has second derivatives.
     with _differentiable(graph, parameters), sdpa_kernel(SDPBackend.MATH):
         value = _loss(graph.model, batch, loss) * scale
-        first = torch.autograd.grad(value, list(chosen.values()), create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(first, vectors.values(), strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return {name: torch.zeros_like(value) for name, value in chosen.items()}
-        product = sum((g * v.to(g)).sum() for g, v in pairs)
-        second = torch.autograd.grad(product, list(chosen.values()), allow_unused=True)
-    return _unscaled(chosen, second, scale)
+        found = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
+        first = dict(zip(parameters, found, strict=True))
+        for vector in vectors:
+            chosen = {name: parameters[name] for name in vector}
+            pairs = [(g, v) for name, v in vector.items() if (g := first[name]) is not None and g.requires_grad]
+            second: Sequence[torch.Tensor | None] = [None] * len(chosen)
+            if pairs:
+                product = sum((g * v.to(g)).sum() for g, v in pairs)
+                second = torch.autograd.grad(product, list(chosen.values()), retain_graph=True, allow_unused=True)
+            yield _unscaled(chosen, second, scale)
 
 
 def loss_without(graph: Graph, batch: Batch, loss: Loss, keep: NDArray[np.bool_]) -> float:
