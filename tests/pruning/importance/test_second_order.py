@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 from torch.nn import functional as F
 
+import kirsch
+from kirsch.data.batches import Batch
 from kirsch.pruning.importance import IMPORTANCES, statistics
 
 
@@ -70,6 +73,23 @@ def test_hessian_does_not_depend_on_the_division_into_batches(residual, graph_of
     one, *others = (inner_scores("hessian", graph, statistics_of(graph, size)) for size in (12, 5, 1))
     for other in others:
         np.testing.assert_allclose(other, one, rtol=1e-6)
+
+
+def test_hessian_orders_the_units_of_wide_layers_like_the_exact_second_derivatives():
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(12, 8), torch.arange(12) % 4
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    model.inputs = inputs
+    with torch.no_grad():
+        model[2].weight.mul_(torch.linspace(0.3, 2, 32))  # the units differ as in a trained network
+    loss, weight = loss_of_weights(model, labels, "2.weight")
+    diagonal = torch.autograd.functional.hessian(loss, weight, vectorize=True).reshape(1024, 1024).diagonal()
+    expected = (weight**2 * diagonal.reshape(32, 32)).sum(0)
+    graph = kirsch.trace(model, inputs[:1])
+    group = next(group for group in graph.groups if group.name == "0")
+    of_batches = statistics.Statistics(graph, [Batch(inputs, labels)], F.cross_entropy)
+    found = IMPORTANCES["hessian"](graph, group, statistics=of_batches)
+    assert spearmanr(found, expected).statistic > 0.8
 
 
 def test_leave_one_out_is_the_change_of_the_loss_without_the_unit(residual, graph_of, statistics_of, labels):
