@@ -75,7 +75,9 @@ class Goal(Printable):
     def __post_init__(self) -> None:
         limits = self.to_dict()
         if not limits:
-            raise GoalError("A goal needs at least one limit.", fix="Pass macs=0.5 or parameters=0.5.")
+            raise GoalError(
+                "A goal needs at least one limit.", fix="Pass macs=0.5, parameters=0.5, size=0.5 or memory=0.5."
+            )
         for name, value in limits.items():
             if not (math.isfinite(value) and 0 < value < 1):
                 raise GoalError(

@@ -131,7 +131,8 @@ def _layer_list(owners: dict[str, int], total: int) -> str:
     """Return the layers with the largest costs, each with its share if there are several."""
     names = sorted(owners, key=lambda name: -owners[name])
     shares = {name: f" ({owners[name] / total:.1%})" if len(names) > 1 else "" for name in names}
-    return figures.listed([f"`{name or 'the model itself'}`{shares[name]}" for name in names], MAX_SHOWN)
+    words = [f"`{name}`" if name else "the model's own `forward`" for name in names]
+    return figures.listed([f"{word}{shares[name]}" for word, name in zip(words, names, strict=True)], MAX_SHOWN)
 
 
 class _CauseFinder:

@@ -16,6 +16,7 @@ from kirsch.errors import DataError, NumericError, UnknownNameError, UsageError
 from kirsch.frameworks.pytorch.calibration import paired_inputs as module
 from kirsch.frameworks.pytorch.calibration.paired_inputs import paired_inputs
 from kirsch.frameworks.pytorch.surgery import interface
+from kirsch.pruning.compensation.record import Compensation
 from trace_and_cut import with_noise
 
 X = torch.randn(64, 6)
@@ -81,8 +82,16 @@ def test_an_increased_error_is_a_warning(case, monkeypatch):
     original = interface.set_parameters
     negated = lambda pruned, graph, values: original(pruned, graph, {name: -value for name, value in values.items()})  # noqa: E731
     monkeypatch.setattr(interface, "set_parameters", negated)
-    with pytest.warns(UserWarning, match="Compensation has increased the error of the outputs"):
+    with pytest.warns(UserWarning, match="'least_squares' has increased the error of the outputs"):
         kirsch.prune(*case, compensate="least_squares", data=X)
+
+
+def test_each_method_that_increases_the_error_is_named():
+    errors = {"none": 0.9, "least_squares": 0.26, "batch_norm": 0.43}
+    (note,) = Compensation(errors).notes
+    assert note.startswith(
+        "'batch_norm' has increased the error of the outputs on the calibration data from 26.0 % to 43"
+    )
 
 
 def test_a_fit_with_fewer_positions_than_inputs_has_a_note(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Compensation(Printable):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings: layers that were skipped, too few positions for a fit, and an error that has increased."""
+        """Warnings: layers that were skipped, too few positions for a fit, and methods that increased the error."""
         found = []
         if self.skipped:
             shown = figures.listed([f"`{name}` ({reason})" for name, reason in self.skipped.items()], 3, "; ")
@@ -82,12 +83,12 @@ class Compensation(Printable):
                 f"`{layer.weight}` with {layer.positions:,} positions and {layer.inputs:,} inputs. The least-squares "
                 "fit may not generalize. Give more calibration data."
             )
-        errors = list(self.output_errors.values())
-        if not errors[-1] <= errors[0]:
-            found.append(
-                f"Compensation has increased the error of the outputs on the calibration data from {_error(errors[0])} "
-                f"to {_error(errors[-1])}. Prune without it, or compare the accuracy of both models."
-            )
+        for (_, before), (name, after) in itertools.pairwise(self.output_errors.items()):
+            if not after <= before:
+                found.append(
+                    f"{name!r} has increased the error of the outputs on the calibration data from {_error(before)} to "
+                    f"{_error(after)}. Prune without it, or compare the accuracy of both models."
+                )
         return tuple(found)
 
     def parts(self) -> list[Part]:
