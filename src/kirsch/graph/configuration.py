@@ -117,8 +117,3 @@ class Configurable:
     def depths(self) -> tuple[ConfiguredDepth, ...]:
         """The numbers of layers."""
         return () if self.obstacle else tuple(self.find_depths())
-
-    @property
-    def usable(self) -> tuple[ConfiguredWidth, ...]:
-        """The widths that can be changed."""
-        return tuple(width for width in self.widths if not width.refused)

@@ -120,8 +120,8 @@ def plan(
             the same number of units. Of the layers and widths, those are removed whose importances have the smallest
             sum; with `data`, of several such choices, the one that changes the outputs least. See docs/loadable.md.
             None: True for a model with such a configuration. A plan with any cuts is made if the configuration cannot
-            state one for the goal, or with `keep` and the rankings "milp" and "legr", which set the width of each
-            layer; a note of the plan says so. With True, it is an error.
+            state one for the goal or the widths in `keep`, or with the rankings "milp" and "legr", which choose the
+            width of each layer; a note of the plan says so. With True, it is an error.
         min_keep: fraction of each group that is always kept, 0 < min_keep <= 1.
         keep: widths by hand: a dict from layers to the number of output units that are kept (int) or the fraction of
             them (float), such as {"layer3.*": 0.5, "layer4.0.conv1": 48, "fc1": 1.0}. A layer is a path, a glob, or the

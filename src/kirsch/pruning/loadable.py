@@ -15,6 +15,8 @@ from kirsch.frameworks.find import framework_of
 from kirsch.graph.configuration import ConfiguredWidth
 from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import mean_influence
+from kirsch.pruning.by_hand import kept_units
+from kirsch.pruning.loadable_keep import cut_by_hand, kept_portions, usable_widths
 from kirsch.pruning.notes import CLOSE, absent_kind_notes
 from kirsch.pruning.obstacles import Least, reachable
 from kirsch.pruning.output_change import Variant, mean_output_changes
@@ -76,7 +78,7 @@ class LoadableSearch:
 
     Args:
         graph: graph of the model.
-        goal: the goal.
+        goal: the goal; None: the widths are those that `keep` states.
         options: options of the plan.
         configurable: the cuts that the configuration can state.
         scores: function that returns the importance of each unit of a group.
@@ -86,7 +88,7 @@ class LoadableSearch:
     def __init__(
         self,
         graph: Graph,
-        goal: Goal,
+        goal: Goal | None,
         options: PlanOptions,
         configurable: Configurable,
         scores: Scores,
@@ -98,13 +100,19 @@ class LoadableSearch:
         self._block_importances: dict[str, float] = {}
         names = {group.name: group for group in removable_groups(graph, options)}
         self._groups = names
-        self.widths = [width for width in configurable.usable if width.units.keys() <= names.keys()]
+        self._by_hand = kept_units(graph, options)
+        self.widths = usable_widths(configurable, names, self._by_hand)
         self._same_fraction = options.ranking in ("local", "isomorphic")
         allowed = options.kinds is None and not self._same_fraction
         self._depths = [
-            (depth, [block for block in depth.blocks if not excludes_block(graph, options, block)])
+            (depth, [block for block in depth.blocks if not self._is_kept(block)])
             for depth in (configurable.depths if allowed else ())
         ]
+
+    def _is_kept(self, block: str) -> bool:
+        """Return whether `exclude`, `keep_outputs` or `keep` names a layer of a block."""
+        by_hand = (group for name, group in self._groups.items() if name in self._by_hand)
+        return excludes_block(self._graph, self._options, block) or any(is_inside(group, [block]) for group in by_hand)
 
     @property
     def has_cuts(self) -> bool:
@@ -121,6 +129,8 @@ class LoadableSearch:
             found.append(Least(chooser.price(counts), chooser.keep(counts)))
 
         def excess(least: Least) -> float:
+            if self._goal is None:
+                return least.cost.parameters
             return max(value - limit for value, limit in self._goal.fractions(least.cost, self._graph.cost).values())
 
         return min(found, key=excess)
@@ -137,8 +147,8 @@ class LoadableSearch:
         Raises:
             GoalError: no such choice meets the goal.
         """
-        found: list[LoadableChoice] = []
-        for fineness in range(max_halvings(self._options) + 1):
+        found = self._given() if self._goal is None else []
+        for fineness in range(max_halvings(self._options) + 1) if self._goal is not None else ():
             found += self._choices(fineness)
             if self._batches is None and found and min(found, key=lambda choice: choice.importance).distance <= CLOSE:
                 break
@@ -192,7 +202,7 @@ class LoadableSearch:
         held = " ".join([held, *absent_kind_notes(self._graph, self._options)])
         reason = f" It cannot state {'; '.join(refused[:3])}." if refused else ""
         fix = "Remove `loadable`, and save the pruned model with kirsch.save."
-        if self._goal.met_by(least, self._graph.cost):
+        if self._goal is None or self._goal.met_by(least, self._graph.cost):
             what = f"No plan for {self._graph.model_name} that its configuration can state was found."
             reason = (
                 f" The best choices differ from the model that the configuration builds: {differences[0]}."
@@ -224,6 +234,8 @@ class LoadableSearch:
                 closed = [*closed, index]
 
         sets = [[self.widths[i] for i in indices] for indices in extended([], list(range(len(names))), [])]
+        by_hand = cut_by_hand(self._groups, self._by_hand)
+        sets = [widths for widths in sets if by_hand <= {name for width in widths for name in width.units}]
         return [self._uniform(widths) for widths in sets] if self._options.uniform else sets
 
     def _uniform(self, widths: Sequence[ConfiguredWidth]) -> list[ConfiguredWidth]:
@@ -261,8 +273,11 @@ class LoadableSearch:
                     scores,
                     max(1, multiple // portions[0]),
                     self._options.min_keep,
-                    unit_cost(self._graph, self._goal, groups) if self._options.ranking == "per_cost" else 1.0,
-                    portions=portions,
+                    unit_cost(self._graph, self._goal, groups)
+                    if self._goal is not None and self._options.ranking == "per_cost"
+                    else 1.0,
+                    kept_portions(width, self._groups, self._by_hand),
+                    portions,
                 )
             )
         return Chooser(self._graph, self._goal, candidates, without)
@@ -306,6 +321,17 @@ class LoadableSearch:
         found = mean_influence(graph, [(inputs, None)])
         mean = float(np.mean(list(found.values())))
         return {path: value / mean for path, value in found.items()} if np.isfinite(mean) and mean > 0 else {}
+
+    def _given(self) -> list[LoadableChoice]:
+        """Return the choices that remove the units which `keep` removes, and no others."""
+        choices = []
+        for widths in self._sets:
+            chooser = self._chooser(widths, 0, ())
+            counts = chooser.given()
+            if self._valid(chooser, widths, counts):
+                numbers = self._numbers(widths, counts)
+                choices.append(LoadableChoice(chooser, counts, (), numbers, 0.0, chooser.removed_importance(counts)))
+        return choices
 
     def _choices(self, fineness: int) -> Iterator[LoadableChoice]:
         """Yield choices that meet the goal, for combinations of numbers of layers and of widths with few values.

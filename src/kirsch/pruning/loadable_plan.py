@@ -46,7 +46,7 @@ def plan_function(
 
     Args:
         graph: graph of the model.
-        goal: the goal of the user; None for `keep`, or if `max_drop` alone determines the cost. The search for the
+        goal: the goal of the user; None for `keep` alone, or if `max_drop` determines the cost. The search for the
             smallest model then remains among those that the configuration states.
         options: options of the plan.
         scores: importances of the units.
@@ -62,10 +62,10 @@ def plan_function(
     why = _default_obstacle(graph, options, configurable)
     if why:
         return lambda goal: _with_note(plain(goal), why)
-    if goal is None:
+    if goal is None and options.max_drop is not None:
         return loadable
 
-    def plan_for(goal: Goal) -> Plan:
+    def plan_for(goal: Goal | None) -> Plan:
         try:
             return loadable(goal)
         except GoalError as error:
@@ -99,7 +99,11 @@ def _default_obstacle(graph: Graph, options: PlanOptions, configurable: Configur
         )
     if configurable.obstacle:
         return f"the configuration of {graph.model_name} states no cuts: {configurable.obstacle} {CONSEQUENCE}"
-    if not LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores).has_cuts:
+    try:
+        search = LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores)
+    except UsageError as error:
+        return f"{error.what} {error.why} {CONSEQUENCE}"
+    if not search.has_cuts:
         return f"the configuration of {graph.model_name} can state no cut with these options. {CONSEQUENCE}"
     return ""
 
@@ -108,12 +112,12 @@ def _with_note(plan: Plan, reason: str) -> Plan:
     return replace(plan, notes=(*plan.notes, f"loadable=False: {reason}"))
 
 
-def plan_loadable(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreCache) -> Plan:
-    """Return the cuts that meet the goal and that the configuration of the model states.
+def plan_loadable(graph: Graph, goal: Goal | None, options: PlanOptions, scores: ScoreCache) -> Plan:
+    """Return the cuts that meet the goal, or without a goal those of `keep`, if the configuration states them.
 
     Raises:
         GoalError: the configuration cannot state cuts that meet the goal.
-        UsageError: the model has no configuration that could state cuts.
+        UsageError: the model has no configuration that could state cuts, or none that states the widths in `keep`.
     """
     configurable = configurable_of(graph)
     if configurable is None or configurable.obstacle:
@@ -128,7 +132,7 @@ def plan_loadable(graph: Graph, goal: Goal, options: PlanOptions, scores: ScoreC
             "Remove `loadable`, and save the pruned model with kirsch.save.",
         )
     search = LoadableSearch(graph, goal, options, configurable, scores.get, scores.batches)
-    if not goal.met_by(search.least().cost, graph.cost):
+    if goal is not None and not goal.met_by(search.least().cost, graph.cost):
         raise search.error()
     choice = search.best()
     name = options.importance_name

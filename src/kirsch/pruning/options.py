@@ -103,8 +103,8 @@ class PlanOptions(Options):
         None,
         description=(
             "only make cuts that the configuration of a transformers model can state, so that from_pretrained loads "
-            "the result without Kirsch; default: yes, unless the configuration cannot state the goal, or another "
-            "option sets the width of each layer by itself"
+            "the result without Kirsch; default: yes, unless the configuration cannot state the goal or the widths in "
+            "keep, or the ranking (milp, legr) chooses the width of each layer by itself"
         ),
     )
     min_keep: MinKeep = Field(0.1, description="fraction of each group that is always kept")
@@ -248,8 +248,6 @@ class PlanOptions(Options):
         Returns:
             The option, why it cannot be used with `loadable`, and what can be given instead, in words.
         """
-        if self.keep:
-            return "`keep`", "sets widths by hand, which may differ between the layers", "a goal in place of `keep`"
         if self.ranking == "milp" or self.is_learned:
             return f'ranking="{self.ranking}"', "chooses the width of each layer by itself", 'ranking="global"'
         return None

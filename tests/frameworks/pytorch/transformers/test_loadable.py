@@ -173,14 +173,10 @@ def test_layers_are_removed_only_if_the_cache_of_generate_has_an_entry_for_each_
     assert [depth.path for depth in configured_depths(model, kirsch.trace(model, inputs))] == numbers
 
 
-def test_loadable_is_refused_without_configuration_and_with_widths_by_hand(small):
+def test_loadable_is_refused_without_configuration():
     plain = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     with pytest.raises(UsageError, match=r"It has no configuration from which"):
         kirsch.plan(kirsch.trace(plain, INPUT), kirsch.Goal(parameters=0.7), loadable=True)
-    graph = kirsch.trace(small, INPUT)
-    with pytest.raises(UsageError, match="cannot be used with `keep`"):
-        kirsch.plan(graph, kirsch.Goal(parameters=0.7), keep={"layers.0.up": 8}, loadable=True)
-    assert not kirsch.plan(graph, keep={"layers.0.up": 8}).configuration
 
 
 def test_a_configuration_that_states_no_cut_is_refused_if_asked_and_else_not_used():

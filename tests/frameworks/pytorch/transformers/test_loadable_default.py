@@ -69,7 +69,6 @@ def test_a_goal_that_no_plan_reaches_raises_the_error_of_ordinary_plans(small):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"keep": {"layers.0.up": 8}}, r"`keep` sets widths by hand.*give a goal in place of `keep`"),
         ({"ranking": "milp", "data": [INPUT]}, r'ranking="milp" chooses the width.*give ranking="global"'),
         ({"ranking": "legr", "data": [INPUT], "evaluations": 2}, r'ranking="legr" chooses the width'),
     ],
