@@ -75,11 +75,13 @@ BY_DEPTH: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 CUTS = {f"{name} cut": (name, False) for name in ("resnet50", "resnet152", "vit_h_14")}
 CUTS |= {f"{name} cut and verified": (name, True) for name in ("resnet50", "resnet152", "vit_l_16")}
 
-STAGES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "resnet50 in stages": partial(_vision, "resnet50"),
-    "vit_b_16 in stages": partial(_vision, "vit_b_16"),
-    "language, 1 B in stages": partial(_language, 16, SHAPE_1B),
+STAGES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], dict[str, Any]]] = {
+    "resnet50 in stages": (partial(_vision, "resnet50"), {}),
+    "vit_b_16 in stages": (partial(_vision, "vit_b_16"), {}),
+    "language, 1 B in stages": (partial(_language, 16, SHAPE_1B), {}),
+    "language, 1 B, loadable=False in stages": (partial(_language, 16, SHAPE_1B), {"loadable": False}),
 }
+"""Name of each row → function that builds the model, and options of the plan."""
 
 SETS = {"sizes": ROWS, "depth": BY_DEPTH, "surgery": CUTS, "stages": STAGES}
 
@@ -152,14 +154,14 @@ def measure_cut(build: Callable[[], tuple[nn.Module, Any]], *, verify: bool) -> 
     }
 
 
-def measure_stages(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
+def measure_stages(build: Callable[[], tuple[nn.Module, Any]], options: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a model with random weights that is pruned to half of its MACs: times and peak memory."""
     model, inputs = build()
     inputs = inputs if isinstance(inputs, dict) else torch.randn(inputs.shape)
     times = [time.process_time()]
     graph = kirsch.trace(model.eval(), inputs)
     times.append(time.process_time())
-    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), loadable=False)
+    plan = kirsch.plan(graph, kirsch.Goal(macs=0.5), **options)
     times.append(time.process_time())
     before = _resident()
     pruned = kirsch.prune(model, plan)
@@ -335,7 +337,7 @@ def main() -> None:
         name, verify = CUTS.get(options.row, (options.row, False))
         build = {**ROWS, **BY_DEPTH}.get(name, partial(_vision, name))
         if options.row in STAGES:
-            print(json.dumps(measure_stages(STAGES[options.row])))
+            print(json.dumps(measure_stages(*STAGES[options.row])))
         else:
             print(json.dumps(measure_cut(build, verify=verify) if options.row in CUTS else measure(build)))
         return

@@ -259,8 +259,8 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
             built = build(pruned, changes, next(pruned.parameters()).device).eval()
             computed = set(getattr(pruned, "_keys_to_ignore_on_save", None) or ())  # such as sines of positions
             state = {
-                name: value.detach() + noise[id(value)].to(value)
-                if id(value) in noise and name not in computed
+                name: noise.added(id(value), value.dtype)
+                if id(value) in noise and noise.changes(id(value)) and name not in computed
                 else value
                 for name, value in pruned.state_dict(keep_vars=True).items()
             }
