@@ -156,7 +156,7 @@ class _WithoutRandomValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if getattr(func, "__name__", "") in RANDOM and "init" in (func.__module__ or ""):
+        if getattr(func, "__name__", "") in RANDOM and "init" in str(getattr(func, "__module__", "")):
             return args[0] if args else options["tensor"]
         return func(*args, **options)
 

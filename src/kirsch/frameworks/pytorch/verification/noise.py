@@ -47,13 +47,16 @@ SMALL = 1e-3
 """Mean absolute value below which a large tensor has noise, so that its entries have an effect on the outputs."""
 
 
+NUMPY_DTYPES = frozenset([torch.float16, torch.float32, torch.float64])
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return a new tensor without values.
 
     On the CPU, numpy allocates the memory, because it asks the system for large pages: most of the time to write a new
-    large tensor is the time to map its pages.
+    large tensor is the time to map its pages. It has no bfloat16.
     """
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or dtype not in NUMPY_DTYPES:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
