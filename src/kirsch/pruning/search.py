@@ -46,7 +46,7 @@ class Candidate:
     portions: Sequence[int] = ()
     removal_scores: NDArray[np.float64] | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of portions of each group, which are single units unless `portions` is given."""
         return min(group.size // portion for group, portion in zip(self.groups, self._portions, strict=True))

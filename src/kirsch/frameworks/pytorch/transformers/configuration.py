@@ -16,7 +16,7 @@ import torch
 
 from kirsch.errors import PlanError, error_text, nearest
 from kirsch.frameworks.pytorch.inference.predict import run
-from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.frameworks.pytorch.modules.read_only import ReadOnly, sharing_copy
 from kirsch.frameworks.pytorch.modules.tuners import has_tuners, plain_names, without_tuners
 from kirsch.frameworks.pytorch.transformers.adapted import adapter_difference, copy_base_configurations, saving_note
 from kirsch.frameworks.pytorch.transformers.blueprint import (
@@ -244,10 +244,12 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
     pruned model, either.
     """
     noise = Noise(pruned)
-    copied = copy_of(pruned).eval()
+    # To save memory, the copy and the built model have the parameters of the pruned model, unless noise is added.
+    parameters, copied = list(pruned.parameters()), sharing_copy(pruned).eval()
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
-        return seeded(lambda: run(model, args, options))
+        with ReadOnly(parameters):
+            return seeded(lambda: run(model, args, options))
 
     def differs() -> bool:
         with contextlib.suppress(Exception):  # a single changed number may not fit the others
@@ -261,13 +263,13 @@ def difference_of(pruned: nn.Module, changes: Numbers, args: Any, options: Any) 
             state = {
                 name: noise.added(id(value), value.dtype)
                 if id(value) in noise and noise.changes(id(value)) and name not in computed
-                else value
+                else value.detach()
                 for name, value in pruned.state_dict(keep_vars=True).items()
             }
-            copied.load_state_dict(state)
+            copied.load_state_dict(state, assign=True)
             # `save_pretrained` does not store the computed tensors: the built model has those of its configuration.
             own = {name: value for name, value in built.state_dict().items() if name in computed}
-            built.load_state_dict({**state, **own})
+            built.load_state_dict({**state, **own}, assign=True)
             if other := _other_words(copied, built):
                 return other
             _convert_buffers(built, copied)

@@ -15,6 +15,7 @@ from kirsch.failures import lacks_memory
 from kirsch.frameworks.pytorch.analysis.program import user_line
 from kirsch.frameworks.pytorch.inference.predict import run
 from kirsch.frameworks.pytorch.modules.copying import copy_of
+from kirsch.frameworks.pytorch.modules.read_only import ChangeInPlaceError, ReadOnly, sharing_copy
 from kirsch.frameworks.pytorch.verification.candidate import Candidate, Removal
 from kirsch.frameworks.pytorch.verification.computed_weights import changed_weight_ratios
 from kirsch.frameworks.pytorch.verification.distance import distance, power
@@ -202,7 +203,11 @@ def _training_exception(model: nn.Module, graph: Graph) -> Exception | None:
     """
     traced: Traced = graph.traced
     try:
-        run(copy_of(model).train(), traced.args, traced.options)
+        try:
+            with ReadOnly(list(model.parameters())):
+                run(sharing_copy(model).train(), traced.args, traced.options)
+        except ChangeInPlaceError:
+            run(copy_of(model).train(), traced.args, traced.options)
     except Exception as error:  # the code of the model can raise any exception
         if lacks_memory(error):
             raise
