@@ -12,6 +12,7 @@ Without Torch-Pruning, only the rows of Kirsch are measured.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import tempfile
@@ -127,7 +128,8 @@ def rows_of(title: str, name: str) -> list[str]:
             rows.append(f"| {title} | {tool} | `{option}` | {failed[tool, option]} | – | – |")
             continue
         speedup, fraction = compared.speedups[f"{tool} {option}"], macs[tool, option]
-        cells = f"{fraction:.1%} | {figures.ratio(speedup.value, speedup.low, speedup.high)} | {speedup.value * fraction:.2f}"
+        times = figures.ratio(speedup.value, speedup.low, speedup.high)
+        cells = f"{fraction:.1%} | {times} | {speedup.value * fraction:.2f}"
         rows.append(f"| {title} | {tool} | `{option}` | {cells} |")
     print("\n".join(rows), flush=True)
     return rows
@@ -135,10 +137,12 @@ def rows_of(title: str, name: str) -> list[str]:
 
 def main() -> None:
     """Measure all networks, and write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     lines = [row for title, name in NETWORKS.items() for row in rows_of(title, name)]
-    head = f"`python benchmarks/latency.py`; onnxruntime {version_of('onnxruntime')}, {cpu()[0]}, {datetime.now(UTC):%Y-%m-%d}."
+    machine = f"onnxruntime {version_of('onnxruntime')}, {cpu()[0]}, {datetime.now(UTC):%Y-%m-%d}"
+    head = f"`python benchmarks/latency.py` writes this table; {machine}."
     table = ["| network | tool | widths | MACs | times faster | ÷ MACs ratio |", "|---|---|---|---:|---:|---:|", *lines]
     before, rest = PAGE.read_text().split(START)
     PAGE.write_text("\n\n".join([before + START, head, "\n".join(table), END]) + rest.split(END)[1])
