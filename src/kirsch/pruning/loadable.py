@@ -16,7 +16,7 @@ from kirsch.graph.configuration import ConfiguredWidth
 from kirsch.pruning.alternatives import is_inside
 from kirsch.pruning.blocks import mean_influence
 from kirsch.pruning.by_hand import kept_units
-from kirsch.pruning.loadable_keep import cut_by_hand, kept_portions, usable_widths
+from kirsch.pruning.loadable_keep import kept_portions, usable_sets, usable_widths
 from kirsch.pruning.notes import CLOSE, absent_kind_notes
 from kirsch.pruning.obstacles import Least, reachable
 from kirsch.pruning.output_change import Variant, mean_output_changes
@@ -234,9 +234,8 @@ class LoadableSearch:
                 closed = [*closed, index]
 
         sets = [[self.widths[i] for i in indices] for indices in extended([], list(range(len(names))), [])]
-        by_hand = cut_by_hand(self._groups, self._by_hand)
-        sets = [widths for widths in sets if by_hand <= {name for width in widths for name in width.units}]
-        return [self._uniform(widths) for widths in sets] if self._options.uniform else sets
+        sets = [self._uniform(widths) for widths in sets] if self._options.uniform else sets
+        return usable_sets(sets, self._groups, self._by_hand)
 
     def _uniform(self, widths: Sequence[ConfiguredWidth]) -> list[ConfiguredWidth]:
         """Return the widths, joined so that groups of the same kind and size lose the same number of units.

@@ -49,29 +49,57 @@ def usable_widths(
         UsageError: no width states the units of a group that `keep` removes.
     """
     widths = [width for width in configurable.widths if width.units.keys() <= groups.keys()]
-    usable = []
-    for width in (width for width in widths if not width.refused):
-        try:
-            kept_portions(width, groups, kept)
-        except ValueError:
-            continue
-        usable.append(width)
-    for name in cut_by_hand(groups, kept):
+    usable = [width for width in widths if not width.refused and _has_value(width, groups, kept)]
+    for name in _cut_by_hand(groups, kept):
         if not any(name in width.units for width in usable):
-            raise _not_stated(name, [width for width in widths if name in width.units], groups, kept)
+            raise _not_stated(name, [width for width in widths if name in width.units], kept[name])
     return usable
 
 
-def cut_by_hand(groups: Mapping[str, Group], kept: Mapping[str, int]) -> set[str]:
+def usable_sets(
+    sets: Sequence[list[ConfiguredWidth]], groups: Mapping[str, Group], kept: Mapping[str, int]
+) -> list[list[ConfiguredWidth]]:
+    """Return the sets of widths that state all units which `keep` removes.
+
+    Args:
+        sets: widths that can be changed together.
+        groups: the groups that may lose units, by name.
+        kept: number of units that `keep` leaves, by name of the group.
+
+    Raises:
+        UsageError: no set states them.
+    """
+    cut = set(_cut_by_hand(groups, kept))
+    with_value = [[width for width in widths if _has_value(width, groups, kept)] for widths in sets]
+    found = [widths for widths in with_value if cut <= {name for width in widths for name in width.units}]
+    if not found:
+        raise UsageError(
+            "The configuration cannot state all widths in `keep` at once.",
+            f"`keep` removes units of {figures.listed([repr(name) for name in sorted(cut)])}, whose numbers cannot be "
+            "changed together with these options.",
+            "Name fewer widths in `keep`, remove `uniform`, or remove `loadable` and save the pruned model with "
+            "kirsch.save.",
+        )
+    return found
+
+
+def _has_value(width: ConfiguredWidth, groups: Mapping[str, Group], kept: Mapping[str, int]) -> bool:
+    """Return whether a value of a width gives the numbers of units that `keep` sets."""
+    try:
+        kept_portions(width, groups, kept)
+    except ValueError:
+        return False
+    return True
+
+
+def _cut_by_hand(groups: Mapping[str, Group], kept: Mapping[str, int]) -> list[str]:
     """Return the names of the groups that lose units by `keep`."""
-    return {name for name, number in kept.items() if name in groups and number < groups[name].size}
+    return [name for name, number in kept.items() if name in groups and number < groups[name].size]
 
 
-def _not_stated(
-    name: str, widths: Sequence[ConfiguredWidth], groups: Mapping[str, Group], kept: Mapping[str, int]
-) -> UsageError:
+def _not_stated(name: str, widths: Sequence[ConfiguredWidth], number: int) -> UsageError:
     """Return the error for a group whose units `keep` removes, and that is in some widths, which have no such value."""
-    what = f"`keep` leaves {figures.counted(kept[name], 'unit')} of {name!r}, which the configuration cannot state."
+    what = f"`keep` leaves {figures.counted(number, 'unit')} of {name!r}, which the configuration cannot state."
     instead = "remove `loadable`, and save the pruned model with kirsch.save."
     if not widths:
         return UsageError(what, "No number of the configuration sets this width.", f"Change `keep`, or {instead}")
@@ -79,7 +107,7 @@ def _not_stated(
     numbers = ", ".join(width.values)
     if width.refused:
         return UsageError(what, f"{numbers} cannot be used: {width.refused}", f"Change `keep`, or {instead}")
-    others = [f"{other!r} ({groups[other].size} units)" for other in width.units if other != name]
-    why = f"{numbers} changes {name!r} in steps of {figures.counted(width.units[name], 'unit')}"
-    why += f", together with {figures.listed(others)}." if others else "."
+    others = [f"{number} of {other!r}" for other, number in width.units.items() if other != name]
+    why = f"A step of {numbers} removes {figures.counted(width.units[name], 'unit')} of {name!r}"
+    why += f", {figures.listed(others)}." if others else "."
     return UsageError(what, why, f"Set a width for all of them that is a value of {numbers}, or {instead}")

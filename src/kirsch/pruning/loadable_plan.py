@@ -100,12 +100,14 @@ def _default_obstacle(graph: Graph, options: PlanOptions, configurable: Configur
     if configurable.obstacle:
         return f"the configuration of {graph.model_name} states no cuts: {configurable.obstacle} {CONSEQUENCE}"
     try:
-        search = LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores)
+        has_cuts = LoadableSearch(graph, Goal(parameters=0.5), options, configurable, equal_scores).has_cuts
     except UsageError as error:
         return f"{error.what} {error.why} {CONSEQUENCE}"
-    if not search.has_cuts:
-        return f"the configuration of {graph.model_name} can state no cut with these options. {CONSEQUENCE}"
-    return ""
+    return (
+        ""
+        if has_cuts
+        else f"the configuration of {graph.model_name} can state no cut with these options. {CONSEQUENCE}"
+    )
 
 
 def _with_note(plan: Plan, reason: str) -> Plan:

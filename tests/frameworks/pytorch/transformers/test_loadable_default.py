@@ -155,6 +155,15 @@ def test_uniform_joins_the_numbers_of_groups_of_the_same_kind_and_size():
     assert tied.configuration["first"] == tied.configuration["second"] < 32
 
 
+def test_uniform_ties_numbers_that_keep_sets_apart():
+    graph = kirsch.trace(Two(TwoConfig()).eval(), INPUT)
+    assert kirsch.plan(graph, keep={"a": 8}).configuration == {"first": 8}
+    for options in ({}, {"loadable": True}):
+        words = "cannot state all widths in `keep` at once" if options else "`keep` does not set the same width"
+        with pytest.raises(UsageError, match=words):
+            kirsch.plan(graph, keep={"a": 8}, uniform=True, **options)
+
+
 def test_with_data_the_cut_with_the_least_change_of_the_outputs_is_chosen():
     """The units of the feed-forward networks have the highest scores, but their outputs are not used."""
     import_beside("torchvision")

@@ -54,8 +54,8 @@ def test_widths_that_stay_by_hand_are_not_cut(small):
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        ({"layers.0.up": 8}, "together with 'layers.1.up' (32 units), 'layers.2.up' (32 units)"),
-        ({"layers.*.up": 8, "layers.2.up": 9}, "ffn changes"),
+        ({"layers.0.up": 8}, "A step of ffn removes 1 unit of 'layers.0.up', 1 of 'layers.1.up', 1 of 'layers.2.up'."),
+        ({"layers.*.up": 8, "layers.2.up": 9}, "A step of ffn removes 1 unit of 'layers.0.up'"),
         ({"first#2": 3}, "cannot be used: layers.0.scale is"),
     ],
 )
