@@ -263,8 +263,8 @@ class PlanOptions(Options):
 
         Changes of the loss can be added. The smallest sum at a given cost is that of the units with the lowest
         importance per cost. There are two exceptions. Changes to first order are too small for units of a residual
-        stream, which cost most; docs/benchmarks.md has the figures. The memory is a maximum, so that units have no cost
-        of their own.
+        stream, which cost most; docs/benchmarks.md has the figures. The memory is a maximum, which the units of one
+        group hardly change.
 
         Args:
             importance: the importance.
